@@ -1,0 +1,1 @@
+"""Instruction fine-tuning for IDEFICS: files in, instruct model out."""

@@ -1,0 +1,118 @@
+"""What a conversation is. Anything that is not one raises, with the reason by which it is counted."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import PIL.Image
+
+from modeling.errors import UserError
+
+Role = Literal["system", "user", "assistant", "document"]
+
+
+class RecordError(UserError):
+    """A record that cannot become a dialogue: `reason` is what it is counted under, `detail` what was got."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+
+
+@dataclass(frozen=True)
+class Image:
+    """Where an image's pixels come from. Two references to one file are equal."""
+
+    source: Path | bytes | PIL.Image.Image
+
+
+Part = str | Image
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One speaker's text and images, in order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Image))
+
+    @property
+    def text(self) -> str:
+        """The written part, images left out."""
+        return " ".join(part.strip() for part in self.parts if isinstance(part, str) and part.strip())
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation, or one document.
+
+    Turns are either one `document`, or an optional `system` followed by `user` and `assistant` in alternation. A
+    dialogue that ends with the user is a prompt. Raises RecordError for anything else, for an empty turn, and for text
+    that is not Unicode.
+    """
+
+    turns: tuple[Turn, ...]
+    records: int = 1
+    """How many records of the dataset it was made of."""
+
+    def __post_init__(self) -> None:
+        _check_roles(tuple(turn.role for turn in self.turns))
+        for number, turn in enumerate(self.turns, start=1):
+            _check_parts(turn, number)
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.turns[-1].role == "user"
+
+    @property
+    def is_document(self) -> bool:
+        return self.turns[0].role == "document"
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(image for turn in self.turns for image in turn.images)
+
+    def prompts(self) -> Iterable[tuple["Dialogue", str]]:
+        """(everything up to an answer, the answer's text), for each assistant turn."""
+        for index, turn in enumerate(self.turns):
+            if turn.role == "assistant":
+                yield Dialogue(self.turns[:index]), turn.text
+
+
+def user(*parts: Part) -> Turn:
+    return Turn("user", parts)
+
+
+def assistant(*parts: Part) -> Turn:
+    return Turn("assistant", parts)
+
+
+def _check_roles(roles: tuple[str, ...]) -> None:
+    if not roles:
+        raise RecordError("no turns", "expected at least one question and its answer")
+    if roles == ("document",):
+        return
+    spoken = roles[1:] if roles[0] == "system" else roles
+    expected = tuple("assistant" if index % 2 else "user" for index in range(len(spoken)))
+    if not spoken or spoken != expected:
+        got = ", ".join(roles[:6]) + (", ..." if len(roles) > 6 else "")
+        raise RecordError("roles do not alternate", f"expected [system,] user, assistant, user, ...; got {got}")
+
+
+_EMPTY = {"system": "empty system message", "user": "empty question", "assistant": "empty answer"}
+
+
+def _check_parts(turn: Turn, number: int) -> None:
+    if not turn.text and (turn.role == "assistant" or turn.role == "system" or not turn.images):
+        raise RecordError(_EMPTY.get(turn.role, "empty document"), f"turn {number}")
+    for part in turn.parts:
+        if isinstance(part, str):
+            try:
+                part.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise RecordError("text is not Unicode", f"turn {number}: {error.reason}") from error

@@ -1,0 +1,179 @@
+"""Freeze all -> LoRA on the chosen towers -> full where chosen -> assert and report the count; and the adapter folder.
+
+An adapter folder holds PEFT's own files (LoRA, and the added tokens through `modules_to_save`) and
+`trained.safetensors` (gates, towers trained in full, in fp32, under stock names). With no LoRA there are no PEFT files
+and everything trained is in `trained.safetensors`.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import IdeficsForVisionText2Text
+
+from modeling import gates
+from modeling.errors import UserError
+from modeling.shapes import Config, count_lora, count_parameters
+from modeling.towers import ADDED_ROWS, LORA_TOWERS, TOWERS, is_lora, lora_pattern, stock_name, tower_of
+
+TRAINED_FILE = "trained.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+Modes = Mapping[str, str]
+"""Tower -> "frozen" | "lora" | "full"; a tower not named is frozen."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is trained, by tower: parameters in LoRA factors, and parameters trained in full."""
+
+    lora: dict[str, int]
+    full: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.lora.values()) + sum(self.full.values())
+
+
+def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str, Any], base: str) -> nn.Module:
+    """Make `model` trainable as `modes` says and return it, wrapped by PEFT if any tower has LoRA.
+
+    `lora` are `peft.LoraConfig` fields (r, lora_alpha, ...); `base` is what plain PEFT users will load underneath.
+    Every trained parameter is fp32, whatever the dtype of the base.
+    """
+    full = {tower for tower in TOWERS if modes.get(tower) == "full"}
+    towers = lora_towers(modes)
+    if not towers:
+        return _attach(model, full, None)
+    config = LoraConfig(
+        **lora,
+        target_modules=lora_pattern(towers),
+        modules_to_save=list(ADDED_ROWS) if "added_tokens" in full else None,
+        base_model_name_or_path=base,
+    )
+    wrapped = _attach(model, full, config)
+    adapted = sum(name.endswith(".lora_A.default.weight") for name, _ in wrapped.named_parameters())
+    expected, _ = count_lora(model.config.to_dict(), towers, config.r)
+    assert adapted == expected, f"LoRA on {adapted} linear layers, expected {expected} in {', '.join(towers)}"
+    return wrapped
+
+
+def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraConfig | None) -> nn.Module:
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if tower_of(name) in full and tower_of(name) not in ("gates", "added_tokens"):
+            parameter.data = parameter.data.float()
+    if "gates" in full:
+        gates.hold_gates_in_fp32(model)
+    if "added_tokens" in full:
+        gates.hold_added_rows_in_fp32(model)
+    wrapped = model if lora is None else get_peft_model(model, lora)  # PEFT freezes whatever it does not own
+    for name, parameter in wrapped.named_parameters():
+        if tower_of(stock_name(name)) in full and not is_lora(name) and ".original_module." not in name:
+            parameter.requires_grad_(True)
+    return wrapped
+
+
+def lora_towers(modes: Modes) -> tuple[str, ...]:
+    return tuple(tower for tower in LORA_TOWERS if modes.get(tower) == "lora")
+
+
+def count_trained(model: nn.Module) -> Counts:
+    """Count what requires gradients, by tower. Raises AssertionError for one that is not in fp32."""
+    lora: dict[str, int] = {}
+    full: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32, f"{name} is trained in {parameter.dtype}, expected fp32"
+            tower, counts = tower_of(stock_name(name)), lora if is_lora(name) else full
+            counts[tower] = counts.get(tower, 0) + parameter.numel()
+    return Counts(lora, full)
+
+
+def expected_counts(config: Config, modes: Modes, *, rank: int) -> Counts:
+    """The counts that `modes` must give for a model of this config (plain LoRA, one rank everywhere)."""
+    sizes = count_parameters({**config, "additional_vocab_size": 3})
+    return Counts(
+        lora={tower: count_lora(config, (tower,), rank)[1] for tower in lora_towers(modes)},
+        full={tower: sizes[tower] for tower in TOWERS if modes.get(tower) == "full"},
+    )
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Stock name -> every trained parameter that PEFT does not save: gates, towers in full."""
+    owned = ("lora_", ".modules_to_save.")
+    return {
+        stock_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(mark in name for mark in owned)
+    }
+
+
+def save_adapter(model: nn.Module, folder: Path, *, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write everything trained. `state_dict` is the gathered one where parameters are sharded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    tensors = {name: parameter.detach().contiguous() for name, parameter in trained_parameters(model).items()}
+    if state_dict is not None:
+        gathered = {stock_name(name): tensor for name, tensor in state_dict.items()}
+        tensors = {name: gathered[name].contiguous() for name in tensors}
+    if tensors or not isinstance(model, PeftModel):
+        save_file(tensors, folder / TRAINED_FILE, metadata={"format": "pt"})
+
+
+def load_adapter_weights(model: nn.Module, folder: Path) -> None:
+    """Fill an attached model from an adapter folder. Every tensor must find its place, every place its tensor.
+
+    PEFT alone is silent about tensors it has no place for. Raises UserError.
+    """
+    expected, got = trained_parameters(model), {}
+    if (folder / TRAINED_FILE).is_file():
+        got = load_file(folder / TRAINED_FILE)
+    _same_names(folder / TRAINED_FILE, set(expected), set(got))
+    for name, parameter in expected.items():
+        parameter.data.copy_(got[name])
+    has_lora = (folder / PEFT_CONFIG).is_file()
+    if has_lora != isinstance(model, PeftModel):
+        raise UserError(f"{folder}: the adapter has {'' if has_lora else 'no '}LoRA and this recipe says otherwise")
+    if isinstance(model, PeftModel):
+        weights = load_peft_weights(str(folder), device="cpu")
+        _same_names(folder, set(get_peft_model_state_dict(model, save_embedding_layers=False)), set(weights))
+        set_peft_model_state_dict(model, weights)
+
+
+def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
+    """Attach what an adapter folder holds to its (extended) base, filled and frozen, ready to be asked."""
+    trained = load_file(folder / TRAINED_FILE) if (folder / TRAINED_FILE).is_file() else {}
+    full, lora = {tower_of(name) for name in trained}, None
+    if (folder / PEFT_CONFIG).is_file():
+        lora = LoraConfig.from_pretrained(str(folder))
+        if lora.modules_to_save:
+            full.add("added_tokens")
+    elif not trained:
+        raise UserError(f"{folder}: expected an adapter folder ({PEFT_CONFIG} or {TRAINED_FILE}), found neither")
+    wrapped = _attach(model, full, lora)
+    load_adapter_weights(wrapped, folder)
+    return wrapped.requires_grad_(False).eval()
+
+
+def _same_names(where: Path, expected: set[str], got: set[str]) -> None:
+    if expected != got:
+        missing, surplus = sorted(expected - got), sorted(got - expected)
+        raise UserError(
+            f"{where}: the adapter does not fit the model: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(surplus)} with no place {surplus[:3]}"
+        )

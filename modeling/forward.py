@@ -1,0 +1,82 @@
+"""Batch -> keyword arguments of the stock forward -> sum of token losses, the head on supervised rows only.
+
+The loss is ours because transformers 5.23 reshapes to `vocab_size` logits where IDEFICS has
+`vocab_size + additional_vocab_size`, and because TRL's fused head leaves the added rows out of the normaliser.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from modeling.attention import ImageRun
+
+IGNORED = -100
+"""The label of a token that is not supervised."""
+
+
+def packed_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of the token losses of one packed row: fp32 scalar, 0 with gradients when nothing is supervised.
+
+    `batch` is a `finetune.data.collate` Batch: input_ids, labels, position_ids, image_index int64 [1, T],
+    sequence_starts int32 [S + 1], pixel_values [N, 3, H, W] or image_features [N, latents, D].
+    The loss goes through the wrapped model's forward, so that DDP and FSDP see it.
+    """
+    positions, targets = supervised_positions(batch["labels"])
+    logits = model(**forward_arguments(model, batch), logits_to_keep=positions).logits
+    return token_losses(logits[0], targets).sum()
+
+
+def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions whose next token is supervised, those next tokens), both int64 [K]. The only shift by one.
+
+    labels [[-100, -100, 7, 9]] -> ([1, 2], [7, 9]). A sequence's first token is never supervised, so no position
+    predicts across a pack's boundary.
+    """
+    targets = labels[0, 1:]
+    positions = (targets != IGNORED).nonzero()[:, 0]
+    return positions, targets[positions]
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods in fp32 over the whole decoupled vocabulary: [K, V + added], [K] -> [K]."""
+    return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def forward_arguments(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What `IdeficsForVisionText2Text.forward` takes for a packed row, but for `logits_to_keep`."""
+    image_index, starts = batch["image_index"], batch["sequence_starts"].tolist()
+    arguments: dict[str, Any] = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        # The stock forward derives its "sees an image" gate from this mask; which image, our attention knows.
+        "image_attention_mask": (image_index >= 0).long()[..., None],
+        "use_cache": False,
+        "sequence_starts": starts,
+        "image_runs": image_runs(image_index),
+        "image_latents": model.config.perceiver_config.resampler_n_latents,
+    }
+    if "image_features" in batch:
+        # The stock forward casts pixels to the model's dtype, but not features.
+        arguments["perceiver_embeddings"] = batch["image_features"][None].to(model.dtype)
+    elif len(batch["pixel_values"]):
+        arguments["pixel_values"] = batch["pixel_values"][None]
+    else:
+        # No pixels crash the stock reshape, no features do not.
+        config = model.config
+        shape = (1, 0, config.perceiver_config.resampler_n_latents, config.vision_config.embed_dim)
+        arguments["perceiver_embeddings"] = torch.zeros(shape, dtype=model.dtype, device=image_index.device)
+    return arguments
+
+
+def image_runs(image_index: torch.Tensor) -> list[ImageRun]:
+    """Maximal runs of tokens that see the same image: [[-1, 0, 0, 1, -1]] -> [(1, 3, 0), (3, 4, 1)].
+
+    Runs may join neighbouring sequences that share an image: cross-attention has no term between tokens.
+    """
+    seen, lengths = torch.unique_consecutive(image_index[0], return_counts=True)
+    stops = lengths.cumsum(0)
+    rows = torch.stack([stops - lengths, stops, seen], dim=1).tolist()
+    return [(start, stop, image) for start, stop, image in rows if image >= 0]

@@ -1,0 +1,138 @@
+"""Checkpoint -> model, tokenizer and processor; base -> instruct (2 -> 3 added tokens); tokenizer -> disk, verified."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    IdeficsForVisionText2Text,
+    IdeficsProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from modeling.attention import PACKED
+from modeling.errors import UserError
+from modeling.shapes import RELEASED, Config, verify
+from modeling.tiny import ADDED
+
+FAKE, IMAGE, END_OF_UTTERANCE = ADDED
+
+
+@dataclass(frozen=True)
+class Instruct:
+    """A model ready to be trained or asked, with `<end_of_utterance>` as its third added token."""
+
+    model: IdeficsForVisionText2Text
+    processor: IdeficsProcessor
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.processor.tokenizer
+
+
+def read_config(base: str, *, revision: str | None = None) -> Config:
+    """The config.json of a folder or hub id, as a dict; the released models need no hub. Raises UserError."""
+    if Path(base).is_dir():
+        path = Path(base) / "config.json"
+        if not path.is_file():
+            raise UserError(f"{base}: expected a model folder with a config.json, found none")
+        return verify(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    if base in RELEASED and revision is None:
+        return RELEASED[base]
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(base, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"model.base: {base!r} is neither a folder here nor a model the hub gave: {str(error).splitlines()[0]}"
+        ) from error
+    return verify(json.loads(path.read_text(encoding="utf-8")), where=f"{base} (hub)")
+
+
+def load_instruct(base: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Instruct:
+    """Load a base or instruct IDEFICS with packed attention; a base gains `<end_of_utterance>`. Raises UserError."""
+    read_config(base, revision=revision)
+    model = IdeficsForVisionText2Text.from_pretrained(
+        base, revision=revision, dtype=dtype, attn_implementation=PACKED, use_safetensors=True
+    )
+    processor = load_processor(base, revision=revision)
+    extend_vocabulary(model, processor.tokenizer)
+    model.generation_config = generation_config(processor.tokenizer)
+    return Instruct(model.eval(), processor)
+
+
+def load_processor(base: str, *, revision: str | None = None) -> IdeficsProcessor:
+    """The stock processor, with the PIL image processor that IDEFICS was trained with, whatever is installed."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+        images = AutoImageProcessor.from_pretrained(base, revision=revision, backend="pil")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{base}: expected tokenizer and image processor files beside the weights: {str(error).splitlines()[0]}"
+        ) from error
+    return IdeficsProcessor(images, tokenizer)
+
+
+def extend_vocabulary(model: IdeficsForVisionText2Text, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A base (2 added tokens) gains `<end_of_utterance>` as the third, its rows copied from `</s>`; others stay.
+
+    Rows 0 and 1 are kept bit for bit. Never `resize_token_embeddings`: it turns the decoupled head into a plain
+    Linear and orphans the added rows. Raises UserError when tokenizer and model disagree.
+    """
+    vocab, added = model.config.vocab_size, model.config.additional_vocab_size
+    if added == 2:
+        tokenizer.add_special_tokens({"extra_special_tokens": list(ADDED)})
+        _grow(model)
+    expected = {token: vocab + index for index, token in enumerate(ADDED)}
+    actual = {token: tokenizer.convert_tokens_to_ids(token) for token in ADDED}
+    if actual != expected:
+        raise UserError(f"tokenizer and model disagree on the added tokens: expected {expected}, got {actual}")
+
+
+def _grow(model: IdeficsForVisionText2Text) -> None:
+    embeddings, head, end = model.model.embed_tokens, model.lm_head, model.config.eos_token_id
+    rows_in = torch.cat([embeddings.additional_embedding.weight, embeddings.weight[end : end + 1]]).detach()
+    rows_out = torch.cat([head.additional_fc.weight, head.weight[end : end + 1]]).detach()
+    embeddings.additional_embedding = nn.Embedding(*rows_in.shape, _weight=rows_in.clone())
+    head.additional_fc = nn.Linear(rows_out.shape[1], rows_out.shape[0], bias=False, device="meta")
+    head.additional_fc.weight = nn.Parameter(rows_out.clone())
+    embeddings.num_additional_embeddings = head.out_additional_features = len(rows_in)
+    model.config.additional_vocab_size = len(rows_in)
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Stops at `<end_of_utterance>` (and at `</s>`, where a document ends) and never writes an image token."""
+    fake, image, end = tokenizer.convert_tokens_to_ids(list(ADDED))
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=[end, tokenizer.eos_token_id],
+        suppress_tokens=[fake, image],
+    )
+
+
+def save_processor(processor: IdeficsProcessor, folder: Path) -> None:
+    """Write tokenizer and processor files that give the same ids when loaded again.
+
+    transformers 5.23 forgets LlamaTokenizer's `legacy` flag when it saves: a reloaded tokenizer would drop the space
+    it puts before the text that follows a special token. The flag is written, and the result compared.
+    """
+    tokenizer = processor.tokenizer
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    processor.save_pretrained(folder)
+    probe = f"{tokenizer.bos_token}User:{FAKE}{IMAGE}{FAKE}What is it?{END_OF_UTTERANCE}\nAssistant: A dog."
+    ours, theirs = (_encode(tokenizer, probe), _encode(AutoTokenizer.from_pretrained(folder), probe))
+    assert ours == theirs, f"the tokenizer changed when it was saved: {ours} became {theirs}"
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

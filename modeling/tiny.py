@@ -1,0 +1,67 @@
+"""Small IDEFICS models, tokenizers and processors made on the spot: for fresh shapes and for tests, offline."""
+
+import json
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForImageTextToText, IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor, LlamaTokenizer
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+from modeling.errors import UserError
+from modeling.shapes import Config
+
+CONTROL = ("<unk>", "<s>", "</s>")
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+ADDED = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
+SMALLEST_VOCABULARY = len(CONTROL) + len(BYTES) + 1
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, added: int = 2) -> LlamaTokenizer:
+    """A LLaMA-style tokenizer (BPE, byte fallback, a space before every piece) of exactly `vocab_size` + `added` ids.
+
+    Pieces never reach across a space. Ids: unk, bos, eos 0 to 2, bytes from 3, then the learnt pieces.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"vocab_size: expected at least {SMALLEST_VOCABULARY} (256 bytes and 4 more), got {vocab_size}")
+    learner = Tokenizer(BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    pieces = vocab_size - len(CONTROL) - len(BYTES)
+    learner.train_from_iterator(texts, BpeTrainer(vocab_size=pieces, show_progress=False, initial_alphabet=["▁"]))
+    learnt = [piece for piece, _ in sorted(learner.get_vocab().items(), key=lambda item: item[1])][:pieces]
+    fill = [f"<unused{index}>" for index in range(pieces - len(learnt))]
+    vocab = {piece: index for index, piece in enumerate((*CONTROL, *BYTES, *learnt, *fill))}
+    return _llama(vocab, _merges(learner, vocab), added)
+
+
+def build_processor(tokenizer: LlamaTokenizer, *, image_size: int) -> IdeficsProcessor:
+    """The stock processor over our tokenizer, with the PIL image processor that IDEFICS was trained with."""
+    return IdeficsProcessor(IdeficsImageProcessorPil(image_size=image_size), tokenizer)
+
+
+def build_model(config: Config, *, seed: int, attn_implementation: str = "sdpa") -> IdeficsForVisionText2Text:
+    """A freshly initialised model, in fp32; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(
+            IdeficsConfig(**config), attn_implementation=attn_implementation, dtype=torch.float32
+        )
+    return model.eval()
+
+
+def _merges(learner: Tokenizer, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    return [(left, right) for left, right in merges if left in vocab and right in vocab and left + right in vocab]
+
+
+def _llama(vocab: dict[str, int], merges: list[tuple[str, str]], added: int) -> LlamaTokenizer:
+    return LlamaTokenizer(
+        vocab=vocab,
+        merges=merges,
+        legacy=True,
+        pad_token="<unk>",
+        extra_special_tokens=list(ADDED[:added]),
+        padding_side="left",
+    )

@@ -1,0 +1,77 @@
+"""Parameter and module paths of IDEFICS -> tower names. The only file that spells module paths.
+
+Every parameter of `IdeficsForVisionText2Text` belongs to exactly one tower:
+
+    vision               CLIP ViT                      frozen | lora | full
+    resampler            perceiver resampler           frozen | lora | full
+    cross_attention      gated blocks, less the gates  frozen | lora | full
+    decoder              LLaMA layers and final norm   frozen | lora | full
+    gates                alpha_cross_attn, alpha_dense frozen | full
+    added_tokens         the 2 or 3 decoupled rows     frozen | full
+    embeddings_and_head  the 32,000 rows, both sides   frozen | full
+"""
+
+import re
+from collections.abc import Iterable
+
+LORA_TOWERS = ("vision", "resampler", "cross_attention", "decoder")
+TOWERS = (*LORA_TOWERS, "gates", "added_tokens", "embeddings_and_head")
+
+GATES = ("alpha_cross_attn", "alpha_dense")
+"""Attributes of a gated cross-attention block."""
+
+ADDED_ROWS = ("additional_embedding", "additional_fc")
+"""Modules holding the rows of the added tokens: input side, output side."""
+
+_PARAMETERS = {
+    "gates": r"model\.gated_cross_attn_layers\.\d+\.(alpha_cross_attn|alpha_dense)",
+    "added_tokens": r"(model\.embed_tokens\.additional_embedding|lm_head\.additional_fc)\.weight",
+    "embeddings_and_head": r"(model\.embed_tokens|lm_head)\.weight",
+    "vision": r"model\.vision_model\..+",
+    "resampler": r"model\.perceiver_resampler\..+",
+    "cross_attention": r"model\.gated_cross_attn_layers\..+",
+    "decoder": r"model\.(layers\..+|norm\.weight)",
+}
+
+# A bare suffix such as "q_proj" hits all four towers, so every LoRA target is spelt in full.
+_LINEARS = {
+    "vision": r"model\.vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
+    "resampler": r"model\.perceiver_resampler\.blocks\.\d+\.(0\.(q|k|v|output)_proj|1\.(fc|c_proj))",
+    "cross_attention": r"model\.gated_cross_attn_layers\.\d+\.(cross_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
+    "decoder": r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
+}
+
+# What PEFT adds to a stock name: its two outer modules, and the wrappers of LoRA and of modules_to_save.
+_PEFT = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|(modules_to_save|lora_\w+)\.[^.]+)(?=\.)")
+
+
+def stock_name(parameter: str) -> str:
+    """The name a parameter has in the plain model; a LoRA factor has the name of the weight it adapts.
+
+    `base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight` -> `model.layers.0.mlp.up_proj.weight`
+    """
+    return _PEFT.sub("", parameter)
+
+
+def is_lora(parameter: str) -> bool:
+    return ".lora_" in parameter
+
+
+def tower_of(parameter: str) -> str:
+    """The tower of a stock parameter name. Raises KeyError for a name IDEFICS does not have."""
+    for tower, pattern in _PARAMETERS.items():
+        if re.fullmatch(pattern, parameter):
+            return tower
+    raise KeyError(f"{parameter!r} is not a parameter of IDEFICS")
+
+
+def lora_pattern(towers: Iterable[str]) -> str:
+    """One pattern for PEFT's `target_modules`, which matches a string in full: exactly these towers' linear layers."""
+    return "|".join(f"({_LINEARS[tower]})" for tower in towers)
+
+
+def no_decay(parameter: str) -> bool:
+    """Whether weight decay would pull at a scale or an offset: norms, biases, gates, latents, positions, added rows."""
+    return tower_of(parameter) in ("gates", "added_tokens") or bool(
+        re.search(r"norm\w*\.weight$|\.ln\.weight$|\.bias$|\.latents$|class_embedding$|position_embedding", parameter)
+    )
