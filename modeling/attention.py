@@ -15,6 +15,7 @@ N images, L latents of an image.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def _attend_sequences(
             is_causal=True,
             scale=scaling,
         )
-        for start, stop in zip(starts[:-1], starts[1:], strict=True)
+        for start, stop in pairwise(starts)
     ]
     return torch.cat(outputs, dim=2)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from modeling.attention import ImageRun
 
@@ -17,15 +18,16 @@ IGNORED = -100
 """The label of a token that is not supervised."""
 
 
-def packed_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def packed_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], *, config: IdeficsConfig) -> torch.Tensor:
     """Sum of the token losses of one packed row: fp32 scalar, 0 with gradients when nothing is supervised.
 
-    `batch` is a `finetune.data.collate` Batch: input_ids, labels, position_ids, image_index int64 [1, T],
-    sequence_starts int32 [S + 1], pixel_values [N, 3, H, W] or image_features [N, latents, D].
+    `model` may be wrapped by PEFT, DDP or FSDP; `config` is the plain model's. `batch` holds input_ids, labels,
+    position_ids, image_index int64 [1, T], sequence_starts int32 [S + 1], and pixel_values [N, 3, H, W] or
+    image_features [N, latents, D] in the model's dtype.
     The loss goes through the wrapped model's forward, so that DDP and FSDP see it.
     """
     positions, targets = supervised_positions(batch["labels"])
-    logits = model(**forward_arguments(model, batch), logits_to_keep=positions).logits
+    logits = model(**forward_arguments(batch, config), logits_to_keep=positions).logits
     return token_losses(logits[0], targets).sum()
 
 
@@ -45,7 +47,7 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.float(), targets, reduction="none")
 
 
-def forward_arguments(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def forward_arguments(batch: Mapping[str, torch.Tensor], config: IdeficsConfig) -> dict[str, Any]:
     """What `IdeficsForVisionText2Text.forward` takes for a packed row, but for `logits_to_keep`."""
     image_index, starts = batch["image_index"], batch["sequence_starts"].tolist()
     arguments: dict[str, Any] = {
@@ -56,18 +58,16 @@ def forward_arguments(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> di
         "use_cache": False,
         "sequence_starts": starts,
         "image_runs": image_runs(image_index),
-        "image_latents": model.config.perceiver_config.resampler_n_latents,
+        "image_latents": config.perceiver_config.resampler_n_latents,
     }
     if "image_features" in batch:
-        # The stock forward casts pixels to the model's dtype, but not features.
-        arguments["perceiver_embeddings"] = batch["image_features"][None].to(model.dtype)
+        arguments["perceiver_embeddings"] = batch["image_features"][None]
     elif len(batch["pixel_values"]):
         arguments["pixel_values"] = batch["pixel_values"][None]
     else:
         # No pixels crash the stock reshape, no features do not.
-        config = model.config
         shape = (1, 0, config.perceiver_config.resampler_n_latents, config.vision_config.embed_dim)
-        arguments["perceiver_embeddings"] = torch.zeros(shape, dtype=model.dtype, device=image_index.device)
+        arguments["perceiver_embeddings"] = batch["pixel_values"].new_zeros(shape, dtype=config.dtype)
     return arguments
 
 
@@ -80,3 +80,9 @@ def image_runs(image_index: torch.Tensor) -> list[ImageRun]:
     stops = lengths.cumsum(0)
     rows = torch.stack([stops - lengths, stops, seen], dim=1).tolist()
     return [(start, stop, image) for start, stop, image in rows if image >= 0]
+
+
+def image_features(model: IdeficsForVisionText2Text, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Vision tower and resampler, once per image: [N, 3, H, W] -> [N, latents, D], in the model's dtype."""
+    hidden = model.model.vision_model(pixel_values=pixel_values.to(model.dtype)).last_hidden_state
+    return model.model.perceiver_resampler(hidden)

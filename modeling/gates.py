@@ -61,4 +61,3 @@ def hold_added_rows_in_fp32(model: nn.Module) -> None:
     added = AddedHead(head.in_features, head.out_features, bias=False, device="meta")
     added.weight = nn.Parameter(head.weight.data.float())
     model.lm_head.additional_fc = added
-

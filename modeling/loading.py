@@ -1,6 +1,5 @@
 """Checkpoint -> model, tokenizer and processor; base -> instruct (2 -> 3 added tokens); tokenizer -> disk, verified."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import (
 
 from modeling.attention import PACKED
 from modeling.errors import UserError
-from modeling.shapes import RELEASED, Config, verify
+from modeling.shapes import read_config
 from modeling.tiny import ADDED
 
 FAKE, IMAGE, END_OF_UTTERANCE = ADDED
@@ -34,27 +33,6 @@ class Instruct:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.processor.tokenizer
-
-
-def read_config(base: str, *, revision: str | None = None) -> Config:
-    """The config.json of a folder or hub id, as a dict; the released models need no hub. Raises UserError."""
-    if Path(base).is_dir():
-        path = Path(base) / "config.json"
-        if not path.is_file():
-            raise UserError(f"{base}: expected a model folder with a config.json, found none")
-        return verify(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-    if base in RELEASED and revision is None:
-        return RELEASED[base]
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        path = Path(hf_hub_download(base, "config.json", revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"model.base: {base!r} is neither a folder here nor a model the hub gave: {str(error).splitlines()[0]}"
-        ) from error
-    return verify(json.loads(path.read_text(encoding="utf-8")), where=f"{base} (hub)")
 
 
 def load_instruct(base: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Instruct:
@@ -87,14 +65,19 @@ def extend_vocabulary(model: IdeficsForVisionText2Text, tokenizer: PreTrainedTok
     Rows 0 and 1 are kept bit for bit. Never `resize_token_embeddings`: it turns the decoupled head into a plain
     Linear and orphans the added rows. Raises UserError when tokenizer and model disagree.
     """
-    vocab, added = model.config.vocab_size, model.config.additional_vocab_size
-    if added == 2:
-        tokenizer.add_special_tokens({"extra_special_tokens": list(ADDED)})
+    if model.config.additional_vocab_size == 2:
         _grow(model)
-    expected = {token: vocab + index for index, token in enumerate(ADDED)}
-    actual = {token: tokenizer.convert_tokens_to_ids(token) for token in ADDED}
+    extend_tokenizer(tokenizer)
+    expected = [model.config.vocab_size + index for index in range(len(ADDED))]
+    actual = tokenizer.convert_tokens_to_ids(list(ADDED))
     if actual != expected:
-        raise UserError(f"tokenizer and model disagree on the added tokens: expected {expected}, got {actual}")
+        raise UserError(f"tokenizer and model disagree on the ids of {', '.join(ADDED)}: {actual}, not {expected}")
+
+
+def extend_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A base's tokenizer gains `<end_of_utterance>`; an instruct one has it."""
+    if tokenizer.convert_tokens_to_ids(END_OF_UTTERANCE) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"extra_special_tokens": list(ADDED)})
 
 
 def _grow(model: IdeficsForVisionText2Text) -> None:

@@ -3,8 +3,11 @@
 The published values are those of the released config.json files (HuggingFaceM4/idefics-9b and -80b).
 """
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from modeling.errors import UserError
@@ -122,6 +125,27 @@ def stand_in(config: Config) -> Config:
     }
 
 
+def read_config(base: str, *, revision: str | None = None) -> Config:
+    """The config.json of a folder or hub id, as a dict; the released models need no hub. Raises UserError."""
+    if Path(base).is_dir():
+        path = Path(base) / "config.json"
+        if not path.is_file():
+            raise UserError(f"{base}: expected a model folder with a config.json, found none")
+        return verify(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    if base in RELEASED and revision is None:
+        return RELEASED[base]
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(hf_hub_download(base, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"model.base: {base!r} is neither a folder here nor a model the hub gave: {str(error).splitlines()[0]}"
+        ) from error
+    return verify(json.loads(path.read_text(encoding="utf-8")), where=f"{base} (hub)")
+
+
 def verify(config: Config, *, where: str) -> Config:
     """`config` if it is that of an IDEFICS this project can train. Raises UserError."""
     model_type = config.get("model_type", "idefics")
@@ -153,8 +177,6 @@ def count_parameters(config: Config) -> dict[str, int]:
 
 def count_lora(config: Config, towers: tuple[str, ...], rank: int) -> tuple[int, int]:
     """(linear layers, LoRA parameters) when every linear layer of `towers` gets factors of one rank."""
-    import re
-
     pattern = lora_pattern(towers)
     matrices = [
         shape

@@ -7,7 +7,13 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForImageTextToText, IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor, LlamaTokenizer
+from transformers import (
+    AutoModelForImageTextToText,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    IdeficsProcessor,
+    LlamaTokenizer,
+)
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from modeling.errors import UserError
@@ -61,7 +67,7 @@ def _llama(vocab: dict[str, int], merges: list[tuple[str, str]], added: int) -> 
         vocab=vocab,
         merges=merges,
         legacy=True,
-        pad_token="<unk>",
+        pad_token=CONTROL[0],
         extra_special_tokens=list(ADDED[:added]),
         padding_side="left",
     )

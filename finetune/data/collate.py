@@ -88,7 +88,9 @@ class RowCollator:
     def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
         """`features` is one `{"row": number}`: a micro-batch is one pack."""
         (feature,) = features
-        row = self.rows[feature["row"]]
+        return self.batch(self.rows[feature["row"]])
+
+    def batch(self, row: Row) -> Batch:
         return collate(
             [self.examples[index] for index in row.examples],
             [self.image_ids[index] for index in row.examples],

@@ -13,8 +13,10 @@ import PIL.ImageOps
 
 from finetune.data.dialogue import Image, RecordError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Plain raster formats. Pillow has others that start programs (EPS) or parse far more than pixels."""
+
+PIL.Image.init()  # Pillow finds its decoders lazily, and fails on a restricted list before it has
 
 MAX_PIXELS = 89_478_485
 """Pillow's own threshold for a decompression bomb: a quarter of a gigabyte in RGB."""
@@ -75,7 +77,11 @@ class Preprocessing:
         return cls(size, tuple(processor.image_mean), tuple(processor.image_std), processor.rescale_factor)
 
     def pixels(
-        self, image: PIL.Image.Image, *, augmentation: Augmentation | None = None, rng: np.random.Generator | None = None
+        self,
+        image: PIL.Image.Image,
+        *,
+        augmentation: Augmentation | None = None,
+        rng: np.random.Generator | None = None,
     ) -> np.ndarray:
         """float32 [3, H, W]. With `augmentation`, `rng` decides."""
         height, width = self.size

@@ -1,56 +1,53 @@
 """Lengths -> packs under two budgets, tokens and images. Pure integers; packs are a function of the lengths' order."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 
 def pack(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_images: int) -> list[list[int]]:
-    """Best-fit-decreasing: longest first, each into the fullest row that still has room for it.
+    """Best-fit-decreasing: largest first, each into the row that will have the fewest tokens to spare.
 
     tokens (5, 3, 4), images (1, 0, 1), row_tokens 8, row_images 1 -> [[0, 1], [2]]
 
-    A row's room is an integer up to `row_tokens`, so the rows with a given room are a list and the rooms in use are
-    the bits of one integer: finding the fullest fitting row is a shift and a lowest set bit. Raises ValueError for a
-    sequence that no row can hold.
+    Size is the larger share of the two budgets. Room for tokens is an integer up to `row_tokens`, so the rooms in use
+    among the rows that can take so many images are the bits of one integer, and the best fit is a shift and a lowest
+    set bit. Raises ValueError for a sequence that no row can hold.
     """
     rows: list[list[int]] = []
-    room_for_images: list[int] = []
-    rows_by_room: list[list[int]] = [[] for _ in range(row_tokens + 1)]
-    rooms = 0
-    for index in sorted(range(len(tokens)), key=lambda index: -tokens[index]):
+    rooms = [0] * (row_images + 1)  # for each room for images: the set of rooms for tokens, as bits
+    rows_with: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+
+    def size(index: int) -> float:
+        return max(tokens[index] / row_tokens, images[index] / row_images if row_images else 0)
+
+    for index in sorted(range(len(tokens)), key=size, reverse=True):
         length, pictures = tokens[index], images[index]
         if length > row_tokens or pictures > row_images:
             raise ValueError(f"sequence {index}: {length} tokens, {pictures} images; {row_tokens}, {row_images} fit")
-        room, row = _fullest_fit(rooms, rows_by_room, room_for_images, length, pictures)
-        if row < 0:
-            room, row = row_tokens, len(rows)
+        room, image_room = _best_fit(rooms, length, pictures, row_tokens)
+        if room < 0:
+            room, image_room, row = row_tokens, row_images, len(rows)
             rows.append([])
-            room_for_images.append(row_images)
         else:
-            rows_by_room[room].remove(row)
-            if not rows_by_room[room]:
-                rooms &= ~(1 << room)
+            row = rows_with[room, image_room].pop()
+            if not rows_with[room, image_room]:
+                rooms[image_room] &= ~(1 << room)
         rows[row].append(index)
-        room_for_images[row] -= pictures
-        rows_by_room[room - length].append(row)
-        rooms |= 1 << (room - length)
+        room, image_room = room - length, image_room - pictures
+        rows_with[room, image_room].append(row)
+        rooms[image_room] |= 1 << room
     return rows
 
 
-_LOOKS = 4
-"""Rows of one room looked at for room for images: a bound, so that a million sequences take seconds."""
-
-
-def _fullest_fit(
-    rooms: int, rows_by_room: list[list[int]], room_for_images: list[int], length: int, pictures: int
-) -> tuple[int, int]:
-    """(room, row) of the fullest row with room for both, or (0, -1)."""
-    candidates = rooms >> length
-    room = length - 1
-    while candidates:
-        step = (candidates & -candidates).bit_length()
-        room += step
-        candidates >>= step
-        for row in rows_by_room[room][-1 : -_LOOKS - 1 : -1]:
-            if room_for_images[row] >= pictures:
-                return room, row
-    return 0, -1
+def _best_fit(rooms: Sequence[int], length: int, pictures: int, row_tokens: int) -> tuple[int, int]:
+    """(room for tokens, room for images) of the fullest row with room for both; (-1, -1) if there is none."""
+    best, chosen = row_tokens + 1, -1
+    for image_room in range(pictures, len(rooms)):
+        fitting = rooms[image_room] >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            if room < best:
+                best, chosen = room, image_room
+                if room == length:
+                    break
+    return (best, chosen) if chosen >= 0 else (-1, -1)

@@ -60,7 +60,7 @@ def build_schedule(
     epochs: int | None = None,
     steps: int | None = None,
 ) -> list[Row]:
-    """All rows of the run, a multiple of `packs_per_step`: so many `epochs`, or so many `steps` of as many as needed."""
+    """All rows of the run, a multiple of `packs_per_step`: so many `epochs`, or so many `steps`."""
 
     def one_epoch(epoch: int) -> list[Row]:
         drawn = draw_epoch(sizes, draws, seed=seed, epoch=epoch)

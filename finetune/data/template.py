@@ -75,7 +75,8 @@ class _Writer:
     def text(self, text: str, *, supervised: bool = False) -> None:
         if not text:
             return
-        before, spans = "", ()
+        before: str = ""
+        spans: tuple[tuple[int, int], ...] = ()
         if isinstance(self.pieces[-1], Text):
             last = self.pieces.pop()
             assert isinstance(last, Text)

@@ -57,7 +57,8 @@ def tokenize(rendered: Rendered, tokenizer: Any) -> Example:
     input_ids = np.array(ids, dtype=np.int64)
     image_index = (input_ids == specials[IMAGE]).cumsum() - 1
     example = Example(input_ids, np.array(labels, dtype=np.int64), image_index)
-    assert len(labels) == len(ids) and labels[0] == IGNORED
+    assert len(labels) == len(ids)
+    assert labels[0] == IGNORED
     assert image_index[-1] + 1 == len(rendered.images)
     return example
 

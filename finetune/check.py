@@ -1,0 +1,119 @@
+"""Recipe -> what it would do: first records of every source, the model's config, what is trained. No torch."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.panel import Panel
+from rich.text import Text
+
+from finetune.data.dialogue import Dialogue, RecordError
+from finetune.data.images import open_image
+from finetune.data.sources import FORMATS
+from finetune.data.sources.files import ImageRoot
+from finetune.data.template import Special, render
+from finetune.progress import console, table
+from finetune.recipe import Recipe, Source
+from modeling.errors import UserError
+from modeling.shapes import SHAPES, Config, count_lora, count_parameters, read_config
+from modeling.towers import TOWERS
+
+FIRST_RECORDS = 20
+
+
+def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
+    """Read what can be read in seconds. Raises UserError if a source has no usable record among its first ones."""
+    config = _config(recipe)
+    towers = _towers(config, recipe)
+    sources, first = [], None
+    for source in (*recipe.data.sources, *recipe.data.eval_sources):
+        report, dialogue = _first_records(source)
+        first = first or dialogue
+        sources.append(report)
+    result = {"model": recipe.model.base or f"init: {recipe.model.init}", "towers": towers, "sources": sources}
+    if show:
+        _show(result, first)
+    bad = [report for report in sources if not report["usable"]]
+    if bad:
+        raise UserError(
+            "\n".join(
+                f"{report['source']}: none of the first {report['read']} records is usable: {report['rejected']}"
+                for report in bad
+            )
+        )
+    return result
+
+
+def _config(recipe: Recipe) -> Config:
+    model = recipe.model
+    if model.init:
+        return SHAPES[model.init]
+    assert model.base
+    config = read_config(model.base, revision=model.revision)
+    folder = Path(model.base)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: expected safetensors weights, found none")
+    if model.continue_from and not Path(model.continue_from).is_dir():
+        raise UserError(f"model.continue_from: {model.continue_from}: no such adapter folder")
+    return config
+
+
+def _towers(config: Config, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    sizes = count_parameters({**config, "additional_vocab_size": 3})
+    towers = {}
+    for tower in TOWERS:
+        mode = recipe.model.modes[tower]
+        trained = sizes[tower] if mode == "full" else 0
+        if mode == "lora":
+            trained = count_lora(config, (tower,), recipe.adapter.rank)[1]
+        towers[tower] = {"mode": mode, "parameters": sizes[tower], "trained": trained}
+    return towers
+
+
+def _first_records(source: Source) -> tuple[dict[str, Any], Dialogue | None]:
+    family, path = FORMATS[source.format], Path(source.path) if source.path else None
+    root = ImageRoot(Path(source.image_root) if source.image_root else path.parent if path else Path())
+    report: dict[str, Any] = {"source": source.path or source.format, "split": source.split, "read": 0, "usable": 0}
+    rejected: list[str] = []
+    first = None
+    for place, record in islice(family.read(path, source.split), FIRST_RECORDS):
+        report["read"] += 1
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            dialogue = family.convert(record, root)
+            for image in dialogue.images:
+                open_image(image)
+        except RecordError as error:
+            rejected.append(f"{place}: {error}")
+            continue
+        report["usable"] += 1
+        first = first or dialogue
+    return {**report, "rejected": rejected}, first
+
+
+def _show(result: dict[str, Any], first: Dialogue | None) -> None:
+    towers = [(tower, *values.values()) for tower, values in result["towers"].items()]
+    total = [sum(values[key] for values in result["towers"].values()) for key in ("parameters", "trained")]
+    columns = ("tower", "mode", "parameters", "trained")
+    console.print(table(f"model: {result['model']}", columns, [*towers, ("total", "", *total)]))
+    for report in result["sources"]:
+        title = f"{report['source']} [{report['split']}]: {report['usable']} of the first {report['read']} usable"
+        console.print(Text(title, style="green" if report["usable"] else "red"))
+        for line in report["rejected"]:
+            console.print(Text(f"  {line}", style="yellow"))
+    if first:
+        console.print(Panel(_coloured(first), title="the first dialogue; trained on: green", title_align="left"))
+
+
+def _coloured(dialogue: Dialogue) -> Text:
+    text = Text()
+    for piece in render(dialogue).pieces:
+        if isinstance(piece, Special):
+            text.append(piece.name, style="green" if piece.supervised else "dim")
+        else:
+            start = len(text)
+            text.append(piece.text)
+            for first, last in piece.supervised:
+                text.stylize("green", start + first, start + last)
+    return text

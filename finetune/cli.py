@@ -1,0 +1,125 @@
+"""The command `finetune`: one verb per stage. Imports torch only inside a verb that needs it."""
+
+import errno
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from modeling.errors import UserError
+
+app = typer.Typer(
+    help="Instruction fine-tuning for IDEFICS: a recipe in, a merged instruct model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: training.steps=10", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
+
+
+@app.command(epilog="Example: `finetune check recipes/quickstart.yaml`")
+def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Read the recipe, the first records of every source and the model's config: seconds, no torch."""
+    from finetune.check import check as check_recipe
+    from finetune.recipe import load_recipe
+
+    def work() -> dict[str, Any]:
+        return check_recipe(load_recipe(recipe, overrides), show=not as_json)
+
+    _finish(_guarded(work), as_json)
+
+
+@app.command(epilog="Example: `finetune run recipes/quickstart.yaml training.steps=50`")
+def run(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Prepare, train, evaluate and merge, as far as the recipe asks. Interrupted, the same command goes on."""
+    _stages(recipe, overrides, as_json, None)
+
+
+@app.command(epilog="Example: `finetune train recipes/quickstart.yaml`")
+def train(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the adapter of a recipe; interrupted, go on from the last checkpoint."""
+    _stages(recipe, overrides, as_json, "train")
+
+
+@app.command(epilog="Example: `finetune evaluate recipes/quickstart.yaml`")
+def evaluate(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Ask the base and the tuned model the held-out questions."""
+    _stages(recipe, overrides, as_json, "evaluate")
+
+
+@app.command(epilog="Example: `finetune merge recipes/quickstart.yaml`")
+def merge(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Write base + adapter as a standalone model, and prove that it is the same."""
+    _stages(recipe, overrides, as_json, "merge")
+
+
+def _stages(recipe: Path, overrides: list[str] | None, as_json: bool, stage: str | None) -> None:
+    from finetune.recipe import load_recipe
+
+    def work() -> dict[str, Any]:
+        loaded = load_recipe(recipe, overrides)
+        _quiet()
+        from finetune.run import Run, show, stages_of
+
+        result = Run(loaded).do(*((stage,) if stage else stages_of(loaded)))
+        if not as_json:
+            show(loaded, result)
+        return result
+
+    _finish(_guarded(work), as_json)
+
+
+def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do the work; a user's mistake ends with its message and status 1, an interruption with 130."""
+    try:
+        return work()
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(
+            f"{error.filename or 'writing'}: {error.strerror}; what is complete is kept, and the same command goes on"
+        )
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last checkpoint", status=130)
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    from rich.text import Text
+
+    from finetune.progress import console
+
+    console.print(Text(message, style="red"))
+    raise typer.Exit(status)
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        json.dump(result, sys.stdout, indent=2, ensure_ascii=False)
+        sys.stdout.write("\n")
+
+
+def _quiet() -> None:
+    """Keep the libraries' notices out of our output; their errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "transformers", "trl", "accelerate", "datasets", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(peft|trl|transformers|torch|accelerate)\b.*")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,30 @@
+"""Dataset record -> Dialogue: one small function per dataset family, and the reader that finds its records."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.data.dialogue import Dialogue, RecordError
+from finetune.data.sources import easy_vqa, messages
+from finetune.data.sources.files import ImageRoot, read_jsonl
+
+Record = tuple[str, dict[str, Any] | RecordError]
+"""(place, what stood there): a place is "file:line" or the like; a line that is no record is an error to be counted."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a dataset family is read and converted."""
+
+    read: Callable[[Path | None, str], Iterator[Record]]
+    """(path, split) -> records, in a stable order."""
+    convert: Callable[[dict[str, Any], ImageRoot], Dialogue]
+    """Raises RecordError."""
+    needs_path: bool = True
+
+
+FORMATS = {
+    "messages": Format(read_jsonl, messages.convert),
+    "easy_vqa": Format(easy_vqa.read, easy_vqa.convert, needs_path=False),
+}

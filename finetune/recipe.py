@@ -1,0 +1,362 @@
+"""recipe.yaml + key=value overrides -> Recipe. All errors at once, each with its place, what was got and expected."""
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from modeling.errors import UserError
+
+Mode = Literal["frozen", "lora", "full"]
+Switch = Literal["frozen", "full"]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: a key nobody asked for is an error, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Section):
+    """Where the run starts, and what it trains."""
+
+    base: str | None = None
+    """Folder or hub id of a base or instruct IDEFICS."""
+    init: Literal["tiny", "idefics-9b", "idefics-80b"] | None = None
+    """Instead of `base`: a shape, for a fresh one with a vocabulary learnt from the recipe's own texts."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of what is not trained; auto: bf16 where the hardware has it, else fp32."""
+    vision: Mode = "frozen"
+    resampler: Mode = "frozen"
+    cross_attention: Mode = "lora"
+    decoder: Mode = "lora"
+    gates: Switch = "full"
+    added_tokens: Switch = "full"
+    embeddings_and_head: Switch = "frozen"
+    continue_from: str | None = None
+    """An adapter folder made earlier, trained on from where it stands."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if (self.base is None) == (self.init is None):
+            got = "both" if self.base else "neither"
+            raise ValueError(f"expected either base (a folder or hub id) or init (a shape), got {got}")
+        if self.init and self.revision:
+            raise ValueError("revision belongs to a base on the hub, and init makes a fresh model")
+        if self.init and self.continue_from:
+            raise ValueError("continue_from needs the base its adapter was made for, and init makes a fresh model")
+        if all(mode == "frozen" for mode in self.modes.values()):
+            raise ValueError("everything is frozen: expected at least one tower to be lora or full")
+        return self
+
+    @property
+    def modes(self) -> dict[str, str]:
+        towers = ("vision", "resampler", "cross_attention", "decoder", "gates", "added_tokens", "embeddings_and_head")
+        return {tower: getattr(self, tower) for tower in towers}
+
+
+LORA_FIELDS = (
+    *("bias", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "megatron_config", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "use_dora", "velora_config", "alora_invocation_tokens", "use_qalora"),
+    *("qalora_group_size", "monteclora_config", "layer_replication", "runtime_config", "lora_bias"),
+    *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying", "exclude_modules"),
+    *("fan_in_fan_out",),
+)
+"""Fields of peft.LoraConfig a recipe may set: a literal, because importing peft takes seconds. A test compares."""
+
+
+class Adapter(BaseModel):
+    """LoRA. Any other field of `peft.LoraConfig` is passed through to it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Share = 0.0
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> Self:
+        ours = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+        ours |= dict.fromkeys(("target_modules", "modules_to_save"), "the towers under model")
+        for key in self.model_extra or {}:
+            if key in ours:
+                raise ValueError(f"{key} is set by {ours[key]}")
+            if key not in LORA_FIELDS:
+                near = difflib.get_close_matches(key, ("rank", "alpha", "dropout", *LORA_FIELDS), n=1)
+                raise ValueError(f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
+        return self
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """Arguments of `peft.LoraConfig`."""
+        return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **(self.model_extra or {})}
+
+
+class Source(Section):
+    """Where records come from; paths are relative to the recipe's folder."""
+
+    format: Literal["messages", "easy_vqa"]
+    path: str | None = None
+    image_root: str | None = None
+    """Folder the records' image paths are relative to, and may not leave; without it, the data file's own."""
+    split: str = "train"
+    weight: Rate | None = None
+    """Sampling ratio among the sources that have one; without weights each example is drawn once an epoch."""
+    limit: Positive | None = None
+    """Take only the first so many records."""
+    turns: Positive = 1
+    """Join questions about one image into dialogues of at most so many question-answer turns."""
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> Self:
+        if self.format != "easy_vqa" and self.path is None:
+            raise ValueError(f"format {self.format} needs a path")
+        return self
+
+
+class Augment(Section):
+    """Random changes to training images."""
+
+    flip: bool = False
+    """Mirror left to right, by a coin."""
+    shift: Annotated[int, Field(ge=0)] = 0
+    """Move by up to so many pixels of the model's input, each way."""
+
+
+class Data(Section):
+    """What is trained on, and what is held out."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    eval_sources: list[Source] = []
+    """Held-out data that comes as its own split or file."""
+    eval_split: Share = 0.0
+    """Without `eval_sources`: the share of the examples to hold out, no image on both sides."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest dialogue in tokens; a longer one is rejected and counted."""
+    augment: Augment = Augment()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.eval_sources and self.eval_split:
+            raise ValueError("expected eval_sources or eval_split, got both")
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError(f"expected a weight for every source or for none, got {sum(weighted)} of {len(weighted)}")
+        return self
+
+
+class Training(Section):
+    """How long, how much at once, and how fast."""
+
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    row_tokens: Positive = 2048
+    """Most tokens of one packed row, the micro-batch."""
+    row_images: Positive = 16
+    """Most distinct images of one packed row."""
+    tokens_per_step: Positive = 16384
+    """Tokens of one optimiser step: round(tokens_per_step / row_tokens) rows, over all processes."""
+    learning_rate: Rate = 2e-4
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    gates_learning_rate: Rate | None = None
+    added_tokens_learning_rate: Rate | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every: Positive | None = None
+    """Steps between checkpoints; without it, one at the end of training."""
+    evaluate_every: Positive | None = None
+    """Steps between held-out losses; the best checkpoint is kept and becomes the adapter."""
+    early_stop: Positive | None = None
+    """Stop after so many held-out losses without a better one."""
+    trackers: list[str] = []
+    """The trainer's own: tensorboard, wandb, trackio, mlflow, ..."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"expected either epochs or steps, got {'both' if self.epochs else 'neither'}")
+        if self.early_stop and not self.evaluate_every:
+            raise ValueError("early_stop needs evaluate_every")
+        if self.schedule != "constant" and self.final_learning_rate >= self.learning_rate:
+            raise ValueError(f"final_learning_rate must be below learning_rate ({self.learning_rate:g})")
+        if self.schedule == "constant" and self.final_learning_rate:
+            raise ValueError("final_learning_rate needs schedule: linear or cosine")
+        if self.evaluate_every and self.checkpoint_every and self.checkpoint_every % self.evaluate_every:
+            raise ValueError("checkpoint_every must be a multiple of evaluate_every, so that the best is a checkpoint")
+        return self
+
+    @property
+    def packs_per_step(self) -> int:
+        return max(1, round(self.tokens_per_step / self.row_tokens))
+
+
+class Evaluation(Section):
+    """Asking the base and the tuned model the held-out questions."""
+
+    max_new_tokens: Positive = 64
+    limit: Positive | None = None
+    """Ask only so many questions, drawn by the seed."""
+    batch_size: Positive = 32
+
+
+class Recipe(Section):
+    """One run, from data to merged model."""
+
+    model: Model
+    adapter: Adapter = Adapter()
+    data: Data
+    training: Training
+    evaluation: Evaluation | None = None
+    """Leave out to skip this stage."""
+    merge: bool = True
+    output: str
+    """The run folder, relative to where the command is given."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.data.max_length > self.training.row_tokens:
+            raise ValueError(
+                f"data.max_length ({self.data.max_length}) must not exceed training.row_tokens "
+                f"({self.training.row_tokens}): a dialogue is never cut"
+            )
+        held_out = self.data.eval_sources or self.data.eval_split
+        if not held_out and (self.evaluation or self.training.evaluate_every):
+            asker = "evaluation" if self.evaluation else "training.evaluate_every"
+            raise ValueError(f"{asker} needs held-out data: set data.eval_sources or data.eval_split")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe; `overrides` are "section.key=value" with YAML values. Raises UserError with every error found."""
+    document = _read_yaml(path)
+    problems = [problem for override in overrides or [] if (problem := _apply(document, override))]
+    document.setdefault("output", f"runs/{path.stem}")
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        problems += [_explain(details) for details in error.errors()]
+    if problems:
+        count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
+        raise UserError("\n".join([f"{path}: {count}", *(f"  {problem}" for problem in problems)]))
+    return _anchor(recipe, path.resolve().parent)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+        raise UserError(f"{path}: no such recipe" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: expected a mapping (model:, data:, training: ...), got {type(document).__name__}")
+    return document
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose second mention of a key is an error, not a silent replacement."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(document: dict[str, Any], override: str) -> str | None:
+    """Set one "section.key=value" in place; an index selects from a list. Returns what is wrong, if anything."""
+    keys, equals, value = override.partition("=")
+    if not equals or not keys:
+        return f"{override!r}: expected key=value, such as training.steps=10"
+    *parents, last = keys.split(".")
+    place: Any = document
+    try:
+        for key in parents:
+            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+    except (ValueError, IndexError, TypeError, AttributeError):
+        return f"{override!r}: the recipe has no {keys} to set"
+    except yaml.YAMLError:
+        return f"{override!r}: the value is not YAML"
+    return None
+
+
+def _explain(details: ErrorDetails) -> str:
+    """One error of pydantic's as "key path: what was expected, what was got, the nearest valid key"."""
+    location = ".".join(str(part) for part in details["loc"]) or "recipe"
+    kind, message = details["type"], details["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        key, known = str(details["loc"][-1]), _keys_at(details["loc"][:-1])
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        return f"{location}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{location}: missing"
+    if kind == "value_error":
+        return f"{location}: {message}"
+    got = details["input"]
+    near = difflib.get_close_matches(str(got), str(details.get("ctx", {}).get("expected", "")).split("'")[1::2], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{location}: {message[0].lower()}{message[1:]}, got {got!r:.80} ({type(got).__name__}){hint}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys a recipe may have at a place: () -> model, adapter, ...; ("data", "sources", 0) -> format, path, ..."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, Annotated):
+        return next((found for inner in typing.get_args(annotation) if (found := _section_in(inner))), None)
+    return None
+
+
+def _anchor(recipe: Recipe, folder: Path) -> Recipe:
+    """Make paths (data, and a base or adapter that is a folder) absolute: relative ones mean the recipe's folder."""
+
+    def anchored(path: str | None) -> str | None:
+        return None if path is None else str((folder / path).resolve())
+
+    def source(found: Source) -> Source:
+        return found.model_copy(update={"path": anchored(found.path), "image_root": anchored(found.image_root)})
+
+    model = recipe.model.model_copy(update={"continue_from": anchored(recipe.model.continue_from)})
+    if model.base and (folder / model.base).is_dir():
+        model = model.model_copy(update={"base": anchored(model.base)})
+    data = recipe.data.model_copy(
+        update={
+            "sources": [source(found) for found in recipe.data.sources],
+            "eval_sources": [source(found) for found in recipe.data.eval_sources],
+        }
+    )
+    return recipe.model_copy(update={"model": model, "data": data})

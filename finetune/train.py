@@ -1,0 +1,290 @@
+"""The page to read first: one packed row after the other through TRL's SFTTrainer, and what had to be overridden.
+
+`IdeficsTrainer` overrides, and the reason for each:
+
+    compute_loss           the whole decoupled vocabulary; TRL's fused head leaves the added rows out
+    evaluate               sums over tokens; TRL averages packs
+    create_optimizer       own rates for gates and added tokens, no decay where it would pull at a scale
+    _save, _load_*         the adapter folder, which holds more than PEFT knows of, and no pickles
+    create_model_card      TRL's says nothing true about this model
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl
+from trl import SFTConfig, SFTTrainer
+
+from finetune.data.collate import Batch, RowCollator
+from finetune.data.schedule import Row
+from finetune.progress import bar
+from modeling.adapters import count_trained, load_adapter_weights, save_adapter
+from modeling.errors import UserError
+from modeling.forward import packed_loss
+from modeling.towers import is_lora, no_decay, stock_name, tower_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is optimised: the numbers of a recipe's `training`, every one decided."""
+
+    packs_per_step: int
+    learning_rate: float
+    final_learning_rate: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    tower_rates: Mapping[str, float | None] | None = None
+    """Own learning rate of a tower, where it has one."""
+    seed: int = 0
+    checkpoint_every: int = 1
+    evaluate_every: int | None = None
+    early_stop: int | None = None
+    trackers: Sequence[str] = ()
+    autocast: bool = False
+    """Multiply in bf16 although some trained matrices are fp32: for towers trained in full on a bf16 base."""
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    train_rows: RowCollator,
+    eval_rows: RowCollator | None,
+    plan: Plan,
+    resume_from: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> "IdeficsTrainer":
+    """Train an attached `model` on every row of `train_rows`, and leave `folder`/adapter and `folder`/metrics.jsonl.
+
+    Checkpoints go to `folder`/checkpoint-*; `resume_from` is one of them. The best one by held-out loss becomes the
+    adapter where `plan` evaluates, else the last state.
+    """
+    arguments = _arguments(folder, steps=len(train_rows.rows) // plan.packs_per_step, plan=plan)
+    trainer = IdeficsTrainer(
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+        plan=plan,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        callbacks=[MetricsFile(folder / "metrics.jsonl", train_rows, plan.packs_per_step), *callbacks],
+    )
+    count_trained(model)  # asserts that TRL left every trained parameter in fp32
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if trainer.is_world_process_zero():
+        save_adapter(model, folder / "adapter")
+    return trainer
+
+
+class IdeficsTrainer(SFTTrainer):
+    """SFTTrainer over packed rows. One micro-batch is one row; the row's number is all the dataset holds."""
+
+    # Our loss is a sum over tokens divided by the tokens of the whole step, so accumulation must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, *, plan: Plan, train_rows: RowCollator, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any
+    ):
+        self.plan, self.eval_rows = plan, eval_rows
+        self.idefics_config = model.config
+        held_out = _row_numbers(eval_rows.rows) if eval_rows and plan.evaluate_every else None
+        super().__init__(
+            model=model,
+            data_collator=train_rows,
+            train_dataset=_row_numbers(train_rows.rows),
+            eval_dataset=held_out,
+            **kwargs,
+        )
+        self.remove_callback(PrinterCallback)
+        if plan.early_stop:
+            self.add_callback(EarlyStoppingCallback(early_stopping_patience=plan.early_stop))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum of token losses / supervised tokens of the step over all ranks and rows; DDP's mean is undone."""
+        assert num_items_in_batch is not None
+        assert not return_outputs
+        loss = packed_loss(model, inputs, config=self.idefics_config)
+        return loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss per supervised token, over all rows and ranks."""
+        assert self.eval_rows is not None
+        ranks = self.accelerator.num_processes
+        rows = [*self.eval_rows.rows, *[Row(0)] * (-len(self.eval_rows.rows) % ranks)]
+        mine = range(self.accelerator.process_index, len(rows), ranks)
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for number in mine:
+                batch = self._prepare_inputs(self.eval_rows.batch(rows[number]))
+                loss = packed_loss(self.model_wrapped, batch, config=self.idefics_config)
+                sums += torch.stack([loss.double(), (batch["labels"] >= 0).sum().double()])
+        loss, supervised = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / max(supervised, 1)}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The trainer's optimiser over groups that share a rate and a decay."""
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(model or self.model, plan=self.plan)
+            self.optimizer: torch.optim.Optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.args.should_save:
+            save_adapter(self.model, Path(output_dir or self.args.output_dir), state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapter_weights(model or self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_adapter_weights(self.model, Path(self.state.best_model_checkpoint))
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each log of the trainer as a line of metrics.jsonl, with the step's epoch and tokens from the schedule."""
+
+    def __init__(self, path: Path, rows: RowCollator, packs_per_step: int):
+        self.path, self.rows, self.packs = path, rows, packs_per_step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Going on from a checkpoint, lines of later steps are of a run that was lost."""
+        if state.is_world_process_zero and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        step = self.rows.rows[max(state.global_step - 1, 0) * self.packs : state.global_step * self.packs]
+        tokens = sum(len(self.rows.examples[index]) for row in step for index in row.examples)
+        place = {"step": state.global_step, "epoch": step[0].epoch if step else 0}
+        line = {**place, **{key: value for key, value in logs.items() if key != "epoch"}, "tokens": tokens}
+        with self.path.open("a", encoding="utf-8") as metrics:
+            metrics.write(json.dumps(line) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over all steps, with the last loss."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress = bar()
+        self.progress.disable = not state.is_world_process_zero
+        self.progress.start()
+        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, note="")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.progress.update(self.task, completed=state.global_step, note=f"loss {logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()
+
+
+def parameter_groups(model: nn.Module, *, plan: Plan) -> list[dict[str, Any]]:
+    """Trained parameters grouped by (learning rate, weight decay), in a stable order."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    rates = plan.tower_rates or {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            stock = stock_name(name)
+            rate = rates.get(tower_of(stock)) or plan.learning_rate
+            decay = plan.weight_decay if is_lora(name) or not no_decay(stock) else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder: the trainer writes trainer_state.json last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _row_numbers(rows: Sequence[Row]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"row": range(len(rows))})
+
+
+def _arguments(folder: Path, *, steps: int, plan: Plan) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=_accumulation(plan.packs_per_step),
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        learning_rate=plan.learning_rate,
+        **_schedule(plan),
+        warmup_steps=plan.warmup_steps,
+        weight_decay=plan.weight_decay,
+        adam_beta1=plan.betas[0],
+        adam_beta2=plan.betas[1],
+        max_grad_norm=plan.clip,
+        seed=plan.seed,
+        bf16=plan.autocast,
+        activation_checkpointing=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # Packed attention reaches every parameter, so DDP need not search for unused ones.
+        ddp_find_unused_parameters=False,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to=list(plan.trackers) or "none",
+        save_steps=plan.checkpoint_every,
+        save_total_limit=2,
+        eval_strategy="steps" if plan.evaluate_every else "no",
+        eval_steps=plan.evaluate_every,
+        load_best_model_at_end=bool(plan.evaluate_every),
+        metric_for_best_model="eval_loss" if plan.evaluate_every else None,
+    )
+
+
+def _schedule(plan: Plan) -> dict[str, Any]:
+    """The trainer's own schedules, with a final value: all are ratios, so that groups keep their own rates' shape."""
+    if plan.schedule == "cosine":
+        kwargs = {"min_lr": plan.final_learning_rate}
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}
+    if plan.schedule == "linear":
+        kwargs = {"lr_end": plan.final_learning_rate, "power": 1.0}
+        return {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": kwargs}
+    return {"lr_scheduler_type": "constant_with_warmup"}
+
+
+def _accumulation(packs_per_step: int) -> int:
+    """Rows each rank runs before a step: ranks x accumulation = packs per step, or an error that names the nearest."""
+    from accelerate import PartialState
+
+    ranks = PartialState().num_processes
+    if packs_per_step % ranks:
+        nearest = max(1, round(packs_per_step / ranks)) * ranks
+        raise UserError(
+            f"tokens_per_step / row_tokens gives {packs_per_step} packs a step, which {ranks} processes cannot share "
+            f"out evenly; the nearest is {nearest}: set training.tokens_per_step to {nearest} x row_tokens"
+        )
+    return packs_per_step // ranks
