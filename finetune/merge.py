@@ -25,9 +25,9 @@ from finetune.generate import Assistant, generate
 from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
 from modeling.errors import UserError
 from modeling.forward import forward_arguments
-from modeling.loading import extend_tokenizer, generation_config, load_processor, save_processor
+from modeling.loading import generation_config, load_processor, save_processor
 from modeling.shapes import read_config, tensor_shapes
-from modeling.towers import ADDED_ROWS, stock_name
+from modeling.towers import stock_name
 
 SHARD_BYTES = 2 * 1024**3
 """Largest weight file; also the most memory the merge holds, besides the adapter and one tensor."""
@@ -63,14 +63,18 @@ def merge(
     out: Path,
     *,
     revision: str | None = None,
+    instruct: bool = True,
     provenance: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the merged model to `out`, which appears only when it is complete. Raises UserError.
 
-    `provenance` goes into provenance.json beside the weights, with the adapter's digest.
+    To `instruct`, a base gains `<end_of_utterance>`, as in training. `provenance` goes into provenance.json beside the
+    weights, with the adapter's digest.
     """
-    config = {**read_config(base, revision=revision), **_stored_config(base, revision), "additional_vocab_size": 3}
+    config = {**read_config(base, revision=revision), **_stored_config(base, revision)}
+    if instruct:
+        config["additional_vocab_size"] = 3
     files = _weight_files(base, revision)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -78,8 +82,7 @@ def merge(
     _write_shards(_merged_tensors(files, Adapter.read(adapter), config), partial, shard_bytes)
     config["architectures"] = ["IdeficsForVisionText2Text"]
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    processor = load_processor(base, revision=revision)
-    extend_tokenizer(processor.tokenizer)
+    processor = load_processor(base, revision=revision, instruct=instruct)
     save_processor(processor, partial)
     generation_config(processor.tokenizer).save_pretrained(partial)
     record = {**(provenance or {}), "adapter_sha256": _digest(adapter)}
@@ -157,8 +160,8 @@ def _merged_tensors(
     files: dict[str, Path], adapter: Adapter, config: dict[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(stock name, tensor) of the merged model, in the order of the base's files."""
-    expected = set(tensor_shapes(config))
-    if missing := sorted(expected - set(files)):
+    expected = tensor_shapes(config)
+    if missing := sorted(expected.keys() - files.keys()):
         raise UserError(f"the base lacks {len(missing)} tensors of its own config: {missing[:3]}")
     for path in dict.fromkeys(files.values()):
         with safe_open(path, framework="pt") as tensors:
@@ -166,7 +169,7 @@ def _merged_tensors(
                 if name not in expected:
                     raise UserError(f"{path}: {name} is no tensor of IDEFICS")
                 weight = tensors.get_tensor(name)
-                if name.rpartition(".")[0].endswith(ADDED_ROWS) and len(weight) == 2 and name not in adapter.replaced:
+                if len(weight) < expected[name][0] and name not in adapter.replaced:
                     weight = torch.cat([weight, _end_row(name, files, config)])
                 yield name, adapter.apply(name, weight)
     adapter.require_empty()

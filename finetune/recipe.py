@@ -106,7 +106,7 @@ class Adapter(BaseModel):
 class Source(Section):
     """Where records come from; paths are relative to the recipe's folder."""
 
-    format: Literal["messages", "easy_vqa"]
+    format: Literal["messages", "easy_vqa", "easy_vqa_captions"]
     path: str | None = None
     image_root: str | None = None
     """Folder the records' image paths are relative to, and may not leave; without it, the data file's own."""
@@ -120,7 +120,7 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
-        if self.format != "easy_vqa" and self.path is None:
+        if self.format == "messages" and self.path is None:
             raise ValueError(f"format {self.format} needs a path")
         return self
 

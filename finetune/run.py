@@ -24,6 +24,7 @@ from finetune.data import prepare as data
 from finetune.data.collate import RowCollator
 from finetune.data.images import Augmentation, Preprocessing
 from finetune.data.schedule import build_schedule, draws_per_epoch
+from finetune.data.sources import FORMATS
 from finetune.evaluate import draw_questions, evaluate
 from finetune.generate import Assistant
 from finetune.merge import merge, prove
@@ -80,16 +81,20 @@ class Run:
     def sources(self) -> list[data.Source]:
         return [_source(source) for source in self.recipe.data.sources]
 
-    def load(self) -> loading.Instruct:
-        instruct = loading.load_instruct(self.base, revision=self.recipe.model.revision, dtype=self.dtype)
-        instruct.model.to(_device())
-        return instruct
+    def load(self) -> loading.Idefics:
+        revision = self.recipe.model.revision
+        loaded = loading.load(self.base, revision=revision, dtype=self.dtype, instruct=self.instruct)
+        loaded.model.to(_device())
+        return loaded
+
+    @property
+    def instruct(self) -> bool:
+        """Dialogues need `<end_of_utterance>`; a run on documents alone leaves a base a base."""
+        return any(not FORMATS[source.format].documents for source in self.sources)
 
     @cached_property
     def processor(self) -> Any:
-        processor = loading.load_processor(self.base, revision=self.recipe.model.revision)
-        loading.extend_tokenizer(processor.tokenizer)
-        return processor
+        return loading.load_processor(self.base, revision=self.recipe.model.revision, instruct=self.instruct)
 
     @cached_property
     def dtype(self) -> Any:
@@ -191,11 +196,11 @@ class Run:
 
 def _train(run: Run) -> dict[str, Any]:
     recipe, rows = run.recipe, run.train_rows
-    instruct = run.load()
-    model = attach(instruct.model, recipe.model.modes, lora=recipe.adapter.lora, base=run.base)
+    idefics = run.load().model
+    model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=run.base)
     counts = count_trained(model)
     if not recipe.adapter.model_extra:
-        expected = expected_counts(instruct.model.config.to_dict(), recipe.model.modes, rank=recipe.adapter.rank)
+        expected = expected_counts(idefics.config.to_dict(), recipe.model.modes, rank=recipe.adapter.rank)
         assert counts == expected, f"trained {counts}, expected {expected}"
     if recipe.model.continue_from:
         load_adapter_weights(model, Path(recipe.model.continue_from))
@@ -253,7 +258,14 @@ def _merge(run: Run) -> dict[str, Any]:
         "trained": {tower: mode for tower, mode in run.recipe.model.modes.items() if mode != "frozen"},
         "versions": _versions(),
     }
-    merge(adapter, run.base, out, revision=run.recipe.model.revision, provenance=provenance)
+    merge(
+        adapter,
+        run.base,
+        out,
+        revision=run.recipe.model.revision,
+        instruct=run.instruct,
+        provenance=provenance,
+    )
     training, held = run.prepared
     rows, dialogues = (run.held_rows, held.dialogues) if len(held) else (run.train_rows, training.dialogues)
     rows = replace(rows, rows=rows.rows[:PROOF_ROWS], augmentation=Augmentation())
@@ -261,7 +273,7 @@ def _merge(run: Run) -> dict[str, Any]:
     proof = prove(
         base=lambda: run.assistant(run.load().model),
         tuned=lambda: run.assistant(open_adapter(run.load().model, adapter)),
-        merged=lambda: run.assistant(loading.load_instruct(str(out), dtype=run.dtype).model.to(_device())),
+        merged=lambda: run.assistant(loading.load(str(out), dtype=run.dtype, instruct=False).model.to(_device())),
         rows=rows,
         prompts=[prompt for prompt, _ in questions],
     )

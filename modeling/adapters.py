@@ -104,7 +104,7 @@ def count_trained(model: nn.Module) -> Counts:
 
 def expected_counts(config: Config, modes: Modes, *, rank: int) -> Counts:
     """The counts that `modes` must give for a model of this config (plain LoRA, one rank everywhere)."""
-    sizes = count_parameters({**config, "additional_vocab_size": 3})
+    sizes = count_parameters(config)
     return Counts(
         lora={tower: count_lora(config, (tower,), rank)[1] for tower in lora_towers(modes)},
         full={tower: sizes[tower] for tower in TOWERS if modes.get(tower) == "full"},

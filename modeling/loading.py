@@ -24,8 +24,8 @@ FAKE, IMAGE, END_OF_UTTERANCE = ADDED
 
 
 @dataclass(frozen=True)
-class Instruct:
-    """A model ready to be trained or asked, with `<end_of_utterance>` as its third added token."""
+class Idefics:
+    """A model ready to be trained or asked, and its processor."""
 
     model: IdeficsForVisionText2Text
     processor: IdeficsProcessor
@@ -35,19 +35,23 @@ class Instruct:
         return self.processor.tokenizer
 
 
-def load_instruct(base: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Instruct:
-    """Load a base or instruct IDEFICS with packed attention; a base gains `<end_of_utterance>`. Raises UserError."""
+def load(
+    base: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, instruct: bool = True
+) -> Idefics:
+    """Load an IDEFICS with packed attention; to `instruct`, a base gains `<end_of_utterance>`. Raises UserError."""
     read_config(base, revision=revision)
     model = IdeficsForVisionText2Text.from_pretrained(
         base, revision=revision, dtype=dtype, attn_implementation=PACKED, use_safetensors=True
     )
-    processor = load_processor(base, revision=revision)
-    extend_vocabulary(model, processor.tokenizer)
+    processor = load_processor(base, revision=revision, instruct=instruct)
+    if instruct:
+        extend_vocabulary(model)
+    _require_agreement(model, processor.tokenizer)
     model.generation_config = generation_config(processor.tokenizer)
-    return Instruct(model.eval(), processor)
+    return Idefics(model.eval(), processor)
 
 
-def load_processor(base: str, *, revision: str | None = None) -> IdeficsProcessor:
+def load_processor(base: str, *, revision: str | None = None, instruct: bool = True) -> IdeficsProcessor:
     """The stock processor, with the PIL image processor that IDEFICS was trained with, whatever is installed."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
@@ -56,31 +60,19 @@ def load_processor(base: str, *, revision: str | None = None) -> IdeficsProcesso
         raise UserError(
             f"{base}: expected tokenizer and image processor files beside the weights: {str(error).splitlines()[0]}"
         ) from error
+    if instruct and tokenizer.convert_tokens_to_ids(END_OF_UTTERANCE) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"extra_special_tokens": list(ADDED)})
     return IdeficsProcessor(images, tokenizer)
 
 
-def extend_vocabulary(model: IdeficsForVisionText2Text, tokenizer: PreTrainedTokenizerBase) -> None:
+def extend_vocabulary(model: IdeficsForVisionText2Text) -> None:
     """A base (2 added tokens) gains `<end_of_utterance>` as the third, its rows copied from `</s>`; others stay.
 
     Rows 0 and 1 are kept bit for bit. Never `resize_token_embeddings`: it turns the decoupled head into a plain
-    Linear and orphans the added rows. Raises UserError when tokenizer and model disagree.
+    Linear and orphans the added rows.
     """
-    if model.config.additional_vocab_size == 2:
-        _grow(model)
-    extend_tokenizer(tokenizer)
-    expected = [model.config.vocab_size + index for index in range(len(ADDED))]
-    actual = tokenizer.convert_tokens_to_ids(list(ADDED))
-    if actual != expected:
-        raise UserError(f"tokenizer and model disagree on the ids of {', '.join(ADDED)}: {actual}, not {expected}")
-
-
-def extend_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A base's tokenizer gains `<end_of_utterance>`; an instruct one has it."""
-    if tokenizer.convert_tokens_to_ids(END_OF_UTTERANCE) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"extra_special_tokens": list(ADDED)})
-
-
-def _grow(model: IdeficsForVisionText2Text) -> None:
+    if model.config.additional_vocab_size != 2:
+        return
     embeddings, head, end = model.model.embed_tokens, model.lm_head, model.config.eos_token_id
     rows_in = torch.cat([embeddings.additional_embedding.weight, embeddings.weight[end : end + 1]]).detach()
     rows_out = torch.cat([head.additional_fc.weight, head.weight[end : end + 1]]).detach()
@@ -91,13 +83,22 @@ def _grow(model: IdeficsForVisionText2Text) -> None:
     model.config.additional_vocab_size = len(rows_in)
 
 
+def _require_agreement(model: IdeficsForVisionText2Text, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = list(ADDED[: model.config.additional_vocab_size])
+    expected = [model.config.vocab_size + index for index in range(len(tokens))]
+    actual = tokenizer.convert_tokens_to_ids(tokens)
+    if actual != expected:
+        raise UserError(f"tokenizer and model disagree on the ids of {', '.join(tokens)}: {actual}, not {expected}")
+
+
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Stops at `<end_of_utterance>` (and at `</s>`, where a document ends) and never writes an image token."""
+    """Stops at `<end_of_utterance>`, if there is one, and at `</s>`, the end of a document; writes no image token."""
     fake, image, end = tokenizer.convert_tokens_to_ids(list(ADDED))
+    ends = [tokenizer.eos_token_id] if end in (None, tokenizer.unk_token_id) else [end, tokenizer.eos_token_id]
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=[end, tokenizer.eos_token_id],
+        eos_token_id=ends,
         suppress_tokens=[fake, image],
     )
 

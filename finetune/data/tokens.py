@@ -8,6 +8,8 @@ import numpy as np
 from finetune.data.dialogue import RecordError
 from finetune.data.template import BOS, END_OF_UTTERANCE, EOS, FAKE, IMAGE, Rendered, Special, Text
 
+SPECIALS = (BOS, EOS, FAKE, IMAGE, END_OF_UTTERANCE)
+
 IGNORED = -100
 """The label of a token that is not supervised."""
 
@@ -41,9 +43,9 @@ def tokenize(rendered: Rendered, tokenizer: Any) -> Example:
     Text is encoded with special-token parsing off, piece by piece: the same ids as the whole string would give, and a
     literal "<image>" in a dataset stays text. Raises RecordError where the text cannot be kept apart.
     """
-    specials = {name: tokenizer.convert_tokens_to_ids(name) for name in (BOS, EOS, FAKE, IMAGE, END_OF_UTTERANCE)}
+    specials = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(list(SPECIALS)), strict=True))
     texts = [piece.text for piece in rendered.pieces if isinstance(piece, Text)]
-    encoded = iter(_encode(texts, tokenizer, forbidden=set(specials.values())))
+    encoded = iter(_encode(texts, tokenizer, forbidden=set(specials.values()) - {tokenizer.unk_token_id}))
     ids: list[int] = []
     labels: list[int] = []
     for piece in rendered.pieces:

@@ -21,10 +21,12 @@ class Format:
     """(path, split) -> records, in a stable order."""
     convert: Callable[[dict[str, Any], ImageRoot], Dialogue]
     """Raises RecordError."""
-    needs_path: bool = True
+    documents: bool = False
+    """Whether its records become documents, which no `<end_of_utterance>` ends."""
 
 
 FORMATS = {
     "messages": Format(read_jsonl, messages.convert),
-    "easy_vqa": Format(easy_vqa.read, easy_vqa.convert, needs_path=False),
+    "easy_vqa": Format(easy_vqa.read, easy_vqa.convert),
+    "easy_vqa_captions": Format(easy_vqa.read_captions, easy_vqa.convert_caption, documents=True),
 }
