@@ -9,10 +9,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import mistral_common
+import PIL.Image
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from finetune.data.collate import RowCollator
+from finetune.data.images import Augmentation, Preprocessing
+from finetune.data.prepare import Source, prepare
+from finetune.data.schedule import build_schedule
 from modeling import loading, tiny
 from modeling.shapes import IDEFICS_9B, stand_in
 
@@ -72,3 +77,62 @@ def base_folder(tmp_path_factory):
 def idefics(base_folder):
     """The stand-in, loaded afresh in fp32 and extended to instruct."""
     return loading.load(str(base_folder))
+
+
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "gray": (128, 128, 128)}
+
+
+@pytest.fixture(scope="session")
+def dialogue_folder(tmp_path_factory):
+    """Twelve dialogues in `messages` JSONL about four plain images: several turns, two images, none, a system line."""
+    folder = tmp_path_factory.mktemp("dialogues")
+    for name, color in COLORS.items():
+        PIL.Image.new("RGB", (20, 30), color).save(folder / f"{name}.png")
+    dialogues = []
+    for index, name in enumerate([*COLORS, *COLORS]):
+        image = {"type": "image", "image": f"{name}.png"}
+        question = {"role": "user", "content": [image, {"type": "text", "text": "what color is it?" + "?" * index}]}
+        turns = [question, {"role": "assistant", "content": name}]
+        if index % 2:
+            turns += [
+                {"role": "user", "content": "is it a dog?"},
+                {"role": "assistant", "content": "no" + " no" * index},
+            ]
+        dialogues.append(turns)
+    pair = [{"type": "image", "image": f"{name}.png"} for name in ("red", "blue")]
+    pair.append({"type": "text", "text": "which two?"})
+    dialogues += [
+        [{"role": "user", "content": pair}, {"role": "assistant", "content": "red and blue"}],
+        [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello, show me an image"}],
+        [{"role": "system", "content": "be brief"}, *dialogues[0]],
+        [*dialogues[4], {"role": "user", "content": pair[:1]}, {"role": "assistant", "content": "red"}],
+    ]
+    lines = [json.dumps({"messages": messages}) for messages in dialogues]
+    (folder / "dialogues.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_rows(base_folder, dialogue_folder):
+    """rows(**schedule) -> a RowCollator over the twelve dialogues, tokenised for the stand-in."""
+    processor = loading.load_processor(str(base_folder))
+    source = Source("messages", path=dialogue_folder / "dialogues.jsonl")
+    prepared, _ = prepare([source], processor.tokenizer, max_length=512, max_images=4, seed=0)
+    assert len(prepared) == 12
+
+    def rows(*, augmentation=None, **schedule):
+        settings = {"row_tokens": 512, "row_images": 4, "packs_per_step": 1, "seed": 0, "epochs": 1} | schedule
+        planned = build_schedule(
+            prepared.lengths, prepared.image_counts, sizes=prepared.sizes, draws=prepared.sizes, **settings
+        )
+        return RowCollator(
+            planned,
+            prepared.examples,
+            prepared.image_ids,
+            prepared.images,
+            Preprocessing.of(processor.image_processor),
+            filler=1,
+            augmentation=augmentation or Augmentation(),
+        )
+
+    return rows

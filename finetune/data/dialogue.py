@@ -20,11 +20,21 @@ class RecordError(UserError):
         super().__init__(f"{reason}: {detail}" if detail else reason)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Image:
-    """Where an image's pixels come from. Two references to one file are equal."""
+    """Where an image's pixels come from. Two references to one file, or to equal bytes, are equal."""
 
     source: Path | bytes | PIL.Image.Image
+
+    @property
+    def _key(self) -> Path | bytes | int:
+        return id(self.source) if isinstance(self.source, PIL.Image.Image) else self.source
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Image) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
 
 Part = str | Image

@@ -35,9 +35,11 @@ def open_image(image: Image) -> PIL.Image.Image:
             return _to_rgb(decoded)
     except FileNotFoundError as error:
         raise RecordError("missing image", name) from error
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        if isinstance(error, RecordError):
-            raise
+    except PIL.Image.DecompressionBombError as error:
+        raise RecordError("image too large", f"{name}: {error}") from error
+    except RecordError:
+        raise
+    except Exception as error:  # hostile EXIF makes Pillow raise struct.error, TypeError and more
         raise RecordError("corrupt image", f"{name}: {error}") from error
 
 
@@ -50,7 +52,12 @@ def digest(image: Image) -> str:
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    return PIL.ImageOps.exif_transpose(image).convert("RGB")
+    rgb = PIL.ImageOps.exif_transpose(image).convert("RGB")
+    if rgb.info.get("transparency") is None:
+        return rgb
+    # One colour stands for "nothing here": transformers' image processor puts white in its place.
+    white = PIL.Image.new("RGBA", rgb.size, "white")
+    return PIL.Image.alpha_composite(white, rgb.convert("RGBA")).convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ class _Images:
 
 
 def _join(dialogues: list[tuple[str, Dialogue]], *, turns: int, seed: int) -> list[tuple[str, Dialogue]]:
-    """One-question dialogues that open with the same single image become multi-turn ones, the image shown once.
+    """One-question dialogues that open with the same single image and ask become multi-turn ones, the image shown once.
 
     The order of an image's questions is shuffled by `seed`. Dialogues of another form stay as they are.
     """
@@ -231,7 +231,7 @@ def _join(dialogues: list[tuple[str, Dialogue]], *, turns: int, seed: int) -> li
     by_image: dict[Image, list[tuple[str, Dialogue]]] = defaultdict(list)
     joined = []
     for place, dialogue in dialogues:
-        if [turn.role for turn in dialogue.turns] == ["user", "assistant"] and _opens_with_its_image(dialogue):
+        if [turn.role for turn in dialogue.turns] == ["user", "assistant"] and _asks_about_its_image(dialogue):
             by_image[dialogue.images[0]].append((place, dialogue))
         else:
             joined.append((place, dialogue))
@@ -242,8 +242,10 @@ def _join(dialogues: list[tuple[str, Dialogue]], *, turns: int, seed: int) -> li
     return joined
 
 
-def _opens_with_its_image(dialogue: Dialogue) -> bool:
-    return len(dialogue.images) == 1 and dialogue.turns[0].parts[0] == dialogue.images[0]
+def _asks_about_its_image(dialogue: Dialogue) -> bool:
+    """Image first, then words: without words nothing would be left of the question once the image is not repeated."""
+    question = dialogue.turns[0]
+    return len(dialogue.images) == 1 and question.parts[0] == dialogue.images[0] and bool(question.text)
 
 
 def _join_one(questions: list[tuple[str, Dialogue]]) -> tuple[str, Dialogue]:

@@ -50,53 +50,62 @@ def read_captions(path: Path | None, split: str) -> Iterator[tuple[str, dict[str
 
 def convert_caption(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """A document about an image: no question and no answer, in words chosen by the image's number."""
-    image, statement = Path(record["image"]), record["kind"] == "statements"
-    rng = np.random.default_rng([int(image.stem), statement])
-    facts = [_fact(question, answer) for question, answer in record["questions"]]
-    text = _statements(facts, rng) if statement else _caption(facts, rng)
+    image, statements = Path(record["image"]), record["kind"] == "statements"
+    rng = np.random.default_rng([int(image.stem), statements])
+    facts = dict(fact for question, answer in record["questions"] for fact in _facts(question, answer))
+    text = _state(facts, rng) if statements else _caption(facts, rng)
     if not text:
         raise RecordError("nothing to say", "the questions about this image give nothing away")
     return Dialogue((Turn("document", (Image(image), text)),))
 
 
-def _fact(question: str, answer: str) -> tuple[str, bool]:
-    """("red circle", True): what a question and its answer say is there, or is not; "red" and "circle" can be apart."""
+def _facts(question: str, answer: str) -> Iterator[tuple[str, bool]]:
+    """What a question and its answer say is there, or is not.
+
+    "what is the red shape?", "circle" -> ("red", True), ("circle", True)
+    "is there not a blue shape?", "yes" -> ("blue", False)
+    """
     words = re.findall(r"\w+", question)
     named = [word for word in words if word in SHAPES + COLORS]
-    if answer not in ("yes", "no"):
-        return " ".join(sorted([*named, answer], key=SHAPES.__contains__)), True
-    return " ".join(named), (answer == "yes") != ("not" in words or "no" in words)
+    if answer in ("yes", "no"):
+        there = (answer == "yes") != ("not" in words or "no" in words)
+        yield from ((thing, there) for thing in named)
+    else:
+        yield from ((thing, True) for thing in (*named, answer))
 
 
 _BOTH = (
     "a {color} {shape}.",
     "the image contains a {color} {shape}.",
-    "what is present in the image is a {shape}. the color of the {shape} is {color}.",
     "the shape is a {shape} and its color is {color}.",
-    "there is one shape in the image, a {color} {shape}.",
+    "what is in the image is a {shape}. the color of the {shape} is {color}.",
 )
-_COLOR = ("the color of the shape is {color}.", "the image does contain a {color} shape.")
-_SHAPE = ("what shape the image contains: a {shape}.", "there is a {shape} in the image.")
-_PRESENT = ("there is a {thing} in the image.", "a {thing} is present.", "the image does contain a {thing}.")
-_ABSENT = ("there is no {thing} in the image.", "a {thing} is not present.", "the image does not contain a {thing}.")
+_COLOR = ("the color of the shape is {color}.",)
+_SHAPE = ("the shape is a {shape}.",)
+# The thing is named before it is said to be there or not, so that the image decides every word that can be known.
+_STATEMENTS = ("a {thing} is{negation} present.", "a {thing} is{negation} in the image.")
 
 
-def _caption(facts: list[tuple[str, bool]], rng: np.random.Generator) -> str:
-    seen = {word for thing, there in facts if there for word in thing.split()}
-    color = next((word for word in COLORS if word in seen), None)
-    shape = next((word for word in SHAPES if word in seen), None)
+def _caption(facts: dict[str, bool], rng: np.random.Generator) -> str:
+    color, shape = (next((thing for thing in things if facts.get(thing)), None) for things in (COLORS, SHAPES))
     if not color and not shape:
         return ""
     templates = _BOTH if color and shape else _COLOR if color else _SHAPE
     return str(rng.choice(templates)).format(color=color, shape=shape)
 
 
-def _statements(facts: list[tuple[str, bool]], rng: np.random.Generator) -> str:
-    chosen = [facts[index] for index in rng.permutation(len(facts))[:4]]
-    return " ".join(
-        str(rng.choice(_PRESENT if there else _ABSENT)).format(thing=_noun(thing)) for thing, there in chosen
-    )
-
-
-def _noun(thing: str) -> str:
-    return thing if thing.split()[-1] in SHAPES else f"{thing} shape"
+def _state(facts: dict[str, bool], rng: np.random.Generator) -> str:
+    """Six statements, half about shapes and half about colors, as far as the facts go: one is there, others are not."""
+    chosen: list[tuple[str, bool]] = []
+    for things in (SHAPES, COLORS):
+        present = next((thing for thing in things if facts.get(thing)), None)
+        absent = [thing for thing in things if (present or facts.get(thing) is False) and thing != present]
+        picked = [absent[index] for index in rng.permutation(len(absent))[: 2 if present else 3]]
+        chosen += [(thing, False) for thing in picked] + ([(present, True)] if present else [])
+    lines = [
+        str(rng.choice(_STATEMENTS)).format(
+            thing=thing if thing in SHAPES else f"{thing} shape", negation="" if there else " not"
+        )
+        for thing, there in (chosen[index] for index in rng.permutation(len(chosen)))
+    ]
+    return " ".join(lines)

@@ -1,7 +1,6 @@
 """Files on disk -> records, and references in records -> images that lie inside the image root."""
 
 import base64
-import binascii
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +47,10 @@ class ImageRoot:
             raise RecordError("image is a URL", f"{reference:.120}: nothing is downloaded; expected a path")
         if "\0" in reference:
             raise RecordError("not an image reference", "a path with a NUL byte")
-        path = (self.folder / reference).resolve()
+        try:
+            path = (self.folder / reference).resolve()
+        except (UnicodeEncodeError, RuntimeError) as error:  # a lone surrogate; a loop of links
+            raise RecordError("not an image reference", f"{reference!r:.80}: {error}") from error
         if not path.is_relative_to(self.folder):
             raise RecordError("image outside the image root", f"{reference:.120} is not under {self.folder}")
         return Image(path)
@@ -57,5 +59,5 @@ class ImageRoot:
 def _decode(url: str) -> Image:
     try:
         return Image(base64.b64decode(url.partition(";base64,")[2], validate=True))
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, and plain ValueError for what is not ASCII
         raise RecordError("corrupt image", f"base64: {error}") from error

@@ -26,7 +26,7 @@ def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     unplaced = iter([root.image(reference) for reference in listed])
     turns = [_turn(message, root, unplaced) for message in messages]
     left = tuple(unplaced)
-    if left and len(left) == len(listed):
+    if left and not any(turn.images for turn in turns):
         first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
         if first is not None:
             turns[first] = Turn("user", (*left, *turns[first].parts))
@@ -36,14 +36,15 @@ def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def _turn(message: object, root: ImageRoot, unplaced: Iterator[Part]) -> Turn:
-    if not isinstance(message, dict) or message.get("role") not in _ROLES:
-        got = message.get("role") if isinstance(message, dict) else type(message).__name__
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not isinstance(role, str) or role not in _ROLES:
+        got = role if isinstance(message, dict) else type(message).__name__
         raise RecordError("unknown role", f"expected one of {', '.join(_ROLES)}; got {got!r:.80}")
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise RecordError("unknown content", f"expected text or a list of parts, got {type(content).__name__}")
-    return Turn(_ROLES[message["role"]], tuple(_part(part, root, unplaced) for part in parts))
+    return Turn(_ROLES[role], tuple(_part(part, root, unplaced) for part in parts))
 
 
 def _part(part: object, root: ImageRoot, unplaced: Iterator[Part]) -> Part:

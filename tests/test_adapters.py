@@ -1,0 +1,277 @@
+"""What is trained is what was chosen, in fp32; what is saved comes back bit for bit, or not at all."""
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+from modeling import loading
+from modeling.adapters import (
+    Counts,
+    attach,
+    count_trained,
+    expected_counts,
+    load_adapter_weights,
+    open_adapter,
+    save_adapter,
+    trained_parameters,
+)
+from modeling.errors import UserError
+from modeling.forward import packed_loss
+from modeling.shapes import IDEFICS_9B
+from modeling.towers import stock_name
+
+LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}
+"""Factors that are both random: with PEFT's zeros, an adapter that is not there would look like one that is."""
+
+# Linear layers of the stand-in, and parameters of rank 4 in them, worked out by hand: 4 x (rows + columns) each.
+LAYERS = {"vision": 12, "resampler": 12, "cross_attention": 14, "decoder": 56}
+FACTORS = {
+    "vision": 2 * (4 * 768 + 2 * 1920),
+    "resampler": 2 * (4 * 768 + 2 * 1920),
+    "cross_attention": 2 * (2 * 512 + 2 * 640 + 3 * 640),
+    "decoder": 8 * (4 * 512 + 3 * 640),
+}
+PREFIXES = {
+    "vision": "model.vision_model.",
+    "resampler": "model.perceiver_resampler.",
+    "cross_attention": "model.gated_cross_attn_layers.",
+    "decoder": "model.layers.",
+}
+USUAL = {"decoder": "lora", "cross_attention": "lora", "gates": "full", "added_tokens": "full"}
+MODES = {
+    "decoder": {"decoder": "lora"},
+    "image side": {"vision": "lora", "resampler": "lora"},
+    "usual": USUAL,
+    "every tower": dict.fromkeys(LAYERS, "lora") | {"gates": "full", "added_tokens": "full"},
+    "mixed": {"decoder": "lora", "cross_attention": "full", "resampler": "full", "gates": "full", "vision": "frozen"},
+    "gates alone": {"gates": "full"},
+    "added tokens alone": {"added_tokens": "full"},
+    "no lora": {"resampler": "full", "embeddings_and_head": "full", "added_tokens": "full", "gates": "full"},
+    "everything": dict.fromkeys(("gates", "added_tokens", "embeddings_and_head", *LAYERS), "full"),
+}
+
+
+def batch():
+    return {
+        "input_ids": torch.tensor([[1, 17, 300, 301, 300, 18, 302, 2]]),
+        "labels": torch.tensor([[-100, -100, -100, -100, -100, 18, 302, 2]]),
+        "position_ids": torch.arange(8)[None],
+        "sequence_starts": torch.tensor([0, 8], dtype=torch.int32),
+        "image_index": torch.tensor([[-1, -1, -1, 0, 0, 0, 0, 0]]),
+        "pixel_values": torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+    }
+
+
+@torch.no_grad()
+def logits(model):
+    row = batch()
+    mask = (row["image_index"] >= 0).long()[..., None]
+    return model(input_ids=row["input_ids"], pixel_values=row["pixel_values"][None], image_attention_mask=mask).logits
+
+
+def fresh(base_folder, dtype=torch.float32):
+    return loading.load(str(base_folder), dtype=dtype).model
+
+
+def attached(base_folder, modes, *, seed=0, disturb=True, **lora):
+    """An attached model, every trained tensor of which differs from its base."""
+    torch.manual_seed(seed)
+    model = attach(fresh(base_folder), modes, lora={**LORA, **lora}, base=str(base_folder))
+    if disturb:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_lora_is_on_exactly_the_linear_layers_of_the_chosen_towers(base_folder, name):
+    modes = MODES[name]
+    towers = [tower for tower, mode in modes.items() if mode == "lora"]
+    expected = {
+        module_name
+        for module_name, module in fresh(base_folder).named_modules()
+        if isinstance(module, nn.Linear) and module_name.startswith(tuple(PREFIXES[tower] for tower in towers))
+    }
+    model = attached(base_folder, modes, disturb=False)
+    for factor in ("lora_A", "lora_B"):
+        adapted = {stock_name(n).removesuffix(".weight") for n, _ in model.named_parameters() if f".{factor}." in n}
+        assert adapted == expected
+    assert len(expected) == sum(LAYERS[tower] for tower in towers)
+    assert isinstance(model, PeftModel) == bool(towers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODES)
+def test_what_is_trained_is_counted_as_expected_and_is_in_fp32(base_folder, name, dtype):
+    modes = MODES[name]
+    model = attach(fresh(base_folder, dtype), modes, lora=LORA, base="base")
+    counts = count_trained(model)
+    assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
+    assert counts == expected_counts(model.config.to_dict(), modes, rank=4)
+    assert counts.lora == {tower: FACTORS[tower] for tower, mode in modes.items() if mode == "lora"}
+    by_hand = {"gates": 4, "added_tokens": 6 * 64, "embeddings_and_head": 600 * 64}
+    assert {tower: counts.full[tower] for tower in by_hand if tower in counts.full} == {
+        tower: count for tower, count in by_hand.items() if modes.get(tower) == "full"
+    }
+    assert counts.total == sum(parameter.numel() for parameter in trained(model).values())
+
+
+def test_a_trained_parameter_in_bf16_is_refused(base_folder):
+    model = fresh(base_folder, torch.bfloat16).requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(AssertionError, match=r"model\.norm\.weight is trained in torch\.bfloat16, expected fp32"):
+        count_trained(model)
+
+
+def test_the_usual_adapter_of_the_9b_has_the_published_count():
+    with torch.device("meta"):
+        model = IdeficsForVisionText2Text(IdeficsConfig(**{**IDEFICS_9B, "additional_vocab_size": 3}))
+    counts = count_trained(attach(model, USUAL, lora={"r": 16}, base="HuggingFaceM4/idefics-9b"))
+    assert counts == Counts(
+        lora={"decoder": 39_976_960, "cross_attention": 9_273_344}, full={"gates": 16, "added_tokens": 24_576}
+    )
+    assert sum(counts.lora.values()) == 49_250_304
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("decoder", ["adapter_config.json", "adapter_model.safetensors"]),
+        ("usual", ["adapter_config.json", "adapter_model.safetensors", "trained.safetensors"]),
+        ("mixed", ["adapter_config.json", "adapter_model.safetensors", "trained.safetensors"]),
+        ("gates alone", ["trained.safetensors"]),
+        ("everything", ["trained.safetensors"]),
+    ],
+)
+def test_an_adapter_folder_comes_back_bit_for_bit(base_folder, tmp_path, name, layout):
+    model = attached(base_folder, MODES[name], seed=0)
+    save_adapter(model, tmp_path / "adapter")
+    assert files(tmp_path / "adapter") == layout
+    again = attached(base_folder, MODES[name], seed=1)
+    before, after = trained(model), trained(again)
+    assert not any(torch.equal(before[key], after[key]) for key in before)
+    load_adapter_weights(again, tmp_path / "adapter")
+    for key in before:
+        assert torch.equal(before[key], after[key]), key
+    assert torch.equal(logits(model), logits(again))
+
+
+def test_the_own_file_holds_fp32_under_stock_names(base_folder, tmp_path):
+    save_adapter(attached(base_folder, USUAL), tmp_path)
+    tensors = load_file(tmp_path / "trained.safetensors")
+    gates = ("alpha_cross_attn", "alpha_dense")
+    assert set(tensors) == {f"model.gated_cross_attn_layers.{block}.{gate}" for block in (0, 1) for gate in gates}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    stock = {name for name, _ in fresh(base_folder).named_parameters()}
+    save_adapter(attached(base_folder, MODES["everything"]), tmp_path / "all")
+    assert set(load_file(tmp_path / "all" / "trained.safetensors")) == stock
+
+
+def test_plain_peft_loads_its_part_of_the_folder(base_folder, tmp_path):
+    model = attached(base_folder, {**USUAL, "gates": "frozen"})
+    save_adapter(model, tmp_path / "adapter")
+    fresh(base_folder).save_pretrained(tmp_path / "extended")
+    base = IdeficsForVisionText2Text.from_pretrained(tmp_path / "extended").eval()
+    before = logits(base)
+    plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(logits(plain), logits(model))
+    assert (logits(plain) - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["usual", "mixed", "no lora", "added tokens alone"])
+def test_an_opened_adapter_answers_like_the_model_it_was_saved_from(base_folder, tmp_path, name):
+    model = attached(base_folder, MODES[name])
+    save_adapter(model, tmp_path)
+    opened = open_adapter(fresh(base_folder), tmp_path)
+    assert torch.equal(logits(opened), logits(model.eval()))
+    assert (logits(opened) - logits(fresh(base_folder))).abs().max() > 1e-3
+    assert not trained(opened)
+    assert not opened.training
+
+
+def test_a_folder_without_an_adapter_is_refused(base_folder, tmp_path):
+    with pytest.raises(UserError, match="expected an adapter folder"):
+        open_adapter(fresh(base_folder), tmp_path)
+
+
+@pytest.mark.parametrize("file", ["trained.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("change", ["missing", "surplus"])
+def test_an_adapter_that_does_not_fit_is_refused(base_folder, tmp_path, file, change):
+    model = attached(base_folder, USUAL)
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / file)
+    first = min(tensors)
+    if change == "missing":
+        del tensors[first]
+        message = "1 tensors missing .*, 0 with no place"
+    else:
+        tensors[first.replace("layers.0", "layers.9")] = tensors[first].clone()
+        message = "0 tensors missing .*, 1 with no place"
+    save_file(tensors, tmp_path / file)
+    with pytest.raises(UserError, match=message):
+        load_adapter_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("usual", "gates alone"), ("gates alone", "usual")])
+def test_an_adapter_with_lora_does_not_fit_a_model_without(base_folder, tmp_path, saved, asked):
+    save_adapter(attached(base_folder, MODES[saved]), tmp_path)
+    with pytest.raises(UserError, match="the adapter has (no )?LoRA and this recipe says otherwise"):
+        load_adapter_weights(attached(base_folder, MODES[asked]), tmp_path)
+
+
+def test_a_gathered_state_is_what_is_saved(base_folder, tmp_path):
+    model = attached(base_folder, USUAL)
+    gathered = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    save_adapter(model, tmp_path, state_dict=gathered)
+    again = attached(base_folder, USUAL, seed=1)
+    load_adapter_weights(again, tmp_path)
+    before, after = trained(model), trained(again)
+    assert all(torch.equal(after[name], before[name] + 1) for name in before)
+
+
+@pytest.mark.parametrize("name", ["usual", "every tower", "mixed"])
+def test_a_step_of_training_changes_the_trained_parameters_and_no_other(base_folder, name):
+    model = attached(base_folder, MODES[name])
+    before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    packed_loss(model, batch(), config=model.config).backward()
+    torch.optim.SGD(trained(model).values(), lr=0.1).step()
+    changed = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
+    # The bias of a key moves all scores alike, so its gradient is rounding or zero.
+    assert {key for key in changed ^ set(trained(model)) if "k_layer_norm.bias" not in key} == set()
+    assert set(trained_parameters(model)) <= {stock_name(key) for key in trained(model)}
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / 4**0.5)])
+def test_ranks_and_alphas_of_single_layers_reach_peft(base_folder, rslora, scale):
+    layer = "model.layers.0.self_attn.q_proj"
+    model = attached(
+        base_folder, MODES["decoder"], rank_pattern={layer: 2}, alpha_pattern={layer: 6}, use_rslora=rslora
+    )
+    layers = model.get_base_model().model.layers
+    one, other = layers[0].self_attn.q_proj, layers[1].self_attn.q_proj
+    assert one.lora_A["default"].weight.shape == (2, 64)
+    assert other.lora_A["default"].weight.shape == (4, 64)
+    assert one.scaling["default"] == pytest.approx(6 / (2**0.5 if rslora else 2))
+    assert other.scaling["default"] == pytest.approx(scale)
+
+
+def test_dora_reaches_peft_and_comes_back(base_folder, tmp_path):
+    model = attached(base_folder, MODES["decoder"], use_dora=True)
+    magnitudes = [name for name in trained(model) if "lora_magnitude_vector" in name]
+    assert len(magnitudes) == 56
+    # One magnitude per output: 4 x 64 in attention, 2 x 96 + 64 in the MLP, of 8 layers.
+    assert count_trained(model) == Counts(lora={"decoder": FACTORS["decoder"] + 8 * (4 * 64 + 2 * 96 + 64)}, full={})
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(open_adapter(fresh(base_folder), tmp_path)), logits(model))

@@ -1,0 +1,173 @@
+"""Attention over a packed row equals every sequence and every image run alone."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from modeling.attention import packed_attention
+
+HEADS, SIZE, LATENTS, SCALE = 2, 8, 3, 0.3
+
+# In double precision both ways round at 1e-16 a term, and no row has 100 terms.
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def attend(query, key, value, *, cross=False, **kwargs):
+    module = SimpleNamespace(is_cross_attention=cross, is_causal=True, training=False)
+    return packed_attention(module, query, key, value, None, scaling=SCALE, **kwargs)[0]
+
+
+def naive(query, key, value, seen_TS):
+    """Attention spelt out: [1, H, T, D] and a mask of who sees whom -> [1, T, H, D]; who sees nothing gets zeros."""
+    scores = SCALE * query @ key.transpose(-1, -2)
+    weights = torch.where(seen_TS, torch.exp(scores), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    return (weights / torch.where(total > 0, total, 1.0) @ value).transpose(1, 2)
+
+
+def tensors(*lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, HEADS, length, SIZE) for length in lengths]
+    return [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def same_with_gradients(ours, reference, inputs):
+    torch.testing.assert_close(ours, reference, **CLOSE)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=ours.dtype)
+    got, expected = (torch.autograd.grad((out * weights).sum(), inputs, retain_graph=True) for out in (ours, reference))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def causal_inside(starts):
+    seen = torch.zeros(starts[-1], starts[-1], dtype=torch.bool)
+    for start, stop in pairwise(starts):
+        seen[start:stop, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
+    return seen
+
+
+def seen_latents(length, images, runs):
+    seen = torch.zeros(length, images * LATENTS, dtype=torch.bool)
+    for start, stop, image in runs:
+        seen[start:stop, image * LATENTS : (image + 1) * LATENTS] = True
+    return seen
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [[0, 1], [0, 7], [0, 1, 2, 3], [0, 5, 6, 13], [0, 1, 9], [0, 8, 9]],
+    ids=["one token", "one sequence", "three of one token", "one token between", "one first", "one last"],
+)
+def test_self_attention_is_causal_within_each_sequence(starts):
+    inputs = tensors(starts[-1], starts[-1], starts[-1])
+    same_with_gradients(attend(*inputs, sequence_starts=starts), naive(*inputs, causal_inside(starts)), inputs)
+
+
+def test_self_attention_equals_sdpa_on_each_sequence_alone():
+    inputs = tensors(12, 12, 12)
+    module = SimpleNamespace(is_cross_attention=False, is_causal=True, training=False)
+    alone = [
+        sdpa_attention_forward(module, *(t[:, :, start:stop] for t in inputs), None, scaling=SCALE)[0]
+        for start, stop in [(0, 5), (5, 8), (8, 12)]
+    ]
+    ours = attend(*inputs, sequence_starts=[0, 5, 8, 12])
+    same_with_gradients(ours, torch.cat(alone, dim=1), inputs)
+
+
+@pytest.mark.parametrize(
+    ("length", "images", "runs"),
+    [
+        (12, 2, [(1, 5, 0), (9, 12, 1)]),
+        (6, 1, [(0, 6, 0)]),
+        (6, 1, [(0, 1, 0)]),
+        (6, 1, [(5, 6, 0)]),
+        (6, 3, [(0, 2, 0), (2, 3, 1), (3, 6, 2)]),
+        (6, 2, [(0, 2, 1), (2, 6, 0)]),
+        (6, 1, [(0, 2, 0), (4, 6, 0)]),
+        (1, 1, [(0, 1, 0)]),
+        (6, 2, [(2, 4, 1)]),
+        (6, 2, []),
+        (6, 0, []),
+    ],
+    ids=[
+        "drawn example",
+        "everywhere",
+        "first token only",
+        "last token only",
+        "neighbours",
+        "images out of order",
+        "one image twice",
+        "one token",
+        "an image nobody sees",
+        "nobody sees any",
+        "no image at all",
+    ],
+)
+def test_cross_attention_equals_a_dense_mask(length, images, runs):
+    inputs = tensors(length, images * LATENTS, images * LATENTS)
+    ours = attend(*inputs, cross=True, sequence_starts=[0, length], image_runs=runs, image_latents=LATENTS)
+    same_with_gradients(ours, naive(*inputs, seen_latents(length, images, runs)), inputs)
+
+
+def test_a_run_may_cross_a_boundary_where_both_sequences_share_an_image():
+    inputs = tensors(10, LATENTS, LATENTS)
+    common = {"cross": True, "sequence_starts": [0, 4, 10], "image_latents": LATENTS}
+    joined = attend(*inputs, image_runs=[(2, 8, 0)], **common)
+    parted = attend(*inputs, image_runs=[(2, 4, 0), (4, 8, 0)], **common)
+    same_with_gradients(joined, naive(*inputs, seen_latents(10, 1, [(2, 8, 0)])), inputs)
+    same_with_gradients(joined, parted, inputs)
+
+
+def test_tokens_that_see_no_image_get_exactly_zero():
+    inputs = tensors(6, LATENTS, LATENTS)
+    output = attend(*inputs, cross=True, sequence_starts=[0, 6], image_runs=[(2, 4, 0)], image_latents=LATENTS)
+    assert (output == 0).all(-1).all(-1)[0].tolist() == [True, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_row_that_sees_no_image_still_reaches_every_input(images):
+    inputs = tensors(5, images * LATENTS, images * LATENTS)
+    attend(*inputs, cross=True, sequence_starts=[0, 5], image_latents=LATENTS).sum().backward()
+    for tensor in inputs:
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+
+
+@st.composite
+def rows(draw):
+    """Lengths of sequences, and the image each token sees (-1 = none)."""
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    images = draw(st.integers(0, 3))
+    seen = draw(st.lists(st.integers(-1, images - 1), min_size=sum(lengths), max_size=sum(lengths)))
+    return lengths, images, seen
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows())
+def test_any_row_equals_the_dense_reference(row):
+    lengths, images, seen = row
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    query, key, value = tensors(starts[-1], starts[-1], starts[-1])
+    torch.testing.assert_close(
+        attend(query, key, value, sequence_starts=starts), naive(query, key, value, causal_inside(starts)), **CLOSE
+    )
+    runs = [(index, index + 1, image) for index, image in enumerate(seen) if image >= 0]
+    query, key, value = tensors(starts[-1], images * LATENTS, images * LATENTS)
+    ours = attend(query, key, value, cross=True, sequence_starts=starts, image_runs=runs, image_latents=LATENTS)
+    torch.testing.assert_close(ours, naive(query, key, value, seen_latents(starts[-1], images, runs)), **CLOSE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_sequences_it_is_the_sdpa_of_transformers(masked):
+    query, key, value = tensors(6, 6, 6)
+    mask = torch.ones(1, 1, 6, 6).tril().bool() if masked else None
+    module = SimpleNamespace(is_causal=True, training=False)  # the vision tower's has no is_cross_attention
+    ours, weights = packed_attention(module, query, key, value, mask, scaling=SCALE)
+    theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=SCALE)
+    assert weights is None
+    assert torch.equal(ours, theirs)

@@ -1,0 +1,145 @@
+"""Gates and added rows are trained in fp32 on a bf16 base, and nothing else changes."""
+
+import pytest
+import torch
+from torch import nn
+
+from modeling import gates, loading
+from modeling.forward import packed_loss
+
+STEP = 5e-4
+"""An update that bf16, with 8 bits, loses at 0.3: its neighbours there are 2e-3 apart."""
+
+
+def batch(images=1):
+    seen = [-1, -1, -1, 0, 0, 0, 0, 0] if images else [-1] * 8
+    return {
+        "input_ids": torch.tensor([[1, 17, 300, 301, 300, 18, 302, 2]]),
+        "labels": torch.tensor([[-100, -100, -100, -100, -100, 18, 302, 2]]),
+        "position_ids": torch.arange(8)[None],
+        "sequence_starts": torch.tensor([0, 8], dtype=torch.int32),
+        "image_index": torch.tensor([seen]),
+        "pixel_values": torch.randn(images, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+    }
+
+
+def blocks(model):
+    return model.model.gated_cross_attn_layers
+
+
+def hidden_dtypes(model):
+    """Of the output of each of the 2 gated blocks and 8 layers, in the order they run."""
+    seen = []
+    for layer in (*blocks(model), *model.model.layers):
+        layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.no_grad():
+        packed_loss(model, batch(), config=model.config)
+    return seen
+
+
+@pytest.fixture
+def half(base_folder):
+    model = loading.load(str(base_folder), dtype=torch.bfloat16).model.requires_grad_(False)
+    for block in blocks(model):
+        block.alpha_cross_attn.data.fill_(0.3)
+        block.alpha_dense.data.fill_(0.3)
+    return model
+
+
+def test_a_bf16_gate_loses_a_small_update_and_a_held_one_keeps_it(half):
+    gate = blocks(half)[0].alpha_dense
+    start = gate.clone()
+    assert torch.equal(gate + STEP, start)
+    gates.hold_gates_in_fp32(half)
+    held = blocks(half)[0].alpha_dense
+    start = held.detach().clone()
+    held.data += STEP
+    # fp32 keeps 0.3 to 3e-8.
+    assert (held - start).item() == pytest.approx(STEP, abs=1e-7)
+
+
+def test_every_gate_is_held_and_hidden_states_stay_bf16(half):
+    gates.hold_gates_in_fp32(half)
+    fp32 = {name for name, parameter in half.named_parameters() if parameter.dtype == torch.float32}
+    assert fp32 == {
+        f"model.gated_cross_attn_layers.{block}.{gate}"
+        for block in (0, 1)
+        for gate in ("alpha_cross_attn", "alpha_dense")
+    }
+    assert hidden_dtypes(half) == [torch.bfloat16] * 10
+
+
+def test_a_plain_fp32_gate_would_promote_hidden_states(half):
+    """Why `Gate` hands its result back in bf16."""
+    blocks(half)[1].alpha_dense.data = blocks(half)[1].alpha_dense.data.float()
+    assert hidden_dtypes(half) == [torch.bfloat16] * 5 + [torch.float32] * 5
+
+
+def test_a_held_gate_has_the_gradient_of_a_plain_one(half):
+    for block in blocks(half):
+        block.alpha_cross_attn.requires_grad_(True)
+    packed_loss(half, batch(), config=half.config).backward()
+    plain = [block.alpha_cross_attn.grad.item() for block in blocks(half)]
+    half.zero_grad()
+    gates.hold_gates_in_fp32(half)
+    packed_loss(half, batch(), config=half.config).backward()
+    held = [block.alpha_cross_attn.grad for block in blocks(half)]
+    assert all(gradient.dtype == torch.float32 for gradient in held)
+    # The plain one is rounded to bf16's 8 bits, and so is every tanh on the way.
+    assert [gradient.item() for gradient in held] == pytest.approx(plain, rel=2**-6)
+    assert all(plain)
+
+
+def test_in_fp32_nothing_changes_to_the_last_bit(idefics):
+    with torch.no_grad():
+        for block in blocks(idefics.model):
+            block.alpha_cross_attn.fill_(0.3)
+        before = packed_loss(idefics.model, batch(), config=idefics.model.config)
+        gates.hold_gates_in_fp32(idefics.model)
+        gates.hold_added_rows_in_fp32(idefics.model)
+        after = packed_loss(idefics.model, batch(), config=idefics.model.config)
+    assert torch.equal(before, after)
+    assert isinstance(blocks(idefics.model)[0].act_dense, gates.Gate)
+    assert type(idefics.model.lm_head.additional_fc) is nn.Linear
+
+
+def test_added_rows_are_held_and_trained_on_a_bf16_base(half):
+    rows = [half.model.embed_tokens.additional_embedding.weight, half.lm_head.additional_fc.weight]
+    before = [row.float() for row in rows]
+    gates.hold_added_rows_in_fp32(half)
+    held = [half.model.embed_tokens.additional_embedding.weight, half.lm_head.additional_fc.weight]
+    assert all(torch.equal(row, old) and row.dtype == torch.float32 for row, old in zip(held, before, strict=True))
+    for row in held:
+        row.requires_grad_(True)
+    loss = packed_loss(half, batch(), config=half.config)
+    loss.backward()
+    assert loss.isfinite()
+    for row in held:
+        assert row.grad.dtype == torch.float32
+        assert row.grad.isfinite().all()
+        assert row.grad.any(dim=1).all()
+    torch.optim.SGD(held, lr=0.1).step()
+    assert packed_loss(half, batch(), config=half.config) < loss
+
+
+def test_held_rows_give_the_logits_of_bf16_to_its_precision(half):
+    with torch.no_grad():
+        before = packed_loss(half, batch(), config=half.config)
+        gates.hold_added_rows_in_fp32(half)
+        after = packed_loss(half, batch(), config=half.config)
+        embedded = half.model.embed_tokens(torch.tensor([[300, 17]]))
+    assert embedded.dtype == torch.bfloat16
+    # Only 3 of 303 logits are rounded elsewhere, each by at most bf16's 2^-8.
+    assert after.item() == pytest.approx(before.item(), rel=2**-8)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_gate_on_a_row_with_or_without_images_has_a_gradient(half, images):
+    gates.hold_gates_in_fp32(half)
+    for block in blocks(half):
+        block.alpha_cross_attn.requires_grad_(True)
+        block.alpha_dense.requires_grad_(True)
+    packed_loss(half, batch(images), config=half.config).backward()
+    for block in blocks(half):
+        assert bool(block.alpha_cross_attn.grad.any()) == bool(images)
+        assert block.alpha_dense.grad.any()

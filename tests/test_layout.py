@@ -1,0 +1,115 @@
+"""The house: imports run one way, torch stays out of the cheap verbs, and README's tree is the tree."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted([*(ROOT / "finetune").rglob("*.py"), *(ROOT / "modeling").rglob("*.py")])
+
+
+def imports(path):
+    """Modules of this project that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("finetune", "modeling"):
+            inner = ROOT / node.module.replace(".", "/")
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                is_module = (inner / f"{alias.name}.py").exists() or (inner / alias.name / "__init__.py").exists()
+                yield full if is_module else node.module
+
+
+def module(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+GRAPH = {module(path): sorted(set(imports(path))) for path in FILES}
+
+
+def test_the_graph_was_read():
+    assert len(GRAPH) > 25
+    assert sum(map(len, GRAPH.values())) > 60
+
+
+def test_imports_have_no_circle():
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, f"circle: {' -> '.join([*open_, name])}"
+        if name not in done:
+            open_.append(name)
+            for target in GRAPH.get(name, []):
+                visit(target)
+            open_.pop()
+            done.add(name)
+
+    for name in GRAPH:
+        visit(name)
+
+
+def test_modeling_never_imports_finetune():
+    for name, targets in GRAPH.items():
+        if name.startswith("modeling"):
+            assert not [target for target in targets if target.startswith("finetune")], name
+
+
+def test_data_knows_no_recipe_and_only_the_verbs_do():
+    knows = {name for name, targets in GRAPH.items() if "finetune.recipe" in targets}
+    assert knows == {"finetune.cli", "finetune.check", "finetune.run"}
+
+
+def test_module_paths_of_idefics_are_spelt_in_towers_alone():
+    spelt = re.compile(r"[\"'].*(vision_model\\?\.|perceiver_resampler\\?\.|gated_cross_attn_layers\\?\.)")
+    places = {path.name for path in FILES if spelt.search(path.read_text())}
+    assert places <= {"towers.py", "shapes.py"}
+
+
+def test_the_template_is_written_in_template_alone():
+    places = {path.name for path in FILES if re.search(r"[\"']\\nAssistant:", path.read_text())}
+    assert places <= {"template.py", "loading.py"}  # loading.py: the probe of a saved tokenizer
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import finetune.cli",
+        "import finetune.check",
+        "import finetune.recipe",
+        "import finetune.data.prepare, finetune.data.schedule, finetune.data.images",
+        "import modeling.shapes, modeling.towers",
+    ],
+)
+def test_what_must_be_cheap_leaves_torch_and_transformers_alone(code):
+    heavy = "torch transformers datasets peft trl accelerate bitsandbytes"
+    script = f"{code}\nimport sys\nprint(*[name for name in '{heavy}'.split() if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.split() == []
+
+
+def test_every_module_says_what_it_turns_into_what():
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_readme_s_tree_is_the_tree():
+    (tree,) = re.findall(r"```\n(finetune/.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    named, folder = set(), ""
+    for line in tree.splitlines():
+        entry = line.split("  ")[0] if not line.startswith(" ") else line.strip().split("  ")[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = folder.split("/")[:depth] if depth else []
+        path = "/".join([*parents, entry.rstrip("/")])
+        named.add(path)
+        if entry.endswith("/"):
+            folder = path
+    real = {
+        str(path.relative_to(ROOT)).removesuffix("/__init__.py")
+        for path in FILES
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    assert real <= named, real - named
+    assert all((ROOT / path).exists() for path in named), [path for path in named if not (ROOT / path).exists()]

@@ -1,0 +1,85 @@
+"""Packs: every sequence once, both budgets kept, as full as a best fit makes them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.data.packing import pack
+
+ROW_TOKENS, ROW_IMAGES = 12, 3
+LENGTHS = st.lists(st.tuples(st.integers(1, ROW_TOKENS), st.integers(0, ROW_IMAGES)), max_size=40)
+
+
+def naive(tokens, images, *, row_tokens, row_images):
+    """Best fit by looking at every row; of rows that fit as well, the one with least room for images."""
+    rows = []
+    sizes = [max(token / row_tokens, image / row_images) for token, image in zip(tokens, images, strict=True)]
+    for index in sorted(range(len(tokens)), key=lambda index: -sizes[index]):
+        rooms = [
+            (row_tokens - sum(tokens[i] for i in row), row_images - sum(images[i] for i in row), row) for row in rows
+        ]
+        fitting = [room for room in rooms if room[0] >= tokens[index] and room[1] >= images[index]]
+        if fitting:
+            min(fitting, key=lambda room: room[:2])[2].append(index)
+        else:
+            rows.append([index])
+    return rows
+
+
+def filling(rows, tokens, images):
+    return sorted((sum(tokens[i] for i in row), sum(images[i] for i in row)) for row in rows)
+
+
+def test_the_example_of_the_docstring():
+    assert pack((5, 3, 4), (1, 0, 1), row_tokens=8, row_images=1) == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "images", "expected"),
+    [
+        ([], [], []),
+        ([12], [3], [[0]]),
+        ([6, 6, 6], [0, 0, 0], [[0, 1], [2]]),
+        ([2, 10, 7, 5, 3], [0, 0, 0, 0, 0], [[1, 0], [2, 3], [4]]),
+        ([7, 8, 4], [0, 0, 0], [[1, 2], [0]]),  # 4 goes where nothing is left over
+        ([7, 8, 4], [0, 3, 1], [[1], [0, 2]]),  # unless there is no room for its image
+        ([1, 1, 1, 1], [2, 2, 1, 1], [[0, 2], [1, 3]]),  # images alone fill a row
+    ],
+)
+def test_packs_by_hand(tokens, images, expected):
+    assert pack(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES) == expected
+
+
+def test_rows_without_images():
+    assert pack([4, 4, 4], [0, 0, 0], row_tokens=8, row_images=0) == [[0, 1], [2]]
+
+
+@given(LENGTHS)
+@settings(max_examples=150, deadline=None)
+def test_every_sequence_is_in_one_row_and_no_row_is_over_a_budget(lengths):
+    tokens, images = [token for token, _ in lengths], [image for _, image in lengths]
+    rows = pack(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(rows)
+    assert all(used <= ROW_TOKENS and seen <= ROW_IMAGES for used, seen in filling(rows, tokens, images))
+    assert pack(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES) == rows
+
+
+@given(LENGTHS)
+@settings(max_examples=150, deadline=None)
+def test_rows_are_as_full_as_those_of_a_naive_best_fit(lengths):
+    tokens, images = [token for token, _ in lengths], [image for _, image in lengths]
+    rows = pack(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES)
+    expected = naive(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES)
+    assert filling(rows, tokens, images) == filling(expected, tokens, images)
+
+
+@pytest.mark.parametrize(("tokens", "images"), [([3, 13], [0, 0]), ([3, 3], [0, 4])])
+def test_a_sequence_that_fits_no_row_is_an_error(tokens, images):
+    with pytest.raises(ValueError, match=rf"sequence 1: {tokens[1]} tokens, {images[1]} images; 12, 3 fit"):
+        pack(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES)
+
+
+def test_an_image_fits_no_row_without_images():
+    with pytest.raises(ValueError, match="1 images; 8, 0 fit"):
+        pack([3], [1], row_tokens=8, row_images=0)

@@ -1,0 +1,85 @@
+"""Every recipe that ships is parsed, checked and run for two steps on a small stand-in of its shape."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from finetune.cli import app
+from finetune.recipe import load_recipe
+from modeling import loading, tiny
+from modeling.shapes import SHAPES, read_config, stand_in
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+
+
+def test_there_are_recipes():
+    assert {"quickstart.yaml", "own_data.yaml", "tiny_base.yaml", "idefics-9b_lora_1x80gb.yaml"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_its_header_is_the_command_and_it_is_short(name):
+    lines = (FOLDER / name).read_text().splitlines()
+    header = [line for line in lines if line.startswith("#")]
+    assert any(f"finetune run recipes/{name}" in line for line in header)
+    assert len(lines) <= 60
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "80gb" in name])
+def test_what_was_not_run_here_says_so(name):
+    assert "Not run here" in (FOLDER / name).read_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_checks(name):
+    outcome = CliRunner().invoke(app, ["check", str(FOLDER / name), "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    result = json.loads(outcome.stdout)
+    assert sum(tower["trained"] for tower in result["towers"].values()) > 0
+    assert all(source["usable"] for source in result["sources"])
+
+
+@pytest.fixture(scope="session")
+def stand_in_of(tmp_path_factory):
+    """A base of the recipe's structure and number of added tokens, small enough for two steps in a second."""
+
+    def make(recipe):
+        model = recipe.model
+        config = stand_in(SHAPES[model.init] if model.init else read_config(model.base))
+        folder = tmp_path_factory.mktemp("stand-in")
+        tiny.build_model(config, seed=0).save_pretrained(folder)
+        tokenizer = tiny.train_tokenizer(
+            ["User: Assistant: a shape"], vocab_size=config["vocab_size"], added=config["additional_vocab_size"]
+        )
+        loading.save_processor(tiny.build_processor(tokenizer, image_size=64), folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_runs_two_steps(name, stand_in_of, tmp_path):
+    recipe = load_recipe(FOLDER / name)
+    # its vocabulary is bytes and little more, so a dialogue has more tokens than with the real one
+    overrides = [
+        f"model.base={stand_in_of(recipe)}",
+        "model.init=null",
+        f"output={tmp_path / 'run'}",
+        "model.dtype=fp32",
+    ]
+    overrides += ["training.epochs=null", "training.steps=2", "training.tokens_per_step=2048", "data.max_length=1024"]
+    overrides += ["training.row_tokens=1024", "training.evaluate_every=null", "training.checkpoint_every=null"]
+    overrides += [f"data.sources.{index}.limit=24" for index in range(len(recipe.data.sources))]
+    overrides += [f"data.eval_sources.{index}.limit=8" for index in range(len(recipe.data.eval_sources))]
+    overrides += ["evaluation={limit: 4, max_new_tokens: 4}", "data.eval_split=0.3"][
+        : 2 - bool(recipe.data.eval_sources)
+    ]
+    outcome = CliRunner().invoke(app, ["run", str(FOLDER / name), *overrides, "--json"])
+    assert outcome.exit_code == 0, outcome.output
+    result = json.loads(outcome.stdout)
+    assert result["train"]["steps"] == 2
+    assert result["merge"]["largest_difference"] < 1e-4 < result["merge"]["largest_difference_to_base"]
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,207 @@
+"""The run folder: stages done once, interruptions gone on from, every mistake told without a traceback."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from finetune import run as run_module
+from finetune.cli import app
+from finetune.recipe import load_recipe
+from finetune.run import Run, stages_of
+from finetune.train import IdeficsTrainer
+from modeling.errors import UserError
+
+RECIPE = """
+model: {{base: {base}}}
+adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
+data:
+  sources: [{{format: messages, path: dialogues.jsonl}}]
+  eval_split: 0.2
+  max_length: 256
+training: {{steps: 4, row_tokens: 256, row_images: 4, tokens_per_step: 512, learning_rate: 1e-2, checkpoint_every: 2}}
+evaluation: {{max_new_tokens: 4}}
+output: {output}
+"""
+
+
+@pytest.fixture
+def recipe_file(base_folder, dialogue_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(dialogue_folder, folder)
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(base=base_folder, output=tmp_path / "run"))
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_run_leaves_everything_its_docstring_names_and_is_done_once(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file)
+    result = Run(recipe).do(*stages_of(recipe))
+    folder = tmp_path / "run"
+    for name in (
+        *(
+            "recipe.yaml",
+            "environment.json",
+            "data.json",
+            "metrics.jsonl",
+            "checkpoint-4",
+            "adapter/trained.safetensors",
+        ),
+        *("adapter/adapter_model.safetensors", "training.json", "evaluation.json", "predictions.jsonl"),
+        *("merged/model.safetensors", "merged/provenance.json", "merge.json", "result.json"),
+    ):
+        assert (folder / name).exists(), name
+    assert result == json.loads((folder / "result.json").read_text())
+    assert result["train"]["steps"] == 4
+    assert result["train"]["parameters_trained"]["full"] == {"added_tokens": 384, "gates": 4}
+    assert result["evaluate"]["base"]["loss"] > result["evaluate"]["tuned"]["loss"]
+    assert result["merge"]["largest_difference"] < 1e-4 < result["merge"]["largest_difference_to_base"]
+    assert result["merge"]["answers"] == result["merge"]["same_answers"] > 0
+    (source,) = result["data"]["sources"]
+    assert (source["read"], source["kept"], source["rejected"]) == (12, 12, {})
+    assert result["data"]["training_examples"] + result["data"]["held_out_examples"] == 12
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert Run(recipe).do(*stages_of(recipe)) == result
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+def test_interrupted_between_checkpoints_the_same_command_ends_as_if_nothing_had_happened(
+    recipe_file, tmp_path, monkeypatch
+):
+    whole = Run(load_recipe(recipe_file, [f"output={tmp_path / 'whole'}"]))
+    whole.do("train")
+    original = IdeficsTrainer.compute_loss
+    calls = []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # two rows a step: in the middle of step 3
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(IdeficsTrainer, "compute_loss", interrupted)
+    outcome = invoke("train", recipe_file)
+    assert outcome.exit_code == 130
+    assert "the same command goes on" in outcome.output
+    assert not (tmp_path / "run" / "training.json").exists()
+    assert invoke("train", recipe_file).exit_code == 0
+    for name in ("adapter_model.safetensors", "trained.safetensors"):
+        ours, theirs = (tmp_path / folder / "adapter" / name for folder in ("run", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    ours, theirs = (tmp_path / folder / "metrics.jsonl" for folder in ("run", "whole"))
+    assert [json.loads(line)["loss"] for line in ours.read_text().splitlines()] == [
+        json.loads(line)["loss"] for line in theirs.read_text().splitlines()
+    ]
+
+
+def test_a_folder_of_another_recipe_is_left_alone(recipe_file):
+    Run(load_recipe(recipe_file))
+    with pytest.raises(UserError, match=r"another recipe; they differ in training\.learning_rate, training\.seed"):
+        Run(load_recipe(recipe_file, ["training.learning_rate=1", "training.seed=3"]))
+
+
+def test_continue_from_starts_where_the_other_adapter_stands(recipe_file, tmp_path):
+    first = Run(load_recipe(recipe_file)).do("train", "evaluate")
+    overrides = [f"model.continue_from={tmp_path / 'run' / 'adapter'}", f"output={tmp_path / 'second'}"]
+    Run(load_recipe(recipe_file, overrides)).do("train")
+    first_losses, second_losses = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "second")
+    )
+    assert second_losses[0] < first_losses[0]
+    wrong = [
+        f"model.continue_from={tmp_path / 'run' / 'adapter'}",
+        "model.gates=frozen",
+        f"output={tmp_path / 'third'}",
+    ]
+    with pytest.raises(UserError, match="the adapter does not fit the model"):
+        Run(load_recipe(recipe_file, wrong)).do("train")
+    assert first["evaluate"]["tuned"]["questions"] > 0
+
+
+def test_json_on_stdout_is_the_result_and_nothing_else(recipe_file, tmp_path):
+    outcome = invoke("train", recipe_file, "--json")
+    assert outcome.exit_code == 0
+    assert json.loads(outcome.stdout) == json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+def test_stages_out_of_order_say_what_comes_first(recipe_file):
+    for verb in ("evaluate", "merge"):
+        outcome = invoke(verb, recipe_file)
+        assert outcome.exit_code == 1
+        assert "nothing is trained here yet" in outcome.output
+
+
+def mistakes(base_folder):
+    yield "unknown key", ["training.lerning_rate=1"], "did you mean learning_rate?"
+    yield "missing base", ["model.base=/nowhere/at/all"], "neither a folder here nor a model the hub gave"
+    yield "missing data", ["data.sources.0.path=gone.jsonl"], "expected a .jsonl file, found nothing"
+    yield "unfit lora", ["adapter.rank=0"], "adapter.rank: input should be greater than 0"
+    yield "everything rejected", ["data.max_length=8"], "no dialogue is left to train on"
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_a_user_s_mistake_is_one_message_and_status_1(recipe_file, base_folder, case):
+    _, overrides, message = list(mistakes(base_folder))[case]
+    outcome = invoke("run", recipe_file, *overrides)
+    assert outcome.exit_code == 1
+    assert message in " ".join(outcome.output.split())
+    assert "Traceback" not in outcome.output
+
+
+def test_a_base_that_is_not_idefics(recipe_file, tmp_path):
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    for verb in ("check", "train"):
+        outcome = invoke(verb, recipe_file, f"model.base={tmp_path / 'llama'}")
+        assert outcome.exit_code == 1
+        assert "expected an IDEFICS model (model_type 'idefics'), got model_type 'llama'" in " ".join(
+            outcome.output.split()
+        )
+
+
+def test_a_full_disk_is_told_and_what_was_finished_stays(recipe_file, tmp_path, monkeypatch):
+    Run(load_recipe(recipe_file)).do("train")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", str(tmp_path / "run" / "merged.partial"))
+
+    monkeypatch.setattr(run_module, "merge", full)
+    outcome = invoke("merge", recipe_file)
+    assert outcome.exit_code == 1
+    assert "No space left on device; what is complete is kept" in " ".join(outcome.output.split())
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_every_rejected_record_has_its_line_in_data_json(recipe_file, tmp_path):
+    bad = [
+        "{broken",
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}),
+        json.dumps({"messages": [{"role": "assistant", "content": "hi"}]}),
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "image": "../secret.png"}]},
+                    {"role": "assistant", "content": "x"},
+                ]
+            }
+        ),
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x" * 2000}]}),
+    ]
+    with (recipe_file.parent / "dialogues.jsonl").open("a") as lines:
+        lines.write("\n" + "\n".join(bad) + "\n")
+    Run(load_recipe(recipe_file, ["data.sources.0.limit=16"])).do("train")
+    (source,) = json.loads((tmp_path / "run" / "data.json").read_text())["sources"]
+    assert (source["read"], source["kept"], source["not_taken"]) == (17, 12, 1)
+    assert source["rejected"] == {
+        "not JSON": 1,
+        "empty answer": 1,
+        "roles do not alternate": 1,
+        "image outside the image root": 1,
+    }
+    assert source["first_rejected"]["empty answer"] == "dialogues.jsonl:14: turn 2"

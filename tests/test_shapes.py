@@ -1,0 +1,174 @@
+"""Configurations as literals agree with transformers' own model, and with the published counts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+from modeling.errors import UserError
+from modeling.shapes import (
+    IDEFICS_9B,
+    IDEFICS_80B,
+    TINY,
+    count_lora,
+    count_parameters,
+    read_config,
+    stand_in,
+    tensor_shapes,
+    verify,
+)
+
+CONFIGS = {
+    "tiny": TINY,
+    "9b": IDEFICS_9B,
+    "9b-instruct": {**IDEFICS_9B, "additional_vocab_size": 3},
+    "80b": IDEFICS_80B,
+    "stand-in of the 9b": stand_in(IDEFICS_9B),
+    "stand-in of the 80b": stand_in(IDEFICS_80B),
+    "gates as vectors": {**TINY, "alpha_type": "vector"},
+    "no norms of queries and keys": {
+        **TINY,
+        "qk_layer_norms": False,
+        "perceiver_config": {**TINY["perceiver_config"], "qk_layer_norms_perceiver": False},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shapes_are_those_of_the_stock_model(name):
+    with torch.device("meta"):
+        model = IdeficsForVisionText2Text(IdeficsConfig(**CONFIGS[name]))
+    assert tensor_shapes(CONFIGS[name]) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_the_9b_has_the_published_number_of_parameters():
+    counts = count_parameters(IDEFICS_9B)
+    assert counts == {
+        "vision": 630_766_080,
+        "resampler": 125_961_984,
+        "cross_attention": 1_434_519_568 - 16,
+        "decoder": 6_476_271_616,
+        "gates": 16,
+        "added_tokens": 16_384,
+        "embeddings_and_head": 2 * 131_072_000,
+    }
+    assert sum(counts.values()) == 8_929_679_632
+    assert sum(count_parameters(CONFIGS["9b-instruct"]).values()) == 8_929_687_824
+
+
+def test_the_80b_has_the_published_number_of_parameters():
+    counts = count_parameters(IDEFICS_80B)
+    assert counts == {
+        "vision": 630_766_080,
+        "resampler": 125_961_984,
+        "cross_attention": 13_925_422_120 - 40,
+        "decoder": 64_761_372_672,
+        "gates": 40,
+        "added_tokens": 32_768,
+        "embeddings_and_head": 2 * 262_144_000,
+    }
+    assert sum(counts.values()) == 79_967_843_624
+
+
+@pytest.mark.parametrize(
+    ("config", "towers", "layers", "parameters"),
+    [
+        (IDEFICS_9B, ("decoder",), 224, 39_976_960),
+        (IDEFICS_9B, ("cross_attention",), 56, 9_273_344),
+        (IDEFICS_9B, ("decoder", "cross_attention"), 280, 49_250_304),
+        (IDEFICS_80B, ("decoder",), 560, 199_884_800),
+        (IDEFICS_80B, ("cross_attention",), 140, 45_547_520),
+        (IDEFICS_80B, ("decoder", "cross_attention"), 700, 245_432_320),
+        (IDEFICS_9B, ("vision",), 192, 11_796_480),
+        (IDEFICS_80B, ("resampler",), 36, 2_310_144),
+        (IDEFICS_9B, (), 0, 0),
+    ],
+)
+def test_lora_of_rank_16_has_the_published_count(config, towers, layers, parameters):
+    assert count_lora(config, towers, 16) == (layers, parameters)
+
+
+def test_lora_counts_grow_with_the_rank():
+    assert count_lora(IDEFICS_9B, ("decoder",), 1) == (224, 39_976_960 // 16)
+
+
+@pytest.mark.parametrize("config", [IDEFICS_9B, IDEFICS_80B])
+def test_a_stand_in_keeps_the_structure_and_leaves_the_original_alone(config):
+    before = json.dumps(config)
+    small = stand_in(config)
+    assert small["cross_layer_interval"] == 4
+    assert small["num_hidden_layers"] == 8
+    assert (small["additional_vocab_size"], small["rms_norm_eps"]) == (2, config["rms_norm_eps"])
+    assert small["alpha_initializer"] == "ones"
+    assert sum(count_parameters(small).values()) < 1_000_000
+    assert json.dumps(config) == before
+
+
+@pytest.mark.parametrize("module", ["modeling.shapes", "modeling.towers", "modeling.errors"])
+def test_planning_needs_no_torch(module):
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'peft'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def _write(folder, **changes):
+    (folder / "config.json").write_text(json.dumps({"model_type": "idefics", **TINY, **changes}))
+    return str(folder)
+
+
+def test_the_config_of_a_folder_is_read(tmp_path):
+    assert read_config(_write(tmp_path)) == {"model_type": "idefics", **TINY}
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "added"),
+    [
+        ("HuggingFaceM4/idefics-9b", IDEFICS_9B, 2),
+        ("HuggingFaceM4/idefics-9b-instruct", IDEFICS_9B, 3),
+        ("HuggingFaceM4/idefics-80b", IDEFICS_80B, 2),
+        ("HuggingFaceM4/idefics-80b-instruct", IDEFICS_80B, 3),
+    ],
+)
+def test_the_released_models_need_no_hub(base, config, added):
+    assert read_config(base) == {**config, "additional_vocab_size": added}
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"expected a model folder with a config\.json, found none"):
+        read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("base", ["nobody/no-such-model", "not a name at all", "HuggingFaceM4/idefics-9b@main"])
+def test_a_base_that_nobody_has_is_refused(base):
+    with pytest.raises(UserError, match="is neither a folder here nor a model the hub gave"):
+        read_config(base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "idefics2"}, "expected an IDEFICS model .* got model_type 'idefics2'"),
+        ({"use_resampler": False}, "without a perceiver resampler"),
+        ({"additional_vocab_size": 0}, "expected additional_vocab_size 2 .* got 0"),
+        ({"additional_vocab_size": 4}, "expected additional_vocab_size 2 .* got 4"),
+    ],
+)
+def test_a_config_that_cannot_be_trained_is_refused(tmp_path, changes, message):
+    base = _write(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        read_config(base)
+    assert "config.json" in str(error.value)
+
+
+def test_a_config_without_these_fields_is_refused():
+    config = dict(TINY)
+    del config["use_resampler"]
+    with pytest.raises(UserError, match="without a perceiver resampler"):
+        verify(config, where="here")
+    config = dict(TINY)
+    del config["additional_vocab_size"]
+    with pytest.raises(UserError, match="got 0"):
+        verify(config, where="here")
