@@ -59,7 +59,8 @@ def _config(recipe: Recipe) -> Config:
 
 
 def _towers(config: Config, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    sizes = count_parameters({**config, "additional_vocab_size": 3})
+    instruct = any(not FORMATS[source.format].documents for source in recipe.data.sources)
+    sizes = count_parameters({**config, "additional_vocab_size": 3} if instruct else config)
     towers = {}
     for tower in TOWERS:
         mode = recipe.model.modes[tower]

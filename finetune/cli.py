@@ -34,7 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON 
 def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read the recipe, the first records of every source and the model's config: seconds, no torch."""
     from finetune.check import check as check_recipe
-    from finetune.recipe import load_recipe
+    from finetune.recipe_file import load_recipe
 
     def work() -> dict[str, Any]:
         return check_recipe(load_recipe(recipe, overrides), show=not as_json)
@@ -66,13 +66,94 @@ def merge(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
     _stages(recipe, overrides, as_json, "merge")
 
 
-def _stages(recipe: Path, overrides: list[str] | None, as_json: bool, stage: str | None) -> None:
-    from finetune.recipe import load_recipe
+@app.command(epilog="Example: `finetune inspect recipes/own_data.yaml --count 2 --ids`")
+def inspect(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option(help="How many dialogues of each source.", min=1)] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Every token's id, label and image.")] = False,
+) -> None:
+    """Show dialogues as the model will see them: what is trained on in green, and which image each token sees."""
+    from finetune.recipe_file import load_recipe
 
     def work() -> dict[str, Any]:
         loaded = load_recipe(recipe, overrides)
         _quiet()
-        from finetune.run import Run, show, stages_of
+        from finetune.run import inspect as inspect_recipe
+
+        inspect_recipe(loaded, count=count, ids=ids)
+        return {}
+
+    _guarded(work)
+
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A merged model: folder or hub id; or a base.", show_default=False)
+]
+AdapterFolder = Annotated[
+    Path | None, typer.Option("--adapter", help="With a base: the adapter folder to put on it.", show_default=False)
+]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1)]
+
+
+@app.command(epilog='Example: `finetune chat runs/quickstart/merged --image shape.png "what color is it?"`')
+def chat(
+    model: ModelName,
+    question: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Image for the question; repeatable.")] = None,
+    adapter: AdapterFolder = None,
+    max_new_tokens: NewTokens = 256,
+) -> None:
+    """Ask a model: one answer, or a conversation with images added on the way."""
+
+    def work() -> dict[str, Any]:
+        _quiet()
+        from finetune.chat import Conversation, converse, open_assistant
+
+        conversation = Conversation(open_assistant(model, adapter=adapter), max_new_tokens)
+        for path in image or []:
+            conversation.show(str(path))
+        if question:
+            typer.echo(conversation.ask(question))
+        else:
+            converse(conversation, lambda: input("> "), typer.echo)
+        return {}
+
+    _guarded(work)
+
+
+@app.command(epilog="Example: `finetune generate runs/mine/merged prompts.jsonl answers.jsonl`")
+def generate(
+    model: ModelName,
+    prompts: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="`messages` records that end with the user.")],
+    answers: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The same records with their answers.")],
+    adapter: AdapterFolder = None,
+    max_new_tokens: NewTokens = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a file of prompts, one line each; a record that cannot be asked gets its reason."""
+
+    def work() -> dict[str, Any]:
+        _quiet()
+        from finetune.chat import answer_file, open_assistant
+        from finetune.progress import say, track
+
+        assistant = open_assistant(model, adapter=adapter)
+        counts = answer_file(assistant, prompts, answers, max_new_tokens=max_new_tokens, track=track)
+        say(f"{answers}: {counts['answered']} answers, {counts['errors']} errors")
+        return dict(counts)
+
+    _finish(_guarded(work), as_json)
+
+
+def _stages(recipe: Path, overrides: list[str] | None, as_json: bool, stage: str | None) -> None:
+    from finetune.recipe_file import load_recipe
+
+    def work() -> dict[str, Any]:
+        loaded = load_recipe(recipe, overrides)
+        _quiet()
+        from finetune.report import show
+        from finetune.run import Run, stages_of
 
         result = Run(loaded).do(*((stage,) if stage else stages_of(loaded)))
         if not as_json:

@@ -1,8 +1,10 @@
-"""Held-out dialogues -> figures: loss per supervised token, exact answers, stop rate."""
+"""Held-out dialogues -> figures: loss per supervised token, exact answers, stop rate; and the test for blindness."""
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 
 from finetune.data.collate import RowCollator
-from finetune.data.dialogue import Dialogue
+from finetune.data.dialogue import Dialogue, Image, Turn
 from finetune.data.tracking import Track, silently
 from finetune.generate import Answer, Assistant, generate
 from modeling.forward import packed_loss
@@ -21,7 +23,7 @@ Question = tuple[Dialogue, str]
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of one model on held-out data. Shares are of `questions`; None where there are none."""
+    """Figures of one model on held-out data. Shares are of questions; None where there are none."""
 
     loss: float
     """Nats per supervised token."""
@@ -29,10 +31,12 @@ class Scores:
     questions: int
     exact: float | None
     """Share of answers equal to the reference."""
-    exact_yes_no: float | None
-    """Of the questions whose reference is yes or no."""
     exact_open: float | None
-    """Of the others."""
+    """Of the questions whose reference is not yes or no."""
+    exact_yes_no: float | None
+    """Of a subset of the others: for each question as many yes as no, so that its words give nothing away."""
+    first_word: float | None
+    """Share of answers whose first word is the reference's: fair to a model that does not know when to stop."""
     stopped: float | None
     """Share of answers that ended by themselves within the limit."""
 
@@ -54,20 +58,71 @@ def evaluate(
     loss, supervised = held_out_loss(assistant, rows, track=track)
     prompts = [prompt for prompt, _ in questions]
     answers = generate(assistant, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, track=track)
-    references = [reference for _, reference in questions]
     if predictions:
         _write_predictions(predictions, questions, answers)
+    references = [reference for _, reference in questions]
     exact = [answer.text == reference for answer, reference in zip(answers, references, strict=True)]
-    closed = [reference.lower() in ("yes", "no") for reference in references]
+    closed = [_is_closed(reference) for reference in references]
     return Scores(
         loss=loss,
         supervised_tokens=supervised,
         questions=len(questions),
         exact=_share(exact),
-        exact_yes_no=_share([right for right, yes_no in zip(exact, closed, strict=True) if yes_no]),
         exact_open=_share([right for right, yes_no in zip(exact, closed, strict=True) if not yes_no]),
+        exact_yes_no=_share([exact[index] for index in balanced_yes_no(questions)]),
+        first_word=_share(
+            [
+                _first_word(answer.text) == _first_word(reference)
+                for answer, reference in zip(answers, references, strict=True)
+            ]
+        ),
         stopped=_share([answer.stopped for answer in answers]),
     )
+
+
+def balanced_yes_no(questions: Sequence[Question]) -> list[int]:
+    """Indices of a subset of the yes/no questions that holds, for each wording, as many yes as no: the first ones.
+
+    A wording alone then tells nothing: the best guess is right half of the time.
+    """
+    by_wording: dict[str, dict[str, list[int]]] = defaultdict(lambda: {"yes": [], "no": []})
+    for index, (prompt, reference) in enumerate(questions):
+        if _is_closed(reference):
+            by_wording[prompt.turns[-1].text][reference.lower()].append(index)
+    chosen: list[int] = []
+    for answers in by_wording.values():
+        fewer = min(map(len, answers.values()))
+        chosen += [index for indices in answers.values() for index in indices[:fewer]]
+    return sorted(chosen)
+
+
+def exchange_images(
+    rows: RowCollator, dialogues: Sequence[Dialogue], questions: Sequence[Question], *, seed: int
+) -> tuple[RowCollator, list[Question]]:
+    """The blindness test's data: every image replaced by another of the held-out ones, everywhere the same way.
+
+    What a model loses on it, it owes to seeing. Needs two distinct images at least.
+    """
+    used = sorted({image for images in rows.image_ids for image in images})
+    order = np.random.default_rng([seed, 5]).permutation(used)
+    other = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    images = list(rows.images)
+    for image, substitute in other.items():
+        images[image] = rows.images[substitute]
+    swapped = {
+        image: images[number]
+        for dialogue, ids in zip(dialogues, rows.image_ids, strict=True)
+        for image, number in zip(dialogue.images, ids, strict=True)
+    }
+
+    def blind(dialogue: Dialogue) -> Dialogue:
+        turns = [
+            Turn(turn.role, tuple(swapped[part] if isinstance(part, Image) else part for part in turn.parts))
+            for turn in dialogue.turns
+        ]
+        return Dialogue(tuple(turns))
+
+    return replace(rows, images=images), [(blind(prompt), reference) for prompt, reference in questions]
 
 
 @torch.no_grad()
@@ -98,6 +153,15 @@ def _write_predictions(path: Path, questions: Sequence[Question], answers: Seque
             images = [str(image.source) if isinstance(image.source, Path) else None for image in prompt.images]
             line = {"images": images, "question": prompt.turns[-1].text, "reference": reference, **asdict(answer)}
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _is_closed(reference: str) -> bool:
+    return reference.lower() in ("yes", "no")
+
+
+def _first_word(text: str) -> str:
+    words = re.findall(r"\w+", text.lower())
+    return words[0] if words else ""
 
 
 def _share(values: Sequence[bool]) -> float | None:

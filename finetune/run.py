@@ -2,44 +2,42 @@
 
     runs/<name>/  recipe.yaml (resolved) · environment.json · base/ (a fresh one, from `init`) · data.json
                   metrics.jsonl · checkpoint-*/ · adapter/ · training.json · evaluation.json · predictions.jsonl
-                  merged/ (with provenance.json) · merge.json · result.json
+                  merged/ (with provenance.json) · merge.json · result.json · curves.png
 
 A stage leaves its .json last, so a stage that was interrupted has none and is done again: training goes on from its
 last checkpoint.
 """
 
-import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from finetune.data import prepare as data
 from finetune.data.collate import RowCollator
+from finetune.data.dialogue import RecordError
 from finetune.data.images import Augmentation, Preprocessing
 from finetune.data.schedule import build_schedule, draws_per_epoch
 from finetune.data.sources import FORMATS
-from finetune.evaluate import draw_questions, evaluate
+from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
+from finetune.folder import open_folder, read_json, versions, write_json
 from finetune.generate import Assistant
+from finetune.inspect import view
 from finetune.merge import merge, prove
-from finetune.progress import console, say, table, track
+from finetune.picture import draw
+from finetune.progress import console, say, track
 from finetune.recipe import Recipe, Source
 from finetune.train import Plan, ProgressBar, last_checkpoint, train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.errors import UserError
-from modeling.shapes import SHAPES
+from modeling.shapes import SHAPES, Config
 
 STAGES = ("train", "evaluate", "merge")
 PROOF_ROWS = 2
 PROOF_QUESTIONS = 8
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 class Run:
@@ -47,23 +45,24 @@ class Run:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.folder = _open_folder(recipe)
+        self.folder = open_folder(recipe)
 
     def do(self, *stages: str) -> dict[str, Any]:
         """Do these stages, those already done excepted, and return all figures there are. Raises UserError."""
         for stage in stages:
             if self._figures(_FILES[stage]) is None:
-                _write_json(self.folder / _FILES[stage], _DOES[stage](self))
+                write_json(self.folder / _FILES[stage], _DOES[stage](self))
             else:
                 say(f"{stage}: done before, see {self.folder / _FILES[stage]}")
         files = {"data": "data.json", **_FILES}
         result = {name: figures for name, file in files.items() if (figures := self._figures(file)) is not None}
-        _write_json(self.folder / "result.json", result)
+        write_json(self.folder / "result.json", result)
+        if "train" in result:
+            draw(self.folder / "metrics.jsonl", result.get("evaluate"), self.folder / "curves.png")
         return result
 
     def _figures(self, file: str) -> dict[str, Any] | None:
-        path = self.folder / file
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(self.folder / file)
 
     @cached_property
     def base(self) -> str:
@@ -109,15 +108,9 @@ class Run:
     def prepared(self) -> tuple[data.Prepared, data.Prepared]:
         """(training, held out). Writes data.json."""
         recipe, tokenizer = self.recipe, self.processor.tokenizer
-        limits: dict[str, Any] = {
-            "max_length": recipe.data.max_length,
-            "max_images": recipe.training.row_images,
-            "seed": recipe.training.seed,
-            "track": track,
-        }
-        training, accounts = data.prepare(self.sources, tokenizer, **limits)
+        training, accounts = data.prepare(self.sources, tokenizer, **self._limits)
         held_sources = [_source(source) for source in recipe.data.eval_sources]
-        held, held_accounts = data.prepare(held_sources, tokenizer, **limits)
+        held, held_accounts = data.prepare(held_sources, tokenizer, **self._limits)
         if recipe.data.eval_split:
             training, held = data.split_by_image(training, recipe.data.eval_split, seed=recipe.training.seed)
         data.require_examples(training, accounts)
@@ -131,7 +124,7 @@ class Run:
             "sources": [account.to_json() for account in accounts],
             "eval_sources": [account.to_json() for account in held_accounts],
         }
-        _write_json(self.folder / "data.json", report)
+        write_json(self.folder / "data.json", report)
         return training, held
 
     def _draws(self, training: data.Prepared) -> list[int]:
@@ -157,7 +150,31 @@ class Run:
 
     @cached_property
     def held_rows(self) -> RowCollator:
-        held, settings = self.prepared[1], self.recipe.training
+        return self._held_rows(self.prepared[1])
+
+    @cached_property
+    def documents(self) -> RowCollator | None:
+        """Held-out documents, where the evaluation names some."""
+        evaluation = self.recipe.evaluation
+        if not evaluation or not evaluation.documents:
+            return None
+        sources = [_source(source) for source in evaluation.documents]
+        prepared, accounts = data.prepare(sources, self.processor.tokenizer, **self._limits)
+        data.require_examples(prepared, accounts)
+        return self._held_rows(prepared)
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "max_length": recipe.data.max_length,
+            "max_images": recipe.training.row_images,
+            "seed": recipe.training.seed,
+            "track": track,
+        }
+
+    def _held_rows(self, held: data.Prepared) -> RowCollator:
+        settings = self.recipe.training
         rows = build_schedule(
             held.lengths,
             held.image_counts,
@@ -227,6 +244,7 @@ def _train(run: Run) -> dict[str, Any]:
         ),
         "parameters_trained": asdict(counts),
         "best_step": trainer.state.best_global_step if plan.evaluate_every else None,
+        "base_commit": idefics.config._commit_hash,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -243,11 +261,22 @@ def _evaluate(run: Run) -> dict[str, Any]:
         "track": track,
     }
     model = run.load().model
-    base = evaluate(run.assistant(model), run.held_rows, questions, **options)
-    tuned = open_adapter(model, adapter)
+    base = run.assistant(model)
+    figures: dict[str, Any] = {"base": evaluate(base, run.held_rows, questions, **options).to_json()}
+    documents = run.documents
+    forgetting = {"before": held_out_loss(base, documents, track=track)[0]} if documents else None
+    tuned = run.assistant(open_adapter(model, adapter))
     predictions = run.folder / "predictions.jsonl"
-    scores = evaluate(run.assistant(tuned), run.held_rows, questions, predictions=predictions, **options)
-    return {"base": base.to_json(), "tuned": scores.to_json()}
+    figures["tuned"] = evaluate(tuned, run.held_rows, questions, predictions=predictions, **options).to_json()
+    figures["blind"] = None
+    if len({image for images in run.held_rows.image_ids for image in images}) > 1:
+        rows, swapped = exchange_images(
+            run.held_rows, run.prepared[1].dialogues, questions, seed=run.recipe.training.seed
+        )
+        figures["blind"] = evaluate(tuned, rows, swapped, **options).to_json()
+    if documents and forgetting:
+        forgetting["after"] = held_out_loss(tuned, documents, track=track)[0]
+    return {**figures, "documents": forgetting}
 
 
 def _merge(run: Run) -> dict[str, Any]:
@@ -256,7 +285,7 @@ def _merge(run: Run) -> dict[str, Any]:
         "base": run.recipe.model.base or f"init: {run.recipe.model.init}",
         "revision": run.recipe.model.revision,
         "trained": {tower: mode for tower, mode in run.recipe.model.modes.items() if mode != "frozen"},
-        "versions": _versions(),
+        "versions": versions(),
     }
     merge(
         adapter,
@@ -290,71 +319,40 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if asked[stage])
 
 
-def show(recipe: Recipe, result: dict[str, Any]) -> None:
-    """The figures of a run as tables, and the line to type next."""
-    if scores := result.get("evaluate"):
-        rows = [(name, scores["base"][key], scores["tuned"][key]) for key, name in _SCORES.items()]
-        console.print(table("held out", ("", "base", "tuned"), rows))
-    if proof := result.get("merge"):
-        console.print(
-            table(
-                "merged against base + adapter",
-                ("", ""),
-                [
-                    ("largest difference of logits", proof["largest_difference"]),
-                    ("the same, to the base", proof["largest_difference_to_base"]),
-                    ("equal answers", f"{proof['same_answers']} of {proof['answers']}"),
-                ],
-            )
-        )
-        say(f"the model: {proof['merged']}")
-    say(f"the run: {recipe.output}")
-
-
-_SCORES = {
-    "exact": "exact answers",
-    "exact_open": "  open questions",
-    "exact_yes_no": "  yes/no questions",
-    "stopped": "stopped by itself",
-    "loss": "loss per supervised token",
-    "questions": "questions",
-}
-
-
-def _open_folder(recipe: Recipe) -> Path:
-    """The run folder, with its recipe and environment written. Raises UserError if it is another recipe's."""
-    folder = Path(recipe.output)
-    path, mine = folder / "recipe.yaml", recipe.to_yaml()
-    if path.is_file() and (theirs := path.read_text(encoding="utf-8")) != mine:
-        differing = _differing(yaml.safe_load(theirs), yaml.safe_load(mine))
-        raise UserError(
-            f"{folder}: holds the run of another recipe; they differ in {', '.join(differing)}\n"
-            f"  choose another folder (output=runs/NAME), or delete this one"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        path.write_text(mine, encoding="utf-8")
-        environment = {"versions": _versions(), "seed": recipe.training.seed, "revision": recipe.model.revision}
-        _write_json(folder / "environment.json", environment)
-    return folder
-
-
-def _differing(one: Any, other: Any, prefix: str = "") -> list[str]:
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = sorted({*one, *other})
-        return [place for key in keys for place in _differing(one.get(key), other.get(key), f"{prefix}.{key}")]
-    return [] if one == other else [prefix.removeprefix(".")]
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+def inspect(recipe: Recipe, *, count: int, ids: bool) -> None:
+    """Print the first dialogues of every source as the model will see them; writes nothing."""
+    model = recipe.model
+    sources = [_source(source) for source in (*recipe.data.sources, *recipe.data.eval_sources)]
+    instruct = any(not FORMATS[source.format].documents for source in sources)
+    if model.init:
+        tokenizer = _learn_tokenizer(SHAPES[model.init], sources[: len(recipe.data.sources)], seed=0, instruct=instruct)
+    else:
+        tokenizer = loading.load_processor(str(model.base), revision=model.revision, instruct=instruct).tokenizer
+    for source in sources:
+        account = data.Account(source.name)
+        for place, dialogue in data.read_dialogues(source, account, seed=recipe.training.seed)[:count]:
+            try:
+                console.print(view(dialogue, tokenizer, title=f"{source.name} {place}", ids=ids))
+            except RecordError as error:
+                say(f"{source.name} {place}: {error}")
+        for reason, records in account.rejected.items():
+            say(f"{source.name}: {records} x {reason} (first: {account.first_rejected[reason]})")
 
 
 def _make_base(shape: str, sources: list[data.Source], folder: Path, *, seed: int) -> None:
-    """A fresh base of a shape; its tokenizer learns from the texts of the sources."""
+    """A fresh base of a shape, on disk; its tokenizer learns from the texts of the sources."""
     from modeling import tiny
 
     config = SHAPES[shape]
+    tokenizer = _learn_tokenizer(config, sources, seed=seed, instruct=False)
+    processor = tiny.build_processor(tokenizer, image_size=config["vision_config"]["image_size"])
+    loading.save_processor(processor, folder)
+    tiny.build_model(config, seed=seed).save_pretrained(folder)
+
+
+def _learn_tokenizer(config: Config, sources: list[data.Source], *, seed: int, instruct: bool) -> Any:
+    from modeling import tiny
+
     texts = [
         f"{turn.role.capitalize()}: {turn.text}"
         for source in sources
@@ -363,10 +361,7 @@ def _make_base(shape: str, sources: list[data.Source], folder: Path, *, seed: in
     ]
     if not texts:
         raise UserError("model.init: the sources hold no text to learn a vocabulary from")
-    tokenizer = tiny.train_tokenizer(texts, vocab_size=config["vocab_size"])
-    processor = tiny.build_processor(tokenizer, image_size=config["vision_config"]["image_size"])
-    loading.save_processor(processor, folder)
-    tiny.build_model(config, seed=seed).save_pretrained(folder)
+    return tiny.train_tokenizer(texts, vocab_size=config["vocab_size"], added=3 if instruct else 2)
 
 
 def _source(source: Source) -> data.Source:
@@ -414,10 +409,3 @@ def _device() -> Any:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

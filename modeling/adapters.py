@@ -61,9 +61,9 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
         **lora,
         target_modules=lora_pattern(towers),
         modules_to_save=list(ADDED_ROWS) if "added_tokens" in full else None,
-        base_model_name_or_path=base,
     )
     wrapped = _attach(model, full, config)
+    wrapped.peft_config["default"].base_model_name_or_path = base  # PEFT has written the model's own name
     adapted = sum(name.endswith(".lora_A.default.weight") for name, _ in wrapped.named_parameters())
     expected, _ = count_lora(model.config.to_dict(), towers, config.r)
     assert adapted == expected, f"LoRA on {adapted} linear layers, expected {expected} in {', '.join(towers)}"
@@ -77,7 +77,7 @@ def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraC
             parameter.data = parameter.data.float()
     if "gates" in full:
         gates.hold_gates_in_fp32(model)
-    if "added_tokens" in full:
+    if "added_tokens" in full or "embeddings_and_head" in full:  # rows of both meet in one embedding
         gates.hold_added_rows_in_fp32(model)
     wrapped = model if lora is None else get_peft_model(model, lora)  # PEFT freezes whatever it does not own
     for name, parameter in wrapped.named_parameters():
@@ -145,6 +145,9 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
         got = load_file(folder / TRAINED_FILE)
     _same_names(folder / TRAINED_FILE, set(expected), set(got))
     for name, parameter in expected.items():
+        if got[name].shape != parameter.shape:  # copying would broadcast it
+            shapes = f"{tuple(got[name].shape)}, expected {tuple(parameter.shape)}"
+            raise UserError(f"{folder / TRAINED_FILE}: the adapter does not fit the model: {name} is {shapes}")
         parameter.data.copy_(got[name])
     has_lora = (folder / PEFT_CONFIG).is_file()
     if has_lora != isinstance(model, PeftModel):

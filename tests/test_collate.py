@@ -139,6 +139,13 @@ def test_augmented_pixels_depend_on_seed_epoch_and_image_alone(collator):
     assert augmented(0, 5).shape == (1, 3, 4, 4)
 
 
+def test_two_images_of_a_row_are_moved_apart(collator):
+    twins = {"images": [gradient(0), gradient(0)], "image_ids": [(0,), (1,)], "examples": [ONE, ONE]}
+    changed = RowCollator(**{**vars(collator), **twins, "augmentation": Augmentation(shift=3)})
+    first, second = changed([{"row": 0}])["pixel_values"]
+    assert not torch.equal(first, second)
+
+
 def test_workers_can_have_the_collator(collator):
     again = pickle.loads(pickle.dumps(collator))
     assert torch.equal(again([{"row": 0}])["pixel_values"], collator([{"row": 0}])["pixel_values"])

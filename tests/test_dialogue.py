@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
@@ -114,6 +115,12 @@ def test_two_references_to_one_file_are_equal():
     assert Image(Path("cat.jpg")) == CAT
     assert Image(b"cat") == Image(b"cat")
     assert CAT != DOG
+    assert len({CAT, Image(Path("cat.jpg")), DOG, Image(b"cat"), Image(b"cat")}) == 3
+
+
+def test_a_picture_in_memory_is_equal_to_itself_alone():
+    picture = PIL.Image.new("RGB", (2, 2))
+    assert len({Image(picture), Image(picture), Image(picture.copy())}) == 2
 
 
 def test_text_leaves_images_and_blanks_out():

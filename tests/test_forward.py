@@ -124,9 +124,8 @@ def test_loss_and_gradients_equal_the_dialogues_one_by_one(pair, name):
         floor = 1e-3 * largest
         assert (got - want).norm() <= RELATIVE * max(want.norm(), floor), parameter
         compared += bool(want.any())
-    # The stand-in has 177 tensors; 2 (the unused last norm of the vision tower) never count, and without images only
-    # the decoder's 73, the gated blocks' 2 x 5 behind the image gate, and the 4 tables of embeddings and head do. With images, the 4
-    # biases of keys may be exactly zero or not.
+    # The stand-in has 177 tensors. The vision tower's last norm (2) is unused, and 4 biases of keys may be just zero.
+    # Without images: the decoder's 73, the gated blocks' 2 x 5 behind the image gate, 4 of embeddings and head.
     assert compared in (range(171, 176) if any(ids) else [87])
 
 
@@ -156,6 +155,22 @@ def test_cached_features_give_the_loss_of_the_pixels(pair):
         cached = {key: value for key, value in batch.items() if key != "pixel_values"} | {"image_features": features}
         assert features.shape == (3, 8, 96)
         assert torch.equal(packed_loss(model, cached, config=model.config), live)
+
+
+def test_the_stock_forward_is_told_positions_gates_sequences_and_runs(pair):
+    """Pinned because the loss hardly shows them: RoPE is relative, and what sees no image is zero already."""
+    batch = {
+        "input_ids": torch.tensor([[1, 5, 2, 1, 301]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
+        "image_index": torch.tensor([[-1, -1, -1, -1, 0]]),
+        "sequence_starts": torch.tensor([0, 3, 5], dtype=torch.int32),
+        "pixel_values": torch.zeros(1, 3, 64, 64),
+    }
+    arguments = forward_arguments(batch, pair[2].config)
+    assert arguments["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert arguments["image_attention_mask"].tolist() == [[[0], [0], [0], [0], [1]]]
+    assert (arguments["sequence_starts"], arguments["image_runs"]) == ([0, 3, 5], [(4, 5, 0)])
+    assert (arguments["image_latents"], arguments["use_cache"]) == (8, False)
 
 
 def test_a_shared_image_is_run_once_and_seen_by_all(pair):

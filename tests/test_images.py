@@ -191,6 +191,7 @@ def test_what_is_no_whole_raster_image_is_corrupt(content, tmp_path):
     assert reason(content) == "corrupt image"
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("cut", [0.02, 0.3, 0.9])
 @pytest.mark.parametrize("extension", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
 def test_a_broken_file_is_decoded_or_refused_and_raises_nothing_else(extension, cut):

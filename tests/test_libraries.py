@@ -49,11 +49,12 @@ def test_a_llama_tokenizer_forgets_that_it_is_legacy_when_saved(llama_tokenizer,
     """modeling/loading.py `save_processor` writes the flag because plain saving changes the ids."""
     text = "<image>What is it?<image>A dog."
     tokenizer = copy.deepcopy(llama_tokenizer)
-    tokenizer.init_kwargs.pop("legacy", None)
+    tokenizer.init_kwargs.pop("legacy", None)  # where our own saving of the shared fixture has left it
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.legacy
-    assert again(text)["input_ids"] != tokenizer(text)["input_ids"]
+    assert (tokenizer.legacy, again.legacy) == (True, False)
+    assert tokenizer.tokenize(text) == ["<image>", "▁What", "▁is", "▁it", "?", "<image>", "▁A", "▁dog", "."]
+    assert again.tokenize(text) == ["<image>", "What", "▁is", "▁it", "?", "<image>", "A", "▁dog", "."]
 
 
 def test_suffix_targets_of_peft_hit_all_four_towers(stock):

@@ -43,7 +43,7 @@ def test_the_example_of_the_docstring():
         ([2, 10, 7, 5, 3], [0, 0, 0, 0, 0], [[1, 0], [2, 3], [4]]),
         ([7, 8, 4], [0, 0, 0], [[1, 2], [0]]),  # 4 goes where nothing is left over
         ([7, 8, 4], [0, 3, 1], [[1], [0, 2]]),  # unless there is no room for its image
-        ([1, 1, 1, 1], [2, 2, 1, 1], [[0, 2], [1, 3]]),  # images alone fill a row
+        ([1, 1, 1, 1], [2, 2, 1, 1], [[0, 3], [1, 2]]),  # images alone fill a row
     ],
 )
 def test_packs_by_hand(tokens, images, expected):

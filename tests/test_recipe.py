@@ -6,7 +6,8 @@ import peft
 import pytest
 import yaml
 
-from finetune.recipe import LORA_FIELDS, load_recipe
+from finetune.recipe import LORA_FIELDS
+from finetune.recipe_file import load_recipe
 from modeling.errors import UserError
 
 MINIMAL = """

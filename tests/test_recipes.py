@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from finetune.cli import app
-from finetune.recipe import load_recipe
+from finetune.recipe_file import load_recipe
 from modeling import loading, tiny
 from modeling.shapes import SHAPES, read_config, stand_in
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from finetune import run as run_module
 from finetune.cli import app
-from finetune.recipe import load_recipe
+from finetune.recipe_file import load_recipe
 from finetune.run import Run, stages_of
 from finetune.train import IdeficsTrainer
 from modeling.errors import UserError

@@ -23,7 +23,7 @@ def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float | None]) -> li
     Without weights each example is drawn once. Exact to one example (largest remainder).
     sizes (30, 10), weights (1, 1) -> [20, 20]; weights (None, None) -> [30, 10]
     """
-    if all(weight is None for weight in weights):
+    if not sum(sizes) or all(weight is None for weight in weights):
         return list(sizes)
     shares = np.array([weight or 0.0 for weight in weights]) * (np.array(sizes) > 0)
     exact = shares / shares.sum() * sum(sizes)

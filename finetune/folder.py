@@ -1,0 +1,72 @@
+"""The run folder: whose it is, what made it, and files that are there whole or not at all."""
+
+import json
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.recipe import Recipe
+from modeling.errors import UserError
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+def open_folder(recipe: Recipe) -> Path:
+    """The run folder, with its recipe and environment written. Raises UserError if it is another recipe's."""
+    folder = Path(recipe.output)
+    path, mine = folder / "recipe.yaml", recipe.to_yaml()
+    if path.is_file() and (theirs := path.read_text(encoding="utf-8")) != mine:
+        differing = _differing(yaml.safe_load(theirs), yaml.safe_load(mine))
+        raise UserError(
+            f"{folder}: holds the run of another recipe; they differ in {', '.join(differing)}\n"
+            f"  choose another folder (output=runs/NAME), or delete this one"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        path.write_text(mine, encoding="utf-8")
+        environment = {
+            "versions": versions(),
+            "commit": commit(),
+            "base": recipe.model.base or f"init: {recipe.model.init}",
+            "revision": recipe.model.revision,
+            "seed": recipe.training.seed,
+        }
+        write_json(folder / "environment.json", environment)
+    return folder
+
+
+def _differing(one: Any, other: Any, prefix: str = "") -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = sorted({*one, *other})
+        return [place for key in keys for place in _differing(one.get(key), other.get(key), f"{prefix}.{key}")]
+    return [] if one == other else [prefix.removeprefix(".")]
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def commit() -> str | None:
+    """The commit of the toolkit's own checkout, or None where it was installed from elsewhere."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "rev-parse", "HEAD"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)  # noqa: S603
+    return found.stdout.strip() or None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

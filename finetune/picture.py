@@ -1,0 +1,53 @@
+"""metrics.jsonl and the figures of a run -> one picture: how the loss fell, and what it was good for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SHARES = {
+    "exact_open": "open questions",
+    "exact_yes_no": "yes/no questions,\nbalanced",
+    "stopped": "stopped by itself",
+}
+MODELS = {"base": "#9aa5b1", "blind": "#d9a441", "tuned": "#2f6fbb"}
+
+
+def draw(metrics: Path, scores: Mapping[str, Any] | None, out: Path) -> None:
+    """Write a PNG: training and held-out loss by step and, where there are scores, the shares of each model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    shares = {key: name for key, name in SHARES.items() if scores and scores["tuned"].get(key) is not None}
+    figure, axes = plt.subplots(1, 2 if shares else 1, figsize=(11 if shares else 6, 4), squeeze=False)
+    _losses(axes[0, 0], lines)
+    if shares and scores:
+        _shares(axes[0, 1], shares, scores)
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def _losses(axis: Any, lines: list[dict[str, Any]]) -> None:
+    for key, name, style in (("loss", "training", {"alpha": 0.8}), ("eval_loss", "held out", {"marker": "o"})):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=name, **style)
+    axis.set(xlabel="step", ylabel="loss per supervised token (nats)", yscale="log")
+    axis.legend()
+    axis.grid(alpha=0.3)
+
+
+def _shares(axis: Any, shares: Mapping[str, str], scores: Mapping[str, Any]) -> None:
+    models = {name: color for name, color in MODELS.items() if scores.get(name)}
+    width = 0.8 / len(models)
+    for offset, (model, color) in enumerate(models.items()):
+        places = [index + (offset - (len(models) - 1) / 2) * width for index in range(len(shares))]
+        bars = axis.bar(places, [scores[model][key] for key in shares], width, label=model, color=color)
+        axis.bar_label(bars, fmt="%.2f", fontsize=8)
+    axis.set_xticks(range(len(shares)), list(shares.values()))
+    axis.set(ylim=(0, 1.08), ylabel="share of held-out questions")
+    axis.legend(loc="upper left")

@@ -1,0 +1,74 @@
+"""The figures of a run -> what a person sees at its end: tables, three answers, the line to type next."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Group
+from rich.text import Text
+
+from finetune.data.dialogue import Image
+from finetune.inspect import picture
+from finetune.progress import console, say, table
+from finetune.recipe import Recipe
+
+
+def show(recipe: Recipe, result: dict[str, Any]) -> None:
+    """The figures of a run as tables, three answers, and the line to type next."""
+    folder = Path(recipe.output)
+    if scores := result.get("evaluate"):
+        models = {name: scores[name] or {} for name in ("base", "tuned", "blind")}
+        rows = [(label, *(model.get(key) for model in models.values())) for key, label in _SCORES.items()]
+        console.print(table("held out (blind: with the images exchanged)", ("", *models), rows))
+        if forgetting := scores["documents"]:
+            say(f"loss on held-out documents: {forgetting['before']:.3f} before, {forgetting['after']:.3f} after")
+    if proof := result.get("merge"):
+        console.print(
+            table(
+                "merged against base + adapter",
+                ("", ""),
+                [
+                    ("largest difference of logits", proof["largest_difference"]),
+                    ("the same, to the base", proof["largest_difference_to_base"]),
+                    ("equal answers", f"{proof['same_answers']} of {proof['answers']}"),
+                ],
+            )
+        )
+        say(f"the model: {proof['merged']}")
+    if recipe.evaluation and (predictions := folder / "predictions.jsonl").is_file():
+        _show_answers(predictions)
+    say(f"the run: {folder} (its course: {folder / 'curves.png'})")
+    if "merge" in result:
+        say(f"next: finetune chat {folder / 'merged'}")
+
+
+def _show_answers(predictions: Path) -> None:
+    """Three images with question, reference and answer: an open question first, no image twice."""
+    lines = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+    lines.sort(key=lambda line: line["reference"].lower() in ("yes", "no"))
+    chosen: dict[str, dict[str, Any]] = {}
+    for line in lines[:: max(1, len(lines) // 50)]:
+        if len(chosen) < 3 and line["images"] and line["images"][-1]:
+            chosen.setdefault(line["images"][-1], line)
+    shown = [
+        Group(
+            picture(Image(Path(path)), width=20),
+            Text(line["question"]),
+            Text(f"reference: {line['reference']}", style="dim"),
+            Text(f"answer: {line['text']}", style="green" if line["text"] == line["reference"] else "red"),
+        )
+        for path, line in chosen.items()
+    ]
+    console.print(Columns(shown, padding=(0, 4)))
+
+
+_SCORES = {
+    "exact_open": "open questions, exact",
+    "exact_yes_no": "yes/no questions, balanced, exact",
+    "exact": "all questions, exact",
+    "first_word": "all questions, first word",
+    "stopped": "stopped by itself",
+    "loss": "loss per supervised token",
+    "questions": "questions",
+}
