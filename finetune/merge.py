@@ -27,19 +27,10 @@ from modeling.errors import UserError
 from modeling.forward import forward_arguments
 from modeling.loading import generation_config, load_processor, save_processor
 from modeling.shapes import read_config, tensor_shapes
-from modeling.towers import stock_name
+from modeling.towers import EXACT_LORA, stock_name
 
 SHARD_BYTES = 2 * 1024**3
 """Largest weight file; also the most memory the merge holds, besides the adapter and one tensor."""
-
-PLAIN_LORA = {
-    "bias": "none",
-    "lora_bias": False,
-    "use_bdlora": None,
-    "target_parameters": None,
-    "layer_replication": None,
-}
-"""LoraConfig fields the merge does not understand, at the values that keep it exact."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +109,9 @@ class Adapter:
                 )
             return cls({}, replaced, None)
         config = LoraConfig.from_pretrained(str(folder))
-        for key, plain in PLAIN_LORA.items():
-            if getattr(config, key) != plain:
-                raise UserError(f"{folder}: this merge knows {key}: {plain} only, got {getattr(config, key)!r}")
+        for key, values in EXACT_LORA.items():
+            if getattr(config, key) not in values:
+                raise UserError(f"{folder}: cannot be merged exactly: {key} is {getattr(config, key)!r}")
         lora: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in load_peft_weights(str(folder), device="cpu").items():
             home, mark, rest = name.partition(".lora_")

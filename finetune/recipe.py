@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from modeling.towers import EXACT_LORA
+
 Mode = Literal["frozen", "lora", "full"]
 Switch = Literal["frozen", "full"]
 Positive = Annotated[int, Field(gt=0)]
@@ -89,6 +91,8 @@ class Adapter(BaseModel):
             if key not in LORA_FIELDS:
                 near = difflib.get_close_matches(key, ("rank", "alpha", "dropout", *LORA_FIELDS), n=1)
                 raise ValueError(f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
+            if key in EXACT_LORA and (value := (self.model_extra or {})[key]) not in EXACT_LORA[key]:
+                raise ValueError(f"{key}: {value!r} could not be merged exactly; expected one of {EXACT_LORA[key]}")
         return self
 
     @property

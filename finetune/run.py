@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from finetune.data import prepare as data
 from finetune.data.collate import RowCollator
 from finetune.data.dialogue import RecordError
@@ -33,7 +35,7 @@ from finetune.train import Plan, ProgressBar, last_checkpoint, train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.errors import UserError
-from modeling.shapes import SHAPES, Config
+from modeling.shapes import SHAPES, Config, read_config
 
 STAGES = ("train", "evaluate", "merge")
 PROOF_ROWS = 2
@@ -45,6 +47,8 @@ class Run:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        if recipe.model.base:
+            read_config(recipe.model.base, revision=recipe.model.revision)  # a wrong base leaves no folder behind
         self.folder = open_folder(recipe)
 
     def do(self, *stages: str) -> dict[str, Any]:
@@ -111,11 +115,11 @@ class Run:
         training, accounts = data.prepare(self.sources, tokenizer, **self._limits)
         held_sources = [_source(source) for source in recipe.data.eval_sources]
         held, held_accounts = data.prepare(held_sources, tokenizer, **self._limits)
+        data.require_examples(training, accounts)
         if recipe.data.eval_split:
             training, held = data.split_by_image(training, recipe.data.eval_split, seed=recipe.training.seed)
-        data.require_examples(training, accounts)
-        if recipe.data.eval_sources or recipe.data.eval_split:
-            data.require_examples(held, held_accounts or accounts)
+        if recipe.data.eval_sources:
+            data.require_examples(held, held_accounts)
         for account, draws in zip(accounts, self._draws(training), strict=True):
             account.draws_per_epoch = draws
         report = {
@@ -146,7 +150,10 @@ class Run:
             steps=settings.steps,
         )
         augmentation = Augmentation(**self.recipe.data.augment.model_dump())
-        return replace(self._rows(training), rows=rows, augmentation=augmentation, seed=settings.seed)
+        blank = any(self.recipe.model.modes[tower] != "frozen" for tower in ("vision", "resampler"))
+        return replace(
+            self._rows(training), rows=rows, augmentation=augmentation, seed=settings.seed, blank_image=blank
+        )
 
     @cached_property
     def held_rows(self) -> RowCollator:
@@ -214,6 +221,7 @@ class Run:
 def _train(run: Run) -> dict[str, Any]:
     recipe, rows = run.recipe, run.train_rows
     idefics = run.load().model
+    set_seed(recipe.training.seed)  # LoRA factors start at random
     model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=run.base)
     counts = count_trained(model)
     if not recipe.adapter.model_extra:
@@ -244,7 +252,6 @@ def _train(run: Run) -> dict[str, Any]:
         ),
         "parameters_trained": asdict(counts),
         "best_step": trainer.state.best_global_step if plan.evaluate_every else None,
-        "base_commit": idefics.config._commit_hash,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -393,6 +400,7 @@ def _plan(recipe: Recipe, rows: int, *, autocast: bool) -> Plan:
         evaluate_every=settings.evaluate_every,
         early_stop=settings.early_stop,
         trackers=settings.trackers,
+        unused_parameters=recipe.model.vision == "full",
         autocast=autocast,
     )
 

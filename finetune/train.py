@@ -49,6 +49,8 @@ class Plan:
     evaluate_every: int | None = None
     early_stop: int | None = None
     trackers: Sequence[str] = ()
+    unused_parameters: bool = False
+    """Some trained parameters play no part, like the last norm of the vision tower: DDP must look for them."""
     autocast: bool = False
     """Multiply in bf16 although some trained matrices are fp32: for towers trained in full on a bf16 base."""
 
@@ -249,10 +251,11 @@ def _arguments(folder: Path, *, steps: int, plan: Plan) -> SFTConfig:
         max_grad_norm=plan.clip,
         seed=plan.seed,
         bf16=plan.autocast,
+        use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        # Packed attention reaches every parameter, so DDP need not search for unused ones.
-        ddp_find_unused_parameters=False,
+        # Packed attention reaches every parameter it can, so that DDP seldom needs to search.
+        ddp_find_unused_parameters=plan.unused_parameters,
         logging_steps=1,
         disable_tqdm=True,
         report_to=list(plan.trackers) or "none",

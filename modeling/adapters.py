@@ -57,23 +57,32 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
     towers = lora_towers(modes)
     if not towers:
         return _attach(model, full, None)
-    config = LoraConfig(
-        **lora,
-        target_modules=lora_pattern(towers),
-        modules_to_save=list(ADDED_ROWS) if "added_tokens" in full else None,
-    )
+    try:
+        config = LoraConfig(
+            **lora,
+            target_modules=lora_pattern(towers),
+            modules_to_save=list(ADDED_ROWS) if "added_tokens" in full else None,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"adapter: PEFT refuses these LoRA fields: {error}") from error
     wrapped = _attach(model, full, config)
     wrapped.peft_config["default"].base_model_name_or_path = base  # PEFT has written the model's own name
     adapted = sum(name.endswith(".lora_A.default.weight") for name, _ in wrapped.named_parameters())
     expected, _ = count_lora(model.config.to_dict(), towers, config.r)
-    assert adapted == expected, f"LoRA on {adapted} linear layers, expected {expected} in {', '.join(towers)}"
+    selected = "exclude_modules" in lora or "layers_to_transform" in lora
+    assert selected or adapted == expected, (
+        f"LoRA on {adapted} linear layers, expected {expected} in {', '.join(towers)}"
+    )
     return wrapped
 
 
 def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraConfig | None) -> nn.Module:
     model.requires_grad_(False)
+    in_fp32 = set(full) - {"gates", "added_tokens"}
+    if "vision" in full:
+        in_fp32.add("resampler")  # its layer norms would not take fp32 features in bf16
     for name, parameter in model.named_parameters():
-        if tower_of(name) in full and tower_of(name) not in ("gates", "added_tokens"):
+        if tower_of(name) in in_fp32:
             parameter.data = parameter.data.float()
     if "gates" in full:
         gates.hold_gates_in_fp32(model)
@@ -140,28 +149,26 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
 
     PEFT alone is silent about tensors it has no place for. Raises UserError.
     """
-    expected, got = trained_parameters(model), {}
-    if (folder / TRAINED_FILE).is_file():
-        got = load_file(folder / TRAINED_FILE)
-    _same_names(folder / TRAINED_FILE, set(expected), set(got))
-    for name, parameter in expected.items():
-        if got[name].shape != parameter.shape:  # copying would broadcast it
-            shapes = f"{tuple(got[name].shape)}, expected {tuple(parameter.shape)}"
-            raise UserError(f"{folder / TRAINED_FILE}: the adapter does not fit the model: {name} is {shapes}")
-        parameter.data.copy_(got[name])
+    trained, places = _read_trained(folder), trained_parameters(model)
+    _require_fit(folder / TRAINED_FILE, trained, places)
     has_lora = (folder / PEFT_CONFIG).is_file()
     if has_lora != isinstance(model, PeftModel):
         raise UserError(f"{folder}: the adapter has {'' if has_lora else 'no '}LoRA and this recipe says otherwise")
     if isinstance(model, PeftModel):
         weights = load_peft_weights(str(folder), device="cpu")
-        _same_names(folder, set(get_peft_model_state_dict(model, save_embedding_layers=False)), set(weights))
+        _require_fit(folder, weights, get_peft_model_state_dict(model, save_embedding_layers=False))
         set_peft_model_state_dict(model, weights)
+    for name, parameter in places.items():
+        parameter.data.copy_(trained[name])
 
 
 def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
     """Attach what an adapter folder holds to its (extended) base, filled and frozen, ready to be asked."""
-    trained = load_file(folder / TRAINED_FILE) if (folder / TRAINED_FILE).is_file() else {}
-    full, lora = {tower_of(name) for name in trained}, None
+    trained, lora = _read_trained(folder), None
+    surplus = sorted(trained.keys() - {name for name, _ in model.named_parameters()})
+    if surplus:
+        raise UserError(f"{folder / TRAINED_FILE}: {len(surplus)} tensors have no place in the model: {surplus[:3]}")
+    full = {tower_of(name) for name in trained}
     if (folder / PEFT_CONFIG).is_file():
         lora = LoraConfig.from_pretrained(str(folder))
         if lora.modules_to_save:
@@ -173,10 +180,19 @@ def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
     return wrapped.requires_grad_(False).eval()
 
 
-def _same_names(where: Path, expected: set[str], got: set[str]) -> None:
-    if expected != got:
-        missing, surplus = sorted(expected - got), sorted(got - expected)
+def _read_trained(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / TRAINED_FILE) if (folder / TRAINED_FILE).is_file() else {}
+
+
+def _require_fit(where: Path, got: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> None:
+    """Names and shapes must be those of `places`: copying would broadcast a wrong shape. Raises UserError."""
+    missing, surplus = sorted(places.keys() - got.keys()), sorted(got.keys() - places.keys())
+    if missing or surplus:
         raise UserError(
             f"{where}: the adapter does not fit the model: {len(missing)} tensors missing {missing[:3]}, "
             f"{len(surplus)} with no place {surplus[:3]}"
         )
+    for name, place in places.items():
+        if got[name].shape != place.shape:
+            shapes = f"{tuple(got[name].shape)}, expected {tuple(place.shape)}"
+            raise UserError(f"{where}: the adapter does not fit the model: {name} is {shapes}")

@@ -12,7 +12,7 @@ Every parameter of `IdeficsForVisionText2Text` belongs to exactly one tower:
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 LORA_TOWERS = ("vision", "resampler", "cross_attention", "decoder")
 TOWERS = (*LORA_TOWERS, "gates", "added_tokens", "embeddings_and_head")
@@ -22,6 +22,23 @@ GATES = ("alpha_cross_attn", "alpha_dense")
 
 ADDED_ROWS = ("additional_embedding", "additional_fc")
 """Modules holding the rows of the added tokens: input side, output side."""
+
+EXACT_LORA: Mapping[str, tuple[object, ...]] = {
+    "bias": ("none",),
+    # The others rewrite the base's own matrices before training starts.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "layer_replication": (None,),
+    "lora_bias": (False,),
+    "target_parameters": (None,),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None,),
+    "use_qalora": (False,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "alora_invocation_tokens": (None,),
+}
+"""LoraConfig fields and the values under which base + adapter is a sum of matrices, so that a merge is exact."""
 
 _PARAMETERS = {
     "gates": r"model\.gated_cross_attn_layers\.\d+\.(alpha_cross_attn|alpha_dense)",

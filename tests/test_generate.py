@@ -7,7 +7,7 @@ import torch
 from finetune.data.dialogue import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
 from finetune.data.template import render
-from finetune.evaluate import draw_questions, evaluate, held_out_loss
+from finetune.evaluate import balanced_yes_no, draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.generate import Answer, Assistant, generate
 from modeling.forward import packed_loss
 
@@ -49,13 +49,13 @@ def test_it_is_the_stock_processor_and_model(asked, idefics, prompts):
 
 
 def test_an_answer_that_stops_is_cut_there_and_one_that_does_not_says_so(asked, prompts, monkeypatch):
-    end, dog = asked.tokenizer.convert_tokens_to_ids(["<end_of_utterance>", "▁dog"])
+    end, dog = asked.tokenizer.convert_tokens_to_ids("<end_of_utterance>"), asked.tokenizer("dog")["input_ids"][1:]
 
     def scripted(assistant, inputs, max_new_tokens):
-        return [[dog, end, dog], [dog, dog, dog]]
+        return [[*dog, end, *dog], dog]
 
     monkeypatch.setattr("finetune.generate._continue", scripted)
-    assert generate(asked, prompts[1:3], max_new_tokens=3) == [Answer("dog", True), Answer("dog dog dog", False)]
+    assert generate(asked, prompts[1:3], max_new_tokens=3) == [Answer("dog", True), Answer("dog", False)]
 
 
 def test_image_tokens_are_never_written(asked, prompts):
@@ -80,21 +80,46 @@ def test_questions_are_every_answered_turn_in_its_context(prompts):
     assert drawn != [reference for _, reference in draw_questions(many, limit=5, seed=1)]
 
 
-def test_scores_count_exact_open_yes_no_and_stopped(asked, make_rows, monkeypatch, tmp_path):
-    answers = {"a?": ("yes", True), "b?": ("no", True), "c?": ("dog", False), "d?": ("Dog", True)}
+def test_scores_count_exact_open_balanced_first_word_and_stopped(asked, make_rows, monkeypatch, tmp_path):
+    table = [
+        # question, reference, answer, stopped
+        ("is it red?", "yes", "yes", True),
+        ("is it red?", "no", "yes", True),
+        ("is it red?", "no", "no", True),  # one no too many: left out of the balanced ones
+        ("is it blue?", "no", "no", True),  # never yes: its words give it away
+        ("what?", "dog", "dog", False),
+        ("what?", "dog", "Dog, I think", True),
+    ]
 
     def scripted(assistant, prompts, **options):
-        return [Answer(*answers[prompt.turns[-1].text]) for prompt in prompts]
+        return [Answer(text, stopped) for _, _, text, stopped in table]
 
     monkeypatch.setattr("finetune.evaluate.generate", scripted)
-    references = {"a?": "yes", "b?": "yes", "c?": "dog", "d?": "dog"}
-    questions = [(Dialogue((user(question),)), reference) for question, reference in references.items()]
+    questions = [(Dialogue((user(question),)), reference) for question, reference, _, _ in table]
     file = tmp_path / "predictions.jsonl"
     scores = evaluate(asked, make_rows(), questions, max_new_tokens=4, batch_size=2, predictions=file)
-    assert (scores.exact, scores.exact_yes_no, scores.exact_open, scores.stopped) == (0.5, 0.5, 0.5, 0.75)
-    assert file.read_text().splitlines()[2] == (
-        '{"images": [], "question": "c?", "reference": "dog", "text": "dog", "stopped": false}'
+    assert balanced_yes_no(questions) == [0, 1]
+    assert (scores.exact, scores.exact_yes_no, scores.exact_open) == (4 / 6, 0.5, 0.5)
+    assert (scores.first_word, scores.stopped) == (5 / 6, 5 / 6)
+    assert file.read_text().splitlines()[4] == (
+        '{"images": [], "question": "what?", "reference": "dog", "text": "dog", "stopped": false}'
     )
+
+
+def test_every_image_is_exchanged_for_another_everywhere_the_same_way(make_rows):
+    rows = make_rows()
+    order = sorted({index for row in rows.rows for index in row.examples})
+    dialogues = [
+        Dialogue((user(*[rows.images[image] for image in rows.image_ids[index]], "which?"), assistant("red")))
+        for index in order
+    ]
+    questions = draw_questions(dialogues, limit=None, seed=0)
+    blind, swapped = exchange_images(rows, dialogues, questions, seed=0)
+    assert all(ours != theirs for ours, theirs in zip(rows.images, blind.images, strict=True))
+    assert set(rows.images) == set(blind.images)
+    for (before, _), (after, _), ids in zip(questions, swapped, rows.image_ids, strict=True):
+        assert [turn.text for turn in before.turns] == [turn.text for turn in after.turns]
+        assert list(after.images) == [blind.images[image] for image in ids]
 
 
 def test_the_held_out_loss_weighs_every_token_the_same_however_rows_are_packed(asked, make_rows):

@@ -97,6 +97,7 @@ def test_all_errors_come_at_once_each_with_its_place_what_was_got_and_the_neares
         ("data.sources=[]", "data.sources: list should have at least 1 item after validation, not 0, got [] (list)"),
         ("adapter.r=4", "adapter: r is set by rank"),
         ("adapter.target_modules=all-linear", "adapter: target_modules is set by the towers under model"),
+        ("adapter.bias=all", "adapter: bias: 'all' could not be merged exactly; expected one of ('none',)"),
         ("data.sources.3.limit=1", "'data.sources.3.limit=1': the recipe has no data.sources.3.limit to set"),
         ("training.seed=[", "'training.seed=[': the value is not YAML"),
     ],

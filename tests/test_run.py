@@ -134,7 +134,7 @@ def test_stages_out_of_order_say_what_comes_first(recipe_file):
     for verb in ("evaluate", "merge"):
         outcome = invoke(verb, recipe_file)
         assert outcome.exit_code == 1
-        assert "nothing is trained here yet" in outcome.output
+        assert "nothing is trained here yet" in " ".join(outcome.output.split())
 
 
 def mistakes(base_folder):
@@ -142,7 +142,7 @@ def mistakes(base_folder):
     yield "missing base", ["model.base=/nowhere/at/all"], "neither a folder here nor a model the hub gave"
     yield "missing data", ["data.sources.0.path=gone.jsonl"], "expected a .jsonl file, found nothing"
     yield "unfit lora", ["adapter.rank=0"], "adapter.rank: input should be greater than 0"
-    yield "everything rejected", ["data.max_length=8"], "no dialogue is left to train on"
+    yield "everything rejected", ["data.max_length=8"], "no dialogue is left: "
 
 
 @pytest.mark.parametrize("case", range(5))

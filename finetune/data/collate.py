@@ -19,7 +19,7 @@ class Batch(TypedDict):
     input_ids, labels, position_ids   int64 [1, T]    position_ids restart at 0 in every sequence
     sequence_starts                   int32 [S + 1]   cumulative lengths
     image_index                       int64 [1, T]    index into this batch's images, -1 = none
-    pixel_values                      float32 [N, 3, H, W]   real images only, none padded
+    pixel_values                      float32 [N, 3, H, W]   real images only, none padded (but see `blank_image`)
     """
 
     input_ids: torch.Tensor
@@ -37,6 +37,7 @@ def collate(
     pixels: Callable[[int], np.ndarray],
     image_size: tuple[int, int],
     filler: int,
+    blank_image: bool = False,
 ) -> Batch:
     """Lay examples end to end. `image_ids[i]` names the images of example i; an image used twice is there once.
 
@@ -44,7 +45,8 @@ def collate(
 
     position_ids 0 1 2 0 1    sequence_starts 0 3 5    image_index -1 -1 -1 0 0    pixel_values of 7
 
-    With no examples, a row of the one unsupervised token `filler`.
+    With no examples, a row of the one unsupervised token `filler`. With `blank_image`, a row without images carries a
+    black one that no token sees: a vision tower that is trained then has a gradient (of zero) in every row.
     """
     if not examples:
         one = np.zeros(1, dtype=np.int64)
@@ -57,7 +59,7 @@ def collate(
         for example, images in zip(examples, image_ids, strict=True)
     ]
     lengths = [len(example) for example in examples]
-    empty = np.zeros((0, 3, *image_size), dtype=np.float32)
+    empty = np.zeros((int(blank_image), 3, *image_size), dtype=np.float32)
     return {
         "input_ids": _row([example.input_ids for example in examples]),
         "labels": _row([example.labels for example in examples]),
@@ -84,6 +86,7 @@ class RowCollator:
     filler: int
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
+    blank_image: bool = False
 
     def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
         """`features` is one `{"row": number}`: a micro-batch is one pack."""
@@ -97,6 +100,7 @@ class RowCollator:
             pixels=lambda image: self._pixels(image, row.epoch),
             image_size=self.preprocessing.size,
             filler=self.filler,
+            blank_image=self.blank_image,
         )
 
     def _pixels(self, image: int, epoch: int) -> np.ndarray:

@@ -148,14 +148,19 @@ def read_dialogues(
 
 
 def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[Prepared, Prepared]:
-    """(training, held out): about `fraction` of the examples is held out, no image is on both sides."""
+    """(training, held out): at most `fraction` of the examples (or one), no image on both sides. Raises UserError."""
     groups = _groups(prepared.image_ids)
     order = np.random.default_rng([seed, 2]).permutation(len(groups))
     held: list[int] = []
+    wanted = max(1, round(fraction * len(prepared))) if fraction else 0
     for group in order:
-        if len(held) >= round(fraction * len(prepared)):
-            break
-        held += groups[group]
+        if len(held) + len(groups[group]) <= wanted:
+            held += groups[group]
+    if wanted and len(held) in (0, len(prepared)):
+        raise UserError(
+            f"data.eval_split: {fraction:g} of {len(prepared)} examples cannot be held out: they share images, and the "
+            f"smallest group that does has {min(map(len, groups), default=0)}; set eval_sources, or a larger share"
+        )
     kept = sorted(set(range(len(prepared))) - set(held))
     return prepared.select(kept), prepared.select(sorted(held))
 
@@ -276,11 +281,11 @@ def _groups(image_ids: Sequence[tuple[int, ...]]) -> list[list[int]]:
 
 
 def require_examples(prepared: Prepared, accounts: Sequence[Account]) -> None:
-    """Raise UserError when nothing is left to train on, with the reasons."""
+    """Raise UserError when no dialogue is left, with the reasons."""
     if not len(prepared):
         reasons = [
             f"  {account.source}: {count} x {reason} (first: {account.first_rejected[reason]})"
             for account in accounts
             for reason, count in account.rejected.items()
         ]
-        raise UserError("\n".join(["no dialogue is left to train on:", *(reasons or ["  the sources are empty"])]))
+        raise UserError("\n".join(["no dialogue is left:", *(reasons or ["  the sources are empty"])]))
