@@ -79,7 +79,7 @@ def inspect(
     def work() -> dict[str, Any]:
         loaded = load_recipe(recipe, overrides)
         _quiet()
-        from finetune.run import inspect as inspect_recipe
+        from finetune.inspect import inspect as inspect_recipe
 
         inspect_recipe(loaded, count=count, ids=ids)
         return {}

@@ -7,13 +7,40 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.data.dialogue import Dialogue, Image
+from finetune.data import prepare as data
+from finetune.data.dialogue import Dialogue, Image, RecordError
 from finetune.data.images import open_image
+from finetune.data.sources import FORMATS
 from finetune.data.template import render
 from finetune.data.tokens import IGNORED, Example, tokenize
+from finetune.materials import learn_tokenizer, to_source
+from finetune.progress import console, say
+from finetune.recipe import Recipe
+from modeling.loading import load_processor
+from modeling.shapes import SHAPES
 
 IMAGE_STYLES = ("cyan", "magenta", "yellow", "blue", "bright_red", "bright_green")
 """Colours of the images of one dialogue, in turn."""
+
+
+def inspect(recipe: Recipe, *, count: int, ids: bool) -> None:
+    """Print the first dialogues of every source as the model will see them; writes nothing."""
+    model = recipe.model
+    sources = [to_source(source) for source in (*recipe.data.sources, *recipe.data.eval_sources)]
+    instruct = any(not FORMATS[source.format].documents for source in sources)
+    if model.init:
+        tokenizer = learn_tokenizer(SHAPES[model.init], sources[: len(recipe.data.sources)], seed=0, instruct=instruct)
+    else:
+        tokenizer = load_processor(str(model.base), revision=model.revision, instruct=instruct).tokenizer
+    for source in sources:
+        account = data.Account(source.name)
+        for place, dialogue in data.read_dialogues(source, account, seed=recipe.training.seed)[:count]:
+            try:
+                console.print(view(dialogue, tokenizer, title=f"{source.name} {place}", ids=ids))
+            except RecordError as error:
+                say(f"{source.name} {place}: {error}")
+        for reason, records in account.rejected.items():
+            say(f"{source.name}: {records} x {reason} (first: {account.first_rejected[reason]})")
 
 
 def view(dialogue: Dialogue, tokenizer: Any, *, title: str, ids: bool) -> Panel:

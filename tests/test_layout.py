@@ -59,7 +59,9 @@ def test_modeling_never_imports_finetune():
 
 def test_data_knows_no_recipe_and_only_the_verbs_do():
     knows = {name for name, targets in GRAPH.items() if "finetune.recipe" in targets}
-    assert knows == {f"finetune.{name}" for name in ("check", "folder", "recipe_file", "report", "run")}
+    assert knows == {
+        f"finetune.{name}" for name in ("check", "folder", "inspect", "materials", "recipe_file", "report", "run")
+    }
 
 
 def test_module_paths_of_idefics_are_spelt_in_towers_alone():

@@ -1,0 +1,124 @@
+"""README's commands are executed, its code runs, its recipe parses, and its figures are those of the measured run."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+from finetune.cli import app
+from finetune.recipe_file import load_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+
+
+def invoke(*arguments):
+    outcome = CliRunner().invoke(app, list(map(str, arguments)))
+    assert outcome.exit_code == 0, outcome.output
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """The run folder of README's second command line, in fewer steps."""
+    output = tmp_path_factory.mktemp("readme") / "own_data"
+    invoke("run", ROOT / "recipes" / "own_data.yaml", f"output={output}", "training.epochs=null", "training.steps=2")
+    return output
+
+
+def test_every_command_is_known_here():
+    """A new command in README needs a line here that runs it."""
+    assert COMMANDS == [
+        "scripts/quickstart.sh",  # test_the_quickstart_s_script_runs_the_quickstart_s_recipe
+        "finetune check recipes/own_data.yaml",  # test_check_and_inspect
+        "finetune inspect recipes/own_data.yaml --count 1",
+        "finetune run recipes/own_data.yaml",  # own_data
+        "scripts/test.sh",  # this is running
+    ]
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if " check " in line or " inspect " in line])
+def test_check_and_inspect(command):
+    _, verb, recipe, *options = shlex.split(command)
+    outcome = invoke(verb, ROOT / recipe, *options)
+    assert "What animal is this?" in outcome.output.replace("▏", "")
+
+
+def test_the_quickstart_s_script_runs_the_quickstart_s_recipe(tmp_path):
+    script = (ROOT / "scripts" / "quickstart.sh").read_text()
+    (line,) = [line for line in script.splitlines() if line.startswith("exec")]
+    assert line == 'exec .venv/bin/finetune run recipes/quickstart.yaml "$@"'
+    overrides = ["training.steps=2", "evaluation.limit=8", "data.sources.0.limit=60", "data.eval_sources.0.limit=20"]
+    overrides += ["evaluation.documents.0.limit=10", f"output={tmp_path / 'run'}", "--json"]
+    result = json.loads(invoke("run", ROOT / "recipes" / "quickstart.yaml", *overrides).stdout)
+    assert result["train"]["steps"] == 2
+    assert result["evaluate"]["blind"]["questions"] == 8
+
+
+def test_the_python_code_runs_on_the_merged_model(own_data, capsys):
+    (code,) = blocks("python")
+    assert code.count("runs/own_data/merged") == 2
+    with PIL.Image.open(ROOT / "recipes" / "own_data" / "chelsea.jpg") as image:
+        exec(code.replace("runs/own_data/merged", str(own_data / "merged")), {"image": image.convert("RGB")})
+    assert "What animal is this?" in capsys.readouterr().out
+
+
+def test_the_recipe_shown_is_a_recipe(tmp_path):
+    (text,) = blocks("yaml")
+    (tmp_path / "shown.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "shown.yaml")
+    assert recipe.training.packs_per_step == 32
+
+
+def test_the_dialogue_shown_is_the_first_of_the_example():
+    (shown,) = map(json.loads, blocks("json"))
+    first = json.loads((ROOT / "recipes" / "own_data" / "dialogues.jsonl").read_text().splitlines()[0])
+    assert shown["messages"] == first["messages"][:2]
+
+
+def test_the_run_folder_shown_is_what_a_run_leaves(own_data):
+    (tree,) = re.findall(r"```\nruns/NAME/\n(.*?)```", README, re.DOTALL)
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
+    left = {re.sub(r"checkpoint-\d+", "checkpoint-*", path.name) for path in own_data.iterdir()}
+    assert left <= named
+    assert named - left == {"base"}  # only where the recipe has init
+
+
+def test_every_recipe_and_every_verb_is_listed():
+    listed = set(re.findall(r"^\| `([\w.-]+\.yaml)`", README, re.MULTILINE))
+    assert listed == {path.name for path in (ROOT / "recipes").glob("*.yaml")}
+    verbs = {command.callback.__name__ for command in app.registered_commands}
+    assert all(re.search(rf"`(finetune )?{verb}\b", README) for verb in verbs)
+
+
+def test_the_figures_are_those_of_the_measured_run():
+    """recipes/quickstart.result.json is the result.json of the run whose output README shows."""
+    result = json.loads((ROOT / "recipes" / "quickstart.result.json").read_text())
+    rows = re.findall(r"^│ (\S.*?) │ +(\S+) │ +(\S+) │ +(\S+) │$", README, re.MULTILINE)
+    shown = {name.strip(): [float(value.replace(",", "")) for value in values] for name, *values in rows}
+    keys = {
+        "open questions, exact": "exact_open",
+        "yes/no questions, balanced, exact": "exact_yes_no",
+        "all questions, exact": "exact",
+        "all questions, first word": "first_word",
+        "stopped by itself": "stopped",
+        "loss per supervised token": "loss",
+        "questions": "questions",
+    }
+    assert shown.keys() == keys.keys()
+    for name, key in keys.items():
+        measured = [result["evaluate"][model][key] for model in ("base", "tuned", "blind")]
+        assert shown[name] == pytest.approx(measured, rel=1e-3)  # shown to four digits
