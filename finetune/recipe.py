@@ -177,9 +177,9 @@ class Training(Section):
     added_tokens_learning_rate: Rate | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Positive | None = None
-    """Steps between checkpoints; without it, one at the end of training."""
+    """Steps between checkpoints; without it, a tenth of the run, or `evaluate_every`."""
     evaluate_every: Positive | None = None
-    """Steps between held-out losses; the best checkpoint is kept and becomes the adapter."""
+    """Steps between held-out losses; each new best is a checkpoint, is kept, and in the end becomes the adapter."""
     early_stop: Positive | None = None
     """Stop after so many held-out losses without a better one."""
     trackers: list[str] = []
@@ -195,8 +195,6 @@ class Training(Section):
             raise ValueError(f"final_learning_rate must be below learning_rate ({self.learning_rate:g})")
         if self.schedule == "constant" and self.final_learning_rate:
             raise ValueError("final_learning_rate needs schedule: linear or cosine")
-        if self.evaluate_every and self.checkpoint_every and self.checkpoint_every % self.evaluate_every:
-            raise ValueError("checkpoint_every must be a multiple of evaluate_every, so that the best is a checkpoint")
         return self
 
     @property

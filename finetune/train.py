@@ -5,7 +5,8 @@
     compute_loss           the whole decoupled vocabulary; TRL's fused head leaves the added rows out
     evaluate               sums over tokens; TRL averages packs
     create_optimizer       own rates for gates and added tokens, no decay where it would pull at a scale
-    _save, _load_*         the adapter folder, which holds more than PEFT knows of, and no pickles
+    _determine_best_metric a new best is always a checkpoint, whatever the interval
+    _save, _load_from_*    the adapter folder, which holds more than PEFT knows of, and no pickles
     create_model_card      TRL's says nothing true about this model
 """
 
@@ -19,6 +20,7 @@ import datasets
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
 from finetune.data.collate import Batch, RowCollator
@@ -83,6 +85,8 @@ def train(
     )
     count_trained(model)  # asserts that TRL left every trained parameter in fp32
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if plan.evaluate_every and trainer.state.best_model_checkpoint:
+        load_adapter_weights(model, Path(trainer.state.best_model_checkpoint))
     if trainer.is_world_process_zero():
         save_adapter(model, folder / "adapter")
     return trainer
@@ -163,8 +167,10 @@ class IdeficsTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_adapter_weights(model or self.model, Path(resume_from_checkpoint))
 
-    def _load_best_model(self) -> None:
-        load_adapter_weights(self.model, Path(self.state.best_model_checkpoint))
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_new_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_new_best
+        return is_new_best
 
 
 class MetricsFile(TrainerCallback):
@@ -232,6 +238,10 @@ def _row_numbers(rows: Sequence[Row]) -> datasets.Dataset:
 
 
 def _arguments(folder: Path, *, steps: int, plan: Plan) -> SFTConfig:
+    available = get_available_reporting_integrations()
+    if missing := sorted(set(plan.trackers) - set(available)):
+        installed = ", ".join(available) or "none"
+        raise UserError(f"training.trackers: {', '.join(missing)} not installed here; installed: {installed}")
     return SFTConfig(
         output_dir=str(folder),
         max_steps=steps,
@@ -263,7 +273,6 @@ def _arguments(folder: Path, *, steps: int, plan: Plan) -> SFTConfig:
         save_total_limit=2,
         eval_strategy="steps" if plan.evaluate_every else "no",
         eval_steps=plan.evaluate_every,
-        load_best_model_at_end=bool(plan.evaluate_every),
         metric_for_best_model="eval_loss" if plan.evaluate_every else None,
     )
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
@@ -103,6 +104,27 @@ def test_a_folder_of_another_recipe_is_left_alone(recipe_file):
     Run(load_recipe(recipe_file))
     with pytest.raises(UserError, match=r"another recipe; they differ in training\.learning_rate, training\.seed"):
         Run(load_recipe(recipe_file, ["training.learning_rate=1", "training.seed=3"]))
+
+
+def test_data_that_changed_since_the_run_began_is_not_mixed_in(recipe_file):
+    Run(load_recipe(recipe_file)).do("train")
+    lines = (recipe_file.parent / "dialogues.jsonl").read_text().splitlines()
+    (recipe_file.parent / "dialogues.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(
+        UserError, match=r"the data has changed since this run began: training_examples was \d+, is \d+"
+    ):
+        Run(load_recipe(recipe_file)).do("evaluate")
+
+
+def test_the_end_of_a_run_is_tables_answers_and_the_next_line(recipe_file, tmp_path):
+    outcome = invoke("run", recipe_file)
+    assert outcome.exit_code == 0, outcome.output
+    for shown in ("held out", "loss per supervised token", "merged against base + adapter", "reference: ", "answer: "):
+        assert shown in outcome.output
+    assert f"next: finetune chat {tmp_path / 'run' / 'merged'}" in "".join(outcome.output.splitlines())
+    with PIL.Image.open(tmp_path / "run" / "curves.png") as curves:
+        assert curves.format == "PNG"
+        assert len(curves.convert("RGB").getcolors(1_000_000)) > 20
 
 
 def test_continue_from_starts_where_the_other_adapter_stands(recipe_file, tmp_path):

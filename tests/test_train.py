@@ -128,7 +128,7 @@ def test_resumed_equals_whole_bit_for_bit_across_epochs_with_dropout_and_augment
 def test_the_held_out_loss_weighs_tokens_and_the_best_checkpoint_becomes_the_adapter(base_folder, make_rows, tmp_path):
     rows, held = make_rows(), make_rows(row_tokens=192)
     # a rate that ruins more with every step
-    plan = Plan(packs_per_step=1, learning_rate=0.3, checkpoint_every=1, evaluate_every=1)
+    plan = Plan(packs_per_step=1, learning_rate=0.3, checkpoint_every=100, evaluate_every=1)
     trainer = run(base_folder, tmp_path, rows, plan=plan, eval_rows=held)
     losses = logged(tmp_path, "eval_loss")
     best = min(range(len(losses)), key=losses.__getitem__) + 1
@@ -147,7 +147,7 @@ def test_the_held_out_loss_weighs_tokens_and_the_best_checkpoint_becomes_the_ada
 
 
 def test_early_stop(base_folder, make_rows, tmp_path):
-    plan = Plan(packs_per_step=1, learning_rate=10.0, checkpoint_every=1, evaluate_every=1, early_stop=2)
+    plan = Plan(packs_per_step=1, learning_rate=10.0, checkpoint_every=100, evaluate_every=1, early_stop=2)
     trainer = run(base_folder, tmp_path, make_rows(epochs=30), plan=plan, eval_rows=make_rows())
     assert trainer.state.global_step < 30
 
@@ -179,6 +179,11 @@ def test_a_step_that_processes_cannot_share_names_the_nearest(base_folder, make_
     monkeypatch.setattr("accelerate.PartialState", FourProcesses)
     with pytest.raises(UserError, match="6 packs a step, which 4 processes cannot share out evenly; the nearest is 8"):
         run(base_folder, tmp_path, make_rows(packs_per_step=6), packs_per_step=6)
+
+
+def test_a_tracker_that_is_not_installed_is_a_user_s_mistake(base_folder, make_rows, tmp_path):
+    with pytest.raises(UserError, match=r"training\.trackers: wandbb not installed here"):
+        run(base_folder, tmp_path, make_rows(), trackers=["wandbb"])
 
 
 def test_rows_come_in_the_order_of_the_schedule(base_folder, make_rows, tmp_path):

@@ -1,0 +1,101 @@
+"""`check` and `inspect`: what a recipe would do, before it does it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from finetune.cli import app
+from finetune.data.dialogue import Dialogue, Image, assistant, user
+from finetune.inspect import picture, view
+
+RECIPE = """
+model: {{base: {base}, vision: lora}}
+adapter: {{rank: 2}}
+data: {{sources: [{{format: messages, path: dialogues.jsonl, image_root: {root}}}]}}
+training: {{steps: 1}}
+output: {output}
+"""
+
+
+@pytest.fixture
+def recipe_file(dialogue_folder, tmp_path):
+    def write(*lines, base="HuggingFaceM4/idefics-9b"):
+        text = "\n".join(lines) or (dialogue_folder / "dialogues.jsonl").read_text()
+        (tmp_path / "dialogues.jsonl").write_text(text)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(RECIPE.format(base=base, root=dialogue_folder, output=tmp_path / "run"))
+        return path
+
+    return write
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_9b_is_checked_by_its_literal_config(recipe_file, tmp_path):
+    outcome = invoke("check", recipe_file(), "--json")
+    assert outcome.exit_code == 0, outcome.output
+    result = json.loads(outcome.stdout)
+    assert {tower: values["trained"] for tower, values in result["towers"].items()} == {
+        "vision": 11_796_480 // 8,  # rank 2 of 16
+        "resampler": 0,
+        "cross_attention": 9_273_344 // 8,
+        "decoder": 39_976_960 // 8,
+        "gates": 16,
+        "added_tokens": 24_576,
+        "embeddings_and_head": 0,
+    }
+    assert sum(values["parameters"] for values in result["towers"].values()) == 8_929_687_824  # the instruct model
+    (source,) = result["sources"]
+    assert (source["read"], source["usable"], source["rejected"]) == (12, 12, [])
+    assert not (tmp_path / "run").exists()
+
+
+def test_records_that_cannot_be_used_are_shown_and_all_of_them_is_an_error(recipe_file):
+    good = '{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}'
+    outcome = invoke("check", recipe_file(good, "{broken"))
+    assert outcome.exit_code == 0
+    assert "1 of the first 2 usable" in outcome.output
+    assert "dialogues.jsonl:2: not JSON" in outcome.output
+    outcome = invoke("check", recipe_file("{broken", "[]"))
+    assert outcome.exit_code == 1
+    assert "none of the first 2 records is usable" in " ".join(outcome.output.split())
+
+
+def test_a_base_folder_without_weights_or_an_adapter_that_is_not_there(recipe_file, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps({"model_type": "idefics", "use_resampler": True, "additional_vocab_size": 2})
+    )
+    outcome = invoke("check", recipe_file(base=tmp_path / "base"))
+    assert outcome.exit_code == 1
+    assert "expected safetensors weights, found none" in " ".join(outcome.output.split())
+
+
+def test_inspect_shows_dialogues_and_writes_nothing(recipe_file, base_folder, tmp_path):
+    outcome = invoke("inspect", recipe_file(base=base_folder), "--count", "2", "--ids")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.output.count("trained on") == 2
+    assert "<end_of_utterance>" in outcome.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_supervised_tokens_are_green_and_a_bar_tells_the_image_seen(tiny_tokenizer, dialogue_folder):
+    red, blue = (Image(dialogue_folder / f"{name}.png") for name in ("red", "blue"))
+    dialogue = Dialogue((user(red, "a"), assistant("no"), user(blue, "a"), assistant("yes")))
+    tokens, first, second = view(dialogue, tiny_tokenizer, title="x", ids=False).renderable.renderables
+    green = [tokens.plain[span.start : span.end] for span in tokens.spans if "green" in str(span.style)]
+    assert "".join(green).split("<end_of_utterance>") == [" no", " yes", ""]
+    bars = [str(span.style) for span in tokens.spans if tokens.plain[span.start : span.end] == "▏"]
+    assert set(bars) == {"cyan", "magenta"}
+    assert bars == sorted(bars)  # the first image until the second one comes
+    assert "image 0" in first.plain
+    assert "image 1" in second.plain
+
+
+def test_a_picture_has_the_image_s_colors(dialogue_folder):
+    shown = picture(Image(dialogue_folder / "red.png"), width=4)
+    assert shown.plain == "▀▀▀▀\n" * 3
+    assert {str(span.style) for span in shown.spans} == {"#dc2828 on #dc2828"}
