@@ -37,6 +37,9 @@ def _losses(axis: Any, lines: list[dict[str, Any]]) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), label=name, **style)
     axis.set(xlabel="step", ylabel="loss per supervised token (nats)", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
     axis.legend()
     axis.grid(alpha=0.3)
 
@@ -49,5 +52,5 @@ def _shares(axis: Any, shares: Mapping[str, str], scores: Mapping[str, Any]) -> 
         bars = axis.bar(places, [scores[model][key] for key in shares], width, label=model, color=color)
         axis.bar_label(bars, fmt="%.2f", fontsize=8)
     axis.set_xticks(range(len(shares)), list(shares.values()))
-    axis.set(ylim=(0, 1.08), ylabel="share of held-out questions")
-    axis.legend(loc="upper left")
+    axis.set(ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="share of held-out questions")
+    axis.legend(loc="upper center", ncols=len(models), frameon=False)

@@ -1,0 +1,68 @@
+"""The shipped base: small, a base and no more, and made of training images alone."""
+
+import hashlib
+from pathlib import Path
+
+from finetune.data.dialogue import Dialogue, Image, RecordError, Turn
+from finetune.data.images import Preprocessing
+from finetune.data.sources import FORMATS
+from finetune.data.sources.easy_vqa import read
+from finetune.data.sources.files import ImageRoot
+from finetune.recipe_file import load_recipe
+from modeling import loading
+from modeling.shapes import TINY, read_config, tensor_shapes
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FOLDER = RECIPES / "tiny_base"
+
+
+def test_it_is_small_and_no_pickle():
+    files = [path for path in FOLDER.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+
+
+def test_it_is_a_base_of_the_tiny_shape():
+    config = read_config(str(FOLDER))
+    assert config["additional_vocab_size"] == 2
+    assert tensor_shapes(config) == tensor_shapes(TINY)
+    loaded = loading.load(str(FOLDER), instruct=False)
+    assert len(loaded.tokenizer) == 514
+    assert loaded.model.config.additional_vocab_size == 2
+
+
+def test_its_recipe_reads_documents_only_and_no_test_image():
+    recipe = load_recipe(RECIPES / "tiny_base.yaml")
+    assert recipe.model.init == "tiny"
+    formats = [FORMATS[source.format] for source in recipe.data.sources]
+    assert formats
+    assert all(family.documents for family in formats)
+    seen = set()
+    for source, family in zip(recipe.data.sources, formats, strict=True):
+        for _, record in family.read(None, source.split):
+            try:
+                dialogue = family.convert(record, ImageRoot(Path()))
+            except RecordError:
+                continue
+            assert dialogue.is_document
+            seen |= {image.source for image in dialogue.images}
+    digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in seen}
+    assert len(digests) > 3_900
+    tested = {Path(record["image"]) for _, record in read(None, "test")}
+    assert len(tested) == 1_000
+    assert digests.isdisjoint(hashlib.sha256(path.read_bytes()).hexdigest() for path in tested)
+
+
+def test_it_completes_text_about_an_image():
+    from finetune.data.template import render
+    from finetune.data.tokens import tokenize
+    from finetune.generate import Assistant, _continue, _inputs
+
+    loaded = loading.load(str(FOLDER), instruct=False)
+    assistant = Assistant(loaded.model, loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor))
+    _, record = next(iter(read(None, "test")))
+    rendered = render(Dialogue((Turn("document", (Image(Path(record["image"])), "the color of the shape is")),)))
+    example = tokenize(rendered, loaded.tokenizer)
+    cut = type(example)(*(part[:-1] for part in (example.input_ids, example.labels, example.image_index)))
+    (ids,) = _continue(assistant, _inputs(assistant, [cut], [rendered]), 8)
+    assert loaded.tokenizer.decode(ids, skip_special_tokens=True).strip() == "red."
