@@ -56,6 +56,7 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
     full = {tower for tower in TOWERS if modes.get(tower) == "full"}
     towers = lora_towers(modes)
     if not towers:
+        _hold_in_fp32(model, full)
         return _attach(model, full, None)
     try:
         config = LoraConfig(
@@ -65,6 +66,7 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"adapter: PEFT refuses these LoRA fields: {error}") from error
+    _hold_in_fp32(model, full)
     wrapped = _attach(model, full, config)
     wrapped.peft_config["default"].base_model_name_or_path = base  # PEFT has written the model's own name
     adapted = sum(name.endswith(".lora_A.default.weight") for name, _ in wrapped.named_parameters())
@@ -76,8 +78,8 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
     return wrapped
 
 
-def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraConfig | None) -> nn.Module:
-    model.requires_grad_(False)
+def _hold_in_fp32(model: IdeficsForVisionText2Text, full: Collection[str]) -> None:
+    """What is trained in full must be in fp32, and what then meets it must take it."""
     in_fp32 = set(full) - {"gates", "added_tokens"}
     if "vision" in full:
         in_fp32.add("resampler")  # its layer norms would not take fp32 features in bf16
@@ -88,6 +90,11 @@ def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraC
         gates.hold_gates_in_fp32(model)
     if "added_tokens" in full or "embeddings_and_head" in full:  # rows of both meet in one embedding
         gates.hold_added_rows_in_fp32(model)
+
+
+def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraConfig | None) -> nn.Module:
+    """Freeze all, put LoRA where its config says, and let the towers in `full` require gradients."""
+    model.requires_grad_(False)
     wrapped = model if lora is None else get_peft_model(model, lora)  # PEFT freezes whatever it does not own
     for name, parameter in wrapped.named_parameters():
         if tower_of(stock_name(name)) in full and not is_lora(name) and ".original_module." not in name:
@@ -163,7 +170,10 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
 
 
 def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
-    """Attach what an adapter folder holds to its (extended) base, filled and frozen, ready to be asked."""
+    """Attach what an adapter folder holds to its (extended) base, filled and frozen, ready to be asked.
+
+    What was trained in full is rounded to the base's dtype, as it will be in the merged model.
+    """
     trained, lora = _read_trained(folder), None
     surplus = sorted(trained.keys() - {name for name, _ in model.named_parameters()})
     if surplus:

@@ -9,6 +9,8 @@ from finetune.data.images import Preprocessing
 from finetune.data.template import render
 from finetune.evaluate import balanced_yes_no, draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.generate import Answer, Assistant, generate
+from modeling import loading
+from modeling.adapters import attach, open_adapter, save_adapter
 from modeling.forward import packed_loss
 
 
@@ -134,3 +136,19 @@ def test_the_held_out_loss_weighs_every_token_the_same_however_rows_are_packed(a
         loss_sum = packed_loss(asked.model, batch, config=asked.model.config)
         losses.append(loss_sum.detach() / (batch["labels"] != -100).sum())
     assert float(torch.stack(losses).mean()) != pytest.approx(loss, rel=1e-4)  # a mean of packs is another figure
+
+
+@pytest.mark.parametrize("tower", ["vision", "resampler", "decoder", "embeddings_and_head"])
+def test_a_bf16_base_whose_tower_was_trained_in_full_can_be_asked(base_folder, make_rows, prompts, tmp_path, tower):
+    modes = {tower: "full", "gates": "full", "added_tokens": "full", "cross_attention": "lora"}
+    model = loading.load(str(base_folder), dtype=torch.bfloat16)
+    attached = attach(model.model, modes, lora={"r": 2}, base="")
+    save_adapter(attached, tmp_path)
+    plain = loading.load(str(base_folder), dtype=torch.bfloat16).model
+    opened = open_adapter(plain, tmp_path)
+    asked = Assistant(opened, model.tokenizer, Preprocessing.of(model.processor.image_processor))
+    assert len(generate(asked, prompts, max_new_tokens=4)) == len(prompts)
+    untouched = Assistant(
+        loading.load(str(base_folder), dtype=torch.bfloat16).model, asked.tokenizer, asked.preprocessing
+    )
+    assert held_out_loss(asked, make_rows()) == held_out_loss(untouched, make_rows())  # nothing was trained yet

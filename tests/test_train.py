@@ -152,11 +152,12 @@ def test_early_stop(base_folder, make_rows, tmp_path):
     assert trainer.state.global_step < 30
 
 
-@pytest.mark.parametrize("tower", ["lora", "full"])
+@pytest.mark.parametrize("tower", ["none", "vision", "resampler", "cross_attention", "decoder", "embeddings_and_head"])
 def test_a_bf16_base_is_trained_in_fp32(base_folder, make_rows, tmp_path, tower):
-    modes = {**MODES, "resampler": "frozen", "cross_attention": tower}
+    lora = {"cross_attention": "lora", "decoder": "lora", "gates": "full", "added_tokens": "full"}
+    modes = {**lora, **({} if tower == "none" else {tower: "full"})}
     model = attached(base_folder, modes=modes, dtype=torch.bfloat16)
-    trainer = run(base_folder, tmp_path, make_rows(), model=model, autocast=tower == "full")
+    trainer = run(base_folder, tmp_path, make_rows(), model=model, autocast=tower != "none")
     dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
     frozen = {parameter.dtype for parameter in trainer.model.parameters() if not parameter.requires_grad}
     assert dtypes == {torch.float32}
