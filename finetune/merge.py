@@ -199,6 +199,7 @@ def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, sha
         names = ["model.safetensors"]
     for number, name in enumerate(names):
         (folder / f"shard-{number}").rename(folder / name)
+        (folder / name).chmod(0o644)  # safetensors writes files that nobody else may read
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -19,7 +19,8 @@ def show(recipe: Recipe, result: dict[str, Any]) -> None:
     folder = Path(recipe.output)
     if scores := result.get("evaluate"):
         models = {name: scores[name] or {} for name in ("base", "tuned", "blind")}
-        rows = [(label, *(model.get(key) for model in models.values())) for key, label in _SCORES.items()]
+        shown = {key: label for key, label in _SCORES.items() if key == "loss" or scores["tuned"]["questions"]}
+        rows = [(label, *(model.get(key) for model in models.values())) for key, label in shown.items()]
         console.print(table("held out (blind: with the images exchanged)", ("", *models), rows))
         if forgetting := scores["documents"]:
             say(f"loss on held-out documents: {forgetting['before']:.3f} before, {forgetting['after']:.3f} after")
