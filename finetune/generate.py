@@ -17,6 +17,9 @@ from finetune.data.tracking import Track, silently
 from modeling.forward import image_features
 from modeling.loading import generation_config
 
+PADDING = 32
+"""Most tokens by which two prompts of one batch differ in length."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -51,7 +54,8 @@ def generate(
     """Answer each prompt (a dialogue that ends with the user), greedily; answers in the order of the prompts."""
     rendered = [render(prompt) for prompt in prompts]
     examples = [tokenize(text, assistant.tokenizer) for text in rendered]
-    order = sorted(range(len(prompts)), key=lambda index: len(examples[index]))
+    # Similar lengths together, so that little is padded; else in order, so that neighbours share an image's features.
+    order = sorted(range(len(prompts)), key=lambda index: len(examples[index]) // PADDING)
     answers: dict[int, Answer] = {}
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for batch in track(batches, "answer"):

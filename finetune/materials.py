@@ -10,7 +10,8 @@ import torch
 from finetune.data import prepare as data
 from finetune.data.collate import RowCollator
 from finetune.data.images import Augmentation, Preprocessing
-from finetune.data.schedule import build_schedule, draws_per_epoch
+from finetune.data.packing import pack_in_order
+from finetune.data.schedule import Row, build_schedule, draws_per_epoch
 from finetune.data.sources import FORMATS
 from finetune.folder import read_json, write_json
 from finetune.generate import Assistant
@@ -145,18 +146,10 @@ class Materials:
 
     def _held_rows(self, held: data.Prepared) -> RowCollator:
         settings = self.recipe.training
-        rows = build_schedule(
-            held.lengths,
-            held.image_counts,
-            sizes=held.sizes,
-            draws=held.sizes,
-            row_tokens=settings.row_tokens,
-            row_images=settings.row_images,
-            packs_per_step=1,
-            seed=settings.seed,
-            epochs=1,
+        packs = pack_in_order(
+            held.lengths, held.image_ids, row_tokens=settings.row_tokens, row_images=settings.row_images
         )
-        return replace(self._rows(held), rows=rows)
+        return replace(self._rows(held), rows=[Row(0, tuple(pack)) for pack in packs])
 
     def _rows(self, prepared: data.Prepared) -> RowCollator:
         return RowCollator(

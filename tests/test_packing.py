@@ -1,10 +1,12 @@
 """Packs: every sequence once, both budgets kept, as full as a best fit makes them."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.packing import pack
+from finetune.data.packing import pack, pack_in_order
 
 ROW_TOKENS, ROW_IMAGES = 12, 3
 LENGTHS = st.lists(st.tuples(st.integers(1, ROW_TOKENS), st.integers(0, ROW_IMAGES)), max_size=40)
@@ -83,3 +85,26 @@ def test_a_sequence_that_fits_no_row_is_an_error(tokens, images):
 def test_an_image_fits_no_row_without_images():
     with pytest.raises(ValueError, match="1 images; 8, 0 fit"):
         pack([3], [1], row_tokens=8, row_images=0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(0, 5), max_size=3)), max_size=40),
+    st.integers(20, 60),
+    st.integers(3, 6),
+)
+@settings(max_examples=100, deadline=None)
+def test_in_order_nothing_moves_and_both_budgets_hold(sequences, row_tokens, row_images):
+    tokens, ids = [length for length, _ in sequences], [images for _, images in sequences]
+    rows = pack_in_order(tokens, ids, row_tokens=row_tokens, row_images=row_images)
+    assert [index for row in rows for index in row] == list(range(len(tokens)))
+    for row in rows:
+        assert sum(tokens[index] for index in row) <= row_tokens
+        assert len({image for index in row for image in ids[index]}) <= row_images
+    for row, after in pairwise(rows):  # no row was closed while the next one still fitted
+        grown = [*row, after[0]]
+        too_long = sum(tokens[index] for index in grown) > row_tokens
+        assert too_long or len({image for index in grown for image in ids[index]}) > row_images
+
+
+def test_neighbours_about_one_image_share_it():
+    assert pack_in_order((5, 3, 4), ((7,), (7,), (8,)), row_tokens=8, row_images=1) == [[0, 1], [2]]

@@ -43,6 +43,8 @@ def test_every_command_is_known_here():
     """A new command in README needs a line here that runs it."""
     assert COMMANDS == [
         "scripts/quickstart.sh",  # test_the_quickstart_s_script_runs_the_quickstart_s_recipe
+        # test_the_chat_line_answers
+        'finetune chat runs/quickstart/merged --image recipes/own_data/horse.jpg "what shape is in the image?"',
         "finetune check recipes/own_data.yaml",  # test_check_and_inspect
         "finetune inspect recipes/own_data.yaml --count 1",
         "finetune run recipes/own_data.yaml",  # own_data
@@ -66,6 +68,12 @@ def test_the_quickstart_s_script_runs_the_quickstart_s_recipe(tmp_path):
     result = json.loads(invoke("run", ROOT / "recipes" / "quickstart.yaml", *overrides).stdout)
     assert result["train"]["steps"] == 2
     assert result["evaluate"]["blind"]["questions"] == 8
+
+
+def test_the_chat_line_answers(own_data):
+    (command,) = [line for line in COMMANDS if " chat " in line]
+    _, verb, _, option, image, question = shlex.split(command)
+    assert invoke(verb, own_data / "merged", question, option, ROOT / image).stdout.strip()
 
 
 def test_the_python_code_runs_on_the_merged_model(own_data, capsys):

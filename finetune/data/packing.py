@@ -39,6 +39,25 @@ def pack(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_i
     return rows
 
 
+def pack_in_order(
+    tokens: Sequence[int], image_ids: Sequence[Sequence[int]], *, row_tokens: int, row_images: int
+) -> list[list[int]]:
+    """Fill one row after the other without changing the order: neighbours about one image share it in their row.
+
+    tokens (5, 3, 4), image_ids ((7,), (7,), (8,)), row_tokens 8, row_images 1 -> [[0, 1], [2]]
+    """
+    rows: list[list[int]] = []
+    room, shown = 0, set[int]()
+    for index, (length, ids) in enumerate(zip(tokens, image_ids, strict=True)):
+        if not rows or length > room or len(shown | set(ids)) > row_images:
+            rows.append([])
+            room, shown = row_tokens, set()
+        rows[-1].append(index)
+        room -= length
+        shown |= set(ids)
+    return rows
+
+
 def _best_fit(rooms: Sequence[int], length: int, pictures: int, row_tokens: int) -> tuple[int, int]:
     """(room for tokens, room for images) of the fullest row with room for both; (-1, -1) if there is none."""
     best, chosen = row_tokens + 1, -1
