@@ -1,5 +1,6 @@
 """Recipe -> what the model will see: dialogues with supervised tokens coloured, and the image each token sees."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -80,11 +81,20 @@ def _tokens(example: Example, tokenizer: Any) -> Text:
     """The tokens as written, trained ones in green, underlined in the colour of the image they see."""
     text = Text()
     for token, label, image in zip(example.input_ids, example.labels, example.image_index, strict=True):
-        piece = tokenizer.convert_ids_to_tokens(int(token)).replace("▁", " ").replace("<0x0A>", "\n")
+        piece = _written(tokenizer.convert_ids_to_tokens(int(token)))
         if image >= 0:
             text.append("▏", style=_style(int(image)))
         text.append(piece, style="bold green" if label != IGNORED else "default")
     return text
+
+
+def _written(token: str) -> str:
+    """A token as it reads: "▁What" -> " What", the byte "<0x41>" -> "A"; a part of a longer character -> "\\xC3"."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    if byte is None:
+        return token.replace("▁", " ")
+    value = int(byte[1], 16)
+    return chr(value) if value < 128 else f"\\x{byte[1]}"
 
 
 def _ids(example: Example, tokenizer: Any) -> Text:
