@@ -197,7 +197,7 @@ def _finish(result: dict[str, Any], as_json: bool) -> None:
 def _quiet() -> None:
     """Keep the libraries' notices out of our output; their errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("bitsandbytes", "transformers", "trl", "accelerate", "datasets", "peft"):
+    for name in ("bitsandbytes", "transformers", "trl", "accelerate", "datasets", "peft", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|trl|transformers|torch|accelerate)\b.*")
     from transformers.utils import logging as transformers_logging

@@ -136,6 +136,8 @@ def read_config(base: str, *, revision: str | None = None) -> Config:
         return verify(json.loads(path.read_text(encoding="utf-8")), where=str(path))
     if base in RELEASED and revision is None:
         return RELEASED[base]
+    if base.count("/") != 1 or Path(base).parent.is_dir() or base.startswith((".", "/", "~")):
+        raise UserError(f"{base!r} is neither a folder here nor a hub id (OWNER/NAME)")  # no use in asking the hub
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -143,7 +145,7 @@ def read_config(base: str, *, revision: str | None = None) -> Config:
         path = Path(hf_hub_download(base, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"model.base: {base!r} is neither a folder here nor a model the hub gave: {str(error).splitlines()[0]}"
+            f"{base!r} is neither a folder here nor a model the hub gave: {str(error).splitlines()[0]}"
         ) from error
     return verify(json.loads(path.read_text(encoding="utf-8")), where=f"{base} (hub)")
 

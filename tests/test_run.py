@@ -161,7 +161,7 @@ def test_stages_out_of_order_say_what_comes_first(recipe_file):
 
 def mistakes(base_folder):
     yield "unknown key", ["training.lerning_rate=1"], "did you mean learning_rate?"
-    yield "missing base", ["model.base=/nowhere/at/all"], "neither a folder here nor a model the hub gave"
+    yield "missing base", ["model.base=/nowhere/at/all"], "neither a folder here nor a hub id"
     yield "missing data", ["data.sources.0.path=gone.jsonl"], "expected a .jsonl file, found nothing"
     yield "unfit lora", ["adapter.rank=0"], "adapter.rank: input should be greater than 0"
     yield "everything rejected", ["data.max_length=8"], "no dialogue is left: "
