@@ -6,6 +6,7 @@ import torch
 
 from finetune.data.dialogue import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
+from finetune.data.sources import easy_vqa
 from finetune.data.template import render
 from finetune.evaluate import balanced_yes_no, draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.generate import Answer, Assistant, generate
@@ -106,6 +107,14 @@ def test_scores_count_exact_open_balanced_first_word_and_stopped(asked, make_row
     assert file.read_text().splitlines()[4] == (
         '{"images": [], "question": "what?", "reference": "dog", "text": "dog", "stopped": false}'
     )
+
+
+def test_the_balanced_subset_of_easy_vqa_is_the_published_one():
+    records = [record for _, record in easy_vqa.read(None, "test")]
+    questions = [question for record in records for question in easy_vqa.convert(record, root=None).prompts()]
+    assert sum(reference in ("yes", "no") for _, reference in questions) == 7_136
+    chosen = [questions[index][1] for index in balanced_yes_no(questions)]
+    assert (chosen.count("yes"), chosen.count("no")) == (1_246, 1_246)
 
 
 def test_every_image_is_exchanged_for_another_everywhere_the_same_way(make_rows):
