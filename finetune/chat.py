@@ -12,6 +12,9 @@ from finetune.data.sources import messages
 from finetune.data.sources.files import ImageRoot, read_jsonl
 from finetune.data.tracking import Track, silently
 from finetune.generate import Assistant, generate
+from finetune.materials import auto_dtype, device
+from modeling import loading
+from modeling.adapters import open_adapter
 
 HELP = (
     "/image FILE  add an image to the next question · /reset  start again · /save FILE  write the conversation · /quit"
@@ -20,16 +23,9 @@ HELP = (
 
 def open_assistant(model: str, *, adapter: Path | None = None) -> Assistant:
     """A merged model or an instruct one (folder or hub id), or a base with its `adapter`. Raises UserError."""
-    import torch
-
-    from modeling import loading
-    from modeling.adapters import open_adapter
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    loaded = loading.load(model, dtype=dtype, instruct=adapter is not None)
+    loaded = loading.load(model, dtype=auto_dtype(), instruct=adapter is not None)
     wrapped = open_adapter(loaded.model, adapter) if adapter else loaded.model
-    return Assistant(wrapped.to(device), loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor))
+    return Assistant(wrapped.to(device()), loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor))
 
 
 @dataclass

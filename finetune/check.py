@@ -9,7 +9,7 @@ from rich.text import Text
 
 from finetune.data.dialogue import Dialogue, RecordError
 from finetune.data.images import open_image
-from finetune.data.sources import FORMATS
+from finetune.data.sources import FORMATS, hold_dialogues
 from finetune.data.sources.files import ImageRoot
 from finetune.data.template import Special, render
 from finetune.progress import console, table
@@ -59,7 +59,7 @@ def _config(recipe: Recipe) -> Config:
 
 
 def _towers(config: Config, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    instruct = any(not FORMATS[source.format].documents for source in recipe.data.sources)
+    instruct = hold_dialogues(source.format for source in recipe.data.sources)
     sizes = count_parameters({**config, "additional_vocab_size": 3} if instruct else config)
     towers = {}
     for tower in TOWERS:

@@ -11,7 +11,7 @@ from rich.text import Text
 from finetune.data import prepare as data
 from finetune.data.dialogue import Dialogue, Image, RecordError
 from finetune.data.images import open_image
-from finetune.data.sources import FORMATS
+from finetune.data.sources import hold_dialogues
 from finetune.data.template import render
 from finetune.data.tokens import IGNORED, Example, tokenize
 from finetune.materials import learn_tokenizer, to_source
@@ -28,7 +28,7 @@ def inspect(recipe: Recipe, *, count: int, ids: bool) -> None:
     """Print the first dialogues of every source as the model will see them; writes nothing."""
     model = recipe.model
     sources = [to_source(source) for source in (*recipe.data.sources, *recipe.data.eval_sources)]
-    instruct = any(not FORMATS[source.format].documents for source in sources)
+    instruct = hold_dialogues(source.format for source in recipe.data.sources)
     if model.init:
         tokenizer = learn_tokenizer(SHAPES[model.init], sources[: len(recipe.data.sources)], seed=0, instruct=instruct)
     else:

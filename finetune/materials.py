@@ -12,10 +12,10 @@ from finetune.data.collate import RowCollator
 from finetune.data.images import Augmentation, Preprocessing
 from finetune.data.packing import pack_in_order
 from finetune.data.schedule import Row, build_schedule, draws_per_epoch
-from finetune.data.sources import FORMATS
+from finetune.data.sources import hold_dialogues
 from finetune.folder import read_json, write_json
 from finetune.generate import Assistant
-from finetune.progress import track
+from finetune.progress import say, track
 from finetune.recipe import Recipe, Source
 from modeling import loading, tiny
 from modeling.errors import UserError
@@ -53,7 +53,7 @@ class Materials:
     @property
     def instruct(self) -> bool:
         """Dialogues need `<end_of_utterance>`; a run on documents alone leaves a base a base."""
-        return any(not FORMATS[source.format].documents for source in self.sources)
+        return hold_dialogues(source.format for source in self.sources)
 
     @cached_property
     def processor(self) -> Any:
@@ -61,10 +61,8 @@ class Materials:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        chosen = self.recipe.model.dtype
-        if chosen == "auto":
-            chosen = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[chosen]
+        named = {"auto": auto_dtype(), "fp32": torch.float32, "bf16": torch.bfloat16}
+        return named[self.recipe.model.dtype]
 
     @cached_property
     def prepared(self) -> tuple[data.Prepared, data.Prepared]:
@@ -93,6 +91,9 @@ class Materials:
                 f"  go on with the data it began with, or choose another folder (output=runs/NAME)"
             )
         write_json(self.folder / "data.json", report)
+        for account in (*accounts, *held_accounts):
+            if account.rejected:
+                say(f"{account.source}: {account.rejection()}; every reason is in {self.folder / 'data.json'}")
         return training, held
 
     def _draws(self, training: data.Prepared) -> list[int]:
@@ -199,6 +200,11 @@ def to_source(source: Source) -> data.Source:
         limit=source.limit,
         turns=source.turns,
     )
+
+
+def auto_dtype() -> torch.dtype:
+    """bf16 where the hardware has it, else fp32."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def device() -> torch.device:

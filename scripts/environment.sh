@@ -16,7 +16,7 @@ prepare_environment() {
         return 1
     }
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    echo "Installing into .venv (about 1.6 GB with PyTorch) ..." >&2
+    echo "Installing into .venv (about 1.7 GB with PyTorch for CPUs) ..." >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$target"
     echo "$wanted" >>.venv/installed
 }

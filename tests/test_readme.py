@@ -43,6 +43,7 @@ def test_every_command_is_known_here():
     """A new command in README needs a line here that runs it."""
     assert COMMANDS == [
         "scripts/quickstart.sh",  # test_the_quickstart_s_script_runs_the_quickstart_s_recipe
+        "source .venv/bin/activate",  # puts finetune on the path
         # test_the_chat_line_answers
         'finetune chat runs/quickstart/merged --image recipes/own_data/horse.jpg "what shape is in the image?"',
         "finetune check recipes/own_data.yaml",  # test_check_and_inspect

@@ -227,3 +227,10 @@ def test_every_rejected_record_has_its_line_in_data_json(recipe_file, tmp_path):
         "image outside the image root": 1,
     }
     assert source["first_rejected"]["empty answer"] == "dialogues.jsonl:14: turn 2"
+
+
+def test_a_run_that_rejects_records_says_so(recipe_file):
+    with (recipe_file.parent / "dialogues.jsonl").open("a") as lines:
+        lines.write("\n{broken\n{again")
+    outcome = invoke("train", recipe_file)
+    assert "2 of 14 records rejected: not JSON 2" in " ".join(outcome.output.split())

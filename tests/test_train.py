@@ -1,6 +1,7 @@
 """Training by equivalence: rows x accumulation, resumed x whole, and against sums taken one dialogue at a time."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -162,7 +163,7 @@ def test_a_bf16_base_is_trained_in_fp32(base_folder, make_rows, tmp_path, tower)
     frozen = {parameter.dtype for parameter in trainer.model.parameters() if not parameter.requires_grad}
     assert dtypes == {torch.float32}
     assert torch.bfloat16 in frozen
-    assert all(loss == pytest.approx(loss) for loss in logged(tmp_path, "loss"))  # a NaN equals nothing
+    assert all(map(math.isfinite, logged(tmp_path, "loss")))
 
 
 def test_groups_have_their_own_rates_and_decay_pulls_at_no_scale(base_folder):

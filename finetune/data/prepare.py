@@ -31,6 +31,11 @@ class Source:
     """Questions about one image are joined into dialogues of at most so many question-answer turns."""
 
     @property
+    def label(self) -> str:
+        """Short, for a progress bar."""
+        return self.path.name if self.path else self.format
+
+    @property
     def name(self) -> str:
         where = str(self.path) if self.path else self.format
         return f"{where}[{self.split}]"
@@ -58,6 +63,11 @@ class Account:
     def reject(self, place: str, error: RecordError, *, records: int = 1) -> None:
         self.rejected[error.reason] += records
         self.first_rejected.setdefault(error.reason, f"{place}: {error.detail}".removesuffix(": "))
+
+    def rejection(self) -> str:
+        """ "4 of 10 records rejected: corrupt image 2, missing image 2"."""
+        reasons = ", ".join(f"{reason} {records}" for reason, records in self.rejected.items())
+        return f"{sum(self.rejected.values())} of {self.read} records rejected: {reasons}"
 
     def to_json(self) -> dict[str, Any]:
         assert self.read == self.kept + sum(self.rejected.values()) + self.not_taken, f"records lost: {self}"
@@ -117,7 +127,7 @@ def prepare(
         account = Account(source.name)
         dialogues = read_dialogues(source, account, seed=seed, track=track)
         before = len(prepared)
-        for place, dialogue in track(dialogues, f"tokenise {source.name}"):
+        for place, dialogue in track(dialogues, f"tokenise {source.label}"):
             account.dialogues += 1
             try:
                 ids = images.add(dialogue.images)
@@ -167,7 +177,7 @@ def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[P
 
 def _convert(source: Source, account: Account, root: ImageRoot, track: Track) -> Iterator[tuple[str, Dialogue]]:
     family = FORMATS[source.format]
-    for place, record in track(family.read(source.path, source.split), f"read {source.name}"):
+    for place, record in track(family.read(source.path, source.split), f"read {source.label}"):
         account.read += 1
         if source.limit is not None and account.read > source.limit:
             account.not_taken += 1

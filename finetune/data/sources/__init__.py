@@ -1,6 +1,6 @@
 """Dataset record -> Dialogue: one small function per dataset family, and the reader that finds its records."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,3 +30,8 @@ FORMATS = {
     "easy_vqa": Format(easy_vqa.read, easy_vqa.convert),
     "easy_vqa_captions": Format(easy_vqa.read_captions, easy_vqa.convert_caption, documents=True),
 }
+
+
+def hold_dialogues(formats: Iterable[str]) -> bool:
+    """Whether sources of these formats need `<end_of_utterance>`; documents alone leave a base a base."""
+    return any(not FORMATS[name].documents for name in formats)
