@@ -9,7 +9,9 @@ from typing import Any
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.sources import messages
-from finetune.data.sources.files import ImageRoot, read_jsonl
+from finetune.data.sources.files import read_records
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Source
 from finetune.data.tracking import Track, silently
 from finetune.generate import Assistant, generate
 from finetune.materials import auto_dtype, device
@@ -120,8 +122,9 @@ def answer_file(
 
 
 def _read_prompts(path: Path) -> Iterator[tuple[dict[str, Any], Dialogue | RecordError]]:
-    root = ImageRoot(path.parent)
-    for place, record in read_jsonl(path, "prompts"):
+    source = Source("messages", paths=(path,))
+    root = ImageRoot(source)
+    for place, record in read_records(source):
         if isinstance(record, RecordError):
             yield {"place": place}, record
             continue

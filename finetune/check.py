@@ -7,13 +7,15 @@ from typing import Any
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.data.dialogue import Dialogue, RecordError
+from finetune.data.dialogue import Dialogue, RecordError, Remote
 from finetune.data.images import open_image
 from finetune.data.sources import FORMATS, hold_dialogues
-from finetune.data.sources.files import ImageRoot
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Source
 from finetune.data.template import Special, render
 from finetune.progress import console, table
-from finetune.recipe import Recipe, Source
+from finetune.recipe import Recipe
+from finetune.recipe_sources import to_source
 from modeling.errors import UserError
 from modeling.shapes import SHAPES, Config, count_lora, count_parameters, read_config
 from modeling.towers import TOWERS
@@ -24,9 +26,10 @@ FIRST_RECORDS = 20
 def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
     """Read what can be read in seconds. Raises UserError if a source has no usable record among its first ones."""
     config = _config(recipe)
-    towers = _towers(config, recipe)
+    training = [to_source(source) for source in recipe.data.sources]
+    towers = _towers(config, recipe, instruct=hold_dialogues(source.format for source in training))
     sources, first = [], None
-    for source in (*recipe.data.sources, *recipe.data.eval_sources):
+    for source in (*training, *map(to_source, recipe.data.eval_sources)):
         report, dialogue = _first_records(source)
         first = first or dialogue
         sources.append(report)
@@ -58,8 +61,7 @@ def _config(recipe: Recipe) -> Config:
     return config
 
 
-def _towers(config: Config, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    instruct = hold_dialogues(source.format for source in recipe.data.sources)
+def _towers(config: Config, recipe: Recipe, *, instruct: bool) -> dict[str, dict[str, Any]]:
     sizes = count_parameters({**config, "additional_vocab_size": 3} if instruct else config)
     towers = {}
     for tower in TOWERS:
@@ -72,19 +74,20 @@ def _towers(config: Config, recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def _first_records(source: Source) -> tuple[dict[str, Any], Dialogue | None]:
-    family, path = FORMATS[source.format], Path(source.path) if source.path else None
-    root = ImageRoot(Path(source.image_root) if source.image_root else path.parent if path else Path())
-    report: dict[str, Any] = {"source": source.path or source.format, "split": source.split, "read": 0, "usable": 0}
+    """What becomes of the first records; images that would have to be downloaded are left alone."""
+    family, root = FORMATS[source.format], ImageRoot(source)
+    report: dict[str, Any] = {"source": source.name, "format": source.format, "read": 0, "usable": 0}
     rejected: list[str] = []
     first = None
-    for place, record in islice(family.read(path, source.split), FIRST_RECORDS):
+    for place, record in islice(family.read(source), FIRST_RECORDS):
         report["read"] += 1
         try:
             if isinstance(record, RecordError):
                 raise record
             dialogue = family.convert(record, root)
             for image in dialogue.images:
-                open_image(image)
+                if not isinstance(image.source, Remote):
+                    open_image(image)
         except RecordError as error:
             rejected.append(f"{place}: {error}")
             continue
@@ -99,7 +102,8 @@ def _show(result: dict[str, Any], first: Dialogue | None) -> None:
     columns = ("tower", "mode", "parameters", "trained")
     console.print(table(f"model: {result['model']}", columns, [*towers, ("total", "", *total)]))
     for report in result["sources"]:
-        title = f"{report['source']} [{report['split']}]: {report['usable']} of the first {report['read']} usable"
+        place = f"{report['source']} ({report['format']})"
+        title = f"{place}: {report['usable']} of the first {report['read']} usable"
         console.print(Text(title, style="green" if report["usable"] else "red"))
         for line in report["rejected"]:
             console.print(Text(f"  {line}", style="yellow"))

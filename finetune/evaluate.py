@@ -1,4 +1,4 @@
-"""Held-out dialogues -> figures: loss per supervised token, exact answers, stop rate; and the test for blindness."""
+"""Held-out dialogues -> figures: loss per supervised token, marks of answers, stop rate; and the test for blindness."""
 
 import json
 import re
@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
 from finetune.data.collate import RowCollator
-from finetune.data.dialogue import Dialogue, Image, Turn
+from finetune.data.dialogue import Dialogue, Image
+from finetune.data.images import describe
 from finetune.data.tracking import Track, silently
 from finetune.generate import Answer, Assistant, generate
+from finetune.metrics import is_yes_no, mark, most_common
 from modeling.forward import packed_loss
 
-Question = tuple[Dialogue, str]
-"""A prompt and its reference answer."""
+Question = tuple[Dialogue, tuple[str, ...]]
+"""A prompt and its reference answers: one, or all that people gave."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,21 @@ class Scores:
     supervised_tokens: int
     questions: int
     exact: float | None
-    """Share of answers equal to the reference."""
+    """Share of answers equal to a reference."""
     exact_open: float | None
-    """Of the questions whose reference is not yes or no."""
+    """Of the questions whose most common reference is not yes or no."""
     exact_yes_no: float | None
     """Of a subset of the others: for each question as many yes as no, so that its words give nothing away."""
     first_word: float | None
-    """Share of answers whose first word is the reference's: fair to a model that does not know when to stop."""
+    """Share of answers whose first word is a reference's: fair to a model that does not know when to stop."""
     stopped: float | None
     """Share of answers that ended by themselves within the limit."""
+    vqa: float | None
+    """Mean VQA accuracy, of the questions that several people answered in a few words."""
+    cider: float | None
+    """Mean CIDEr-D, of the questions whose references are sentences (four words or more). Papers print it times 100."""
+    rouge_l: float | None
+    """Mean ROUGE-L of the same."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,27 +65,29 @@ def evaluate(
 ) -> Scores:
     """Score one model. `predictions` gets a JSON line per question."""
     loss, supervised = held_out_loss(assistant, rows, track=track)
-    prompts = [prompt for prompt, _ in questions]
+    prompts, references = [prompt for prompt, _ in questions], [given for _, given in questions]
     answers = generate(assistant, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, track=track)
+    marks = mark([answer.text for answer in answers], references)
+    open_ended = [figures for figures, given in zip(marks, references, strict=True) if not is_yes_no(given)]
     if predictions:
-        _write_predictions(predictions, questions, answers)
-    references = [reference for _, reference in questions]
-    exact = [answer.text == reference for answer, reference in zip(answers, references, strict=True)]
-    closed = [_is_closed(reference) for reference in references]
+        _write_predictions(predictions, questions, answers, marks)
     return Scores(
         loss=loss,
         supervised_tokens=supervised,
         questions=len(questions),
-        exact=_share(exact),
-        exact_open=_share([right for right, yes_no in zip(exact, closed, strict=True) if not yes_no]),
-        exact_yes_no=_share([exact[index] for index in balanced_yes_no(questions)]),
-        first_word=_share(
+        exact=_mean_mark(marks, "exact"),
+        exact_open=_mean_mark(open_ended, "exact"),
+        exact_yes_no=_mean_mark([marks[index] for index in balanced_yes_no(questions)], "exact"),
+        first_word=_mean(
             [
-                _first_word(answer.text) == _first_word(reference)
-                for answer, reference in zip(answers, references, strict=True)
+                _first_word(answer.text) in map(_first_word, given)
+                for answer, given in zip(answers, references, strict=True)
             ]
         ),
-        stopped=_share([answer.stopped for answer in answers]),
+        stopped=_mean([answer.stopped for answer in answers]),
+        vqa=_mean_mark(marks, "vqa"),
+        cider=_mean_mark(marks, "cider"),
+        rouge_l=_mean_mark(marks, "rouge_l"),
     )
 
 
@@ -86,9 +97,9 @@ def balanced_yes_no(questions: Sequence[Question]) -> list[int]:
     A wording alone then tells nothing: the best guess is right half of the time.
     """
     by_wording: dict[str, dict[str, list[int]]] = defaultdict(lambda: {"yes": [], "no": []})
-    for index, (prompt, reference) in enumerate(questions):
-        if _is_closed(reference):
-            by_wording[prompt.turns[-1].text][reference.lower()].append(index)
+    for index, (prompt, references) in enumerate(questions):
+        if is_yes_no(references):
+            by_wording[prompt.turns[-1].text][most_common(references).lower()].append(index)
     chosen: list[int] = []
     for answers in by_wording.values():
         fewer = min(map(len, answers.values()))
@@ -117,12 +128,12 @@ def exchange_images(
 
     def blind(dialogue: Dialogue) -> Dialogue:
         turns = [
-            Turn(turn.role, tuple(swapped[part] if isinstance(part, Image) else part for part in turn.parts))
+            replace(turn, parts=tuple(swapped[part] if isinstance(part, Image) else part for part in turn.parts))
             for turn in dialogue.turns
         ]
-        return Dialogue(tuple(turns))
+        return replace(dialogue, turns=tuple(turns))
 
-    return replace(rows, images=images), [(blind(prompt), reference) for prompt, reference in questions]
+    return replace(rows, images=images), [(blind(prompt), references) for prompt, references in questions]
 
 
 @torch.no_grad()
@@ -147,16 +158,25 @@ def draw_questions(dialogues: Sequence[Dialogue], *, limit: int | None, seed: in
     return [questions[index] for index in sorted(chosen)]
 
 
-def _write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
+def _write_predictions(
+    path: Path, questions: Sequence[Question], answers: Sequence[Answer], marks: Sequence[dict[str, float]]
+) -> None:
     with path.open("w", encoding="utf-8") as lines:
-        for (prompt, reference), answer in zip(questions, answers, strict=True):
-            images = [str(image.source) if isinstance(image.source, Path) else None for image in prompt.images]
-            line = {"images": images, "question": prompt.turns[-1].text, "reference": reference, **asdict(answer)}
+        for (prompt, references), answer, figures in zip(questions, answers, marks, strict=True):
+            line = {
+                "images": [_place(image) for image in prompt.images],
+                "question": prompt.turns[-1].text,
+                "references": references,
+                "answer": answer.text,
+                "stopped": answer.stopped,
+                **figures,
+            }
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _is_closed(reference: str) -> bool:
-    return reference.lower() in ("yes", "no")
+def _place(image: Image) -> str | None:
+    """Where it was read from; None of an image that is in memory alone."""
+    return None if isinstance(image.source, bytes | PIL.Image.Image) else describe(image)
 
 
 def _first_word(text: str) -> str:
@@ -164,5 +184,10 @@ def _first_word(text: str) -> str:
     return words[0] if words else ""
 
 
-def _share(values: Sequence[bool]) -> float | None:
+def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _mean_mark(marks: Sequence[dict[str, float]], name: str) -> float | None:
+    """Over those that have it."""
+    return _mean([figures[name] for figures in marks if name in figures])

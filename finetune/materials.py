@@ -7,16 +7,25 @@ from typing import Any
 
 import torch
 
-from finetune.data import prepare as data
-from finetune.data.collate import RowCollator
+from finetune.data.account import Account
+from finetune.data.collate import RowCollator, Rows
+from finetune.data.convert import read_dialogues
+from finetune.data.fit import Limits, fitter
 from finetune.data.images import Augmentation, Preprocessing
 from finetune.data.packing import pack_in_order
-from finetune.data.schedule import Row, build_schedule, draws_per_epoch
+from finetune.data.prepare import require_examples
+from finetune.data.prepared import Prepared
+from finetune.data.schedule import Row, build_schedule
 from finetune.data.sources import hold_dialogues
+from finetune.data.sources.source import Source
+from finetune.data.stream import StreamedRows, downloads, prepared_pass, read_pass
+from finetune.data.tokens import Encoder
+from finetune.dataset import Dataset, make_dataset, prepare_sources, tell_losses
 from finetune.folder import read_json, write_json
 from finetune.generate import Assistant
-from finetune.progress import say, track
-from finetune.recipe import Recipe, Source
+from finetune.progress import track
+from finetune.recipe import Recipe
+from finetune.recipe_sources import to_source
 from modeling import loading, tiny
 from modeling.errors import UserError
 from modeling.shapes import SHAPES, Config
@@ -41,7 +50,7 @@ class Materials:
         return str(folder)
 
     @cached_property
-    def sources(self) -> list[data.Source]:
+    def sources(self) -> list[Source]:
         return [to_source(source) for source in self.recipe.data.sources]
 
     def load(self) -> loading.Idefics:
@@ -65,25 +74,14 @@ class Materials:
         return named[self.recipe.model.dtype]
 
     @cached_property
-    def prepared(self) -> tuple[data.Prepared, data.Prepared]:
-        """(training, held out). Writes data.json."""
-        recipe, tokenizer = self.recipe, self.processor.tokenizer
-        training, accounts = data.prepare(self.sources, tokenizer, **self._limits)
-        held_sources = [to_source(source) for source in recipe.data.eval_sources]
-        held, held_accounts = data.prepare(held_sources, tokenizer, **self._limits)
-        data.require_examples(training, accounts)
-        if recipe.data.eval_split:
-            training, held = data.split_by_image(training, recipe.data.eval_split, seed=recipe.training.seed)
-        if recipe.data.eval_sources:
-            data.require_examples(held, held_accounts)
-        for account, draws in zip(accounts, self._draws(training), strict=True):
-            account.draws_per_epoch = draws
-        report: dict[str, Any] = {
-            "training_examples": len(training),
-            "held_out_examples": len(held),
-            "sources": [account.to_json() for account in accounts],
-            "eval_sources": [account.to_json() for account in held_accounts],
-        }
+    def dataset(self) -> Dataset:
+        """Writes data.json."""
+        made = make_dataset(self.recipe, self.sources, self.processor.tokenizer)
+        self._write_report(made.report)
+        tell_losses(made, self.folder / "data.json")
+        return made
+
+    def _write_report(self, report: dict[str, Any]) -> None:
         before = read_json(self.folder / "data.json")
         if before is not None and before != report:
             raise UserError(
@@ -91,22 +89,18 @@ class Materials:
                 f"  go on with the data it began with, or choose another folder (output=runs/NAME)"
             )
         write_json(self.folder / "data.json", report)
-        for account in (*accounts, *held_accounts):
-            if account.rejected:
-                say(f"{account.source}: {account.rejection()}; every reason is in {self.folder / 'data.json'}")
-        return training, held
-
-    def _draws(self, training: data.Prepared) -> list[int]:
-        return draws_per_epoch(training.sizes, [source.weight for source in self.recipe.data.sources])
 
     @cached_property
-    def train_rows(self) -> RowCollator:
-        training, settings = self.prepared[0], self.recipe.training
+    def train_rows(self) -> Rows:
+        training, settings = self.dataset.training, self.recipe.training
+        augmentation = Augmentation(**self.recipe.data.augment.model_dump())
+        blank = any(self.recipe.model.modes[tower] != "frozen" for tower in ("vision", "resampler"))
+        common: dict[str, Any] = {"augmentation": augmentation, "seed": settings.seed, "blank_image": blank}
+        if self.recipe.data.streams:
+            return self._streamed_rows(training, **common)
         rows = build_schedule(
-            training.lengths,
+            self.dataset.mix,
             training.image_counts,
-            sizes=training.sizes,
-            draws=self._draws(training),
             row_tokens=settings.row_tokens,
             row_images=settings.row_images,
             packs_per_step=settings.packs_per_step,
@@ -114,15 +108,11 @@ class Materials:
             epochs=settings.epochs,
             steps=settings.steps,
         )
-        augmentation = Augmentation(**self.recipe.data.augment.model_dump())
-        blank = any(self.recipe.model.modes[tower] != "frozen" for tower in ("vision", "resampler"))
-        return replace(
-            self._rows(training), rows=rows, augmentation=augmentation, seed=settings.seed, blank_image=blank
-        )
+        return replace(self._rows(training), rows=rows, **common)
 
     @cached_property
     def held_rows(self) -> RowCollator:
-        return self._held_rows(self.prepared[1])
+        return self._held_rows(self.dataset.held)
 
     @cached_property
     def documents(self) -> RowCollator | None:
@@ -131,28 +121,48 @@ class Materials:
         if not evaluation or not evaluation.documents:
             return None
         sources = [to_source(source) for source in evaluation.documents]
-        prepared, accounts = data.prepare(sources, self.processor.tokenizer, **self._limits)
-        data.require_examples(prepared, accounts)
+        prepared, accounts = prepare_sources(self.recipe, sources, self.processor.tokenizer)
+        require_examples(prepared, accounts)
         return self._held_rows(prepared)
 
-    @property
-    def _limits(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "max_length": recipe.data.max_length,
-            "max_images": recipe.training.row_images,
-            "seed": recipe.training.seed,
-            "track": track,
-        }
+    def streamed(self, rows: Rows) -> list[dict[str, Any]]:
+        """What became of the records that were read while training, per streamed source."""
+        accounts = rows.accounts if isinstance(rows, StreamedRows) else []
+        return [account.to_json() for account, source in zip(accounts, self.sources, strict=False) if source.stream]
 
-    def _held_rows(self, held: data.Prepared) -> RowCollator:
+    def _streamed_rows(self, training: Prepared, **common: Any) -> StreamedRows:
+        settings, data = self.recipe.training, self.recipe.data
+        assert settings.steps
+        limits = Limits(data.max_length, settings.row_images)
+        encoder, sets = Encoder(self.processor.tokenizer), iter(training.sets)
+        return StreamedRows(
+            passes=[
+                read_pass(source, fitter(source, encoder, limits, seed=settings.seed), number)
+                if source.stream
+                else prepared_pass(next(sets), number, settings.seed)
+                for number, source in enumerate(self.sources)
+            ],
+            names=[source.name for source in self.sources],
+            weights=[source.weight for source in data.sources],
+            unit=data.weigh,
+            rows=settings.steps * settings.packs_per_step,
+            row_tokens=settings.row_tokens,
+            row_images=settings.row_images,
+            buffer=data.shuffle_buffer,
+            preprocessing=self.preprocessing,
+            filler=self.processor.tokenizer.bos_token_id,
+            downloader=downloads(Path(data.prepared) / "downloads", self.sources),
+            **common,
+        )
+
+    def _held_rows(self, held: Prepared) -> RowCollator:
         settings = self.recipe.training
         packs = pack_in_order(
-            held.lengths, held.image_ids, row_tokens=settings.row_tokens, row_images=settings.row_images
+            held.lengths.tolist(), held.image_ids, row_tokens=settings.row_tokens, row_images=settings.row_images
         )
         return replace(self._rows(held), rows=[Row(0, tuple(pack)) for pack in packs])
 
-    def _rows(self, prepared: data.Prepared) -> RowCollator:
+    def _rows(self, prepared: Prepared) -> RowCollator:
         return RowCollator(
             rows=[],
             examples=prepared.examples,
@@ -170,36 +180,25 @@ class Materials:
         return Assistant(model, self.processor.tokenizer, self.preprocessing)
 
 
-def _make_base(shape: str, sources: list[data.Source], folder: Path, *, seed: int) -> None:
+def _make_base(shape: str, sources: list[Source], folder: Path, *, seed: int) -> None:
     """A fresh base of a shape, on disk; its tokenizer learns from the texts of the sources."""
     config = SHAPES[shape]
-    tokenizer = learn_tokenizer(config, sources, seed=seed, instruct=False)
+    tokenizer = learn_tokenizer(config, sources, instruct=False)
     processor = tiny.build_processor(tokenizer, image_size=config["vision_config"]["image_size"])
     loading.save_processor(processor, folder)
     tiny.build_model(config, seed=seed).save_pretrained(folder)
 
 
-def learn_tokenizer(config: Config, sources: list[data.Source], *, seed: int, instruct: bool) -> Any:
+def learn_tokenizer(config: Config, sources: list[Source], *, instruct: bool) -> Any:
     texts = [
         f"{turn.role.capitalize()}: {turn.text}"
         for source in sources
-        for _, dialogue in data.read_dialogues(source, data.Account(source.name), seed=seed, track=track)
+        for _, dialogue in read_dialogues(source, Account(source.name), track=track)
         for turn in dialogue.turns
     ]
     if not texts:
         raise UserError("model.init: the sources hold no text to learn a vocabulary from")
     return tiny.train_tokenizer(texts, vocab_size=config["vocab_size"], added=3 if instruct else 2)
-
-
-def to_source(source: Source) -> data.Source:
-    return data.Source(
-        format=source.format,
-        path=Path(source.path) if source.path else None,
-        image_root=Path(source.image_root) if source.image_root else None,
-        split=source.split,
-        limit=source.limit,
-        turns=source.turns,
-    )
 
 
 def auto_dtype() -> torch.dtype:

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune.data.collate import RowCollator
+from finetune.data.collate import Batch
 from finetune.data.dialogue import Dialogue
 from finetune.generate import Assistant, generate
 from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
@@ -238,16 +238,16 @@ def prove(
     base: Callable[[], Assistant],
     tuned: Callable[[], Assistant],
     merged: Callable[[], Assistant],
-    rows: RowCollator,
+    batches: Sequence[Batch],
     prompts: Sequence[Dialogue],
     max_new_tokens: int = 32,
 ) -> Proof:
-    """Compare logits on `rows` and greedy answers to `prompts`. Each model is made when its turn comes, then let go."""
+    """Compare logits on `batches` and greedy answers to `prompts`; one model at a time is in memory."""
 
     def observe(make: Callable[[], Assistant]) -> tuple[list[torch.Tensor], list[str]]:
         assistant = make()
         answers = generate(assistant, prompts, max_new_tokens=max_new_tokens)
-        return _logits(assistant, rows), [answer.text for answer in answers]
+        return _logits(assistant, batches), [answer.text for answer in answers]
 
     before, _ = observe(base)
     expected, asked = observe(tuned)
@@ -262,13 +262,13 @@ def prove(
 
 
 @torch.no_grad()
-def _logits(assistant: Assistant, rows: RowCollator) -> list[torch.Tensor]:
-    """fp32 [T, V + added] of every row, on the CPU."""
+def _logits(assistant: Assistant, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """fp32 [T, V + added] of every batch, on the CPU."""
     device, config = assistant.idefics.device, assistant.idefics.config
     logits = []
-    for row in rows.rows:
-        batch = {name: tensor.to(device) for name, tensor in rows.batch(row).items()}  # type: ignore[attr-defined]
-        logits.append(assistant.model.eval()(**forward_arguments(batch, config)).logits[0].float().cpu())
+    for batch in batches:
+        moved = {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[attr-defined]
+        logits.append(assistant.model.eval()(**forward_arguments(moved, config)).logits[0].float().cpu())
     return logits
 
 

@@ -8,6 +8,8 @@ from typing import Any
 SHARES = {
     "exact_open": "open questions",
     "exact_yes_no": "yes/no questions,\nbalanced",
+    "vqa": "VQA accuracy",
+    "rouge_l": "ROUGE-L",
     "stopped": "stopped by itself",
 }
 MODELS = {"base": "#9aa5b1", "blind": "#d9a441", "tuned": "#2f6fbb"}
@@ -52,5 +54,5 @@ def _shares(axis: Any, shares: Mapping[str, str], scores: Mapping[str, Any]) -> 
         bars = axis.bar(places, [scores[model][key] for key in shares], width, label=model, color=color)
         axis.bar_label(bars, fmt="%.2f", fontsize=8)
     axis.set_xticks(range(len(shares)), list(shares.values()))
-    axis.set(ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="share of held-out questions")
+    axis.set(ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="mean over held-out questions")
     axis.legend(loc="upper center", ncols=len(models), frameon=False)

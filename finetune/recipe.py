@@ -4,7 +4,7 @@ import difflib
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from modeling.towers import EXACT_LORA
 
@@ -101,25 +101,60 @@ class Adapter(BaseModel):
         return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **(self.model_extra or {})}
 
 
+Format = Literal[
+    "auto", "messages", "sharegpt", "llava", "svit", "lrv", "m3it", "mimic_it", "spot_the_diff", "ultrachat", "alpaca",
+    "cauldron", "vqa", "obelics", "pairs", "image_folder", "text", "easy_vqa", "easy_vqa_captions",
+]  # fmt: skip
+"""Dataset families; auto: recognised from the first records."""
+
+Places = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""One path, or a list of them."""
+
+
 class Source(Section):
     """Where records come from; paths are relative to the recipe's folder."""
 
-    format: Literal["messages", "easy_vqa", "easy_vqa_captions"]
-    path: str | None = None
-    image_root: str | None = None
-    """Folder the records' image paths are relative to, and may not leave; without it, the data file's own."""
+    format: Format = "auto"
+    path: Places = ()
+    """Files, folders or patterns: json, jsonl (also .gz, .zst), csv, parquet, arrow, webdataset tar, txt, images."""
+    hub: str | None = None
+    """Instead of a path: a dataset on the hub."""
+    subset: str | None = None
+    """Its configuration."""
     split: str = "train"
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    stream: bool = False
+    """Train on it as it is read, without preparing it."""
+    image_root: Places = ()
+    """Folders, zip or tar archives, or MIMIC-IT image files that image paths are looked up in, and may not leave;
+    without it, the data file's own folder."""
+    image_name: str | None = None
+    """How image files are called where records give only a number: COCO_train2014_{image_id:012d}.jpg."""
+    columns: dict[str, str] = {}
+    """Other names of the fields: {text: caption} reads "text" from "caption"."""
     weight: Rate | None = None
     """Sampling ratio among the sources that have one; without weights each example is drawn once an epoch."""
     limit: Positive | None = None
     """Take only the first so many records."""
-    turns: Positive = 1
-    """Join questions about one image into dialogues of at most so many question-answer turns."""
+    turns: Positive | None = None
+    """Join questions about one image, and divide longer dialogues, into dialogues of at most so many turns."""
+    ordered: bool | None = None
+    """Whether turns build on each other, so that their order is kept; without it, what the format says."""
+    download: bool | Literal["http"] = False
+    """Fetch images that are URLs, over https; http: over plain http, too."""
+    license: str | None = None
+    """For the dataset card."""
 
     @model_validator(mode="after")
-    def _path_where_needed(self) -> Self:
-        if self.format == "messages" and self.path is None:
-            raise ValueError(f"format {self.format} needs a path")
+    def _one_place(self) -> Self:
+        packaged = self.format in ("easy_vqa", "easy_vqa_captions")
+        given = bool(self.path) + bool(self.hub)
+        if given != (not packaged):
+            expected = "neither path nor hub" if packaged else "either path or hub"
+            raise ValueError(f"format {self.format}: expected {expected}, got {('neither', 'one', 'both')[given]}")
+        if not self.hub and (self.subset or self.revision):
+            raise ValueError("subset and revision belong to a dataset on the hub")
         return self
 
 
@@ -141,7 +176,19 @@ class Data(Section):
     eval_split: Share = 0.0
     """Without `eval_sources`: the share of the examples to hold out, no image on both sides."""
     max_length: Annotated[int, Field(ge=8)] = 1024
-    """Longest dialogue in tokens; a longer one is rejected and counted."""
+    """Longest example in tokens. A longer document is cut between its texts; a longer dialogue is divided where `turns`
+    allows, else rejected and counted."""
+    weigh: Literal["examples", "tokens"] = "examples"
+    """What the sources' weights are ratios of."""
+    overlap: Literal["report", "drop_questions", "drop_images"] = "report"
+    """Training examples that ask a held-out question about the same image, or show a held-out image: counted, or
+    dropped as well."""
+    shuffle_buffer: Positive = 1000
+    """Examples of a streamed source among which the next one is drawn."""
+    prepared: str = "runs/prepared"
+    """Folder of prepared sets, which runs share, relative to where the command is given."""
+    workers: Positive | None = None
+    """Processes that prepare; without it, one a core."""
     augment: Augment = Augment()
 
     @model_validator(mode="after")
@@ -151,7 +198,23 @@ class Data(Section):
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise ValueError(f"expected a weight for every source or for none, got {sum(weighted)} of {len(weighted)}")
+        if self.streams:
+            self._check_streams()
         return self
+
+    @property
+    def streams(self) -> bool:
+        return any(source.stream for source in self.sources)
+
+    def _check_streams(self) -> None:
+        if len(self.sources) > 1 and self.sources[0].weight is None:
+            raise ValueError("a streamed source has no size: expected a weight for every source")
+        if self.eval_split:
+            raise ValueError("a streamed source cannot be split: set eval_sources instead of eval_split")
+        if self.overlap != "report":
+            raise ValueError("overlap: a streamed source cannot be compared with the held-out data before the run")
+        if any(source.stream for source in self.eval_sources):
+            raise ValueError("eval_sources: held-out data is prepared; stream belongs to sources")
 
 
 class Training(Section):
@@ -232,6 +295,10 @@ class Recipe(Section):
             raise ValueError(
                 f"data.max_length ({self.data.max_length}) must not exceed training.row_tokens "
                 f"({self.training.row_tokens}): a dialogue is never cut"
+            )
+        if self.data.streams and (self.training.steps is None or self.model.init):
+            raise ValueError(
+                "a streamed source has no epochs and cannot make a vocabulary: set training.steps, model.base"
             )
         held_out = self.data.eval_sources or self.data.eval_split
         if not held_out and (self.evaluation or self.training.evaluate_every):

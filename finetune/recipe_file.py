@@ -112,13 +112,20 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 def _anchor(recipe: Recipe, folder: Path) -> Recipe:
     """Make paths (data, and a base or adapter that is a folder) absolute: relative ones mean the recipe's folder."""
 
-    def anchored(path: str | None) -> str | None:
-        return None if path is None else str((folder / path).resolve())
+    def anchored(path: str) -> str:
+        return str((folder / path).resolve())
 
     def source(found: Source) -> Source:
-        return found.model_copy(update={"path": anchored(found.path), "image_root": anchored(found.image_root)})
+        places: dict[str, Any] = {
+            name: tuple(anchored(path) for path in getattr(found, name)) for name in ("path", "image_root")
+        }
+        if found.hub and (folder / found.hub).is_dir():
+            places["hub"] = anchored(found.hub)
+        return found.model_copy(update=places)
 
-    model = recipe.model.model_copy(update={"continue_from": anchored(recipe.model.continue_from)})
+    model = recipe.model
+    if model.continue_from:
+        model = model.model_copy(update={"continue_from": anchored(model.continue_from)})
     if model.base and (folder / model.base).is_dir():
         model = model.model_copy(update={"base": anchored(model.base)})
     data = recipe.data.model_copy(

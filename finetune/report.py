@@ -10,6 +10,7 @@ from rich.text import Text
 
 from finetune.data.dialogue import Image
 from finetune.inspect import picture
+from finetune.metrics import is_yes_no, most_common
 from finetune.progress import console, say, table
 from finetune.recipe import Recipe
 
@@ -19,7 +20,7 @@ def show(recipe: Recipe, result: dict[str, Any]) -> None:
     folder = Path(recipe.output)
     if scores := result.get("evaluate"):
         models = {name: scores[name] or {} for name in ("base", "tuned", "blind")}
-        shown = {key: label for key, label in _SCORES.items() if key == "loss" or scores["tuned"]["questions"]}
+        shown = {key: label for key, label in _SCORES.items() if models["tuned"].get(key) is not None}
         rows = [(label, *(model.get(key) for model in models.values())) for key, label in shown.items()]
         console.print(table("held out (blind: with the images exchanged)", ("", *models), rows))
         if forgetting := scores["documents"]:
@@ -47,19 +48,19 @@ def show(recipe: Recipe, result: dict[str, Any]) -> None:
 def _show_answers(predictions: Path) -> None:
     """Three images with question, reference and answer: an open question first, no image twice."""
     lines = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
-    lines.sort(key=lambda line: line["reference"].lower() in ("yes", "no"))
+    lines.sort(key=lambda line: is_yes_no(line["references"]))
     chosen: dict[str, dict[str, Any]] = {}
     for line in lines[:: max(1, len(lines) // 50)]:
         if len(chosen) < 3 and line["images"] and line["images"][-1]:
             chosen.setdefault(line["images"][-1], line)
     shown = [
         Group(
-            picture(Image(Path(path)), width=20),
+            picture(Image(Path(place)), width=20) if Path(place).is_file() else Text(place),
             Text(line["question"]),
-            Text(f"reference: {line['reference']}", style="dim"),
-            Text(f"answer: {line['text']}", style="green" if line["text"] == line["reference"] else "red"),
+            Text(f"reference: {most_common(line['references'])}", style="dim"),
+            Text(f"answer: {line['answer']}", style="green" if line["exact"] else "red"),
         )
-        for path, line in chosen.items()
+        for place, line in chosen.items()
     ]
     console.print(Columns(shown, padding=(0, 4)))
 
@@ -69,6 +70,9 @@ _SCORES = {
     "exact_yes_no": "yes/no questions, balanced, exact",
     "exact": "all questions, exact",
     "first_word": "all questions, first word",
+    "vqa": "short answers, VQA accuracy",
+    "cider": "sentences, CIDEr-D",
+    "rouge_l": "sentences, ROUGE-L",
     "stopped": "stopped by itself",
     "loss": "loss per supervised token",
     "questions": "questions",

@@ -10,14 +10,13 @@ last checkpoint.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from finetune.data.images import Augmentation
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import open_folder, read_json, versions, write_json
 from finetune.materials import Materials, device
@@ -25,7 +24,7 @@ from finetune.merge import merge, prove
 from finetune.picture import draw
 from finetune.progress import say, track
 from finetune.recipe import Recipe
-from finetune.train import Plan, ProgressBar, last_checkpoint, train
+from finetune.train import Plan, ProgressBar, last_checkpoint, tokens_trained, train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.errors import UserError
@@ -34,6 +33,7 @@ from modeling.shapes import read_config
 STAGES = ("train", "evaluate", "merge")
 PROOF_ROWS = 2
 PROOF_QUESTIONS = 8
+PROOF_DIALOGUES = 256
 
 
 class Run:
@@ -81,7 +81,7 @@ def _train(run: Run) -> dict[str, Any]:
         assert counts == expected, f"trained {counts}, expected {expected}"
     if recipe.model.continue_from:
         load_adapter_weights(model, Path(recipe.model.continue_from))
-    plan = _plan(recipe, len(rows.rows), autocast=_autocast(recipe, made.dtype))
+    plan = _plan(recipe, len(rows), autocast=_autocast(recipe, made.dtype))
     resume_from, started = last_checkpoint(run.folder), time.perf_counter()
     say(f"train: {counts.total:,} parameters" + (f", going on from {resume_from.name}" if resume_from else ""))
     trainer = train(
@@ -96,14 +96,11 @@ def _train(run: Run) -> dict[str, Any]:
     )
     return {
         "steps": trainer.state.global_step,
-        "epochs": rows.rows[trainer.state.global_step * plan.packs_per_step - 1].epoch + 1,
-        "tokens_trained": sum(
-            len(rows.examples[index])
-            for row in rows.rows[: trainer.state.global_step * plan.packs_per_step]
-            for index in row.examples
-        ),
+        "epochs": rows.epoch(trainer.state.global_step * plan.packs_per_step - 1) + 1,
+        "tokens_trained": tokens_trained(run.folder / "metrics.jsonl"),
         "parameters_trained": asdict(counts),
         "best_step": trainer.state.best_global_step if plan.evaluate_every else None,
+        "streamed": made.streamed(rows),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -113,7 +110,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     if settings is None:
         raise UserError("evaluation: the recipe has no such section, and nothing to ask")
     adapter, made = run.require_adapter(), run.materials
-    questions = draw_questions(made.prepared[1].dialogues, limit=settings.limit, seed=run.recipe.training.seed)
+    questions = draw_questions(made.dataset.held.dialogues, limit=settings.limit, seed=run.recipe.training.seed)
     options: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
         "batch_size": settings.batch_size,
@@ -130,7 +127,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     figures["blind"] = None
     if len({image for images in made.held_rows.image_ids for image in images}) > 1:
         rows, swapped = exchange_images(
-            made.held_rows, made.prepared[1].dialogues, questions, seed=run.recipe.training.seed
+            made.held_rows, made.dataset.held.dialogues, questions, seed=run.recipe.training.seed
         )
         figures["blind"] = evaluate(tuned, rows, swapped, **options).to_json()
     if documents and forgetting:
@@ -154,15 +151,14 @@ def _merge(run: Run) -> dict[str, Any]:
         instruct=made.instruct,
         provenance=provenance,
     )
-    training, held = made.prepared
-    rows, dialogues = (made.held_rows, held.dialogues) if len(held) else (made.train_rows, training.dialogues)
-    rows = replace(rows, rows=rows.rows[:PROOF_ROWS], augmentation=Augmentation())
-    questions = draw_questions(dialogues, limit=PROOF_QUESTIONS, seed=run.recipe.training.seed)
+    training, held = made.dataset.training, made.dataset.held
+    rows, some = (made.held_rows, held) if len(held) else (made.train_rows, training)
+    questions = draw_questions(some.dialogues[:PROOF_DIALOGUES], limit=PROOF_QUESTIONS, seed=run.recipe.training.seed)
     proof = prove(
         base=lambda: made.assistant(made.load().model),
         tuned=lambda: made.assistant(open_adapter(made.load().model, adapter)),
         merged=lambda: made.assistant(loading.load(str(out), dtype=made.dtype, instruct=False).model.to(device())),
-        rows=rows,
+        batches=[rows.at(number) for number in range(min(PROOF_ROWS, len(rows)))],
         prompts=[prompt for prompt, _ in questions],
     )
     return {"merged": str(out), **asdict(proof)}

@@ -23,7 +23,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
-from finetune.data.collate import Batch, RowCollator
+from finetune.data.collate import Batch, RowCollator, Rows
 from finetune.data.schedule import Row
 from finetune.progress import bar
 from modeling.adapters import count_trained, load_adapter_weights, save_adapter
@@ -62,7 +62,7 @@ def train(
     tokenizer: Any,
     folder: Path,
     *,
-    train_rows: RowCollator,
+    train_rows: Rows,
     eval_rows: RowCollator | None,
     plan: Plan,
     resume_from: Path | None = None,
@@ -73,7 +73,7 @@ def train(
     Checkpoints go to `folder`/checkpoint-*; `resume_from` is one of them. The best one by held-out loss becomes the
     adapter where `plan` evaluates, else the last state.
     """
-    arguments = _arguments(folder, steps=len(train_rows.rows) // plan.packs_per_step, plan=plan)
+    arguments = _arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan)
     trainer = IdeficsTrainer(
         model=model,
         args=arguments,
@@ -98,16 +98,14 @@ class IdeficsTrainer(SFTTrainer):
     # Our loss is a sum over tokens divided by the tokens of the whole step, so accumulation must not divide it again.
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self, *, plan: Plan, train_rows: RowCollator, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any
-    ):
+    def __init__(self, *, plan: Plan, train_rows: Rows, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any):
         self.plan, self.eval_rows = plan, eval_rows
         self.idefics_config = model.config
-        held_out = _row_numbers(eval_rows.rows) if eval_rows and plan.evaluate_every else None
+        held_out = _row_numbers(len(eval_rows)) if eval_rows and plan.evaluate_every else None
         super().__init__(
             model=model,
             data_collator=train_rows,
-            train_dataset=_row_numbers(train_rows.rows),
+            train_dataset=_row_numbers(len(train_rows)),
             eval_dataset=held_out,
             **kwargs,
         )
@@ -176,7 +174,7 @@ class IdeficsTrainer(SFTTrainer):
 class MetricsFile(TrainerCallback):
     """Writes each log of the trainer as a line of metrics.jsonl, with the step's epoch and tokens from the schedule."""
 
-    def __init__(self, path: Path, rows: RowCollator, packs_per_step: int):
+    def __init__(self, path: Path, rows: Rows, packs_per_step: int):
         self.path, self.rows, self.packs = path, rows, packs_per_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -189,9 +187,9 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        step = self.rows.rows[max(state.global_step - 1, 0) * self.packs : state.global_step * self.packs]
-        tokens = sum(len(self.rows.examples[index]) for row in step for index in row.examples)
-        place = {"step": state.global_step, "epoch": step[0].epoch if step else 0}
+        step = range(max(state.global_step - 1, 0) * self.packs, state.global_step * self.packs)
+        tokens = sum(self.rows.tokens(row) for row in step)
+        place = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}
         line = {**place, **{key: value for key, value in logs.items() if key != "epoch"}, "tokens": tokens}
         with self.path.open("a", encoding="utf-8") as metrics:
             metrics.write(json.dumps(line) + "\n")
@@ -227,14 +225,20 @@ def parameter_groups(model: nn.Module, *, plan: Plan) -> list[dict[str, Any]]:
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
+def tokens_trained(metrics: Path) -> int:
+    """Of all steps so far, by metrics.jsonl."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return sum(line["tokens"] for line in lines if "loss" in line)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run folder: the trainer writes trainer_state.json last."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _row_numbers(rows: Sequence[Row]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"row": range(len(rows))})
+def _row_numbers(rows: int) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"row": range(rows)})
 
 
 def _arguments(folder: Path, *, steps: int, plan: Plan) -> SFTConfig:

@@ -3,6 +3,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
+
+# A browser for the tests of pages, which are skipped without one.
+install_chromium() {
+    local become=()
+    if command -v chromium || command -v google-chrome || ! command -v apt-get; then return; fi
+    if [ "$(id -u)" != 0 ]; then
+        [ "${CI:-}" = true ] || return 0
+        become=(sudo -n)
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    "${become[@]}" timeout -k 5 60 apt-get -qq update
+    "${become[@]}" timeout -k 5 240 apt-get -qq install --yes --no-install-recommends chromium
+}
+
+(install_chromium) >/dev/null 2>&1 </dev/null || true
 prepare_environment test
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from finetune.data.collate import RowCollator
 from finetune.data.images import Augmentation, Preprocessing
-from finetune.data.prepare import Source, prepare
-from finetune.data.schedule import build_schedule
+from finetune.data.prepare import prepare
+from finetune.data.schedule import Mix, build_schedule
+from finetune.data.sources.source import Source
 from modeling import loading, tiny
 from modeling.shapes import IDEFICS_9B, stand_in
 
@@ -114,18 +115,18 @@ def dialogue_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_rows(base_folder, dialogue_folder):
+def make_rows(base_folder, dialogue_folder, tmp_path_factory):
     """rows(**schedule) -> a RowCollator over the twelve dialogues, tokenised for the stand-in."""
     processor = loading.load_processor(str(base_folder))
-    source = Source("messages", path=dialogue_folder / "dialogues.jsonl")
-    prepared, _ = prepare([source], processor.tokenizer, max_length=512, max_images=4, seed=0)
+    source = Source("messages", paths=(dialogue_folder / "dialogues.jsonl",))
+    folder = tmp_path_factory.mktemp("prepared")
+    prepared, _ = prepare([source], processor.tokenizer, max_length=512, max_images=4, seed=0, folder=folder)
     assert len(prepared) == 12
 
     def rows(*, augmentation=None, **schedule):
         settings = {"row_tokens": 512, "row_images": 4, "packs_per_step": 1, "seed": 0, "epochs": 1} | schedule
-        planned = build_schedule(
-            prepared.lengths, prepared.image_counts, sizes=prepared.sizes, draws=prepared.sizes, **settings
-        )
+        mix = Mix(prepared.sizes, [None], prepared.lengths)
+        planned = build_schedule(mix, prepared.image_counts, **settings)
         return RowCollator(
             planned,
             prepared.examples,

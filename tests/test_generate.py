@@ -6,9 +6,8 @@ import torch
 
 from finetune.data.dialogue import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
-from finetune.data.sources import easy_vqa
 from finetune.data.template import render
-from finetune.evaluate import balanced_yes_no, draw_questions, evaluate, exchange_images, held_out_loss
+from finetune.evaluate import draw_questions, exchange_images, held_out_loss
 from finetune.generate import Answer, Assistant, generate
 from modeling import loading
 from modeling.adapters import attach, open_adapter, save_adapter
@@ -71,50 +70,14 @@ def test_image_tokens_are_never_written(asked, prompts):
 
 
 def test_questions_are_every_answered_turn_in_its_context(prompts):
-    dialogue = Dialogue((user("a?"), assistant("A"), user("b?"), assistant("B")))
-    assert [(len(prompt.turns), reference) for prompt, reference in draw_questions([dialogue], limit=None, seed=0)] == [
-        (1, "A"),
-        (3, "B"),
-    ]
+    dialogue = Dialogue((user("a?"), assistant("A"), user("b?"), assistant("B", references=("C", "B"))))
+    questions = draw_questions([dialogue], limit=None, seed=0)
+    assert [(len(prompt.turns), references) for prompt, references in questions] == [(1, ("A",)), (3, ("C", "B"))]
     many = [Dialogue((user(f"{n}?"), assistant(str(n)))) for n in range(50)]
-    drawn = [reference for _, reference in draw_questions(many, limit=5, seed=0)]
-    assert drawn == [reference for _, reference in draw_questions(many, limit=5, seed=0)]
+    drawn = [references for _, references in draw_questions(many, limit=5, seed=0)]
+    assert drawn == [references for _, references in draw_questions(many, limit=5, seed=0)]
     assert len(set(drawn)) == 5
-    assert drawn != [reference for _, reference in draw_questions(many, limit=5, seed=1)]
-
-
-def test_scores_count_exact_open_balanced_first_word_and_stopped(asked, make_rows, monkeypatch, tmp_path):
-    table = [
-        # question, reference, answer, stopped
-        ("is it red?", "yes", "yes", True),
-        ("is it red?", "no", "yes", True),
-        ("is it red?", "no", "no", True),  # one no too many: left out of the balanced ones
-        ("is it blue?", "no", "no", True),  # never yes: its words give it away
-        ("what?", "dog", "dog", False),
-        ("what?", "dog", "Dog, I think", True),
-    ]
-
-    def scripted(assistant, prompts, **options):
-        return [Answer(text, stopped) for _, _, text, stopped in table]
-
-    monkeypatch.setattr("finetune.evaluate.generate", scripted)
-    questions = [(Dialogue((user(question),)), reference) for question, reference, _, _ in table]
-    file = tmp_path / "predictions.jsonl"
-    scores = evaluate(asked, make_rows(), questions, max_new_tokens=4, batch_size=2, predictions=file)
-    assert balanced_yes_no(questions) == [0, 1]
-    assert (scores.exact, scores.exact_yes_no, scores.exact_open) == (4 / 6, 0.5, 0.5)
-    assert (scores.first_word, scores.stopped) == (5 / 6, 5 / 6)
-    assert file.read_text().splitlines()[4] == (
-        '{"images": [], "question": "what?", "reference": "dog", "text": "dog", "stopped": false}'
-    )
-
-
-def test_the_balanced_subset_of_easy_vqa_is_the_published_one():
-    records = [record for _, record in easy_vqa.read(None, "test")]
-    questions = [question for record in records for question in easy_vqa.convert(record, root=None).prompts()]
-    assert sum(reference in ("yes", "no") for _, reference in questions) == 7_136
-    chosen = [questions[index][1] for index in balanced_yes_no(questions)]
-    assert (chosen.count("yes"), chosen.count("no")) == (1_246, 1_246)
+    assert drawn != [references for _, references in draw_questions(many, limit=5, seed=1)]
 
 
 def test_every_image_is_exchanged_for_another_everywhere_the_same_way(make_rows):
@@ -128,7 +91,8 @@ def test_every_image_is_exchanged_for_another_everywhere_the_same_way(make_rows)
     blind, swapped = exchange_images(rows, dialogues, questions, seed=0)
     assert all(ours != theirs for ours, theirs in zip(rows.images, blind.images, strict=True))
     assert set(rows.images) == set(blind.images)
-    for (before, _), (after, _), ids in zip(questions, swapped, rows.image_ids, strict=True):
+    for (before, given), (after, kept), ids in zip(questions, swapped, rows.image_ids, strict=True):
+        assert given == kept
         assert [turn.text for turn in before.turns] == [turn.text for turn in after.turns]
         assert list(after.images) == [blind.images[image] for image in ids]
 

@@ -1,6 +1,5 @@
-"""Records of each dataset family -> dialogues, by hand; and every reason for which one is refused."""
+"""`messages` records -> dialogues and every reason for which one is refused; the readers of dataset families."""
 
-import base64
 import hashlib
 import json
 from pathlib import Path
@@ -8,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.sources import FORMATS, easy_vqa, messages
-from finetune.data.sources.files import ImageRoot, read_jsonl
+from finetune.data.sources import FORMATS, easy_vqa, hold_dialogues, messages
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Source
 from modeling.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n..."
-URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 TEXT, IMAGE = {"type": "text", "text": "Who?"}, {"type": "image"}
 ANSWER = {"role": "assistant", "content": "Me."}
 
@@ -30,12 +29,15 @@ def refusal(function, *arguments):
 
 @pytest.fixture
 def root(tmp_path):
-    return ImageRoot(tmp_path / "images")
+    (tmp_path / "images" / "dogs").mkdir(parents=True)
+    for name in ("cat.jpg", "dog.jpg", "a.jpg", "b.jpg"):
+        (tmp_path / "images" / name).write_bytes(PNG)
+    return ImageRoot(Source("messages", image_root=(tmp_path / "images",)))
 
 
 @pytest.fixture
-def cat(root):
-    return Image(root.folder / "cat.jpg")
+def cat(tmp_path):
+    return Image((tmp_path / "images" / "cat.jpg").resolve())
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,8 @@ def cat(root):
         {"messages": [asked(IMAGE, TEXT), ANSWER], "images": ["cat.jpg"]},
         {"messages": [asked(TEXT), ANSWER], "images": ["cat.jpg"]},
         {"messages": [{"role": "user", "content": "Who?"}, ANSWER], "images": ["cat.jpg"], "id": 7},
+        {"messages": [asked(TEXT), ANSWER], "images": "cat.jpg"},
+        {"messages": [asked(TEXT), ANSWER], "image": "cat.jpg"},
         {"messages": [asked({"type": "image", "image": "./dogs/../cat.jpg"}, TEXT), ANSWER], "images": None},
     ],
 )
@@ -56,7 +60,7 @@ def test_every_way_to_name_the_image(record, root, cat):
     assert messages.convert(record, root) == Dialogue((user(cat, "Who?"), assistant("Me.")))
 
 
-def test_a_long_conversation_with_its_parts_in_order(root, cat):
+def test_a_long_conversation_with_its_parts_in_order(root, cat, tmp_path):
     record = {
         "images": ["cat.jpg", "dog.jpg", "cat.jpg"],
         "messages": [
@@ -69,7 +73,7 @@ def test_a_long_conversation_with_its_parts_in_order(root, cat):
     }
     assert messages.convert(record, root).turns == (
         Turn("system", ("Be kind.",)),
-        user("Who?", cat, "And?", Image(root.folder / "dog.jpg")),
+        user("Who?", cat, "And?", Image((tmp_path / "images" / "dog.jpg").resolve())),
         assistant("Me."),
         user(cat),
         assistant("Me."),
@@ -103,8 +107,8 @@ def test_listed_images_open_the_first_user_turn_after_a_system_message(root, cat
         ("image count", {"messages": [asked(IMAGE, IMAGE, TEXT), ANSWER], "images": ["a.jpg"]}),
         ("image count", {"messages": [asked(IMAGE, TEXT), ANSWER], "images": ["a.jpg", "b.jpg"]}),
         ("image count", {"messages": [asked({**IMAGE, "path": "a.jpg"}, TEXT), ANSWER], "images": ["a.jpg"]}),
-        ("not an image reference", {"messages": [asked(TEXT), ANSWER], "images": "a.jpg"}),
-        ("not an image reference", {"messages": [asked(TEXT), ANSWER], "images": [{"path": "a.jpg"}]}),
+        ("image count", {"messages": [asked(TEXT), ANSWER], "images": ["a.jpg"], "image": "b.jpg"}),
+        ("not an image reference", {"messages": [asked(TEXT), ANSWER], "images": 7}),
         ("not an image reference", {"messages": [asked(TEXT), ANSWER], "images": [None]}),
         ("not an image reference", {"messages": [asked({**IMAGE, "image": 7}, TEXT), ANSWER]}),
         ("image is a URL", {"messages": [asked({**IMAGE, "url": "https://a.b/c.jpg"}, TEXT), ANSWER]}),
@@ -117,101 +121,13 @@ def test_a_record_that_is_no_dialogue_is_refused(reason, record, root):
     assert refusal(messages.convert, record, root) == reason
 
 
-def test_jsonl_lines_and_their_places(tmp_path):
-    path = tmp_path / "data.jsonl"
-    lines = [
-        b'\xef\xbb\xbf{"a": 1}\r',
-        b"",
-        b"  \t",
-        '{"a": "é\u2028"}'.encode(),
-        b'{"a": 1',
-        b"[1]",
-        b"7",
-        b"null",
-        b'{"a": "\xff"}',
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-        b'{"a": ' + b"1" * 5000 + b"}",
-        b'{"a": 1} {"a": 2}',
-        b'{"a": 3}',
-    ]
-    path.write_bytes(b"\n".join(lines))
-    read = list(read_jsonl(path, "train"))
-    assert [(place, getattr(record, "reason", record)) for place, record in read] == [
-        ("data.jsonl:1", {"a": 1}),
-        ("data.jsonl:4", {"a": "é\u2028"}),
-        ("data.jsonl:5", "not JSON"),
-        ("data.jsonl:6", "not an object"),
-        ("data.jsonl:7", "not an object"),
-        ("data.jsonl:8", "not an object"),
-        ("data.jsonl:9", "not JSON"),
-        ("data.jsonl:10", "not JSON"),
-        ("data.jsonl:11", "not JSON"),
-        ("data.jsonl:12", "not JSON"),
-        ("data.jsonl:13", "not JSON"),
-        ("data.jsonl:14", {"a": 3}),
-    ]
-
-
-def test_an_empty_file_has_no_records_a_missing_one_is_an_error(tmp_path):
-    (tmp_path / "empty.jsonl").write_bytes(b"")
-    assert list(read_jsonl(tmp_path / "empty.jsonl", "train")) == []
-    with pytest.raises(UserError, match=r"expected a \.jsonl file, found nothing"):
-        list(read_jsonl(tmp_path / "none.jsonl", "train"))
-    with pytest.raises(UserError, match="found a folder"):
-        list(read_jsonl(tmp_path, "train"))
-
-
-def test_an_image_inside_the_root(root):
-    assert root.image("a/b.jpg") == Image(root.folder / "a" / "b.jpg")
-    assert root.image("a/../b.jpg") == Image(root.folder / "b.jpg")
-    assert root.image(str(root.folder / "b.jpg")) == Image(root.folder / "b.jpg")
-    assert root.image(URL) == Image(PNG)
-
-
-@pytest.mark.parametrize(
-    ("reason", "reference"),
-    [
-        ("image outside the image root", "../cat.jpg"),
-        ("image outside the image root", "a/../../cat.jpg"),
-        ("image outside the image root", "../images-of-others/cat.jpg"),
-        ("image outside the image root", "/etc/hostname"),
-        ("image outside the image root", "link.jpg"),
-        ("image outside the image root", "links/cat.jpg"),
-        ("image is a URL", "http://example.org/cat.jpg"),
-        ("image is a URL", "s3://bucket/cat.jpg"),
-        ("image is a URL", "file:///etc/hostname"),
-        ("image is a URL", "file:cat.jpg"),
-        ("corrupt image", "data:image/png;base64,???"),
-        ("corrupt image", "data:image/png;base64,abc"),
-        ("corrupt image", "data:image/png;base64,é"),
-        ("not an image reference", "cat\0.jpg"),
-        ("not an image reference", "\ud800.jpg"),
-        ("not an image reference", "loop.jpg"),
-        ("not an image reference", ""),
-        ("not an image reference", None),
-        ("not an image reference", 7),
-        ("not an image reference", ["cat.jpg"]),
-    ],
-)
-def test_a_reference_to_anything_else_is_refused(reason, reference, root):
-    outside = root.folder.parent / "outside"
-    outside.mkdir()
-    root.folder.mkdir()
-    (outside / "cat.jpg").write_bytes(PNG)
-    (root.folder / "link.jpg").symlink_to(outside / "cat.jpg")
-    (root.folder / "links").symlink_to(outside)
-    (root.folder / "loop.jpg").symlink_to(root.folder / "loop.jpg")
-    assert refusal(root.image, reference) == reason
-
-
 @pytest.mark.parametrize(("split", "count"), [("train", 38_575), ("test", 9_673)])
 def test_every_question_of_easy_vqa_is_one_record(split, count):
-    assert sum(1 for _ in easy_vqa.read(None, split)) == count
+    assert sum(1 for _ in easy_vqa.read(Source("easy_vqa", split=split))) == count
 
 
 def first_record(name, split):
-    place, record = next(iter(FORMATS[name].read(None, split)))
+    place, record = next(iter(FORMATS[name].read(Source(name, split=split))))
     return place, {**record, "image": "/".join(Path(record["image"]).parts[-3:])}
 
 
@@ -227,7 +143,7 @@ def test_the_first_records_of_easy_vqa(root):
 
 def test_easy_vqa_has_two_splits():
     with pytest.raises(UserError, match="expected split train or test, got 'validation'"):
-        next(easy_vqa.read(None, "validation"))
+        next(easy_vqa.read(Source("easy_vqa", split="validation")))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +173,7 @@ def test_what_a_question_and_its_answer_say(question, answer, facts):
 
 @pytest.fixture(scope="module")
 def captions():
-    return list(easy_vqa.read_captions(None, "train"))
+    return list(easy_vqa.read_captions(Source("easy_vqa_captions")))
 
 
 def test_captions_are_documents_and_say_what_the_questions_say(captions, root):
@@ -269,7 +185,7 @@ def test_captions_are_documents_and_say_what_the_questions_say(captions, root):
     ]
     denied = silent = 0
     for place, record in captions[:600]:
-        facts = {fact for question in record["questions"] for fact in easy_vqa._facts(*question)}
+        facts = {fact for asked in record["questions"] for fact in easy_vqa._facts(asked["question"], asked["answer"])}
         if place.endswith("caption") and not any(there for _, there in facts):
             assert refusal(easy_vqa.convert_caption, record, root) == "nothing to say"
             silent += 1
@@ -290,7 +206,7 @@ def test_captions_are_documents_and_say_what_the_questions_say(captions, root):
 
 
 def test_an_image_of_which_nothing_is_known_has_no_caption(root):
-    record = {"image": "7.png", "kind": "caption", "questions": [("is there a circle?", "no")]}
+    record = {"image": "7.png", "kind": "caption", "questions": [{"question": "is there a circle?", "answer": "no"}]}
     assert refusal(easy_vqa.convert_caption, record, root) == "nothing to say"
     statement = easy_vqa.convert_caption({**record, "kind": "statements"}, root).turns[0].text
     assert statement in ("a circle is not present.", "a circle is not in the image.")
@@ -304,14 +220,183 @@ def test_no_training_caption_shows_a_test_image(captions):
         return {hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
     captioned = digests({record["image"] for _, record in captions})
-    tested = digests({record["image"] for _, record in easy_vqa.read(None, "test")})
+    tested = digests({record["image"] for _, record in easy_vqa.read(Source("easy_vqa", split="test"))})
     assert (len(captioned), len(tested), len(captioned & tested)) == (4000, 1000, 0)
 
 
-def test_only_captions_are_marked_as_documents():
-    assert {name for name, family in FORMATS.items() if family.documents} == {"easy_vqa_captions"}
+def test_what_formats_say_of_themselves():
+    def those(wanted):
+        return {name for name, family in FORMATS.items() if wanted(family)}
+
+    assert those(lambda family: family.documents) == {"obelics", "pairs", "image_folder", "text", "easy_vqa_captions"}
+    assert those(lambda family: not family.ordered) == {"m3it", "cauldron", "vqa", "lrv", "easy_vqa"}
+    assert those(lambda family: not family.needs_files) == {"easy_vqa", "easy_vqa_captions"}
+    assert hold_dialogues(["text", "lrv"])
+    assert not hold_dialogues(["text", "pairs"])
 
 
 def test_a_surrogate_in_json_reaches_the_dialogue_and_is_refused(root):
     record = json.loads('{"messages": [{"role": "user", "content": "\\ud800"}]}')
     assert refusal(messages.convert, record, root) == "text is not Unicode"
+
+
+def written(folder, **contents):
+    """Files of these contents (anything but text as JSON) in a new folder: their paths, in order."""
+    paths = [folder / name.replace("__", ".") for name in contents]
+    for path, content in zip(paths, contents.values(), strict=True):
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return tuple(paths)
+
+
+def read(name, *paths, **settings):
+    """What a format reads of these paths: records, and errors by their reason."""
+    records = [record for _, record in FORMATS[name].read(Source(name, paths=paths, **settings))]
+    return [(record.reason, record.detail) if isinstance(record, RecordError) else record for record in records]
+
+
+QUESTIONS = {
+    "info": {"year": 2014},
+    "questions": [
+        {"image_id": 9, "question": "What?", "question_id": 9000},
+        {"image_id": 9, "question": "Where?", "question_id": 9001},
+        {"image_id": 9, "question": "What again?", "question_id": 9000},
+        {"image_id": 9, "question": "Why?"},
+        "Who?",
+        {"image_id": 8, "question": "How many?", "question_id": 8000},
+    ],
+    "data_subtype": "val2014",
+}
+ANNOTATIONS = {
+    "annotations": [
+        {"question_id": 8000, "image_id": 8, "multiple_choice_answer": "2", "answers": [{"answer": "2"}]},
+        {"question_id": 7000, "image_id": 7, "multiple_choice_answer": "no", "answers": [{"answer": "no"}]},
+        {"question_id": 9000, "image_id": 9, "multiple_choice_answer": "a net", "answers": [{"answer": "net"}]},
+    ],
+    "data_subtype": "val2014",
+}
+JOINED = [
+    ("question_id repeated", "9000"),
+    ("missing field", "expected \"question_id\", got {'image_id': 9, 'question': 'Why?'}"),
+    {**QUESTIONS["questions"][5], **ANNOTATIONS["annotations"][0], "data_subtype": "val2014"},
+    ("annotation without question", "question_id 7000"),
+    {**QUESTIONS["questions"][0], **ANNOTATIONS["annotations"][2], "data_subtype": "val2014"},
+    ("question without annotation", "question_id 9001"),
+]
+
+
+def test_vqa_questions_are_joined_with_their_annotations(tmp_path):
+    questions, annotations = written(tmp_path, q__json=QUESTIONS, a__json=ANNOTATIONS)
+    joined = read("vqa", questions, annotations)
+    (no_object,) = [error for error in joined if error not in JOINED]
+    assert "'Who?'" in no_object[1]
+    assert [record for record in joined if record != no_object] == JOINED
+    assert read("vqa", annotations, questions) == joined
+    assert read("vqa", tmp_path) == joined
+
+
+def test_a_vqa_record_names_coco_files(tmp_path):
+    (tmp_path / "COCO_val2014_000000000008.jpg").write_bytes(PNG)
+    paths = written(tmp_path, q__json=QUESTIONS, a__json=ANNOTATIONS)
+    source = Source("vqa", paths=paths, image_root=(tmp_path,))
+    (record,) = [
+        found for _, found in FORMATS["vqa"].read(source) if isinstance(found, dict) and found["question_id"] == 8000
+    ]
+    image = Image((tmp_path / "COCO_val2014_000000000008.jpg").resolve())
+    expected = Dialogue((user(image, "How many?"), assistant("2", references=("2",))))
+    assert FORMATS["vqa"].convert(record, ImageRoot(source)) == expected
+
+
+def test_textvqa_and_copies_of_vqa_hold_both(tmp_path):
+    record = {"question": "What?", "image_id": "0a", "answers": ["nous", "nous", "le"], "question_id": 1}
+    paths = written(
+        tmp_path, textvqa__json={"dataset_type": "val", "data": [record]}, copy__json=[record], copy__jsonl=record
+    )
+    assert read("vqa", *paths) == [record] * 3
+
+
+def test_mimic_it_instructions_follow_those_they_are_related_to(tmp_path):
+    first = {"instruction": "Who?", "answer": "Me.", "image_ids": ["cat.jpg"], "rel_ins_ids": []}
+    second = {**first, "instruction": "Why?", "answer": "So.", "rel_ins_ids": ["I1"]}
+    third = {**first, "instruction": "And?", "image_ids": ["dog.jpg", "cat.jpg"], "rel_ins_ids": ["I2", "I1"]}
+    lost, twice = {**first, "rel_ins_ids": ["I1", "I9"]}, {**first, "rel_ins_ids": ["I1", "I6"]}
+    data = {"I3": third, "I1": first, "I2": second, "I4": lost, "I5": 7, "I6": twice}
+    (path,) = written(tmp_path, d__json={"meta": {"version": "1"}, "data": data})
+    assert read("mimic_it", path) == [
+        {**third, "related": [second, first]},
+        {**first, "related": []},
+        {**second, "related": [first]},
+        ("related instruction missing", "I4 is related to I9, which is not there"),
+        ("unknown content", '"I5": expected an object, got 7'),
+        ("related instruction repeated", "I6 is related to I1, I6"),
+    ]
+
+
+def test_mimic_it_shows_images_again_only_after_others(root, cat, tmp_path):
+    dog = Image((tmp_path / "images" / "dog.jpg").resolve())
+    who = {"instruction": "Who?", "answer": "Me."}
+    related = [{**who, "image_ids": ids} for ids in (["cat.jpg"], ["cat.jpg"], [], ["cat.jpg"], ["dog.jpg"])]
+    turns = FORMATS["mimic_it"].convert({**who, "image_ids": ["cat.jpg"], "related": related}, root).turns
+    assert [turn.images for turn in turns[::2]] == [(cat,), (), (), (), (dog,), (cat,)]
+    assert {turn.text for turn in turns[::2]} == {"Who?"}
+
+
+def test_mimic_it_copies_are_read_as_they_are(tmp_path):
+    record = {"instruction": "Who?", "answer": "Me.", "images": ["cat.jpg"]}
+    assert read("mimic_it", *written(tmp_path, c__jsonl=record)) == [record]
+
+
+def test_an_image_folder_is_read_with_its_captions(tmp_path):
+    (tmp_path / "sub").mkdir()
+    images = ("b.PNG", "a.jpg", "sub/c.webp", "d.jpg", "e.jpg", "f.jpg")
+    for name in images:
+        (tmp_path / name).write_bytes(PNG)
+    lines = [
+        {"file_name": "a.jpg", "text": "An a."},
+        {"file_name": "sub/c.webp", "text": "A c."},
+        {"file_name": "a.jpg", "text": "Another a."},
+        {"file_name": "../gone.jpg", "text": "Gone."},
+        {"file_name": "f.jpg"},
+        {"file_name": "e.jpg", "text": "An e."},
+    ]
+    written(tmp_path, metadata__jsonl="\n".join(map(json.dumps, lines)), b__txt="A b.\n", g__txt="A g.", e__txt="E.")
+    (tmp_path / "d.txt").write_bytes(b"\xff")
+    records = list(FORMATS["image_folder"].read(Source("image_folder", paths=(tmp_path,))))
+    assert [(place, getattr(record, "reason", record)) for place, record in records] == [
+        ("metadata.jsonl:3", "two captions"),
+        ("metadata.jsonl:5", "missing field"),
+        ("a.jpg", {"image": str(tmp_path / "a.jpg"), "text": "An a."}),
+        ("b.PNG", {"image": str(tmp_path / "b.PNG"), "text": "A b.\n"}),
+        ("d.jpg", "text is not Unicode"),
+        ("e.jpg", "two captions"),
+        ("f.jpg", "no caption"),
+        ("sub/c.webp", {"image": str(tmp_path / "sub" / "c.webp"), "text": "A c."}),
+        ("metadata.jsonl:4", "missing image"),
+        ("g.txt", "missing image"),
+    ]
+
+
+def test_an_image_folder_with_a_table_of_its_own_columns(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(PNG)
+    written(tmp_path, metadata__csv='file_name,caption\na.jpg,"An a, and more."\n')
+    source = Source("image_folder", paths=(tmp_path,), columns={"text": "caption"})
+    ((place, record),) = FORMATS["image_folder"].read(source)
+    assert place == "a.jpg"
+    dialogue = FORMATS["image_folder"].convert(record, ImageRoot(source))
+    assert dialogue == Dialogue((Turn("document", (Image((tmp_path / "a.jpg").resolve()), "An a, and more.")),))
+
+
+def test_an_image_folder_is_a_folder(tmp_path):
+    with pytest.raises(UserError, match="expected a folder of images, found nothing"):
+        read("image_folder", tmp_path / "gone")
+    (path,) = written(tmp_path, a__txt="A.")
+    with pytest.raises(UserError, match="expected a folder of images, found a file"):
+        read("image_folder", path)
+    with pytest.raises(UserError, match=r"expected folders as path, got me/images\[train\]"):
+        read("image_folder", hub="me/images")
+
+
+def test_a_text_file_is_one_record_and_other_files_hold_many(tmp_path):
+    paths = written(tmp_path, a__txt="\ufeffOne.\n\nTwo.", b__jsonl='{"text": "Three."}\n{"text": "Four."}')
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    assert read("text", *paths) == [{"text": "One.\n\nTwo."}, {"text": "Three."}, {"text": "Four."}]
+    assert [reason for reason, _ in read("text", tmp_path / "c.txt")] == ["text is not Unicode"]

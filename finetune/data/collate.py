@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -74,9 +74,26 @@ def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))[None]
 
 
+class Rows(Protocol):
+    """The rows of a run by number, as a DataLoader and a trainer use them."""
+
+    def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
+        """`features` is one `{"row": number}`: a micro-batch is one pack."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, number: int) -> Batch: ...
+
+    def epoch(self, number: int) -> int:
+        """In which pass through the data a row was drawn."""
+
+    def tokens(self, number: int) -> int:
+        """How many tokens of examples a row holds."""
+
+
 @dataclass(frozen=True)
 class RowCollator:
-    """What a DataLoader calls: a row number of the schedule -> its Batch. Plain data, so workers can have it."""
+    """The rows of a schedule over prepared examples. Plain data, so workers can have it."""
 
     rows: Sequence[Row]
     examples: Sequence[Example]
@@ -89,9 +106,20 @@ class RowCollator:
     blank_image: bool = False
 
     def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
-        """`features` is one `{"row": number}`: a micro-batch is one pack."""
         (feature,) = features
-        return self.batch(self.rows[feature["row"]])
+        return self.at(feature["row"])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, number: int) -> Batch:
+        return self.batch(self.rows[number])
+
+    def epoch(self, number: int) -> int:
+        return self.rows[number].epoch
+
+    def tokens(self, number: int) -> int:
+        return sum(len(self.examples[index]) for index in self.rows[number].examples)
 
     def batch(self, row: Row) -> Batch:
         return collate(

@@ -19,15 +19,36 @@ class RecordError(UserError):
         self.reason, self.detail = reason, detail
         super().__init__(f"{reason}: {detail}" if detail else reason)
 
+    def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str]]:
+        return RecordError, (self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """An encoded image inside a larger file: a member of a tar or zip archive, a base64 string in a JSON file."""
+
+    path: Path
+    offset: int
+    length: int
+    """Bytes in the file."""
+    coding: Literal["raw", "deflate", "base64"] = "raw"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """An image that is still to be downloaded, from a source that allows it."""
+
+    url: str
+
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """Where an image's pixels come from. Two references to one file, or to equal bytes, are equal."""
+    """Where an image's pixels come from. Two references to one place, or to equal bytes, are equal."""
 
-    source: Path | bytes | PIL.Image.Image
+    source: Path | Slice | Remote | bytes | PIL.Image.Image
 
     @property
-    def _key(self) -> Path | bytes | int:
+    def _key(self) -> Path | Slice | Remote | bytes | int:
         return id(self.source) if isinstance(self.source, PIL.Image.Image) else self.source
 
     def __eq__(self, other: object) -> bool:
@@ -46,6 +67,8 @@ class Turn:
 
     role: Role
     parts: tuple[Part, ...]
+    references: tuple[str, ...] = ()
+    """Of an answer: all that people gave, the trained one among them. Evaluation alone reads them."""
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -67,8 +90,8 @@ class Dialogue:
     """
 
     turns: tuple[Turn, ...]
-    records: int = 1
-    """How many records of the dataset it was made of."""
+    goes_on: bool = False
+    """Of a document: it was cut here, so nothing says that it ends."""
 
     def __post_init__(self) -> None:
         _check_roles(tuple(turn.role for turn in self.turns))
@@ -87,19 +110,19 @@ class Dialogue:
     def images(self) -> tuple[Image, ...]:
         return tuple(image for turn in self.turns for image in turn.images)
 
-    def prompts(self) -> Iterable[tuple["Dialogue", str]]:
-        """(everything up to an answer, the answer's text), for each assistant turn."""
+    def prompts(self) -> Iterable[tuple["Dialogue", tuple[str, ...]]]:
+        """(everything up to an answer, its references), for each assistant turn."""
         for index, turn in enumerate(self.turns):
             if turn.role == "assistant":
-                yield Dialogue(self.turns[:index]), turn.text
+                yield Dialogue(self.turns[:index]), turn.references or (turn.text,)
 
 
 def user(*parts: Part) -> Turn:
     return Turn("user", parts)
 
 
-def assistant(*parts: Part) -> Turn:
-    return Turn("assistant", parts)
+def assistant(*parts: Part, references: tuple[str, ...] = ()) -> Turn:
+    return Turn("assistant", parts, references)
 
 
 def _check_roles(roles: tuple[str, ...]) -> None:

@@ -1,6 +1,10 @@
 """path | bytes | PIL -> RGB -> pixels, bit-identical to transformers' `load_image` + `IdeficsImageProcessorPil`."""
 
+import base64
 import hashlib
+import re
+import stat
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -11,7 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from finetune.data.dialogue import Image, RecordError
+from finetune.data.dialogue import Image, RecordError, Remote, Slice
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Plain raster formats. Pillow has others that start programs (EPS) or parse far more than pixels."""
@@ -21,34 +25,126 @@ PIL.Image.init()  # Pillow finds its decoders lazily, and fails on a restricted 
 MAX_PIXELS = 89_478_485
 """Pillow's own threshold for a decompression bomb: a quarter of a gigabyte in RGB."""
 
+MAX_BYTES = 100_000_000
+"""Of an encoded image, unpacked from an archive."""
+
 
 def open_image(image: Image) -> PIL.Image.Image:
     """Decode to RGB, EXIF rotation applied. Raises RecordError: missing, corrupt or too large."""
     if isinstance(image.source, PIL.Image.Image):
-        return _to_rgb(image.source)
-    opened: Path | BytesIO = image.source if isinstance(image.source, Path) else BytesIO(image.source)
-    name = str(opened) if isinstance(opened, Path) else "image bytes"
+        return _decode(image.source, describe(image))
+    content = encoded(image)
     try:
-        with PIL.Image.open(opened, formats=FORMATS) as decoded:
-            if decoded.width * decoded.height > MAX_PIXELS:
-                raise RecordError("image too large", f"{name}: {decoded.width} x {decoded.height} pixels")
-            return _to_rgb(decoded)
-    except FileNotFoundError as error:
-        raise RecordError("missing image", name) from error
+        with PIL.Image.open(BytesIO(content), formats=FORMATS) as opened:
+            return _decode(opened, describe(image))
     except PIL.Image.DecompressionBombError as error:
-        raise RecordError("image too large", f"{name}: {error}") from error
+        raise RecordError("image too large", f"{describe(image)}: {error}") from error
     except RecordError:
         raise
+    except Exception as error:  # hostile headers make Pillow raise struct.error, SyntaxError and more
+        raise RecordError("corrupt image", f"{describe(image)}: {error}") from error
+
+
+def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise RecordError("image too large", f"{name}: {image.width} x {image.height} pixels")
+    try:
+        return _to_rgb(image)
     except Exception as error:  # hostile EXIF makes Pillow raise struct.error, TypeError and more
         raise RecordError("corrupt image", f"{name}: {error}") from error
 
 
-def digest(image: Image) -> str:
-    """SHA-256 of the image's bytes: the same picture under two names is one picture."""
+def describe(image: Image) -> str:
+    """Where an image is, for a message."""
+    source = image.source
+    if isinstance(source, Slice):
+        return f"{source.path} at byte {source.offset}"
+    if isinstance(source, Remote):
+        return f"{source.url:.200}"
+    return str(source) if isinstance(source, Path) else "image in memory"
+
+
+def encoded(image: Image) -> bytes:
+    """The bytes of an image file. Raises RecordError: missing, corrupt, too large, or not downloaded.
+
+    A picture in memory is written as PNG, in the RGB that `open_image` makes of it.
+    """
+    source = image.source
+    if isinstance(source, Remote):
+        raise RecordError("image is a URL", f"{describe(image)}: not downloaded")
+    if isinstance(source, PIL.Image.Image):
+        content = BytesIO()
+        open_image(image).save(content, "PNG")
+        return content.getvalue()
+    if isinstance(source, Path):
+        return _read(source)
+    return _unpack(source) if isinstance(source, Slice) else source
+
+
+def digest(image: Image) -> bytes:
+    """SHA-256 of the image's bytes, 32 of them: the same picture under two names is one picture."""
     source = image.source
     if isinstance(source, PIL.Image.Image):
-        return hashlib.sha256(repr((source.mode, source.size)).encode() + source.tobytes()).hexdigest()
-    return hashlib.sha256(source.read_bytes() if isinstance(source, Path) else source).hexdigest()
+        picture = _decode(source, describe(image))
+        return hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).digest()
+    return hashlib.sha256(encoded(image)).digest()
+
+
+def decode_base64(content: str | bytes, name: str = "base64") -> bytes:
+    """The bytes, white space passed over. Raises RecordError: another character, a missing one, or too much."""
+    packed = b"".join(content.encode("ascii", "replace").split() if isinstance(content, str) else content.split())
+    if len(packed) > MAX_BYTES // 3 * 4:
+        raise RecordError("image too large", f"{name}: {len(packed):,} characters of base64")
+    try:
+        return base64.b64decode(packed, validate=True)
+    except ValueError as error:
+        raise RecordError("corrupt image", f"{name}: {error}") from error
+
+
+def _unpack(member: Slice) -> bytes:
+    """A member's bytes, of at most `MAX_BYTES`, whatever the archive says of itself."""
+    name = describe(Image(member))
+    content = _read(member.path, member.offset, member.length)
+    if member.coding == "base64":
+        return decode_base64(_JSON_ESCAPES.sub(b"", content.replace(rb"\/", b"/")), name)
+    return _inflate(content, name) if member.coding == "deflate" else content
+
+
+_JSON_ESCAPES = re.compile(rb"\\[nrt]")
+"""Line breaks in a JSON string; of all that base64 is written in, JSON escapes only them and, at will, the slash."""
+
+
+def _inflate(content: bytes, name: str) -> bytes:
+    unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        unpacked = unpacking.decompress(content, MAX_BYTES + 1)
+    except zlib.error as error:
+        raise RecordError("corrupt image", f"{name}: {error}") from error
+    if len(unpacked) > MAX_BYTES:
+        raise RecordError("image too large", f"{name}: unpacks to over {MAX_BYTES:,} bytes")
+    if not unpacking.eof:
+        raise RecordError("corrupt image", f"{name}: the packed data breaks off")
+    return unpacked
+
+
+def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:
+    """A whole file, or exactly `length` bytes of it."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError("corrupt image", f"{path}: not a file")
+        expected = status.st_size if length is None else length
+        if expected > MAX_BYTES:
+            raise RecordError("image too large", f"{path}: {expected:,} bytes")
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(expected)
+    except OSError as error:
+        reason = "missing image" if isinstance(error, FileNotFoundError | NotADirectoryError) else "corrupt image"
+        raise RecordError(reason, f"{path}: {error.strerror}") from error
+    if len(content) < expected:
+        raise RecordError("corrupt image", f"{path}: {expected:,} bytes from {offset:,} on are more than there are")
+    return content
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

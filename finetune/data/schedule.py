@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 
 from finetune.data.packing import pack
+
+Unit = Literal["examples", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -17,42 +21,86 @@ class Row:
     examples: tuple[int, ...] = ()
 
 
-def draws_per_epoch(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """How many examples of each source an epoch draws: as many in all as there are, in the ratio of the weights.
+@dataclass(frozen=True)
+class Mix:
+    """In what ratio the sources of a run are drawn. Source s owns the examples numbered after those of sources < s.
 
-    Without weights each example is drawn once. Exact to one example (largest remainder).
-    sizes (30, 10), weights (1, 1) -> [20, 20]; weights (None, None) -> [30, 10]
+    An epoch draws as many examples (or tokens) in all as there are, divided among the sources in the ratio of their
+    weights; without weights each example is drawn once.
     """
-    if not sum(sizes) or all(weight is None for weight in weights):
-        return list(sizes)
-    shares = np.array([weight or 0.0 for weight in weights]) * (np.array(sizes) > 0)
-    exact = shares / shares.sum() * sum(sizes)
-    draws = np.floor(exact).astype(int)
-    for index in np.argsort(draws - exact, kind="stable")[: sum(sizes) - int(draws.sum())]:
-        draws[index] += 1
-    return [int(draw) for draw in draws]
 
+    sizes: Sequence[int]
+    """Examples per source."""
+    weights: Sequence[float | None]
+    lengths: np.ndarray
+    """int64 [examples]: tokens."""
+    unit: Unit = "examples"
 
-def draw_epoch(sizes: Sequence[int], draws: Sequence[int], *, seed: int, epoch: int) -> np.ndarray:
-    """The examples of one epoch, shuffled: int64 [sum(draws)]. Source s owns the ids after those of sources < s.
+    @cached_property
+    def repeats(self) -> list[float]:
+        """How often an example of each source comes in an epoch, on average."""
+        return [share / amount if amount else 0.0 for share, amount in zip(self._shares, self._amounts, strict=True)]
 
-    Within a source every example comes equally often, to one; who comes once more is drawn anew each epoch.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    chosen, first = [], 0
-    for size, count in zip(sizes, draws, strict=True):
-        whole, rest = divmod(count, size) if size else (0, 0)
-        chosen += [np.arange(first, first + size)] * whole + [first + rng.permutation(size)[:rest]]
-        first += size
-    return rng.permutation(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int64)
+    @cached_property
+    def draws(self) -> list[int]:
+        """Examples per source and epoch; by tokens, what the repeats come to, as an epoch may differ by an example."""
+        if self.unit == "examples":
+            return self._shares
+        return [round(repeat * size) for repeat, size in zip(self.repeats, self.sizes, strict=True)]
+
+    def draw(self, *, seed: int, epoch: int) -> np.ndarray:
+        """The examples of one epoch, shuffled: int64.
+
+        Within a source every example comes equally often, to one; who comes once more is drawn anew each epoch. The
+        amount of each source is its share to one example.
+        """
+        rng = np.random.default_rng([seed, epoch])
+        chosen = [np.zeros(0, np.int64)]
+        for first, size, share, amount in zip(self._firsts, self.sizes, self._shares, self._amounts, strict=True):
+            whole, rest = divmod(share, amount) if amount else (0, 0)
+            order = first + rng.permutation(size)
+            chosen += [np.arange(first, first + size)] * int(whole) + [order[: self._how_many(order, rest)]]
+        return rng.permutation(np.concatenate(chosen))
+
+    def _how_many(self, order: np.ndarray, rest: float) -> int:
+        """How many of these come nearest to the rest of a share."""
+        if self.unit == "examples":
+            return int(rest)
+        return int(np.abs(np.cumsum([0, *self.lengths[order]]) - rest).argmin())
+
+    @property
+    def _firsts(self) -> np.ndarray:
+        return np.cumsum([0, *self.sizes])[:-1]
+
+    @cached_property
+    def _amounts(self) -> list[int]:
+        """What each source has: examples, or their tokens."""
+        if self.unit == "examples":
+            return list(self.sizes)
+        bounds = zip(self._firsts, self.sizes, strict=True)
+        return [int(self.lengths[first : first + size].sum()) for first, size in bounds]
+
+    @cached_property
+    def _shares(self) -> list[int]:
+        """What of each source an epoch draws, by largest remainder.
+
+        sizes (30, 10), weights (1, 1) -> [20, 20]; weights (None, None) -> [30, 10]
+        """
+        total = sum(self._amounts)
+        if not total or all(weight is None for weight in self.weights):
+            return self._amounts
+        shares = np.array([weight or 0.0 for weight in self.weights]) * (np.array(self._amounts) > 0)
+        exact = shares / shares.sum() * total
+        draws = np.floor(exact).astype(np.int64)
+        for index in np.argsort(draws - exact, kind="stable")[: total - int(draws.sum())]:
+            draws[index] += 1
+        return draws.tolist()
 
 
 def build_schedule(
-    tokens: Sequence[int],
-    images: Sequence[int],
+    mix: Mix,
+    images: np.ndarray,
     *,
-    sizes: Sequence[int],
-    draws: Sequence[int],
     row_tokens: int,
     row_images: int,
     packs_per_step: int,
@@ -60,18 +108,17 @@ def build_schedule(
     epochs: int | None = None,
     steps: int | None = None,
 ) -> list[Row]:
-    """All rows of the run, a multiple of `packs_per_step`: so many `epochs`, or so many `steps`."""
+    """All rows of the run, a multiple of `packs_per_step`: so many `epochs`, or so many `steps`.
+
+    images: int64 [examples], distinct ones.
+    """
 
     def one_epoch(epoch: int) -> list[Row]:
-        drawn = draw_epoch(sizes, draws, seed=seed, epoch=epoch)
-        packs = pack(
-            [tokens[index] for index in drawn],
-            [images[index] for index in drawn],
-            row_tokens=row_tokens,
-            row_images=row_images,
-        )
+        drawn = mix.draw(seed=seed, epoch=epoch)
+        tokens, pictures = mix.lengths[drawn].tolist(), images[drawn].tolist()
+        packs = pack(tokens, pictures, row_tokens=row_tokens, row_images=row_images)
         order = np.random.default_rng([seed, epoch, 1]).permutation(len(packs))
-        rows = [Row(epoch, tuple(int(drawn[position]) for position in packs[row])) for row in order]
+        rows = [Row(epoch, tuple(drawn[packs[row]].tolist())) for row in order]
         return rows + [Row(epoch)] * (-len(rows) % packs_per_step)
 
     def all_epochs() -> Iterator[Row]:
@@ -80,6 +127,6 @@ def build_schedule(
             yield from one_epoch(epoch)
             epoch += 1
 
-    if not len(tokens) or sum(draws) == 0:
+    if not sum(mix.draws):
         return []
     return list(islice(all_epochs(), None if steps is None else steps * packs_per_step))

@@ -50,14 +50,17 @@ class Rendered:
 
 
 def render(dialogue: Dialogue) -> Rendered:
-    """Write a dialogue out. A prompt (the user spoke last) ends at the colon of "\\nAssistant:"."""
+    """Write a dialogue out.
+
+    A prompt (the user spoke last) ends at the colon of "\\nAssistant:", a document that goes on has no `</s>`.
+    """
     writer = _Writer()
     writer.special(BOS)
     for turn in dialogue.turns:
         _WRITERS[turn.role](writer, turn)
     if dialogue.is_prompt:
         writer.text("\nAssistant:")
-    else:
+    elif not dialogue.goes_on:
         writer.special(EOS, supervised=dialogue.is_document)
     return writer.finish()
 

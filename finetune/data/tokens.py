@@ -1,6 +1,9 @@
 """Rendered -> Example: ids, labels by character offsets within a piece, and the image each token sees."""
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -37,56 +40,92 @@ class Example:
         return int((self.labels != IGNORED).sum())
 
 
-def tokenize(rendered: Rendered, tokenizer: Any) -> Example:
-    """Encode with `tokenizer` (a fast transformers tokenizer).
+class Encoder:
+    """The fast tokenizer inside a transformers one, without the rest: worker processes can have it in a moment.
 
-    Text is encoded with special-token parsing off, piece by piece: the same ids as the whole string would give, and a
-    literal "<image>" in a dataset stays text. Raises RecordError where the text cannot be kept apart.
+    Text is encoded with special-token parsing off, so a literal "<image>" in a dataset stays text.
     """
-    specials = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(list(SPECIALS)), strict=True))
-    texts = [piece.text for piece in rendered.pieces if isinstance(piece, Text)]
-    encoded = iter(_encode(texts, tokenizer, forbidden=set(specials.values()) - {tokenizer.unk_token_id}))
-    ids: list[int] = []
-    labels: list[int] = []
-    for piece in rendered.pieces:
-        if isinstance(piece, Special):
-            ids.append(specials[piece.name])
-            labels.append(specials[piece.name] if piece.supervised else IGNORED)
-        else:
-            tokens, offsets = next(encoded)
-            ids += tokens
-            labels += _labels(tokens, offsets, piece)
-    input_ids = np.array(ids, dtype=np.int64)
-    image_index = (input_ids == specials[IMAGE]).cumsum() - 1
-    example = Example(input_ids, np.array(labels, dtype=np.int64), image_index)
-    assert len(labels) == len(ids)
-    assert labels[0] == IGNORED
-    assert image_index[-1] + 1 == len(rendered.images)
+
+    def __init__(self, tokenizer: Any):
+        self.backend = tokenizer.backend_tokenizer
+        ids = tokenizer.convert_tokens_to_ids(list(SPECIALS))
+        self.specials = dict(zip(SPECIALS, ids, strict=True))
+        self.forbidden = frozenset(ids) - {tokenizer.unk_token_id}
+
+    @property
+    def identity(self) -> str:
+        """Everything that decides what a text becomes."""
+        return f"{self.backend.to_str()}{sorted(self.specials.items())}"
+
+    def encode(self, texts: list[str]) -> list[Any]:
+        """Encodings, with `ids` and character `offsets`."""
+        if not texts:
+            return []
+        # Set each time: the transformers tokenizer, which shares the backend, leaves its last call's settings behind.
+        self.backend.encode_special_tokens = True
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        return self.backend.encode_batch(texts, add_special_tokens=False)
+
+
+def tokenize(rendered: Rendered, tokenizer: Any) -> Example:
+    """One dialogue with a fast transformers tokenizer. Raises RecordError where the text cannot be kept apart."""
+    (example,) = tokenize_all([rendered], Encoder(tokenizer))
+    if isinstance(example, RecordError):
+        raise example
     return example
 
 
-def _encode(texts: list[str], tokenizer: Any, *, forbidden: set[int]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    if not texts:
-        return []
-    encoding = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-    )
-    if any(not forbidden.isdisjoint(ids) for ids in encoding["input_ids"]):
-        raise RecordError("text became a special token", "this tokenizer cannot keep literal special tokens apart")
-    return list(zip(encoding["input_ids"], encoding["offset_mapping"], strict=True))
+def tokenize_all(rendered: Sequence[Rendered], encoder: Encoder) -> list[Example | RecordError]:
+    """Encode piece by piece: the same ids as each whole string would give."""
+    texts = [piece.text for one in rendered for piece in one.pieces if isinstance(piece, Text)]
+    encodings = iter(encoder.encode(texts))
+    examples: list[Example | RecordError] = []
+    for one in rendered:
+        own = [next(encodings) if isinstance(piece, Text) else None for piece in one.pieces]
+        try:
+            examples.append(_example(one, own, encoder))
+        except RecordError as error:
+            examples.append(error)
+    return examples
 
 
-def _labels(tokens: list[int], offsets: list[tuple[int, int]], piece: Text) -> list[int]:
+def see_images(input_ids: np.ndarray, image: int) -> np.ndarray:
+    """int64 [T]: the number of the last image before each token, -1 = none; `image` is the id of "<image>"."""
+    return (input_ids == image).cumsum() - 1
+
+
+def _example(rendered: Rendered, encodings: Sequence[Any], encoder: Encoder) -> Example:
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece, encoding in zip(rendered.pieces, encodings, strict=True):
+        if isinstance(piece, Special):
+            token = encoder.specials[piece.name]
+            ids.append(token)
+            labels.append(token if piece.supervised else IGNORED)
+        else:
+            tokens = encoding.ids
+            if not encoder.forbidden.isdisjoint(tokens):
+                raise RecordError("text became a special token", "this tokenizer cannot keep literal specials apart")
+            ids += tokens
+            labels += _labels(tokens, encoding, piece) if piece.supervised else [IGNORED] * len(tokens)
+    input_ids = np.array(ids, dtype=np.int64)
+    image_index = see_images(input_ids, encoder.specials[IMAGE])
+    assert len(labels) == len(ids)
+    assert labels[0] == IGNORED
+    assert image_index[-1] + 1 == len(rendered.images)
+    return Example(input_ids, np.array(labels, dtype=np.int64), image_index)
+
+
+def _labels(tokens: list[int], encoding: Any, piece: Text) -> list[int]:
     labels = [IGNORED] * len(tokens)
+    offsets = encoding.offsets
     for start, stop in piece.supervised:
-        for index, (first, last) in enumerate(offsets):
-            if start <= first and last <= stop:
-                labels[index] = tokens[index]
-            elif first < start < last:
-                # The prompt's ids would then not be a prefix of the dialogue's.
-                raise RecordError("answer not apart from its prompt", f"one token spans {piece.text[first:last]!r}")
+        first = bisect_left(offsets, start, key=itemgetter(0))
+        if first and offsets[first - 1][1] > start:
+            # The prompt's ids would then not be a prefix of the dialogue's.
+            spanned = slice(*offsets[first - 1])
+            raise RecordError("answer not apart from its prompt", f"one token spans {piece.text[spanned]!r}")
+        last = bisect_right(offsets, stop, key=itemgetter(1))
+        labels[first:last] = tokens[first:last]
     return labels

@@ -9,50 +9,58 @@ from typing import Any
 import numpy as np
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.sources.files import ImageRoot
+from finetune.data.sources.fields import required, required_list
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Record, Source
 from modeling.errors import UserError
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
-def read(path: Path | None, split: str) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
-    """One record a question, from the installed package; `path` plays no part."""
+def read(source: Source) -> Iterator[Record]:
+    """One record a question of the split, from the installed package. Raises UserError: no package, no such split."""
     try:
         import easy_vqa
     except ImportError as error:
         raise UserError("format easy_vqa: the package is missing: pip install easy-vqa") from error
-    if split not in ("train", "test"):
-        raise UserError(f"format easy_vqa: expected split train or test, got {split!r}")
-    train = split == "train"
+    if source.split not in ("train", "test"):
+        raise UserError(f"format easy_vqa: expected split train or test, got {source.split!r}")
+    train = source.split == "train"
     questions = easy_vqa.get_train_questions() if train else easy_vqa.get_test_questions()
     images = easy_vqa.get_train_image_paths() if train else easy_vqa.get_test_image_paths()
     for number, (question, answer, image) in enumerate(zip(*questions, strict=True)):
-        yield f"{split}#{number}", {"question": question, "answer": answer, "image": images[image]}
+        yield f"{source.split}#{number}", {"question": question, "answer": answer, "image": images[image]}
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """The package names its own files, so the image root plays no part."""
-    image = Image(Path(record["image"]))
-    return Dialogue((user(image, record["question"]), assistant(record["answer"])))
+    image = Image(Path(required(record, "image", str)))
+    return Dialogue((user(image, required(record, "question", str)), assistant(required(record, "answer", str))))
 
 
-def read_captions(path: Path | None, split: str) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
+def read_captions(source: Source) -> Iterator[Record]:
     """Two records an image, from its questions: one to caption what it shows, one to state what it does not."""
-    by_image: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for _, record in read(path, split):
+    by_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for _, record in read(source):
         assert isinstance(record, dict)
-        by_image[record["image"]].append((record["question"], record["answer"]))
-    for image in sorted(by_image, key=lambda name: int(Path(name).stem)):
+        by_image[record["image"]].append(record)
+    for image, questions in sorted(by_image.items(), key=lambda item: int(Path(item[0]).stem)):
         for kind in ("caption", "statements"):
-            yield f"{split}/{Path(image).name}/{kind}", {"image": image, "kind": kind, "questions": by_image[image]}
+            yield f"{source.split}/{Path(image).name}/{kind}", {"image": image, "kind": kind, "questions": questions}
 
 
 def convert_caption(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """A document about an image: no question and no answer, in words chosen by the image's number."""
-    image, statements = Path(record["image"]), record["kind"] == "statements"
+    image, statements = Path(required(record, "image", str)), record.get("kind") == "statements"
+    if not image.stem.isdecimal():
+        raise RecordError("unknown content", f'"image": expected a file called by its number, got {image.name!r:.80}')
     rng = np.random.default_rng([int(image.stem), statements])
-    facts = dict(fact for question, answer in record["questions"] for fact in _facts(question, answer))
+    facts = dict(
+        fact
+        for asked in required_list(record, "questions", dict)
+        for fact in _facts(required(asked, "question", str), required(asked, "answer", str))
+    )
     text = _state(facts, rng) if statements else _caption(facts, rng)
     if not text:
         raise RecordError("nothing to say", "the questions about this image give nothing away")

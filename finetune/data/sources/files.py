@@ -1,63 +1,203 @@
-"""Files on disk -> records, and references in records -> images that lie inside the image root."""
+"""Source -> its files, their records, and a digest of both."""
 
-import base64
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from finetune.data.dialogue import Image, RecordError
+from finetune.data.sources import hub
+from finetune.data.sources.json_files import read_header, read_items, read_json, read_json_lines, read_pairs
+from finetune.data.sources.shards import COMPRESSED_TARS, read_shard
+from finetune.data.sources.source import Record, Source
+from finetune.data.sources.streams import COMPRESSIONS
+from finetune.data.sources.tables import read_arrow, read_csv, read_parquet
 from modeling.errors import UserError
 
+__all__ = ["files_of", "fingerprint", "locate", "read_header", "read_items", "read_pairs", "read_records"]
 
-def read_jsonl(path: Path | None, split: str) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
-    """One JSON object a line; blank lines are no records. `split` plays no part: a file is one split."""
-    assert path is not None
-    if not path.is_file():
-        raise UserError(f"{path}: expected a .jsonl file, found {'a folder' if path.is_dir() else 'nothing'}")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path.name}:{number}", _parse(line)
+Reader = Callable[[Path, str], Iterator[Record]]
+"""(path, split) -> records."""
 
 
-def _parse(line: bytes) -> dict[str, Any] | RecordError:
+def _plain(read: Callable[[Path], Iterator[Record]]) -> Reader:
+    return lambda path, split: read(path)
+
+
+_TEXT_READERS: dict[str, Reader] = {
+    ".json": read_json,
+    ".jsonl": _plain(read_json_lines),
+    ".ndjson": _plain(read_json_lines),
+    ".csv": _plain(partial(read_csv, delimiter=",")),
+    ".tsv": _plain(partial(read_csv, delimiter="\t")),
+}
+READERS: dict[str, Reader] = {
+    **{name + packed: read for name, read in _TEXT_READERS.items() for packed in ("", *COMPRESSIONS)},
+    ".parquet": _plain(read_parquet),
+    ".arrow": _plain(read_arrow),
+    **{name: _plain(read_shard) for name in (".tar", *COMPRESSED_TARS)},
+}
+"""How a file of each suffix is read."""
+
+_BOOKKEEPING = (*hub.SAVED, "dataset_info.json", "dataset_infos.json")
+"""Files of the datasets library that hold no records."""
+
+
+def files_of(source: Source) -> list[Path]:
+    """The data files of a source, in order: a folder stands for those below it, a pattern for those it fits.
+
+    Raises UserError: a path that leads to none.
+    """
+    return [file for path in source.paths for file in _expand(path, source.split)]
+
+
+def _expand(path: Path, split: str) -> list[Path]:
+    if path.is_dir():
+        return _data_files(path, split)
+    if path.exists():
+        return [path]
+    if any(sign in path.name for sign in "*?["):
+        matches = sorted(path.parent.glob(path.name))
+        if matches:
+            return [file for match in matches for file in _expand(match, split)]
+    raise _missing(path)
+
+
+def locate(path: Path) -> tuple[Path, str]:
+    """(file or folder, "." or the folder meant inside of that file). Raises UserError: nothing is there.
+
+    images/train2017.zip/train2017 -> (images/train2017.zip, train2017)
+    """
+    for outer in (path, *path.parents):
+        if outer.is_file() or (outer == path and outer.exists()):
+            return outer, path.relative_to(outer).as_posix()
+    raise _missing(path)
+
+
+def _missing(path: Path) -> UserError:
+    beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "" if beside else f": {path.parent} is no folder"
+    return UserError(f"{path}: nothing is there{hint}")
+
+
+def _data_files(folder: Path, split: str) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(state.parent.name for state in folder.glob("*/state.json"))
+        if split not in splits:
+            raise UserError(f"{folder}: expected split {' or '.join(splits)}, got {split!r}")
+        folder = folder / split
+    files = [path for path in _files_below(folder) if _suffix(path) and path.name not in _BOOKKEEPING]
+    if not files:
+        raise UserError(f"{folder}: no data file below it; expected {_known()}")
+    return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files but hidden ones, sorted."""
+    paths = (
+        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    return sorted(path for path in paths if path.is_file())
+
+
+def _suffix(path: Path) -> str | None:
+    """The longest suffix of a file's name that can be read."""
+    fitting = [suffix for suffix in READERS if path.name.lower().endswith(suffix)]
+    return max(fitting, key=len, default=None)
+
+
+def _known() -> str:
+    return ", ".join(READERS)
+
+
+def read_records(source: Source) -> Iterator[Record]:
+    """(place, record), columns renamed.
+
+    A file that breaks off gives its records and a RecordError. Raises UserError: a path or hub id that leads to
+    nothing, a suffix that is not known, a column that no record has.
+    """
+    return _rename(source, hub.read_hub(source) if source.hub else _read_files(source))
+
+
+def _read_files(source: Source) -> Iterator[Record]:
+    readers = [(_reader(path), path) for path in files_of(source)]
+    for read, path in readers:
+        yield from read(path, source.split)
+
+
+def _reader(path: Path) -> Reader:
+    suffix = _suffix(path)
+    if suffix is None:
+        raise UserError(f"{path}: expected a file that ends in {_known()}")
+    return READERS[suffix]
+
+
+def _rename(source: Source, records: Iterable[Record]) -> Iterator[Record]:
+    missing, got = set(source.columns.values()), None
+    for place, record in records:
+        if isinstance(record, dict) and source.columns:
+            missing -= record.keys()
+            got = got or list(record)
+            renamed = {name: record[actual] for name, actual in source.columns.items() if actual in record}
+            kept = {name: value for name, value in record.items() if name not in source.columns.values()}
+            yield place, {**kept, **renamed}
+        else:
+            yield place, record
+    if missing and got:
+        raise UserError(
+            f"{source.name}: columns: no record has {', '.join(sorted(missing))}; the first has {', '.join(got)}"
+        )
+
+
+def fingerprint(source: Source, cache: Path | None = None) -> str:
+    """SHA-256 over the content of all that a source reads, in hexadecimal.
+
+    Archives and stores of images count by size and time of change, a dataset on the hub by its version there. `cache`
+    is a JSON file where the digests of files are kept, so that those that did not change are not read again.
+    """
+    if source.hub and not Path(source.hub).is_dir():
+        files, parts = [], [hub.name_of_version(source)]
+    else:
+        files, parts = _files_below(Path(source.hub)) if source.hub else files_of(source), []
+    stats = [locate(path)[0].stat() for path in source.image_root if not path.is_dir()]
+    parts += [*_digests(files, cache), *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+_SETTLED_NS = 2 * 10**9
+"""A file changed so recently may change again within one tick of its clock: its digest is not kept."""
+
+
+def _digests(files: list[Path], cache: Path | None) -> list[str]:
+    """SHA-256 of each file, from the cache as long as size and time of change are the same."""
+    kept = _load(cache) if cache else {}
+    digests = []
+    for file in files:
+        stat, key = file.stat(), str(file.resolve())
+        version = [stat.st_size, stat.st_mtime_ns]
+        entry = kept.get(key)
+        if not (isinstance(entry, list) and entry[:2] == version and len(entry) == 3):
+            with file.open("rb") as opened:
+                entry = [*version, hashlib.file_digest(opened, "sha256").hexdigest()]
+            if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
+                kept[key] = entry
+        digests.append(str(entry[2]))
+    if cache:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(kept, indent=0), encoding="utf-8")
+        unfinished.replace(cache)
+    return digests
+
+
+def _load(cache: Path) -> dict[str, object]:
+    """What an earlier call kept; nothing, if that cannot be read."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return RecordError("not JSON", str(error))
-    if not isinstance(record, dict):
-        return RecordError("not an object", f"expected a JSON object, got {type(record).__name__}")
-    return record
-
-
-class ImageRoot:
-    """The folder that image paths of one source are relative to, and may not leave."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder.resolve()
-
-    def image(self, reference: object) -> Image:
-        """A path under the root, or a `data:image/...;base64,` URL. Raises RecordError for anything else."""
-        if not isinstance(reference, str) or not reference:
-            raise RecordError("not an image reference", f"expected a path, got {reference!r:.80}")
-        if reference.startswith("data:image/"):
-            return _decode(reference)
-        if "://" in reference or reference.startswith("file:"):
-            raise RecordError("image is a URL", f"{reference:.120}: nothing is downloaded; expected a path")
-        if "\0" in reference:
-            raise RecordError("not an image reference", "a path with a NUL byte")
-        try:
-            path = (self.folder / reference).resolve()
-        except (UnicodeEncodeError, RuntimeError) as error:  # a lone surrogate; a loop of links
-            raise RecordError("not an image reference", f"{reference!r:.80}: {error}") from error
-        if not path.is_relative_to(self.folder):
-            raise RecordError("image outside the image root", f"{reference:.120} is not under {self.folder}")
-        return Image(path)
-
-
-def _decode(url: str) -> Image:
-    try:
-        return Image(base64.b64decode(url.partition(";base64,")[2], validate=True))
-    except ValueError as error:  # binascii.Error, and plain ValueError for what is not ASCII
-        raise RecordError("corrupt image", f"base64: {error}") from error
+        kept = json.loads(cache.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}

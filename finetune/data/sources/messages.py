@@ -4,35 +4,36 @@
                                                {"type": "text", "text": "Who is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
 
-An image part names its file under "image", "path" or "url" (OpenAI: "image_url"), or nothing: then it takes the next of
-the record's own "images". With "images" and no image part at all, the images open the first user turn.
+An image part names its image under "image", "path" or "url" (OpenAI: "image_url"), or nothing: then it takes the next
+of the record's own "images". With "images" and no image part at all, the images open the first user turn.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from finetune.data.dialogue import Dialogue, Part, RecordError, Role, Turn
-from finetune.data.sources.files import ImageRoot
+from finetune.data.sources.fields import first_item, listed_images, open_with
+from finetune.data.sources.roots import ImageRoot
 
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    messages, listed = record.get("messages"), record.get("images") or []
+    messages = record.get("messages")
     if not isinstance(messages, list):
         raise RecordError("no messages", f'expected "messages": [...], got keys {sorted(map(str, record))[:8]}')
-    if not isinstance(listed, list):
-        raise RecordError("not an image reference", f'expected "images": [...], got {type(listed).__name__}')
-    unplaced = iter([root.image(reference) for reference in listed])
+    listed = listed_images(record, root)
+    unplaced = iter(listed)
     turns = [_turn(message, root, unplaced) for message in messages]
     left = tuple(unplaced)
-    if left and not any(turn.images for turn in turns):
-        first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
-        if first is not None:
-            turns[first] = Turn("user", (*left, *turns[first].parts))
-    elif left:
+    if left and any(turn.images for turn in turns):
         raise RecordError("image count", f"{len(listed)} images listed, {len(listed) - len(left)} placed in the text")
-    return Dialogue(tuple(turns))
+    return Dialogue(open_with(left, turns))
+
+
+def is_messages(record: dict[str, Any]) -> bool:
+    first = first_item(record, "messages")
+    return isinstance(first, dict) and "role" in first
 
 
 def _turn(message: object, root: ImageRoot, unplaced: Iterator[Part]) -> Turn:
@@ -53,8 +54,8 @@ def _part(part: object, root: ImageRoot, unplaced: Iterator[Part]) -> Part:
         return str(part["text"])
     if isinstance(part, dict) and kind in ("image", "image_url"):
         reference = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None)
-        if isinstance(reference, dict):
-            reference = reference.get("url")
+        if isinstance(reference, dict) and "url" in reference:
+            reference = reference["url"]
         if reference is not None:
             return root.image(reference)
         image = next(unplaced, None)

@@ -1,0 +1,93 @@
+"""What became of every record of a source."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from finetune.data.dialogue import RecordError
+
+
+@dataclass
+class Account:
+    """The records of one source: read = kept + rejected + not taken."""
+
+    source: str
+    read: int = 0
+    kept: int = 0
+    """Records of which something is trained on."""
+    not_taken: int = 0
+    """Records beyond the limit."""
+    rejected: dict[str, int] = field(default_factory=Counter)
+    """Reason -> records."""
+    first_rejected: dict[str, str] = field(default_factory=dict)
+    """Reason -> place and detail of the first."""
+    parts_rejected: dict[str, int] = field(default_factory=Counter)
+    """Reason -> turns, or texts of documents, that were left out of records that were kept."""
+    documents_cut: int = 0
+    """Documents too long for one example, which became several."""
+    dialogues: int = 0
+    """Dialogues and documents the records became, before they were joined, divided or cut."""
+    examples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    images: int = 0
+    """Distinct ones."""
+    draws_per_epoch: int | None = None
+    repeats_per_epoch: float | None = None
+    """How often an example of this source comes in an epoch, on average."""
+
+    def reject(self, place: str, error: RecordError) -> None:
+        self.rejected[error.reason] += 1
+        self._remember(place, error)
+
+    def reject_part(self, place: str, error: RecordError, *, parts: int = 1) -> None:
+        self.parts_rejected[error.reason] += parts
+        self._remember(place, error)
+
+    def _remember(self, place: str, error: RecordError) -> None:
+        self.first_rejected.setdefault(error.reason, f"{place}: {error.detail}".removesuffix(": "))
+
+    def add(self, other: "Account") -> None:
+        """Take in what happened to further records of the same source."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(mine, Counter):
+                mine.update(value)
+            elif isinstance(mine, dict):
+                setattr(self, name, {**value, **mine})
+            elif isinstance(mine, int):
+                setattr(self, name, mine + value)
+
+    @property
+    def loss(self) -> str | None:
+        """ "4 of 10 records rejected: corrupt image 2, missing image 2", or None."""
+        said = []
+        if self.rejected:
+            said.append(f"{sum(self.rejected.values())} of {self.read} records rejected: {_list(self.rejected)}")
+        if self.parts_rejected:
+            said.append(f"parts of kept records left out: {_list(self.parts_rejected)}")
+        return "; ".join(said) or None
+
+    def to_json(self) -> dict[str, Any]:
+        assert self.read == self.kept + sum(self.rejected.values()) + self.not_taken, f"records lost: {self}"
+        return {**asdict(self), "rejected": dict(self.rejected), "parts_rejected": dict(self.parts_rejected)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        counters = {name: Counter(values[name]) for name in ("rejected", "parts_rejected")}
+        return cls(**{**values, **counters})
+
+
+def _list(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items())
+
+
+def why_nothing_is_left(accounts: Sequence[Account]) -> str:
+    """The reasons, a line each."""
+    reasons = [
+        f"  {account.source}: {count} x {reason} (first: {account.first_rejected[reason]})"
+        for account in accounts
+        for reason, count in account.rejected.items()
+    ]
+    return "\n".join(["no dialogue is left:", *(reasons or ["  the sources are empty"])])

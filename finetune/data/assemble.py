@@ -1,0 +1,184 @@
+"""Dialogues -> examples, the second pass of preparing: questions about one image joined, what is too long divided."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.data.account import Account
+from finetune.data.dialogue import Dialogue, Image
+from finetune.data.fit import Fates, Fitter
+from finetune.data.parallel import run_all
+from finetune.data.parts import (
+    DIALOGUES,
+    PART_RECORDS,
+    Unfinished,
+    account_of,
+    account_text,
+    part_path,
+    to_batches,
+    write_arrow,
+)
+from finetune.data.prepared import (
+    ACCOUNT,
+    EXAMPLE_SCHEMA,
+    EXAMPLES,
+    IMAGES,
+    Rows,
+    dialogue_from_json,
+    dialogue_to_json,
+    image_from_row,
+)
+from finetune.data.sources.source import Source
+from finetune.data.template import IMAGE
+from finetune.data.tokens import IGNORED, Example
+from finetune.data.tracking import Track
+from finetune.data.turns import Piece
+
+
+def assemble(
+    source: Source,
+    made: Path,
+    fitter: Fitter,
+    account: Account,
+    *,
+    workers: int,
+    track: Track,
+) -> None:
+    """dialogues.arrow -> examples.arrow and account.json."""
+    parts = made / "assemble"
+    parts.mkdir(exist_ok=True)
+    groups = _Groups(Rows(made / DIALOGUES), join=source.turns is not None)
+    tasks = Unfinished(parts, track(groups, f"tokenise {source.label}"))
+    run_all(tasks, _Assemble(made, fitter), workers=workers)
+    paths = [part_path(parts, number) for number in range(tasks.count)]
+    for path in paths:
+        account.add(account_of(Rows(path)))
+    batches = (batch for path in paths for batch in Rows(path).batches)
+    write_arrow(made / EXAMPLES, EXAMPLE_SCHEMA, batches, image_token=str(fitter.encoder.specials[IMAGE]))
+    account.images = len(Rows(made / IMAGES))
+    partial = made / f"{ACCOUNT}.partial"
+    partial.write_text(json.dumps(account.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(made / ACCOUNT)
+    shutil.rmtree(parts)
+    (made / DIALOGUES).unlink()
+
+
+class _Groups(Sequence[Any]):
+    """Dialogues that become examples together, as rows of dialogues.arrow, in parts of about PART_RECORDS dialogues.
+
+    To be joined are those that open with the same images; the others stand alone. In the order of their first ones.
+    """
+
+    def __init__(self, dialogues: Rows, *, join: bool):
+        keys = _opening_keys(dialogues) if join else np.arange(len(dialogues))
+        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+        self.rows = np.lexsort((np.arange(len(keys)), first[group]))  # by the group's first row, then by row
+        sizes = np.bincount(group, minlength=len(first))[np.argsort(first)]
+        self.starts = np.cumsum([0, *sizes])
+        steps = np.arange(0, len(dialogues) + PART_RECORDS, PART_RECORDS)
+        self.cuts = np.unique(np.searchsorted(self.starts, steps).clip(max=len(sizes)))
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    def __getitem__(self, part: Any) -> tuple[int, list[list[int]]]:
+        """(number of the first group, the part's groups)."""
+        if not 0 <= part < len(self):
+            raise IndexError(part)
+        first, last = int(self.cuts[part]), int(self.cuts[part + 1])
+        bounds = self.starts[first : last + 1]
+        return first, [self.rows[start:stop].tolist() for start, stop in pairwise(bounds)]
+
+
+def _opening_keys(dialogues: Rows) -> np.ndarray:
+    """int64 [dialogues]: equal for those that open with the same images; different from all for the others."""
+    counts, opens = dialogues.lengths("images"), dialogues.values("opens").astype(bool)
+    keys = -1 - np.arange(len(dialogues))
+    ends = np.cumsum(counts)
+    shown = dialogues.values("images")
+    single = opens & (counts == 1)
+    keys[single] = shown[ends[single] - 1]
+    several: dict[tuple[int, ...], int] = {}
+    for row in np.flatnonzero(opens & (counts > 1)):
+        images = tuple(shown[ends[row] - counts[row] : ends[row]].tolist())
+        keys[row] = len(shown) + several.setdefault(images, len(several))
+    return keys
+
+
+@dataclass(frozen=True)
+class _Assemble:
+    """A part's groups of dialogues -> its examples, on disk."""
+
+    made: Path
+    fitter: Fitter
+
+    @cached_property
+    def _dialogues(self) -> Rows:
+        return Rows(self.made / DIALOGUES)
+
+    @cached_property
+    def _images(self) -> Rows:
+        return Rows(self.made / IMAGES)
+
+    def __call__(self, task: tuple[int, tuple[int, list[list[int]]]]) -> None:
+        number, (first, groups) = task
+        account = Account("")
+        numbers: dict[Image, int] = {}
+        pieces = [
+            piece
+            for place, group in enumerate(groups, start=first)
+            for piece in self.fitter.arrange(self._read(group, numbers), number=place)
+        ]
+        fates, rows = Fates(account), []
+        for piece, example in self.fitter.fit(pieces, same=numbers.__getitem__):
+            fates.take(piece, example)
+            if isinstance(example, Example):
+                rows.append(self._row(piece, example, [numbers[image] for image in piece.dialogue.images]))
+        fates.tell({row: self._dialogues.text("place", row) for group in groups for row in group})
+        part = part_path(self.made / "assemble", number)
+        write_arrow(part, EXAMPLE_SCHEMA, to_batches(rows, EXAMPLE_SCHEMA), account=account_text(account))
+
+    def _read(self, group: list[int], numbers: dict[Image, int]) -> list[tuple[int, Dialogue]]:
+        """(row, dialogue); `numbers` learns the images' numbers."""
+        dialogues = []
+        for row in group:
+            shown = self._dialogues.cell("images", row).tolist()
+            images = [image_from_row(self._images.row(image)) for image in shown]
+            numbers.update(zip(images, shown, strict=True))
+            dialogues.append((row, dialogue_from_json(self._dialogues.text("dialogue", row), images)))
+        return dialogues
+
+    def _row(self, piece: Piece, example: Example, images: list[int]) -> dict[str, Any]:
+        return {
+            "input_ids": example.input_ids,
+            "supervised": example.labels != IGNORED,
+            "images": images,
+            "shown": len(set(images)),
+            "questions": self._questions(piece.dialogue, images),
+            "place": self._dialogues.text("place", piece.origins[0]),
+            "dialogue": dialogue_to_json(piece.dialogue),
+        }
+
+    def _questions(self, dialogue: Dialogue, images: list[int]) -> list[int]:
+        keys, shown = [], 0
+        for turn in dialogue.turns:
+            shown += len(turn.images)
+            if turn.role == "user":
+                digests = [self._images.row(image)["digest"] for image in images[:shown]]
+                keys.append(question_key(digests, turn.text))
+        return keys
+
+
+def question_key(images: Iterable[bytes], question: str) -> int:
+    """64 bits that are equal for equal words (case and spacing aside) about equal images, given by digest."""
+    words = " ".join(question.lower().split())
+    content = b"".join(images) + words.encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -1,0 +1,263 @@
+"""Records -> dialogues, the first pass of preparing: converted, their images opened, and named by content."""
+
+import io
+import json
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+
+from finetune.data.account import Account
+from finetune.data.dialogue import Dialogue, Image, RecordError, Remote, Slice
+from finetune.data.images import digest, encoded, open_image
+from finetune.data.parallel import run_all
+from finetune.data.parts import (
+    DIALOGUE_SCHEMA,
+    DIALOGUES,
+    PART_RECORDS,
+    Unfinished,
+    account_of,
+    account_text,
+    part_path,
+    to_batches,
+    write_arrow,
+)
+from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, Rows, dialogue_to_json, image_from_row, image_row
+from finetune.data.sources import FORMATS
+from finetune.data.sources.download import Downloader
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Record, Source
+from finetune.data.tracking import Track, silently
+from finetune.data.turns import opening_images
+
+PART_BYTES = 16_000_000
+"""About so many bytes of records are in a part, if they are not too many."""
+
+
+def read_dialogues(source: Source, account: Account, *, track: Track = silently) -> Iterator[tuple[str, Dialogue]]:
+    """(place, dialogue) for every record that converts, as the records stand; the others are counted."""
+    root, convert = ImageRoot(source), FORMATS[source.format].convert
+    for place, record in track(_taken(source, account), f"read {source.label}"):
+        try:
+            yield place, _to_dialogue(record, convert, root)
+        except RecordError as error:
+            account.reject(place, error)
+
+
+def convert(source: Source, made: Path, *, downloads: Path, workers: int, track: Track) -> Account:
+    """Records -> dialogues.arrow and images.arrow. Returns the account so far: read, not taken, not converted."""
+    if not (made / DIALOGUES).is_file():
+        parts = made / "convert"
+        parts.mkdir(parents=True, exist_ok=True)
+        whole = Account(source.name)
+        records = track(_taken(source, whole), f"convert {source.label}")
+        tasks = Unfinished(parts, _in_parts(records))
+        run_all(tasks, _Convert(source, made, downloads), workers=workers)
+        _merge_converted(made, tasks.count, whole)
+    return Account.from_json(json.loads(Rows(made / DIALOGUES).schema.metadata[b"account"]))
+
+
+def _taken(source: Source, account: Account) -> Iterator[Record]:
+    """The records within the limit; those beyond are counted, except on the hub, where that would mean reading them."""
+    for place, record in FORMATS[source.format].read(source):
+        if source.limit is not None and account.read >= source.limit:
+            if source.hub:
+                return
+            account.not_taken += 1
+            account.read += 1
+            continue
+        account.read += 1
+        yield place, record
+
+
+def _in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Neighbouring records together; where a part ends depends on the records alone."""
+    part: list[Record] = []
+    size = 0
+    for record in records:
+        part.append(record)
+        size += _bytes_of(record[1])
+        if len(part) == PART_RECORDS or size >= PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _bytes_of(value: object) -> int:
+    """About how much memory the texts and bytes of a record take."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_bytes_of, value.values()))
+    return sum(map(_bytes_of, value)) if isinstance(value, list) else 8
+
+
+@dataclass(frozen=True)
+class _Convert:
+    """A part's records -> its dialogues and images, on disk."""
+
+    source: Source
+    made: Path
+    downloads: Path
+
+    @cached_property
+    def _root(self) -> ImageRoot:
+        return ImageRoot(self.source)
+
+    @cached_property
+    def _seen(self) -> "OrderedDict[Image, bytes | RecordError]":
+        """What became of the images met lately: neighbouring records often show the same one."""
+        return OrderedDict()
+
+    def __call__(self, task: tuple[int, list[Record]]) -> None:
+        number, records = task
+        account, family = Account(self.source.name), FORMATS[self.source.format]
+        dialogues: list[tuple[str, Dialogue]] = []
+        for place, record in records:
+            try:
+                dialogues.append((place, _to_dialogue(record, family.convert, self._root)))
+            except RecordError as error:
+                account.reject(place, error)
+        fetched = self._fetch(dialogues)
+        images = _PartImages(self.made / "images" / f"{number:06}.bin")
+        rows = []
+        for place, dialogue in dialogues:
+            try:
+                shown = [images.add(image, self._check(image)) for image in _located(dialogue, fetched)]
+            except RecordError as error:
+                account.reject(place, error)
+                continue
+            opens = opening_images(dialogue) is not None
+            text = dialogue_to_json(dialogue)
+            rows.append({"place": place, "dialogue": text, "images": shown, "opens": opens})
+        account.dialogues = len(rows)
+        images.close()
+        part = part_path(self.made / "convert", number)
+        write_arrow(part.with_suffix(".images"), IMAGE_SCHEMA, to_batches(images.rows, IMAGE_SCHEMA))
+        write_arrow(part, DIALOGUE_SCHEMA, to_batches(rows, DIALOGUE_SCHEMA), account=account_text(account))
+
+    def _fetch(self, dialogues: Sequence[tuple[str, Dialogue]]) -> dict[str, Path | RecordError]:
+        urls = {
+            image.source.url
+            for _, dialogue in dialogues
+            for image in dialogue.images
+            if isinstance(image.source, Remote)
+        }
+        if not urls:
+            return {}
+        return Downloader(self.downloads, http=self.source.download_http).fetch_all(sorted(urls))
+
+    def _check(self, image: Image) -> bytes:
+        """Decode, so that a broken image is found now and not in training; its digest."""
+        known = self._seen.get(image)
+        if known is None:
+            try:
+                open_image(image)
+                known = digest(image)
+            except RecordError as error:
+                known = error
+            if not isinstance(image.source, bytes | PIL.Image.Image):
+                self._seen[image] = known
+                if len(self._seen) > 8 * PART_RECORDS:
+                    self._seen.popitem(last=False)
+        if isinstance(known, RecordError):
+            raise known
+        return known
+
+
+def _to_dialogue(record: dict[str, Any] | RecordError, convert: Any, root: ImageRoot) -> Dialogue:
+    if isinstance(record, RecordError):
+        raise record
+    dialogue = convert(record, root)
+    if dialogue.is_prompt:
+        raise RecordError("no answer to the last question", "the dialogue ends with the user")
+    return dialogue
+
+
+def _located(dialogue: Dialogue, fetched: dict[str, Path | RecordError]) -> Iterator[Image]:
+    """The dialogue's images, downloaded ones where they are now."""
+    for image in dialogue.images:
+        if isinstance(image.source, Remote):
+            found = fetched[image.source.url]
+            if isinstance(found, RecordError):
+                raise found
+            yield Image(found)
+        else:
+            yield image
+
+
+class _PartImages:
+    """The distinct images of one part; those that came inside records are kept in a file, encoded as they came."""
+
+    def __init__(self, kept: Path):
+        self.rows: list[dict[str, Any]] = []
+        self._kept = kept
+        self._file: BinaryIO | None = None
+        self._by_digest: dict[bytes, int] = {}
+
+    def add(self, image: Image, content: bytes) -> int:
+        row = self._by_digest.setdefault(content, len(self.rows))
+        if row == len(self.rows):
+            inside = isinstance(image.source, bytes | PIL.Image.Image)
+            self.rows.append(image_row(self._keep(image) if inside else image, content))
+        return row
+
+    def _keep(self, image: Image) -> Image:
+        if self._file is None:
+            self._kept.parent.mkdir(exist_ok=True)
+            self._file = self._kept.open("wb")
+        data = _as_png(image.source) if isinstance(image.source, PIL.Image.Image) else encoded(image)
+        place = Slice(self._kept, self._file.tell(), len(data))
+        self._file.write(data)
+        return Image(place)
+
+    def close(self) -> None:
+        """The file is complete: only now is its size what the rows should say."""
+        if self._file is not None:
+            self._file.close()
+            self.rows = [image_row(image_from_row(row), row["digest"]) for row in self.rows]
+
+
+def _as_png(image: PIL.Image.Image) -> bytes:
+    written = io.BytesIO()
+    image.save(written, "PNG")
+    return written.getvalue()
+
+
+def _merge_converted(made: Path, parts: int, account: Account) -> None:
+    """All parts -> dialogues.arrow and images.arrow, the images distinct by content over the whole source."""
+    paths = [part_path(made / "convert", number) for number in range(parts)]
+    by_part = [Rows(path.with_suffix(".images")).values("digest").astype("S32") for path in paths]
+    _, first, inverse = np.unique(
+        np.concatenate([np.zeros(0, "S32"), *by_part]), return_index=True, return_inverse=True
+    )
+    kept = np.sort(first)  # numbered as they come, so that neighbours in the data are neighbours here
+    rank = np.searchsorted(kept, first)[inverse]
+    starts = np.cumsum([0, *map(len, by_part)])
+
+    def images() -> Iterator[pa.RecordBatch]:
+        for start, stop, path in zip(starts[:-1], starts[1:], paths, strict=True):
+            chosen = kept[(kept >= start) & (kept < stop)] - start
+            yield from (batch.take(pa.array(chosen)) for batch in Rows(path.with_suffix(".images")).batches)
+
+    def dialogues() -> Iterator[pa.RecordBatch]:
+        for start, path in zip(starts[:-1], paths, strict=True):
+            for batch in Rows(path).batches:
+                shown = batch.column("images")
+                renumbered = pa.array(rank[start + shown.values.to_numpy()], pa.int32())
+                lists = pa.ListArray.from_arrays(shown.offsets, renumbered)
+                yield batch.set_column(batch.schema.get_field_index("images"), "images", lists)
+
+    for path in paths:
+        account.add(account_of(Rows(path)))
+    write_arrow(made / IMAGES, IMAGE_SCHEMA, images())
+    write_arrow(made / DIALOGUES, DIALOGUE_SCHEMA, dialogues(), account=account_text(account))
+    shutil.rmtree(made / "convert")

@@ -1,0 +1,136 @@
+"""Dialogues -> examples that fit: joined, bounded, tokenised, and divided while they are too long."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune.data.account import Account
+from finetune.data.dialogue import Dialogue, Image, RecordError, Turn
+from finetune.data.sources import FORMATS
+from finetune.data.sources.source import Source
+from finetune.data.template import render
+from finetune.data.tokens import Encoder, Example, tokenize_all
+from finetune.data.turns import Piece, bound, cut_document, document_units, fill, join, opening_images
+
+TOO_LONG, TOO_MANY_IMAGES = "too long", "too many images"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an example may hold."""
+
+    max_length: int
+    """Tokens."""
+    max_images: int
+    """Distinct ones."""
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """How the dialogues of one source become examples."""
+
+    encoder: Encoder
+    limits: Limits
+    turns: int | None
+    """Most turns of a dialogue; None: as the records have it."""
+    ordered: bool
+    """Whether turns build on each other; if not, they are shuffled by `seed`."""
+    seed: int
+
+    def arrange(self, group: Sequence[tuple[int, Dialogue]], *, number: int) -> list[Piece]:
+        """(origin, dialogue) that open with the same images, joined and bounded; the group's number seeds its order."""
+        origin, dialogue = group[0]
+        if self.turns is None or dialogue.is_document:
+            return [Piece(dialogue, (origin,)) for origin, dialogue in group]
+        if opening_images(dialogue) is None:
+            return bound(origin, dialogue, turns=self.turns)
+        if self.ordered:
+            return [piece for origin, dialogue in group for piece in bound(origin, dialogue, turns=self.turns)]
+        return join(group, turns=self.turns, rng=np.random.default_rng([self.seed, 3, number]))
+
+    def fit(
+        self, pieces: Sequence[Piece], *, same: Callable[[Image], Any]
+    ) -> Iterator[tuple[Piece, Example | RecordError]]:
+        """Each piece's example, or why it has none; one that is too long is divided where it may be, and tried again.
+
+        `same` gives equal values for images that count as one.
+        """
+        waiting = list(pieces)
+        while waiting:
+            tokenised = tokenize_all([render(piece.dialogue) for piece in waiting], self.encoder)
+            smaller: list[Piece] = []
+            for piece, example in zip(waiting, tokenised, strict=True):
+                error = self._misfit(piece, example, same)
+                parts = self._divide(piece) if error and error.reason in (TOO_LONG, TOO_MANY_IMAGES) else []
+                if not parts:
+                    yield piece, error or example
+                smaller += parts
+            waiting = smaller
+
+    def _misfit(self, piece: Piece, example: Example | RecordError, same: Callable[[Image], Any]) -> RecordError | None:
+        if isinstance(example, RecordError):
+            return example
+        shown = len({same(image) for image in piece.dialogue.images})
+        if shown > self.limits.max_images:
+            return RecordError(TOO_MANY_IMAGES, f"{shown}, row_images is {self.limits.max_images}")
+        if len(example) > self.limits.max_length:
+            return RecordError(TOO_LONG, f"{len(example)} tokens, max_length is {self.limits.max_length}")
+        if not example.supervised:
+            return RecordError("nothing supervised", "no token of this dialogue is trained on")
+        return None
+
+    def _divide(self, piece: Piece) -> list[Piece]:
+        """Parts as full as may be of a document, by what each text has alone; else halves."""
+        if not piece.dialogue.is_document:
+            return list(piece.halves() or ()) if self.turns is not None else []
+        units = [Dialogue((Turn("document", unit),), goes_on=True) for unit in document_units(piece.dialogue)]
+        alone = tokenize_all([render(unit) for unit in units], self.encoder)
+        sizes = [len(example) - 1 if isinstance(example, Example) else 0 for example in alone]  # without `<s>`
+        images = [len(unit.images) for unit in units]
+        places = fill(sizes, images, most=self.limits.max_length - 2, most_images=self.limits.max_images)
+        if not places:
+            return list(piece.halves() or ())
+        return [Piece(part, piece.origins) for part in cut_document(piece.dialogue, places)]
+
+
+class Fates:
+    """What became of the dialogues that were fitted together, each by its origin."""
+
+    def __init__(self, account: Account):
+        self.account = account
+        self._kept: Counter[int] = Counter()
+        self._lost: defaultdict[int, list[RecordError]] = defaultdict(list)
+        self._documents: Counter[int] = Counter()
+
+    def take(self, piece: Piece, example: Example | RecordError) -> None:
+        """Count a piece: its example, and for each of its turns the dialogue it is from."""
+        for origin in piece.origins:
+            self._documents[origin] += piece.dialogue.is_document
+            if isinstance(example, RecordError):
+                self._lost[origin].append(example)
+            else:
+                self._kept[origin] += 1
+        if isinstance(example, Example):
+            self.account.examples += 1
+            self.account.tokens += len(example)
+            self.account.supervised_tokens += example.supervised
+
+    def tell(self, places: Mapping[int, str]) -> None:
+        """Origin -> place: count each as one record, kept or rejected, and the parts that kept ones lost."""
+        for origin, place in places.items():
+            self.account.documents_cut += self._documents[origin] > 1
+            if self._kept[origin]:
+                self.account.kept += 1
+                for error in self._lost[origin]:
+                    self.account.reject_part(place, error)
+            else:
+                self.account.reject(place, self._lost[origin][0])
+
+
+def fitter(source: Source, encoder: Encoder, limits: Limits, *, seed: int) -> Fitter:
+    """As the source says, or its format where the source is silent."""
+    ordered = FORMATS[source.format].ordered if source.ordered is None else source.ordered
+    return Fitter(encoder, limits, source.turns, ordered, seed)

@@ -1,0 +1,41 @@
+"""What training and held-out examples have in common: images by content, questions about equal images by words."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.data.prepared import Prepared
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Found on both sides, and the training examples it is found in."""
+
+    images: int
+    """Distinct images."""
+    questions: int
+    """Distinct questions about the same images (or about none)."""
+    examples_with_images: np.ndarray
+    """int64, sorted: training examples that show a held-out image."""
+    examples_with_questions: np.ndarray
+    """int64, sorted: training examples that ask a held-out question."""
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "images": self.images,
+            "questions": self.questions,
+            "training_examples_with_images": len(self.examples_with_images),
+            "training_examples_with_questions": len(self.examples_with_questions),
+        }
+
+
+def find_overlap(training: Prepared, held: Prepared) -> Overlap:
+    (shown, images), (_, held_images) = training.shown_images(), held.shown_images()
+    (asked, questions), (_, held_questions) = training.asked_questions(), held.asked_questions()
+    same_images, same_questions = np.isin(images, held_images), np.isin(questions, held_questions)
+    return Overlap(
+        images=len(np.unique(images[same_images])),
+        questions=len(np.unique(questions[same_questions])),
+        examples_with_images=np.unique(shown[same_images]),
+        examples_with_questions=np.unique(asked[same_questions]),
+    )

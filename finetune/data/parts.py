@@ -1,0 +1,59 @@
+"""Work in numbered parts, each an Arrow file that is whole or not there, with an account of its records."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from finetune.data.account import Account
+from finetune.data.prepared import Rows
+
+PART_RECORDS = 512
+"""Most records of a part."""
+
+DIALOGUES = "dialogues.arrow"
+DIALOGUE_SCHEMA = pa.schema(
+    {"place": pa.string(), "dialogue": pa.string(), "images": pa.list_(pa.int32()), "opens": pa.bool_()}
+)
+"""Between the passes of preparing. opens: whether it opens with its images, so that its turns can be moved."""
+
+
+class Unfinished:
+    """Numbered tasks, without those whose part is there already; counts all."""
+
+    def __init__(self, parts: Path, tasks: Iterable[Any]):
+        self.parts, self.tasks, self.count = parts, tasks, 0
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for number, task in enumerate(self.tasks):
+            self.count = number + 1
+            if not part_path(self.parts, number).is_file():
+                yield number, task
+
+
+def part_path(parts: Path, number: int) -> Path:
+    return parts / f"{number:06}.arrow"
+
+
+def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], **metadata: str) -> None:
+    """An Arrow file that is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    partial.replace(path)
+
+
+def to_batches(rows: list[dict[str, Any]], schema: pa.Schema) -> list[pa.RecordBatch]:
+    return [pa.RecordBatch.from_pylist(rows, schema)] if rows else []
+
+
+def account_text(account: Account) -> str:
+    return json.dumps(asdict(account))
+
+
+def account_of(part: Rows) -> Account:
+    return Account.from_json(json.loads(part.schema.metadata[b"account"]))

@@ -1,0 +1,331 @@
+"""The prepared set on disk: examples of one source in Arrow, memory-mapped, and several of them seen as one.
+
+NAME-KEY/   examples.arrow   an example a row: tokens, what is supervised, images, the dialogue it was made of
+            images.arrow     the distinct images: where their bytes are, and what these were
+            images/*.bin     images that came inside records, encoded as they came; pixels are never stored
+            account.json     what became of every record; written last, so a set that has it is whole
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar, overload
+
+import numpy as np
+import pyarrow as pa
+
+from finetune.data.account import Account
+from finetune.data.dialogue import Dialogue, Image, Slice, Turn
+from finetune.data.tokens import IGNORED, Example, see_images
+
+Item = TypeVar("Item")
+
+EXAMPLES, IMAGES, ACCOUNT = "examples.arrow", "images.arrow", "account.json"
+
+EXAMPLE_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "supervised": pa.list_(pa.bool_()),
+        "images": pa.list_(pa.int32()),
+        "shown": pa.int32(),
+        "questions": pa.list_(pa.uint64()),
+        "place": pa.string(),
+        "dialogue": pa.string(),
+    }
+)
+"""images: rows of images.arrow, in order; shown: how many distinct ones; questions: `question_key` of each."""
+
+IMAGE_SCHEMA = pa.schema(
+    {
+        "digest": pa.binary(32),
+        "path": pa.string(),
+        "offset": pa.int64(),
+        "length": pa.int64(),
+        "coding": pa.string(),
+        "size": pa.int64(),
+        "mtime_ns": pa.int64(),
+    }
+)
+"""offset is -1 where the image is the whole file; size and mtime_ns are the file's."""
+
+
+class View(Sequence[Item], Generic[Item]):
+    """A sequence whose items are made when asked for."""
+
+    def __init__(self, get: Callable[[int], Item], length: int):
+        self._get, self._length = get, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self._get(number) for number in range(*index.indices(self._length))]
+        if not -self._length <= index < self._length:
+            raise IndexError(index)
+        return self._get(index % self._length)
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self._get, range(self._length))
+
+
+class Rows:
+    """An Arrow file, memory-mapped: its rows by number."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.schema = reader.schema
+        self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self.bounds = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
+        self._cells: dict[str, list[tuple[np.ndarray, pa.Array]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rows, (self.path,)
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def row(self, number: int) -> dict[str, Any]:
+        batch, within = self._find(number)
+        return self.batches[batch].slice(within, 1).to_pylist()[0]
+
+    def text(self, column: str, number: int) -> str:
+        batch, within = self._find(number)
+        return self.batches[batch].column(column)[within].as_py()
+
+    def cell(self, column: str, number: int) -> np.ndarray:
+        """One cell of a list column, without a copy where its type allows."""
+        batch, within = self._find(number)
+        offsets, values = self._lists(column)[batch]
+        start, stop = offsets[within], offsets[within + 1]
+        return values.slice(start, stop - start).to_numpy(zero_copy_only=False)
+
+    def lengths(self, column: str) -> np.ndarray:
+        """int64 [rows]: how many values each cell of a list column holds."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets, _ in self._lists(column))])
+
+    def values(self, column: str) -> np.ndarray:
+        """A whole column; of a list column, the values of all cells end to end."""
+        if pa.types.is_list(self.schema.field(column).type):
+            arrays = [values for _, values in self._lists(column)]
+        else:
+            arrays = [batch.column(column) for batch in self.batches]
+        return np.concatenate([np.zeros(0, np.int8), *(array.to_numpy(zero_copy_only=False) for array in arrays)])
+
+    def _find(self, number: int) -> tuple[int, int]:
+        batch = int(np.searchsorted(self.bounds, number, side="right")) - 1
+        return batch, int(number - self.bounds[batch])
+
+    def _lists(self, column: str) -> list[tuple[np.ndarray, pa.Array]]:
+        """(offsets, values) of each batch."""
+        if column not in self._cells:
+            arrays = [batch.column(column) for batch in self.batches]
+            self._cells[column] = [(array.offsets.to_numpy(), array.values) for array in arrays]
+        return self._cells[column]
+
+
+class PreparedSet:
+    """One source, prepared."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.examples, self.images = Rows(folder / EXAMPLES), Rows(folder / IMAGES)
+        self.image_token = int((self.examples.schema.metadata or {})[b"image_token"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PreparedSet, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self | None:
+        """The set in this folder, or None: not there, not finished, or an image's file has changed since."""
+        if not (folder / ACCOUNT).is_file():
+            return None
+        found = cls(folder)
+        return found if found._is_fresh() else None
+
+    @property
+    def account(self) -> Account:
+        return Account.from_json(json.loads((self.folder / ACCOUNT).read_text(encoding="utf-8")))
+
+    @property
+    def digests(self) -> np.ndarray:
+        """S32 [images]: SHA-256 of each image's bytes."""
+        return self.images.values("digest").astype("S32")
+
+    def example(self, row: int) -> Example:
+        input_ids = self.examples.cell("input_ids", row).astype(np.int64)
+        labels = np.where(self.examples.cell("supervised", row), input_ids, IGNORED)
+        return Example(input_ids, labels, see_images(input_ids, self.image_token))
+
+    def image(self, row: int) -> Image:
+        return image_from_row(self.images.row(row))
+
+    def dialogue(self, row: int) -> Dialogue:
+        images = [self.image(int(image)) for image in self.examples.cell("images", row)]
+        return dialogue_from_json(self.examples.text("dialogue", row), images)
+
+    def _is_fresh(self) -> bool:
+        columns = (self.images.values(name) for name in ("path", "size", "mtime_ns"))
+        return all(stamp(Path(path)) == (size, mtime) for path, size, mtime in set(zip(*columns, strict=True)))
+
+
+class Prepared:
+    """Examples of several sources, ready to be packed, in the order of their sources; images distinct by content."""
+
+    def __init__(self, sets: Sequence[PreparedSet], chosen: np.ndarray | None = None):
+        self.sets = tuple(sets)
+        self._bounds = np.cumsum([0, *map(len, self.sets)])
+        self.chosen = np.arange(self._bounds[-1]) if chosen is None else chosen
+        """int64, sorted: the examples that take part, as numbers among all."""
+        digests = np.concatenate([np.zeros(0, "S32"), *(one.digests for one in self.sets)])
+        self.digests, self._first, self._number = np.unique(digests, return_index=True, return_inverse=True)
+        self._image_bounds = np.cumsum([0, *(len(one.images) for one in self.sets)])
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def select(self, chosen: np.ndarray) -> "Prepared":
+        """The examples with these indices, which must be sorted; images stay numbered as they were."""
+        return Prepared(self.sets, self.chosen[chosen])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Examples per source."""
+        return np.diff(np.searchsorted(self.chosen, self._bounds)).tolist()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [examples]: tokens."""
+        return self._column(lambda one: one.examples.lengths("input_ids"))
+
+    @cached_property
+    def image_counts(self) -> np.ndarray:
+        """int64 [examples]: distinct images."""
+        return self._column(lambda one: one.examples.values("shown"))
+
+    @property
+    def examples(self) -> View[Example]:
+        return View(self._example, len(self))
+
+    @property
+    def dialogues(self) -> View[Dialogue]:
+        return View(self._dialogue, len(self))
+
+    @property
+    def places(self) -> View[str]:
+        return View(self._place, len(self))
+
+    @property
+    def image_ids(self) -> View[tuple[int, ...]]:
+        """For each example, its images in order, as indices into `images`."""
+        return View(self._images_of, len(self))
+
+    @property
+    def images(self) -> View[Image]:
+        return View(self._image, len(self._first))
+
+    def shown_images(self) -> tuple[np.ndarray, np.ndarray]:
+        """(example, digest) of every image shown: int64, S32."""
+        examples, rows = self._flat("images")
+        offsets = np.repeat(self._image_bounds[:-1], [len(one.examples.values("images")) for one in self.sets])
+        taken = examples >= 0
+        return examples[taken], self.digests[self._number[(rows + offsets)[taken]]]
+
+    def asked_questions(self) -> tuple[np.ndarray, np.ndarray]:
+        """(example, `question_key`) of every question: int64, uint64."""
+        examples, keys = self._flat("questions")
+        return examples[examples >= 0], keys[examples >= 0]
+
+    def _flat(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """(example, or -1 where it takes no part; value) of every value of a list column of all sets."""
+        counts = np.concatenate([np.zeros(0, np.int64), *(one.examples.lengths(column) for one in self.sets)])
+        index = np.full(int(self._bounds[-1]), -1)
+        index[self.chosen] = np.arange(len(self.chosen))
+        values = np.concatenate([np.zeros(0, np.uint8), *(one.examples.values(column) for one in self.sets)])
+        return np.repeat(index, counts), values
+
+    def source_of(self, index: int) -> int:
+        return self._locate(index)[0]
+
+    def _column(self, of: Callable[[PreparedSet], np.ndarray]) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *map(of, self.sets)])[self.chosen]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        return _locate(self._bounds, self.chosen[index])
+
+    def _example(self, index: int) -> Example:
+        which, row = self._locate(index)
+        return self.sets[which].example(row)
+
+    def _dialogue(self, index: int) -> Dialogue:
+        which, row = self._locate(index)
+        return self.sets[which].dialogue(row)
+
+    def _place(self, index: int) -> str:
+        which, row = self._locate(index)
+        return self.sets[which].examples.text("place", row)
+
+    def _images_of(self, index: int) -> tuple[int, ...]:
+        which, row = self._locate(index)
+        local = self.sets[which].examples.cell("images", row)
+        return tuple(self._number[self._image_bounds[which] + local].tolist())
+
+    def _image(self, image: int) -> Image:
+        which, row = _locate(self._image_bounds, self._first[image])
+        return self.sets[which].image(row)
+
+
+def _locate(bounds: np.ndarray, number: int) -> tuple[int, int]:
+    which = int(np.searchsorted(bounds, number, side="right")) - 1
+    return which, int(number - bounds[which])
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """(size, time of change in nanoseconds): what tells that a file is still the same; (-1, -1) if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def image_row(image: Image, digest: bytes) -> dict[str, Any]:
+    """A row of images.arrow."""
+    source = image.source
+    assert isinstance(source, Path | Slice)
+    path = source.path if isinstance(source, Slice) else source
+    size, mtime_ns = stamp(path)
+    place = (source.offset, source.length, source.coding) if isinstance(source, Slice) else (-1, size, "raw")
+    return dict(zip(IMAGE_SCHEMA.names, (digest, str(path), *place, size, mtime_ns), strict=True))
+
+
+def image_from_row(row: dict[str, Any]) -> Image:
+    path = Path(row["path"])
+    return Image(path if row["offset"] < 0 else Slice(path, row["offset"], row["length"], row["coding"]))
+
+
+def dialogue_to_json(dialogue: Dialogue) -> str:
+    """Without the images, which stand as null: they are the example's, in order."""
+    turns = [
+        [turn.role, [part if isinstance(part, str) else None for part in turn.parts], list(turn.references)]
+        for turn in dialogue.turns
+    ]
+    return json.dumps({"turns": turns, "goes_on": dialogue.goes_on}, ensure_ascii=False, separators=(",", ":"))
+
+
+def dialogue_from_json(text: str, images: Sequence[Image]) -> Dialogue:
+    values, next_image = json.loads(text), iter(images)
+    turns = tuple(
+        Turn(role, tuple(next(next_image) if part is None else part for part in parts), tuple(references))
+        for role, parts, references in values["turns"]
+    )
+    return Dialogue(turns, values["goes_on"])

@@ -1,0 +1,116 @@
+"""Documents -> Dialogue: web pages with images in place, an image and its caption, plain text.
+
+Text is divided at its blank lines, one part a paragraph, so that a long document can be cut between them.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.data.dialogue import Dialogue, Part, RecordError, Turn
+from finetune.data.sources.fields import checked, first_item, has, optional, required, required_list
+from finetune.data.sources.files import files_of, read_records
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Record, Source
+
+_IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_url", "url", "URL")
+_CAPTIONS = ("text", "caption", "TEXT", "txt", "captions", "sentences", "json")
+
+
+def convert_obelics(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """OBELICS: {"images": [url, null], "texts": [null, "A paragraph."]}, an image or a text at every position."""
+    images, texts = required_list(record, "images", object), required_list(record, "texts", object)
+    if len(images) != len(texts):
+        raise RecordError("images and texts do not match", f"{len(images)} images, {len(texts)} texts")
+    parts: list[Part] = []
+    for index, (image, text) in enumerate(zip(images, texts, strict=True)):
+        if (image is None) == (text is None):
+            got = "neither" if image is None else "both"
+            raise RecordError("images and texts do not match", f"position {index}: expected one of the two, got {got}")
+        parts += _paragraphs(checked(text, f"texts[{index}]", str)) if image is None else [root.image(image)]
+    return _document(*parts)
+
+
+def is_obelics(record: dict[str, Any]) -> bool:
+    return (
+        has(record, "images", list) and has(record, "texts", list) and not isinstance(first_item(record, "texts"), dict)
+    )
+
+
+def convert_pair(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """PMD, LAION, COCO's captions, WebDataset: an image, then its caption, the first where there are several."""
+    image = record[_name_of(record, _IMAGES)]
+    name = _name_of(record, _CAPTIONS)
+    return _document(root.image(image), _caption(record[name], name))
+
+
+def is_pair(record: dict[str, Any]) -> bool:
+    """A "url" beside a "text" is no image: it is where Wikipedia's and other pages are from."""
+    image, caption = (next((name for name in names if has(record, name)), "") for names in (_IMAGES, _CAPTIONS))
+    return bool(image and caption) and (image, caption) != ("url", "text")
+
+
+def convert_text(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """Plain text, and Wikipedia: {"title": ..., "text": ...}; the title opens the text unless it does already."""
+    title, text = (optional(record, "title", str) or "").strip(), required(record, "text", str)
+    return _document(*([] if text.lstrip().startswith(title) else [title]), *_paragraphs(text))
+
+
+def is_text(record: dict[str, Any]) -> bool:
+    return has(record, "text", str) and not is_pair(record)
+
+
+def read_texts(source: Source) -> Iterator[Record]:
+    """Every .txt file is one record, and a folder with such files below it stands for them; other files hold many."""
+    files = [file for path in source.paths for file in _texts_below(path) or files_of(replace(source, paths=(path,)))]
+    for file in files:
+        if file.suffix == ".txt":
+            yield file.name, _text_record(file)
+    others = tuple(file for file in files if file.suffix != ".txt")
+    if others or source.hub:
+        yield from read_records(replace(source, paths=others))
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises RecordError: not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordError("text is not Unicode", f"{path.name}: {error}") from error
+
+
+def _texts_below(path: Path) -> list[Path]:
+    return sorted(path.rglob("*.txt")) if path.is_dir() else []
+
+
+def _text_record(path: Path) -> dict[str, Any] | RecordError:
+    try:
+        return {"text": read_text(path)}
+    except RecordError as error:
+        return error
+
+
+def _document(*parts: Part) -> Dialogue:
+    return Dialogue((Turn("document", parts),))
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+
+
+def _name_of(record: dict[str, Any], names: tuple[str, ...]) -> str:
+    for name in names:
+        if has(record, name):
+            return name
+    raise RecordError("missing field", f"expected one of {', '.join(names)}; got keys {sorted(map(str, record))[:8]}")
+
+
+def _caption(value: object, name: str) -> str:
+    """A text, the first of a list, or what an object holds under "raw" (COCO) or "caption" (WebDataset)."""
+    if isinstance(value, list) and value:
+        return _caption(value[0], f"{name}[0]")
+    if isinstance(value, dict):
+        return required(value, "raw" if "raw" in value else "caption", str)
+    return checked(value, name, str)

@@ -1,0 +1,210 @@
+"""https URLs -> files, each fetched once, from public addresses only."""
+
+import hashlib
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPException
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin
+
+from finetune.data.dialogue import RecordError
+
+if TYPE_CHECKING:
+    from urllib3.connection import HTTPConnection
+    from urllib3.response import BaseHTTPResponse
+    from urllib3.util import Url
+
+Address = IPv4Address | IPv6Address
+
+MAX_REDIRECTS = 5
+HEADERS = {"User-Agent": "idefics-finetune (fetches the images of a dataset)", "Accept-Encoding": "identity"}
+
+_NAT64 = IPv6Network("64:ff9b::/96")
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address belongs to the public internet, and an IPv4 address inside of it, too."""
+    inner = _inner(address) if isinstance(address, IPv6Address) else None
+    return address.is_global and not address.is_multicast and (inner is None or is_public(inner))
+
+
+def _inner(address: IPv6Address) -> IPv4Address | None:
+    if address in _NAT64:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+
+
+class Downloader:
+    """Fetches images into a folder: content/ab/<sha256 of the bytes>, and by-url/<sha256 of the URL> -> that digest.
+
+    No cookies, no proxies, no credentials. `allow` says which addresses may be connected to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        http: bool = False,
+        max_bytes: int = 20_000_000,
+        timeout_s: float = 20,
+        workers: int = 16,
+        allow: Callable[[Address], bool] = is_public,
+    ):
+        self._folder, self._http, self._max_bytes, self._timeout_s = folder, http, max_bytes, timeout_s
+        self._workers, self._allow = workers, allow
+        self._tls = ssl.create_default_context()
+
+    def fetch_all(self, urls: Iterable[str]) -> dict[str, Path | RecordError]:
+        """Each URL's file, or why there is none."""
+        distinct = list(dict.fromkeys(urls))
+        with ThreadPoolExecutor(self._workers) as threads:
+            return dict(zip(distinct, threads.map(self._fetch_or_error, distinct), strict=True))
+
+    def _fetch_or_error(self, url: str) -> Path | RecordError:
+        try:
+            return self.fetch(url)
+        except RecordError as error:
+            return error
+
+    def fetch(self, url: str) -> Path:
+        """The file that holds what a URL gave. Raises RecordError: not allowed, not there, too large or too slow."""
+        known = self._folder / "by-url" / hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+        if known.is_file() and (path := self._place(known.read_text(encoding="ascii"))).is_file():
+            return path
+        content = self._download(url)
+        digest = hashlib.sha256(content).hexdigest()
+        path = self._place(digest)
+        _write(path, content)
+        _write(known, digest.encode())
+        return path
+
+    def _place(self, digest: str) -> Path:
+        return self._folder / "content" / digest[:2] / digest
+
+    def _download(self, url: str) -> bytes:
+        from urllib3.exceptions import HTTPError
+
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            return self._follow(url, deadline)
+        except (_Refused, HTTPError, HTTPException, OSError, ValueError) as error:
+            late = f"over {self._timeout_s:g} s" if time.monotonic() >= deadline else None
+            raise RecordError("download failed", f"{url[:200]!a}: {late or error or type(error).__name__}") from error
+
+    def _follow(self, url: str, deadline: float) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            found = self._request(url, deadline)
+            if isinstance(found, bytes):
+                return found
+            url = urljoin(url, found)
+        raise _Refused(f"over {MAX_REDIRECTS} redirects")
+
+    def _request(self, url: str, deadline: float) -> bytes | str:
+        """The body, or the URL that a redirect names."""
+        parsed = self._parse(url)
+        connection = self._connect(parsed, deadline)
+        # A timeout of the socket starts anew with every byte; this one does not.
+        end = threading.Timer(deadline - time.monotonic(), _cut, (connection.sock,))
+        end.start()
+        try:
+            headers = {**HEADERS, "Host": str(parsed.netloc)}
+            connection.request("GET", parsed.request_uri, headers=headers, preload_content=False, decode_content=False)
+            return self._answer(connection.getresponse(), deadline)
+        finally:
+            end.cancel()
+            connection.close()
+
+    def _parse(self, url: str) -> "Url":
+        from urllib3.util import parse_url
+
+        parsed = parse_url(url)
+        schemes = ("https", "http") if self._http else ("https",)
+        if parsed.scheme not in schemes or not parsed.host:
+            raise _Refused(f"expected {' or '.join(schemes)}, got {url[:200]!a}")
+        if parsed.auth:
+            raise _Refused("credentials in the URL")
+        return parsed
+
+    def _connect(self, url: "Url", deadline: float) -> "HTTPConnection":
+        """To an address that was checked, not to a name that may mean another one the next time it is asked for."""
+        from urllib3.connection import HTTPConnection, HTTPSConnection
+        from urllib3.exceptions import HTTPError
+
+        host, port = str(url.host).strip("[]"), url.port or (443 if url.scheme == "https" else 80)
+        addresses = self._resolve(host, port)
+        failure: Exception = _Refused(f"{host}: no address")
+        for address in addresses:
+            timeout = max(deadline - time.monotonic(), 0.001)
+            connection = (
+                HTTPSConnection(address, port, timeout=timeout, server_hostname=host, ssl_context=self._tls)
+                if url.scheme == "https"
+                else HTTPConnection(address, port, timeout=timeout)
+            )
+            try:
+                connection.connect()
+            except (HTTPError, OSError) as error:
+                connection.close()
+                failure = error
+            else:
+                return connection
+        raise failure
+
+    def _resolve(self, host: str, port: int) -> list[str]:
+        """The addresses of a host; one that is not allowed condemns them all."""
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [str(address[0]) for *_, address in found]
+        for address in addresses:
+            if not self._allow(ip_address(address)):
+                raise _Refused(f"{host} is at {address}, which is no public address")
+        return addresses
+
+    def _answer(self, response: "BaseHTTPResponse", deadline: float) -> bytes | str:
+        location = response.headers.get("Location")
+        if response.status in _REDIRECTS and location:
+            return location
+        if response.status != 200:
+            raise _Refused(f"HTTP {response.status} {response.reason or ''}".strip())
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise _Refused(f"content encoding {response.headers['Content-Encoding']}, which was not asked for")
+        body = bytearray()
+        while piece := response.read(2**16):
+            body += piece
+            if len(body) > self._max_bytes:
+                raise _Refused(f"over {self._max_bytes:,} bytes")
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        return bytes(body)
+
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class _Refused(Exception):
+    """Why a URL is not fetched."""
+
+
+def _cut(connected: socket.socket) -> None:
+    """Ends what another thread waits for, TLS or not."""
+    with suppress(OSError):
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise

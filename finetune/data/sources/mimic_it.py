@@ -1,0 +1,80 @@
+"""MIMIC-IT: instructions with their images by id, each after the instructions it is related to -> Dialogue.
+
+    {"meta": {...}, "data": {"DC_INS_2": {"instruction": ..., "answer": ..., "image_ids": ["DC_IMG_1"],
+                                          "rel_ins_ids": ["DC_INS_1"]}, ...}}
+
+On the hub a record is {"instruction", "answer", "images"} and has no related ones.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
+from finetune.data.sources.fields import checked, has, listed_images, required, required_list
+from finetune.data.sources.files import files_of, read_pairs, read_records
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Record, Source
+
+
+def read(source: Source) -> Iterator[Record]:
+    """Every instruction of the JSON files, those it is related to under "related"; other files as they are."""
+    files = files_of(source)
+    for file in files:
+        if _is_json(file):
+            yield from _read_json(file)
+    others = tuple(file for file in files if not _is_json(file))
+    if others or source.hub:
+        yield from read_records(replace(source, paths=others))
+
+
+def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """Related instructions are earlier turns; images are shown again only where others were shown in between."""
+    related = required_list(record, "related", dict) if has(record, "related") else []
+    turns: list[Turn] = []
+    shown: tuple[Image, ...] = ()
+    for item in (*related, record):
+        images = listed_images(item, root, ("image_ids", "images"))
+        question = required(item, "instruction", str)
+        turns += [user(*(images if images != shown else ()), question), assistant(required(item, "answer", str))]
+        shown = images or shown
+    return Dialogue(tuple(turns))
+
+
+def is_mimic_it(record: dict[str, Any]) -> bool:
+    asked = has(record, "instruction", str) and has(record, "answer", str)
+    return asked and (has(record, "image_ids") or has(record, "images"))
+
+
+def _is_json(path: Path) -> bool:
+    return ".json" in path.suffixes[-2:]
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    """Three passes, so that of a large file no more is held than the instructions that others are related to."""
+    wanted = {name for _, _, item in read_pairs(path, "data") for name in _related_names(item)}
+    known = {name: item for _, name, item in read_pairs(path, "data") if name in wanted} if wanted else {}
+    for place, name, item in read_pairs(path, "data"):
+        try:
+            yield place, _with_related(name, item, known)
+        except RecordError as error:
+            yield place, error
+
+
+def _with_related(name: str, item: object, known: Mapping[str, object]) -> dict[str, Any]:
+    if isinstance(item, RecordError):
+        raise item
+    item = checked(item, name, dict)
+    names = required_list(item, "rel_ins_ids", str) if has(item, "rel_ins_ids") else []
+    if len({name, *names}) <= len(names):
+        raise RecordError("related instruction repeated", f"{name} is related to {', '.join(names):.120}")
+    for related in names:
+        if related not in known:
+            raise RecordError("related instruction missing", f"{name} is related to {related}, which is not there")
+    return {**item, "related": [known[related] for related in names]}
+
+
+def _related_names(item: object) -> list[str]:
+    names = item.get("rel_ins_ids") if isinstance(item, dict) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -1,0 +1,74 @@
+"""Where records come from, and how a dataset family is read and converted."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.dialogue import Dialogue, RecordError
+
+if TYPE_CHECKING:
+    from finetune.data.sources.roots import ImageRoot
+
+Record = tuple[str, dict[str, Any] | RecordError]
+"""(place, what stood there): a place is "file:line" or the like; what is no record is an error to be counted."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of a recipe, as its files or its name on the hub say."""
+
+    format: str
+    """A key of FORMATS."""
+    paths: tuple[Path, ...] = ()
+    """Files or folders, in order."""
+    hub: str | None = None
+    """Instead of paths: a dataset on the hub, or a local folder the datasets library can load."""
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    stream: bool = False
+    """Train from it without preparing it."""
+    image_root: tuple[Path, ...] = ()
+    """Folders, zip or tar archives, or MIMIC-IT image files in which references are looked up, in order."""
+    image_name: str | None = None
+    """How an image's file is called, where records give only its number: "COCO_train2014_{image_id:012d}.jpg"."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """{name the format expects: name in the records}."""
+    download: bool = False
+    """Whether images given as https URLs are fetched."""
+    download_http: bool = False
+    """Whether plain http is good enough, too."""
+    limit: int | None = None
+    turns: int | None = None
+    """Questions about one image are joined, and longer dialogues divided, into dialogues of at most so many turns."""
+    ordered: bool | None = None
+    """Whether the order of turns matters; None: as the format has it."""
+    license: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Short, for a progress bar."""
+        return self.paths[0].name if self.paths else self.hub or self.format
+
+    @property
+    def name(self) -> str:
+        where = ", ".join(map(str, self.paths)) or self.hub or self.format
+        return f"{where}{f'/{self.subset}' if self.subset else ''}[{self.split}]"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A dataset family."""
+
+    convert: "Callable[[dict[str, Any], ImageRoot], Dialogue]"
+    """Raises RecordError."""
+    read: Callable[[Source], Iterator[Record]]
+    """Records in a stable order."""
+    fits: Callable[[dict[str, Any]], bool] = lambda record: False
+    """Whether a record looks like one of this family, for `format: auto`."""
+    documents: bool = False
+    """Whether its records become documents, which no `<end_of_utterance>` ends."""
+    ordered: bool = True
+    """Whether the turns of a dialogue build on each other; if not, they may be shuffled."""
+    needs_files: bool = True

@@ -1,0 +1,121 @@
+"""VQAv2, OK-VQA and TextVQA -> Dialogue: a question, trained with its most common answer, judged by all of them.
+
+VQAv2 and OK-VQA are two files, in any order, joined by question_id:
+
+    {"data_subtype": "train2014", "questions": [{"image_id": 9, "question": "What is it?", "question_id": 9000}, ...]}
+    {"annotations": [{"question_id": 9000, "multiple_choice_answer": "dog", "answers": [{"answer": "dog"}, ...]}, ...]}
+
+TextVQA is one, {"data": [...]}, of records that hold both; so is any copy of these on the hub.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.data.dialogue import Dialogue, RecordError, assistant, user
+from finetune.data.sources.fields import checked, first_item, has, own_image, required
+from finetune.data.sources.files import files_of, read_header, read_items, read_records
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Record, Source
+from finetune.data.sources.streams import open_text
+
+
+def read(source: Source) -> Iterator[Record]:
+    """Records that hold a question and its answers.
+
+    Those of official files are joined; a question or an annotation without its counterpart is an error to be counted.
+    """
+    files: dict[str, list[Path]] = {"questions": [], "annotations": [], "": []}
+    for path in files_of(source):
+        files[_part_of(path)].append(path)
+    yield from _joined(files["questions"], files["annotations"])
+    if files[""] or source.hub:
+        yield from read_records(replace(source, paths=tuple(files[""])))
+
+
+def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """The most common answer (the earliest of equals) is trained; without any, "multiple_choice_answer"."""
+    answers = _answers(record) if has(record, "answers") else []
+    trained = Counter(answers).most_common(1)[0][0] if answers else _multiple_choice(record)
+    named = "COCO_{data_subtype}_{image_id:012d}.jpg" if has(record, "data_subtype") else "{image_id}.jpg"
+    question = user(own_image(record, root, named), required(record, "question", str))
+    return Dialogue((question, assistant(trained, references=tuple(answers))))
+
+
+def is_vqa(record: dict[str, Any]) -> bool:
+    answered = isinstance(first_item(record, "answers"), str | dict) or has(record, "multiple_choice_answer")
+    return has(record, "question", str) and answered and (has(record, "image_id") or has(record, "image"))
+
+
+def _part_of(path: Path) -> str:
+    """Whether a JSON file is an official one of "questions" or "annotations", or "", by the first key that tells."""
+    import ijson
+
+    if ".json" not in path.suffixes[-2:]:
+        return ""
+    try:
+        with open_text(path) as file:
+            keys = (value for place, event, value in ijson.parse(file) if (place, event) == ("", "map_key"))
+            return next((key for key in keys if key in ("questions", "annotations", "data")), "").replace("data", "")
+    except (RecordError, OSError, EOFError, ijson.JSONError):
+        return ""  # what is wrong with it, its reader tells
+
+
+def _joined(questions: Iterable[Path], annotations: Iterable[Path]) -> Iterator[Record]:
+    """Each annotation with its question; only the questions not yet answered are held."""
+    asked: dict[str | int, tuple[str, dict[str, Any]]] = {}
+    for place, question in _questions(questions):
+        if isinstance(question, RecordError):
+            yield place, question
+        elif question["question_id"] in asked:
+            yield place, RecordError("question_id repeated", f"{question['question_id']}")
+        else:
+            asked[question["question_id"]] = place, question
+    for place, annotation in (record for path in annotations for record in _identified(path, "annotations.item")):
+        if isinstance(annotation, RecordError):
+            yield place, annotation
+        elif annotation["question_id"] not in asked:
+            yield place, RecordError("annotation without question", f"question_id {annotation['question_id']}")
+        else:
+            yield place, asked.pop(annotation["question_id"])[1] | annotation
+    for name, (place, _) in asked.items():
+        yield place, RecordError("question without annotation", f"question_id {name}")
+
+
+def _questions(paths: Iterable[Path]) -> Iterator[Record]:
+    for path in paths:
+        subtype = read_header(path, "data_subtype")
+        for place, item in _identified(path, "questions.item"):
+            yield place, item if isinstance(item, RecordError) else item | {"data_subtype": subtype}
+
+
+def _identified(path: Path, prefix: str) -> Iterator[Record]:
+    """Objects that have a question_id."""
+    for place, item in _items(path, prefix):
+        if isinstance(item, dict) and not isinstance(item.get("question_id"), str | int):
+            yield place, RecordError("missing field", f'expected "question_id", got {item!r:.80}')
+        else:
+            yield place, item
+
+
+def _items(path: Path, prefix: str) -> Iterator[Record]:
+    for place, item in read_items(path, prefix):
+        try:
+            yield place, item if isinstance(item, RecordError) else checked(item, prefix, dict)
+        except RecordError as error:
+            yield place, error
+
+
+def _answers(record: dict[str, Any]) -> list[str]:
+    return [
+        required(item, "answer", str) if isinstance(item, dict) else checked(item, f"answers[{index}]", str)
+        for index, item in enumerate(required(record, "answers", list))
+    ]
+
+
+def _multiple_choice(record: dict[str, Any]) -> str:
+    if not has(record, "multiple_choice_answer"):
+        raise RecordError("no answer", 'expected "answers" or "multiple_choice_answer"')
+    return required(record, "multiple_choice_answer", str)

@@ -1,0 +1,152 @@
+"""Dialogues -> dialogues of the wanted size: questions joined, long ones divided, documents cut between their texts.
+
+A dialogue *opens with its images* when all of them stand before the words of its first question. Its turns can then be
+put into other dialogues, with the images in front again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from finetune.data.dialogue import Dialogue, Image, Part, Turn
+
+
+class Exchange(NamedTuple):
+    """A question, its answer, and which of the joined dialogues they are from."""
+
+    question: Turn
+    answer: Turn
+    origin: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A dialogue that may still be divided."""
+
+    dialogue: Dialogue
+    origins: tuple[int, ...]
+    """For each exchange (or for the document) the dialogue it is from."""
+
+    def halves(self) -> "tuple[Piece, Piece] | None":
+        """Divided between turns, or between the texts of a document; None where there is no such place."""
+        units = document_units(self.dialogue) if self.dialogue.is_document else exchanges(self.dialogue, 0)
+        if len(units) < 2:
+            return None
+        middle = len(units) // 2
+        if self.dialogue.is_document:
+            first, second = cut_document(self.dialogue, [middle])
+            return Piece(first, self.origins), Piece(second, self.origins)
+        first, second = divide(self.dialogue, [middle])
+        return Piece(first, self.origins[:middle]), Piece(second, self.origins[middle:])
+
+
+def opening_images(dialogue: Dialogue) -> tuple[Image, ...] | None:
+    """The images a dialogue opens with; None if it does not: another role, later images, a question without words."""
+    if dialogue.turns[0].role != "user":
+        return None
+    images = _leading_images(dialogue.turns[0])
+    if images != dialogue.images or not all(turn.text for turn in dialogue.turns):
+        return None
+    return images
+
+
+def join(dialogues: Sequence[tuple[int, Dialogue]], *, turns: int, rng: np.random.Generator | None) -> list[Piece]:
+    """(origin, dialogue) that open with the same images -> dialogues of at most `turns` turns, shuffled by `rng`."""
+    images = dialogues[0][1].images
+    all_exchanges = [exchange for origin, dialogue in dialogues for exchange in exchanges(dialogue, origin)]
+    if rng is not None:
+        all_exchanges = [all_exchanges[index] for index in rng.permutation(len(all_exchanges))]
+    chunks = [all_exchanges[start : start + turns] for start in range(0, len(all_exchanges), turns)]
+    return [Piece(_with_images(images, chunk), tuple(exchange.origin for exchange in chunk)) for chunk in chunks]
+
+
+def bound(origin: int, dialogue: Dialogue, *, turns: int) -> list[Piece]:
+    """Consecutive dialogues of at most `turns` turns; a system message, and images shown before, stand in each."""
+    count = len(exchanges(dialogue, origin))
+    pieces = divide(dialogue, range(turns, count, turns))
+    return [Piece(piece, (origin,) * len(exchanges(piece, origin))) for piece in pieces]
+
+
+def exchanges(dialogue: Dialogue, origin: int) -> list[Exchange]:
+    """Questions with their answers, without the images a dialogue opens with."""
+    opening = opening_images(dialogue)
+    spoken = [turn for turn in dialogue.turns if turn.role != "system"]
+    pairs = [Exchange(question, answer, origin) for question, answer in zip(spoken[::2], spoken[1::2], strict=True)]
+    if opening:
+        question = replace(pairs[0].question, parts=pairs[0].question.parts[len(opening) :])
+        pairs[0] = pairs[0]._replace(question=question)
+    return pairs
+
+
+def divide(dialogue: Dialogue, places: Sequence[int]) -> list[Dialogue]:
+    """Cut before these exchanges (counted from 0); what a later part needs to be understood is repeated in it."""
+    opening = opening_images(dialogue) or ()
+    system = tuple(turn for turn in dialogue.turns if turn.role == "system")
+    pairs = exchanges(dialogue, 0)
+    parts = []
+    for start, stop in pairwise([0, *places, len(pairs)]):
+        shown = opening + tuple(image for pair in pairs[:start] for image in pair.question.images)
+        part = _with_images(tuple(dict.fromkeys(shown)), pairs[start:stop])
+        parts.append(Dialogue((*system, *part.turns)))
+    return parts
+
+
+def document_units(document: Dialogue) -> list[tuple[Part, ...]]:
+    """A document's texts, each with the images before it; images at the very end stay with the last text."""
+    units: list[tuple[Part, ...]] = []
+    waiting: tuple[Part, ...] = ()
+    for part in document.turns[0].parts:
+        waiting += (part,)
+        if isinstance(part, str) and part.strip():
+            units.append(waiting)
+            waiting = ()
+    if waiting and units:
+        units[-1] += waiting
+    return units if units else [waiting]
+
+
+def cut_document(document: Dialogue, places: Sequence[int]) -> list[Dialogue]:
+    """Cut before these units (counted from 0). Only the last part says that the document ends."""
+    units = document_units(document)
+    bounds = list(pairwise([0, *places, len(units)]))
+    return [
+        Dialogue(
+            (Turn("document", tuple(part for unit in units[start:stop] for part in unit)),),
+            goes_on=document.goes_on or stop < len(units),
+        )
+        for start, stop in bounds
+    ]
+
+
+def fill(sizes: Sequence[int], images: Sequence[int], *, most: int, most_images: int) -> list[int]:
+    """Where to cut so that each part is as full as it can be: indices of the units that open a new one.
+
+    sizes (3, 3, 3), most 7 -> [2]
+    """
+    places, length, pictures = [], 0, 0
+    for index, (size, shown) in enumerate(zip(sizes, images, strict=True)):
+        if index and (length + size > most or pictures + shown > most_images):
+            places.append(index)
+            length, pictures = 0, 0
+        length, pictures = length + size, pictures + shown
+    return places
+
+
+def _leading_images(turn: Turn) -> tuple[Image, ...]:
+    images: list[Image] = []
+    for part in turn.parts:
+        if not isinstance(part, Image):
+            break
+        images.append(part)
+    return tuple(images)
+
+
+def _with_images(images: Sequence[Image], pairs: Sequence[Exchange]) -> Dialogue:
+    first = pairs[0].question
+    own = set(first.images)
+    opened = replace(first, parts=(*(image for image in images if image not in own), *first.parts))
+    rest = [turn for pair in pairs[1:] for turn in (pair.question, pair.answer)]
+    return Dialogue((opened, pairs[0].answer, *rest))

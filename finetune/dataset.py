@@ -1,0 +1,99 @@
+"""Recipe -> its data: every source prepared, held-out data kept apart, and a report of where each record went."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.data.account import Account
+from finetune.data.overlap import Overlap, find_overlap
+from finetune.data.prepare import prepare, require_examples, split_by_image
+from finetune.data.prepared import Prepared
+from finetune.data.schedule import Mix
+from finetune.data.sources.source import Source
+from finetune.progress import say, track
+from finetune.recipe import Recipe
+from finetune.recipe_sources import to_source
+from modeling.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a recipe trains on and what it holds out; streamed sources are in neither."""
+
+    training: Prepared
+    held: Prepared
+    mix: Mix
+    """How the prepared training sources are drawn."""
+    accounts: list[Account]
+    """Of the training sources, then of the held-out ones."""
+    report: dict[str, Any]
+    """data.json."""
+
+
+def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any) -> Dataset:
+    """Prepare, or open what is prepared already. `sources`: the recipe's training sources, their formats known."""
+    training, accounts = prepare_sources(recipe, [source for source in sources if not source.stream], tokenizer)
+    held, held_accounts = prepare_sources(recipe, [to_source(source) for source in recipe.data.eval_sources], tokenizer)
+    if not recipe.data.streams:
+        require_examples(training, accounts)
+    if recipe.data.eval_split:
+        training, held = split_by_image(training, recipe.data.eval_split, seed=recipe.training.seed)
+    if recipe.data.eval_sources:
+        require_examples(held, held_accounts)
+    overlap = find_overlap(training, held)
+    training = _without_overlap(training, overlap, recipe.data.overlap)
+    weights = [source.weight for source in recipe.data.sources if not source.stream]
+    mix = Mix(training.sizes, weights, training.lengths, recipe.data.weigh)
+    for account, draws, repeats in zip(accounts, mix.draws, mix.repeats, strict=True):
+        account.draws_per_epoch, account.repeats_per_epoch = draws, round(repeats, 4)
+    report = {
+        "training_examples": len(training),
+        "held_out_examples": len(held),
+        "overlap": {**overlap.to_json(), "dropped": recipe.data.overlap != "report"},
+        "sources": [account.to_json() for account in accounts],
+        "eval_sources": [account.to_json() for account in held_accounts],
+    }
+    return Dataset(training, held, mix, [*accounts, *held_accounts], report)
+
+
+def prepare_sources(recipe: Recipe, sources: Sequence[Source], tokenizer: Any) -> tuple[Prepared, list[Account]]:
+    return prepare(
+        sources,
+        tokenizer,
+        max_length=recipe.data.max_length,
+        max_images=recipe.training.row_images,
+        seed=recipe.training.seed,
+        folder=Path(recipe.data.prepared),
+        workers=recipe.data.workers or os.cpu_count() or 1,
+        track=track,
+    )
+
+
+def tell_losses(dataset: Dataset, report: Path) -> None:
+    """Say what was rejected, and what training and held-out data share."""
+    for account in dataset.accounts:
+        if account.loss:
+            say(f"{account.source}: {account.loss}; every reason is in {report}")
+    overlap = dataset.report["overlap"]
+    if overlap["images"] or overlap["questions"]:
+        say(
+            f"training and held-out data share {overlap['images']} images (in {overlap['training_examples_with_images']} "
+            f"training examples) and {overlap['questions']} questions about equal images (in "
+            f"{overlap['training_examples_with_questions']}): {'dropped' if overlap['dropped'] else 'kept'}"
+        )
+
+
+def _without_overlap(training: Prepared, overlap: Overlap, rule: str) -> Prepared:
+    dropped = {
+        "report": np.zeros(0, np.int64),
+        "drop_questions": overlap.examples_with_questions,
+        "drop_images": np.union1d(overlap.examples_with_images, overlap.examples_with_questions),
+    }[rule]
+    left = training.select(np.setdiff1d(np.arange(len(training)), dropped))
+    if len(training) and not len(left):
+        raise UserError("data.overlap: every training example would be dropped; is it the held-out data itself?")
+    return left

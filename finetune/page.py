@@ -1,0 +1,87 @@
+"""A template and its values -> one self-contained HTML file, which asks the network for nothing.
+
+Its Content-Security-Policy would not let it: two hashes name the only style and the only script it may use. The text it
+shows comes from datasets, so it is hostile: every value passes `visible` and Jinja's escaping, or is JSON that the
+script shows as text.
+"""
+
+import base64
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+TEMPLATES = Path(__file__).parent / "pages"
+
+THUMBNAIL = 320
+"""Pixels of the longer side."""
+
+
+def write(template: str, *, data: Any, **values: Any) -> str:
+    """The page `pages/TEMPLATE.html`; its script finds `data` as JSON."""
+    style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
+    script = (TEMPLATES / f"{template}.js").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    code = {"style": Markup(style), "script": Markup(script)}  # noqa: S704
+    hashes = {"style_hash": _hash(style), "script_hash": _hash(script)}
+    return environment.get_template(f"{template}.html").render(data=visible(data), **code, **hashes, **values)
+
+
+def _hash(code: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(code.encode()).digest()).decode("ascii")
+
+
+def thumbnail(image: PIL.Image.Image, width: int = THUMBNAIL) -> str:
+    """A JPEG data URI of at most `width` pixels a side, transparency on white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.thumbnail((width, width))
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=80, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
+
+
+def visible(value: Any) -> Any:
+    """A value with all its text made safe to show: control, bidi and other unseen characters written out."""
+    if isinstance(value, Markup):
+        return value
+    if isinstance(value, str):
+        return value.translate(_UNSEEN)
+    if isinstance(value, dict):
+        return {visible(key): visible(item) for key, item in value.items()}
+    return [visible(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+_UNSEEN = {
+    **{code: f"[U+{code:04X}]" for code in (*range(0x80, 0xA0), 0x61C, 0x200B, 0x200E, 0x200F, 0xFEFF, 0xFFFE, 0xFFFF)},
+    **{code: f"[U+{code:04X}]" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xE0000, 0xE0080))},
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"),
+    0x7F: "\N{SYMBOL FOR DELETE}",
+}
+
+
+def number(value: Any) -> str:
+    """1234567 -> "1,234,567", 0.98765 -> "0.988", None -> "–"."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.3g}" if isinstance(value, float) else "–"
+
+
+def share(part: int, whole: int) -> str:
+    """1, 3 -> "33.3%"."""
+    return f"{part / whole:.1%}" if whole else "–"
