@@ -42,6 +42,31 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
     _finish(_guarded(work), as_json)
 
 
+@app.command(epilog="Example: `finetune prepare recipes/own_data.yaml`")
+def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Convert, tokenise and check the data of a recipe, once: what is prepared already is opened in seconds."""
+    from finetune.recipe_file import load_recipe
+
+    def work() -> dict[str, Any]:
+        loaded = load_recipe(recipe, overrides)
+        _quiet()
+        from finetune.card import write_card
+        from finetune.dataset import tell_losses
+        from finetune.inspect import accounts_table
+        from finetune.materials import open_dataset
+        from finetune.progress import console, say
+
+        sources, dataset, _ = open_dataset(loaded)
+        folder = write_card(loaded, sources, dataset)
+        if not as_json:
+            console.print(accounts_table(dataset.report["sources"] + dataset.report["eval_sources"]))
+        tell_losses(dataset, folder / "README.md")
+        say(f"the dataset card: {folder / 'README.md'}")
+        return dataset.report
+
+    _finish(_guarded(work), as_json)
+
+
 @app.command(epilog="Example: `finetune run recipes/quickstart.yaml training.steps=50`")
 def run(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Prepare, train, evaluate and merge, as far as the recipe asks. Interrupted, the same command goes on."""
@@ -66,14 +91,20 @@ def merge(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
     _stages(recipe, overrides, as_json, "merge")
 
 
-@app.command(epilog="Example: `finetune inspect recipes/own_data.yaml --count 2 --ids`")
+@app.command(epilog="Example: `finetune inspect recipes/own_data.yaml --html own_data.html`")
 def inspect(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    count: Annotated[int, typer.Option(help="How many dialogues of each source.", min=1)] = 3,
+    count: Annotated[
+        int, typer.Option(help="How many dialogues, drawn at random; the longest come on top.", min=1)
+    ] = 20,
     ids: Annotated[bool, typer.Option("--ids", help="Every token's id, label and image.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write one self-contained page instead.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show dialogues as the model will see them: what is trained on in green, and which image each token sees."""
+    """Show where each record went, and dialogues as the model will see them: what is trained on, what each token sees."""
     from finetune.recipe_file import load_recipe
 
     def work() -> dict[str, Any]:
@@ -81,10 +112,9 @@ def inspect(
         _quiet()
         from finetune.inspect import inspect as inspect_recipe
 
-        inspect_recipe(loaded, count=count, ids=ids)
-        return {}
+        return inspect_recipe(loaded, count=count, ids=ids, html=html, show=not as_json)
 
-    _guarded(work)
+    _finish(_guarded(work), as_json)
 
 
 ModelName = Annotated[

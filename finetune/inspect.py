@@ -1,6 +1,14 @@
-"""Recipe -> what the model will see: dialogues with supervised tokens coloured, and the image each token sees."""
+"""Recipe -> what the model will see: where the records went, how long examples are, and dialogues with their tokens.
+
+Supervised tokens are coloured, and each token shows which image it sees: in the terminal, or as a page.
+"""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,45 +16,212 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.data import prepare as data
+from finetune.data.account import Account
+from finetune.data.convert import read_dialogues
 from finetune.data.dialogue import Dialogue, Image, RecordError
-from finetune.data.images import open_image
-from finetune.data.sources import hold_dialogues
+from finetune.data.images import describe, open_image
+from finetune.data.sources.source import Source
 from finetune.data.template import render
-from finetune.data.tokens import IGNORED, Example, tokenize
-from finetune.materials import learn_tokenizer, to_source
-from finetune.progress import console, say
+from finetune.data.tokens import IGNORED, SPECIALS, Example, tokenize
+from finetune.dataset import Dataset
+from finetune.materials import open_dataset
+from finetune.page import thumbnail
+from finetune.pages.chart import Histogram, histogram
+from finetune.pages.inspection import ShownDialogue, Token, choose_shown, inspection_page
+from finetune.progress import console, say, table
 from finetune.recipe import Recipe
-from modeling.loading import load_processor
-from modeling.shapes import SHAPES
 
 IMAGE_STYLES = ("cyan", "magenta", "yellow", "blue", "bright_red", "bright_green")
 """Colours of the images of one dialogue, in turn."""
 
+LONGEST = 3
+"""So many of the longest examples are shown beside those drawn at random."""
 
-def inspect(recipe: Recipe, *, count: int, ids: bool) -> None:
-    """Print the first dialogues of every source as the model will see them; writes nothing."""
-    model = recipe.model
-    sources = [to_source(source) for source in (*recipe.data.sources, *recipe.data.eval_sources)]
-    instruct = hold_dialogues(source.format for source in recipe.data.sources)
-    if model.init:
-        tokenizer = learn_tokenizer(SHAPES[model.init], sources[: len(recipe.data.sources)], seed=0, instruct=instruct)
-    else:
-        tokenizer = load_processor(str(model.base), revision=model.revision, instruct=instruct).tokenizer
-    for source in sources:
-        account = data.Account(source.name)
-        for place, dialogue in data.read_dialogues(source, account, seed=recipe.training.seed)[:count]:
+STREAMED = 200
+"""Of a streamed source, so many dialogues are read, and shown from."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An example to look at."""
+
+    source: str
+    place: str
+    dialogue: Dialogue
+    example: Example
+    longest: bool
+
+
+class Inspection:
+    """What there is to see of a recipe's data; `count` examples drawn at random, and the longest."""
+
+    def __init__(self, recipe: Recipe, *, count: int):
+        self.recipe, self.count = recipe, count
+        self.sources, self.dataset, self.tokenizer = open_dataset(recipe)
+
+    @property
+    def accounts(self) -> list[dict[str, Any]]:
+        return [account.to_json() for account in (*self.dataset.accounts, *self._streamed[0])]
+
+    @cached_property
+    def shown(self) -> list[Shown]:
+        """Of the training examples of prepared sources, then the first of streamed ones."""
+        training, names = self.dataset.training, [source.name for source in self.sources if not source.stream]
+        seed = self.recipe.training.seed
+        prepared = [
+            Shown(
+                names[training.source_of(index)],
+                training.places[index],
+                training.dialogues[index],
+                training.examples[index],
+                longest,
+            )
+            for index, longest in choose_shown(training.lengths.tolist(), seed=seed, drawn=self.count, longest=LONGEST)
+        ]
+        return prepared + self._streamed[1][: self.count]
+
+    @cached_property
+    def histograms(self) -> list[Histogram]:
+        """Lengths and images of all training examples, and of each source where there are several."""
+        training, made = self.dataset.training, []
+        names = [source.name for source in self.sources if not source.stream]
+        bounds = np.cumsum([0, *training.sizes])
+        parts: list[tuple[str | None, slice]] = [(None, slice(None))]
+        if len(names) > 1:
+            parts += [(name, slice(*bounds[number : number + 2])) for number, name in enumerate(names)]
+        for name, part in parts:
+            for values, what, unit in (
+                (training.lengths, "length", "tokens"),
+                (training.image_counts, "images", "images"),
+            ):
+                if len(values[part]):
+                    made.append(histogram(values[part].tolist(), name=what, unit=unit, source=name))
+        return made
+
+    @cached_property
+    def _streamed(self) -> tuple[list[Account], list[Shown]]:
+        """(accounts, examples) of the first dialogues of streamed sources."""
+        accounts, shown = [], []
+        for source in self.sources:
+            if source.stream:
+                account = Account(source.name)
+                shown += list(self._first(source, account))
+                accounts.append(account)
+        return accounts, shown
+
+    def _first(self, source: Source, account: Account) -> list[Shown]:
+        found = []
+        for place, dialogue in islice(read_dialogues(source, account), STREAMED):
+            account.dialogues += 1
             try:
-                console.print(view(dialogue, tokenizer, title=f"{source.name} {place}", ids=ids))
+                example = tokenize(render(dialogue), self.tokenizer)
             except RecordError as error:
-                say(f"{source.name} {place}: {error}")
-        for reason, records in account.rejected.items():
-            say(f"{source.name}: {records} x {reason} (first: {account.first_rejected[reason]})")
+                account.reject(place, error)
+                continue
+            account.kept += 1
+            found.append(Shown(source.name, place, dialogue, example, longest=False))
+        return found
 
 
-def view(dialogue: Dialogue, tokenizer: Any, *, title: str, ids: bool) -> Panel:
-    """One dialogue as a panel: green is trained on; the bar under a token has the colour of the image it sees."""
-    example = tokenize(render(dialogue), tokenizer)
+def inspect(recipe: Recipe, *, count: int, ids: bool, html: Path | None, show: bool = True) -> dict[str, Any]:
+    """Show it on the terminal, or write the page; returns the accounts and what is shared with held-out data."""
+    inspection = Inspection(recipe, count=count)
+    if html:
+        html.write_text(page(inspection), encoding="utf-8")
+        say(f"the page: {html}")
+    elif show:
+        _print(inspection, ids=ids)
+    return {"sources": inspection.accounts, "overlap": inspection.dataset.report["overlap"]}
+
+
+def page(inspection: Inspection) -> str:
+    """One self-contained HTML file."""
+    images: dict[str, str] = {}
+    dialogues = []
+    for shown in inspection.shown:
+        for image in shown.dialogue.images:
+            if (name := describe(image)) not in images and (opened := _opened(image)):
+                images[name] = thumbnail(opened)
+        keys = tuple(describe(image) for image in shown.dialogue.images)
+        tokens = _page_tokens(shown.example, inspection.tokenizer)
+        dialogues.append(ShownDialogue(shown.place, shown.source, tokens, keys, shown.longest))
+    return inspection_page(
+        inspection.accounts,
+        dialogues,
+        title=Path(inspection.recipe.output).name,
+        recipe=inspection.recipe.to_yaml(),
+        images=images,
+        histograms=inspection.histograms,
+    )
+
+
+def _page_tokens(example: Example, tokenizer: Any) -> tuple[Token, ...]:
+    names = tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
+    return tuple(
+        Token(
+            name if name in SPECIALS else _written(name),
+            int(token),
+            bool(label != IGNORED),
+            int(image),
+            name in SPECIALS,
+        )
+        for name, token, label, image in zip(names, example.input_ids, example.labels, example.image_index, strict=True)
+    )
+
+
+def _opened(image: Image) -> Any:
+    try:
+        return open_image(image)
+    except RecordError:
+        return None
+
+
+def _print(inspection: Inspection, *, ids: bool) -> None:
+    console.print(accounts_table(inspection.accounts))
+    for account in inspection.accounts:
+        for reason, records in {**account["rejected"], **account["parts_rejected"]}.items():
+            first = account["first_rejected"][reason]
+            console.print(Text(f"{account['source']}: {records} x {reason} (first: {first})", style="yellow"))
+    for drawn in inspection.histograms:
+        console.print(bars(drawn))
+    for shown in inspection.shown:
+        title = f"{shown.source} {shown.place}" + (" (one of the longest)" if shown.longest else "")
+        console.print(view(shown.dialogue, shown.example, inspection.tokenizer, title=title, ids=ids))
+
+
+def accounts_table(accounts: Sequence[dict[str, Any]]) -> Any:
+    """What became of the records of each source."""
+    columns = ("source", "read", "kept", "rejected", "not taken", "examples", "tokens", "trained on", "repeats")
+    rows = [
+        (
+            account["source"],
+            account["read"],
+            account["kept"],
+            sum(account["rejected"].values()),
+            account["not_taken"],
+            account["examples"],
+            account["tokens"],
+            f"{account['supervised_tokens'] / max(account['tokens'], 1):.0%}",
+            account["repeats_per_epoch"],
+        )
+        for account in accounts
+    ]
+    return table("sources", columns, rows)
+
+
+def bars(drawn: Histogram, *, width: int = 50) -> Text:
+    """A histogram as rows of blocks: from, count."""
+    title = f"{drawn.name} of {drawn.source or 'all examples'}, in {drawn.unit}"
+    most = max(drawn.counts)
+    lines = [
+        f"{edge:>8,} {'█' * round(width * count / most)}{'▏' if count and count * width < most / 2 else ''} {count:,}"
+        for edge, count in zip(drawn.edges[:-1], drawn.counts, strict=True)
+    ]
+    return Text("\n".join([title, *lines, ""]))
+
+
+def view(dialogue: Dialogue, example: Example, tokenizer: Any, *, title: str, ids: bool) -> Panel:
+    """One dialogue as a panel: green is trained on; the bar before a token has the colour of the image it sees."""
     shown = [
         Text.assemble((f"image {number} ", _style(number)), "\n", picture(image, width=24))
         for number, image in enumerate(dialogue.images)

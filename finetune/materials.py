@@ -180,6 +180,19 @@ class Materials:
         return Assistant(model, self.processor.tokenizer, self.preprocessing)
 
 
+def open_dataset(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
+    """(training sources, what is prepared, tokenizer), without a run folder or a model."""
+    sources = [to_source(source) for source in recipe.data.sources]
+    instruct = hold_dialogues(source.format for source in sources)
+    if recipe.model.init:
+        # The ids of the fresh base that a run would make; the extension to an instruct vocabulary comes on top.
+        tokenizer = learn_tokenizer(SHAPES[recipe.model.init], sources, instruct=instruct)
+    else:
+        revision = recipe.model.revision
+        tokenizer = loading.load_processor(str(recipe.model.base), revision=revision, instruct=instruct).tokenizer
+    return sources, make_dataset(recipe, sources, tokenizer), tokenizer
+
+
 def _make_base(shape: str, sources: list[Source], folder: Path, *, seed: int) -> None:
     """A fresh base of a shape, on disk; its tokenizer learns from the texts of the sources."""
     config = SHAPES[shape]

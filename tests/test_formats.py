@@ -199,6 +199,22 @@ def test_what_most_records_are_is_recognised():
     assert recognise([both]) == "messages"
 
 
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("vqa", {"image_id": 9, "question": "What?", "question_id": 9000}),
+        ("vqa", {"image_id": 9, "question_id": 9000, "multiple_choice_answer": "net", "answers": [{"answer": "net"}]}),
+        ("lrv", {"image_id": 9, "question_id": 9000, "question": "What?", "answer": "A net."}),
+        ("mimic_it", {"meta": {}, "data": {"I1": {"instruction": "Who?", "answer": "Me.", "image_ids": ["X"]}}}),
+        ("image_folder", {"file_name": "cat.jpg", "text": "A cat."}),
+        ("text", {"url": "https://example.org", "text": "A page.", "timestamp": "2019"}),
+        ("pairs", {"url": "https://example.org/a.jpg", "caption": "A cat."}),
+    ],
+)
+def test_a_line_of_a_file_is_recognised_before_it_is_a_record(name, record):
+    assert recognise([record]) == name
+
+
 @pytest.mark.parametrize("records", [[], [{}], [{"foo": 1, "Bar": 2}], [{"messages": None}, {"text": 7}]])
 def test_records_of_no_format_are_told_with_their_keys(records):
     with pytest.raises(UserError) as caught:
@@ -226,15 +242,15 @@ REFUSED = [
     ("llava", {"conversations": said("Who?", "Me.", speakers=("gpt", "human"))},
      ("roles do not alternate", "assistant, user")),
     ("llava", {"conversations": []}, ("no turns", "")),
-    ("llava", {"conversations": said(*TALK), "image": 7}, ("not an image reference", "7")),
-    ("llava", {"conversations": said(*TALK), "image": [None]}, ("not an image reference", "None")),
+    ("llava", {"conversations": said(*TALK), "image": 7}, ("not an image reference", "got int")),
+    ("llava", {"conversations": said(*TALK), "image": [None]}, ("not an image reference", "got nothing")),
     ("llava", {"conversations": said("<image> Who?", "Me.")}, (COUNT, "0 images for 1 <image> in the questions")),
     ("llava", {"conversations": said("<image><image>", "Me."), "image": "cat.jpg"}, (COUNT, "1 images for 2 <image>")),
     ("llava", {"conversations": said("<image>", "Me."), "image": ["cat.jpg", "dog.jpg"]},
      (COUNT, "2 images for 1 <image>")),
     ("llava", {"conversations": said(*TALK), "image": "cat.jpg", "images": ["dog.jpg"]},
      (COUNT, "got image and images")),
-    ("svit", {"conversations": said(*TALK)}, (MISSING, "image_id")),
+    ("svit", {"conversations": said(*TALK)}, ("no image name", "'image_id'")),
     ("svit", {"image_id": 7, "conversations": [{"content": said("Who?")}, {"content": said("Me.", speakers=("gpt",))}]},
      ("roles do not alternate", "got assistant")),
     ("svit", {"image_id": 7, "conversations": [{"content": said("Who?", "Me.")}, *said("Why?")]}, (MISSING, "content")),
@@ -248,7 +264,7 @@ REFUSED = [
      (UNKNOWN, '"image_base64_str[0]": expected text')),
     ("m3it", {"instruction": "Who?", "image_base64_str": ["?"], "outputs": "Me."}, ("corrupt image", "")),
     ("m3it", {"instruction": "Who?", "inputs": [], "outputs": "Me."}, (UNKNOWN, '"inputs": expected text, got []')),
-    ("mimic_it", {"instruction": "Who?", "answer": "Me.", "image_ids": [7]}, ("not an image reference", "7")),
+    ("mimic_it", {"instruction": "Who?", "answer": "Me.", "image_ids": [7]}, ("not an image reference", "got int")),
     ("mimic_it", {"instruction": "Who?", "answer": "Me.", "related": [7]},
      (UNKNOWN, '"related[0]": expected an object')),
     ("alpaca", {"instruction": "Who?", "output": "Me.", "system": 7}, (UNKNOWN, '"system": expected text, got 7')),

@@ -1,5 +1,6 @@
 """`messages` records -> dialogues and every reason for which one is refused; the readers of dataset families."""
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.sources import FORMATS, easy_vqa, hold_dialogues, messages
+from finetune.data.sources import FORMATS, easy_vqa, hold_dialogues, messages, recognise_source
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from modeling.errors import UserError
@@ -400,3 +401,44 @@ def test_a_text_file_is_one_record_and_other_files_hold_many(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"\xff")
     assert read("text", *paths) == [{"text": "One.\n\nTwo."}, {"text": "Three."}, {"text": "Four."}]
     assert [reason for reason, _ in read("text", tmp_path / "c.txt")] == ["text is not Unicode"]
+
+
+def test_a_folder_of_text_files_stands_for_them_and_any_other_for_its_records(tmp_path):
+    for name in ("texts/of/mine", "records"):
+        (tmp_path / name).mkdir(parents=True)
+    written(tmp_path / "texts", b__txt="B.", a__txt="A.")
+    written(tmp_path / "texts/of/mine", c__txt="C.")
+    written(tmp_path / "records", d__jsonl={"text": "D."})
+    expected = [{"text": text} for text in ("A.", "B.", "C.", "D.")]
+    assert read("text", tmp_path / "records", tmp_path / "texts") == expected
+    assert read("text", tmp_path / "texts" / "*.txt") == expected[:2]
+
+
+def test_the_first_records_of_a_source_tell_its_format(tmp_path):
+    def told(path):
+        return recognise_source(Source("auto", paths=(path,)))
+
+    mimic = {"meta": {}, "data": {"I1": {"instruction": "Who?", "answer": "Me.", "image_ids": ["X"]}}}
+    paths = written(
+        tmp_path,
+        a__txt="A.",
+        b__jsonl={"text": "A."},
+        c__json=[{"data": ["A?", "B."]}],
+        d__json=mimic,
+        e__json=QUESTIONS,
+    )
+    assert list(map(told, paths)) == ["text", "text", "ultrachat", "mimic_it", "vqa"]
+
+
+def test_compressed_official_files_are_joined_too(tmp_path):
+    for name, content in (("q", QUESTIONS), ("a", ANNOTATIONS)):
+        (tmp_path / f"{name}.json.gz").write_bytes(gzip.compress(json.dumps(content).encode()))
+    paths = (tmp_path / "q.json.gz", tmp_path / "a.json.gz")
+    assert [record for record in read("vqa", *paths) if isinstance(record, dict)] == [JOINED[2], JOINED[4]]
+
+
+def test_a_broken_official_file_is_told_not_passed_over(tmp_path):
+    questions, annotations = written(tmp_path, q__json=QUESTIONS, a__json=json.dumps(ANNOTATIONS)[:-40])
+    reasons = [record[0] for record in read("vqa", questions, annotations) if isinstance(record, tuple)]
+    assert reasons.count("not JSON") == 1
+    assert "not JSON" in [record[0] for record in read("mimic_it", annotations)]

@@ -37,7 +37,7 @@ FORMATS = {
     "lrv": Format(questions.convert_lrv, read_records, questions.is_lrv, ordered=False),
     "obelics": Format(documents.convert_obelics, read_records, documents.is_obelics, documents=True),
     "pairs": Format(documents.convert_pair, read_records, documents.is_pair, documents=True),
-    "image_folder": Format(documents.convert_pair, image_folder.read, documents=True),
+    "image_folder": Format(documents.convert_pair, image_folder.read, image_folder.is_line, documents=True),
     "text": Format(documents.convert_text, documents.read_texts, documents.is_text, documents=True),
     "easy_vqa": Format(easy_vqa.convert, easy_vqa.read, ordered=False, needs_files=False),
     "easy_vqa_captions": Format(easy_vqa.convert_caption, easy_vqa.read_captions, documents=True, needs_files=False),

@@ -59,7 +59,7 @@ def convert_text(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def is_text(record: dict[str, Any]) -> bool:
-    return has(record, "text", str) and not is_pair(record)
+    return has(record, "text", str)
 
 
 def read_texts(source: Source) -> Iterator[Record]:

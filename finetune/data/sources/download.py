@@ -95,7 +95,7 @@ class Downloader:
         deadline = time.monotonic() + self._timeout_s
         try:
             return self._follow(url, deadline)
-        except (_Refused, HTTPError, HTTPException, OSError, ValueError) as error:
+        except (_RefusedError, HTTPError, HTTPException, OSError, ValueError) as error:
             late = f"over {self._timeout_s:g} s" if time.monotonic() >= deadline else None
             raise RecordError("download failed", f"{url[:200]!a}: {late or error or type(error).__name__}") from error
 
@@ -105,7 +105,7 @@ class Downloader:
             if isinstance(found, bytes):
                 return found
             url = urljoin(url, found)
-        raise _Refused(f"over {MAX_REDIRECTS} redirects")
+        raise _RefusedError(f"over {MAX_REDIRECTS} redirects")
 
     def _request(self, url: str, deadline: float) -> bytes | str:
         """The body, or the URL that a redirect names."""
@@ -128,9 +128,9 @@ class Downloader:
         parsed = parse_url(url)
         schemes = ("https", "http") if self._http else ("https",)
         if parsed.scheme not in schemes or not parsed.host:
-            raise _Refused(f"expected {' or '.join(schemes)}, got {url[:200]!a}")
+            raise _RefusedError(f"expected {' or '.join(schemes)}, got {url[:200]!a}")
         if parsed.auth:
-            raise _Refused("credentials in the URL")
+            raise _RefusedError("credentials in the URL")
         return parsed
 
     def _connect(self, url: "Url", deadline: float) -> "HTTPConnection":
@@ -140,7 +140,7 @@ class Downloader:
 
         host, port = str(url.host).strip("[]"), url.port or (443 if url.scheme == "https" else 80)
         addresses = self._resolve(host, port)
-        failure: Exception = _Refused(f"{host}: no address")
+        failure: Exception = _RefusedError(f"{host}: no address")
         for address in addresses:
             timeout = max(deadline - time.monotonic(), 0.001)
             connection = (
@@ -163,7 +163,7 @@ class Downloader:
         addresses = [str(address[0]) for *_, address in found]
         for address in addresses:
             if not self._allow(ip_address(address)):
-                raise _Refused(f"{host} is at {address}, which is no public address")
+                raise _RefusedError(f"{host} is at {address}, which is no public address")
         return addresses
 
     def _answer(self, response: "BaseHTTPResponse", deadline: float) -> bytes | str:
@@ -171,14 +171,14 @@ class Downloader:
         if response.status in _REDIRECTS and location:
             return location
         if response.status != 200:
-            raise _Refused(f"HTTP {response.status} {response.reason or ''}".strip())
+            raise _RefusedError(f"HTTP {response.status} {response.reason or ''}".strip())
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise _Refused(f"content encoding {response.headers['Content-Encoding']}, which was not asked for")
+            raise _RefusedError(f"content encoding {response.headers['Content-Encoding']}, which was not asked for")
         body = bytearray()
         while piece := response.read(2**16):
             body += piece
             if len(body) > self._max_bytes:
-                raise _Refused(f"over {self._max_bytes:,} bytes")
+                raise _RefusedError(f"over {self._max_bytes:,} bytes")
         if time.monotonic() >= deadline:
             raise TimeoutError
         return bytes(body)
@@ -187,7 +187,7 @@ class Downloader:
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """Why a URL is not fetched."""
 
 

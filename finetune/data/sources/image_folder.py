@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.data.dialogue import RecordError
 from finetune.data.sources.documents import read_text
-from finetune.data.sources.fields import required
+from finetune.data.sources.fields import has, required
 from finetune.data.sources.files import read_records
 from finetune.data.sources.source import Record, Source
 from modeling.errors import UserError
@@ -30,6 +30,11 @@ def read(source: Source) -> Iterator[Record]:
                 f"{folder}: expected a folder of images, found {'a file' if folder.exists() else 'nothing'}"
             )
         yield from _read_folder(folder, source)
+
+
+def is_line(record: dict[str, Any]) -> bool:
+    """A line of a metadata file."""
+    return has(record, "file_name", str) and has(record, "text")
 
 
 def _read_folder(folder: Path, source: Source) -> Iterator[Record]:

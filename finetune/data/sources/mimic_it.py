@@ -43,8 +43,11 @@ def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def is_mimic_it(record: dict[str, Any]) -> bool:
-    asked = has(record, "instruction", str) and has(record, "answer", str)
-    return asked and (has(record, "image_ids") or has(record, "images"))
+    """An instruction, or a file of them."""
+    data = record.get("data")
+    item: Any = next(iter(data.values()), None) if isinstance(data, dict) else record
+    asked = isinstance(item, dict) and has(item, "instruction", str) and has(item, "answer", str)
+    return asked and (has(item, "image_ids") or has(item, "images"))
 
 
 def _is_json(path: Path) -> bool:

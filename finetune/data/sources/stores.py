@@ -109,7 +109,7 @@ class Zip(_Archive):
             raise RecordError("not a file", f"{path:.200} is a link in {self.path}")
         if member.flag_bits & 1:
             raise RecordError("encrypted image", f"{path:.200} in {self.path}")
-        codings: dict[int, Literal[raw, deflate]] = {zipfile.ZIP_STORED: "raw", zipfile.ZIP_DEFLATED: "deflate"}
+        codings: dict[int, Literal["raw", "deflate"]] = {zipfile.ZIP_STORED: "raw", zipfile.ZIP_DEFLATED: "deflate"}
         coding = codings.get(member.compress_type)
         if coding is None:
             method = zipfile.compressor_names.get(member.compress_type, member.compress_type)

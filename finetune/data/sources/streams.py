@@ -56,9 +56,10 @@ def until_corrupt(
     place: str, records: Iterable[tuple[str, Read]], errors: tuple[type[Exception], ...] = ()
 ) -> Iterator[tuple[str, Read | RecordError]]:
     """The records of a file as far as it can be read, then what was wrong with it; `errors` are its parser's own."""
+    broken: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *errors)
     try:
         yield from records
     except RecordError as error:
-        yield place, error
-    except (OSError, EOFError, zlib.error, *errors) as error:
-        yield place, RecordError("corrupt file", f"{error}" or type(error).__name__)
+        yield place, RecordError(error.reason, f"{error.detail}; nothing after that was read")
+    except broken as error:
+        yield place, RecordError("corrupt file", f"{error or type(error).__name__}; nothing after that was read")

@@ -45,8 +45,11 @@ def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def is_vqa(record: dict[str, Any]) -> bool:
-    answered = isinstance(first_item(record, "answers"), str | dict) or has(record, "multiple_choice_answer")
-    return has(record, "question", str) and answered and (has(record, "image_id") or has(record, "image"))
+    """A question with its answers, or a line of one of the official files."""
+    asked, named = has(record, "question", str), has(record, "question_id") and has(record, "image_id")
+    if isinstance(first_item(record, "answers"), str | dict) or has(record, "multiple_choice_answer"):
+        return named or (asked and (has(record, "image_id") or has(record, "image")))
+    return asked and named and not has(record, "answer")
 
 
 def _part_of(path: Path) -> str:

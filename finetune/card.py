@@ -1,0 +1,114 @@
+"""The data of a recipe -> a dataset card: markdown with the hub's metadata header."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCardData
+
+from finetune.data.sources.source import Source
+from finetune.dataset import Dataset
+from finetune.recipe import Recipe
+
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+"""The hub's size categories."""
+
+
+def write_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> Path:
+    """README.md in a folder of the run's name beside the prepared sets, with the recipe; the folder."""
+    folder = Path(recipe.data.prepared) / Path(recipe.output).name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "README.md").write_text(dataset_card(recipe, sources, dataset), encoding="utf-8")
+    return folder
+
+
+def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> str:
+    """Sources, licences, revisions, counts, rejections, and the recipe that made it."""
+    name = Path(recipe.output).name
+    licences = sorted({source.license for source in sources if source.license})
+    count = dataset.report["training_examples"]
+    header = DatasetCardData(
+        pretty_name=name,
+        license=licences or "other",
+        task_categories=["image-text-to-text", "visual-question-answering"],
+        size_categories=[next((label for most, label in SIZES if count < most), "n>1M")],
+        source_datasets=sorted({source.hub for source in sources if source.hub}) or None,
+        tags=["idefics", "instruction-tuning"],
+    )
+    overlap = dataset.report["overlap"]
+    sections = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {name}",
+        f"{count:,} training and {dataset.report['held_out_examples']:,} held-out examples, tokenised for IDEFICS. "
+        "Images are referred to where they are, not copied.",
+        "## Sources",
+        _table(
+            ("source", "format", "revision", "licence"),
+            [(source.name, source.format, source.revision, source.license or "not stated") for source in sources],
+        ),
+        "## Records",
+        _table(
+            (
+                "source",
+                "read",
+                "kept",
+                "rejected",
+                "not taken",
+                "examples",
+                "tokens",
+                "trained on",
+                "images",
+                "repeats",
+            ),
+            [
+                (
+                    account.source,
+                    account.read,
+                    account.kept,
+                    sum(account.rejected.values()),
+                    account.not_taken,
+                    account.examples,
+                    account.tokens,
+                    account.supervised_tokens,
+                    account.images,
+                    account.repeats_per_epoch,
+                )
+                for account in dataset.accounts
+            ],
+        ),
+        "## Rejections",
+        _table(("source", "reason", "records", "first"), _rejections(dataset)),
+        f"Training and held-out data share {overlap['images']:,} images and {overlap['questions']:,} questions about "
+        f"equal images; the {overlap['training_examples_with_images']:,} and "
+        f"{overlap['training_examples_with_questions']:,} training examples concerned were "
+        f"{'dropped as the recipe says' if overlap['dropped'] else 'kept'}.",
+        "## Prepared sets",
+        "\n".join(f"- `{one.folder.name}`" for one in (*dataset.training.sets, *dataset.held.sets)),
+        "## Recipe",
+        f"```yaml\n{recipe.to_yaml()}```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _rejections(dataset: Dataset) -> list[tuple[Any, ...]]:
+    return [
+        (account.source, reason, records, account.first_rejected[reason])
+        for account in dataset.accounts
+        for reason, records in {**account.rejected, **account.parts_rejected}.items()
+    ]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    if not rows:
+        return "None."
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(_cell(value) for value in line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """Plain text in one cell, whatever a dataset's file may be called."""
+    if value is None:
+        return "-"
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
