@@ -6,7 +6,6 @@ base's, the added tokens' rows bring the vocabulary to three. A tensor of the ad
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,23 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, load_peft_weights
-from peft.utils.other import get_pattern_key
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from finetune.data.collate import Batch
 from finetune.data.dialogue import Dialogue
+from finetune.data.tracking import Track, silently
 from finetune.generate import Assistant, generate
-from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
+from modeling.checkpoint import Planned, Stored, plan_shards, read_checkpoint, write_index, write_shard
+from modeling.deltas import BLOCK_ELEMENTS, Adapter
 from modeling.errors import UserError
 from modeling.forward import forward_arguments
 from modeling.loading import generation_config, load_processor, save_processor
 from modeling.shapes import read_config, tensor_shapes
-from modeling.towers import EXACT_LORA, stock_name
 
-SHARD_BYTES = 2 * 1024**3
-"""Largest weight file; also the most memory the merge holds, besides the adapter and one tensor."""
+SHARD_BYTES = 5 * 10**9
+"""Largest weight file."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +52,27 @@ def merge(
     revision: str | None = None,
     instruct: bool = True,
     provenance: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    track: Track = silently,
 ) -> None:
     """Write the merged model to `out`, which appears only when it is complete. Raises UserError.
 
     To `instruct`, a base gains `<end_of_utterance>`, as in training. `provenance` goes into provenance.json beside the
-    weights, with the adapter's digest.
+    weights, with the adapter's digest. `dtype`: of the merged weights, as the base's if None. In memory are the adapter
+    and a few blocks of one matrix.
     """
     config = {**read_config(base, revision=revision), **_stored_config(base, revision)}
     if instruct:
         config["additional_vocab_size"] = 3
-    files = _weight_files(base, revision)
+    planned = _plan(read_checkpoint(_folder(base, revision)), Adapter.read(adapter), config, dtype)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_shards(_merged_tensors(files, Adapter.read(adapter), config), partial, shard_bytes)
+    shards = plan_shards(planned, shard_bytes)
+    for file, names in track(list(shards.items()), "merge"):
+        write_shard(partial / file, {name: planned[name] for name in names})
+    write_index(partial, shards, planned)
     config["architectures"] = ["IdeficsForVisionText2Text"]
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     processor = load_processor(base, revision=revision, instruct=instruct)
@@ -89,139 +91,54 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class Adapter:
-    """An adapter folder's tensors by stock name, taken out as they find their home."""
-
-    lora: dict[str, dict[str, torch.Tensor]]
-    """Stock weight name -> "lora_A", "lora_B" (, "lora_magnitude_vector") -> factor."""
-    replaced: dict[str, torch.Tensor]
-    """Stock name -> gates, added rows, towers trained in full."""
-    config: LoraConfig | None
-
-    @classmethod
-    def read(cls, folder: Path) -> "Adapter":
-        replaced = load_file(folder / TRAINED_FILE) if (folder / TRAINED_FILE).is_file() else {}
-        if not (folder / PEFT_CONFIG).is_file():
-            if not replaced:
-                raise UserError(
-                    f"{folder}: expected an adapter folder ({PEFT_CONFIG} or {TRAINED_FILE}), found neither"
-                )
-            return cls({}, replaced, None)
-        config = LoraConfig.from_pretrained(str(folder))
-        for key, values in EXACT_LORA.items():
-            if getattr(config, key) not in values:
-                raise UserError(f"{folder}: cannot be merged exactly: {key} is {getattr(config, key)!r}")
-        lora: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_peft_weights(str(folder), device="cpu").items():
-            home, mark, rest = name.partition(".lora_")
-            if mark:
-                lora.setdefault(f"{stock_name(home)}.weight", {})[f"lora_{rest}".removesuffix(".weight")] = tensor
-            else:
-                replaced[stock_name(name)] = tensor
-        return cls(lora, replaced, config)
-
-    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The tensor `name` of the merged model, in the dtype of the base's `weight`."""
-        if name in self.replaced:
-            return self.replaced.pop(name).to(weight.dtype)
-        if name not in self.lora:
-            return weight
-        factors, merged = self.lora.pop(name), weight.float()
-        merged = merged + self._scaling(name, factors) * (factors["lora_B"].float() @ factors["lora_A"].float())
-        if "lora_magnitude_vector" in factors:  # DoRA, Liu et al. 2024: the direction is what LoRA changes
-            merged *= (factors["lora_magnitude_vector"].float() / merged.norm(dim=1))[:, None]
-        return merged.to(weight.dtype)
-
-    def _scaling(self, name: str, factors: dict[str, torch.Tensor]) -> float:
-        assert self.config is not None
-        module, rank = name.removesuffix(".weight"), factors["lora_A"].shape[0]
-        alpha = self.config.alpha_pattern.get(
-            get_pattern_key(self.config.alpha_pattern.keys(), module), self.config.lora_alpha
-        )
-        return float(alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
-
-    def require_empty(self) -> None:
-        left = [*self.lora, *self.replaced]
-        if left:
-            raise UserError(f"{len(left)} tensors of the adapter have no place in the base: {left[:3]}")
-
-
-def _merged_tensors(
-    files: dict[str, Path], adapter: Adapter, config: dict[str, Any]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(stock name, tensor) of the merged model, in the order of the base's files."""
+def _plan(
+    base: Mapping[str, Stored], adapter: Adapter, config: Mapping[str, Any], dtype: torch.dtype | None
+) -> dict[str, Planned]:
+    """Stock name -> tensor of the merged model, in the order of the base's files."""
     expected = tensor_shapes(config)
-    if missing := sorted(expected.keys() - files.keys()):
+    if missing := sorted(expected.keys() - base.keys()):
         raise UserError(f"the base lacks {len(missing)} tensors of its own config: {missing[:3]}")
-    for path in dict.fromkeys(files.values()):
-        with safe_open(path, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
-                if name not in expected:
-                    raise UserError(f"{path}: {name} is no tensor of IDEFICS")
-                weight = tensors.get_tensor(name)
-                if len(weight) < expected[name][0] and name not in adapter.replaced:
-                    weight = torch.cat([weight, _end_row(name, files, config)])
-                yield name, adapter.apply(name, weight)
-    adapter.require_empty()
+    if strange := sorted(base.keys() - expected.keys()):
+        raise UserError(f"{base[strange[0]].file}: {strange[0]} is no tensor of IDEFICS")
+    adapter.require_home(expected)
+    return {
+        name: _planned(name, stored, adapter, dtype or stored.dtype, expected[name], base, config)
+        for name, stored in base.items()
+    }
 
 
-def _end_row(name: str, files: dict[str, Path], config: dict[str, Any]) -> torch.Tensor:
-    """[1, hidden]: the row of `</s>`, from which a base's `<end_of_utterance>` starts."""
-    owner = name.removesuffix(".weight").rpartition(".")[0] + ".weight"
-    with safe_open(files[owner], framework="pt") as tensors:
-        end = config["eos_token_id"]
-        return tensors.get_slice(owner)[end : end + 1]
+def _planned(
+    name: str,
+    stored: Stored,
+    adapter: Adapter,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    base: Mapping[str, Stored],
+    config: Mapping[str, Any],
+) -> Planned:
+    if name in adapter.replaced:
+        return Planned(dtype, shape, lambda: [adapter.replaced[name].to(dtype)])
+    if name in adapter.lora:
+        return Planned(dtype, shape, lambda: adapter.merged_blocks(name, stored, dtype))
+    if stored.shape[:1] != shape[:1]:  # `<end_of_utterance>` starts as `</s>`, in training as here
+        owner, end = base[name.removesuffix(".weight").rpartition(".")[0] + ".weight"], config["eos_token_id"]
+        return Planned(dtype, shape, lambda: [stored.rows().to(dtype), owner.rows(end, end + 1).to(dtype)])
+    if dtype == stored.dtype:
+        return Planned(dtype, shape, stored)
+    return Planned(dtype, shape, lambda: _converted(stored, dtype))
 
 
-def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: int) -> None:
-    """Weight files of at most `shard_bytes` (or one tensor), and the index where there are several."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        nonlocal pending, size
-        if pending:
-            save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-            shards.append(list(pending))
-            pending, size = {}, 0
-
-    for name, tensor in tensors:
-        if size + tensor.nbytes > shard_bytes:
-            flush()
-        pending[name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    names = [f"model-{index + 1:05}-of-{len(shards):05}.safetensors" for index in range(len(shards))]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    for number, name in enumerate(names):
-        (folder / f"shard-{number}").rename(folder / name)
-        (folder / name).chmod(0o644)  # safetensors writes files that nobody else may read
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _converted(stored: Stored, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    if len(stored.shape) < 2:
+        yield stored.rows().to(dtype)
+        return
+    count = max(1, BLOCK_ELEMENTS // max(1, stored.row_bytes // stored.dtype.itemsize))
+    for start in range(0, stored.shape[0], count):
+        yield stored.rows(start, start + count).to(dtype)
 
 
 def _stored_config(base: str, revision: str | None) -> dict[str, Any]:
     return json.loads((_folder(base, revision) / "config.json").read_text(encoding="utf-8"))
-
-
-def _weight_files(base: str, revision: str | None) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it."""
-    folder = _folder(base, revision)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise UserError(f"{base}: expected safetensors weights (model.safetensors, or its index), found none")
-    with safe_open(single, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), single)
 
 
 def _folder(base: str, revision: str | None) -> Path:
