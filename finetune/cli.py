@@ -104,7 +104,7 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where each record went, and dialogues as the model will see them: what is trained on, what each token sees."""
+    """Show where each record went, and dialogues as the model will see them, token by token."""
     from finetune.recipe_file import load_recipe
 
     def work() -> dict[str, Any]:

@@ -23,7 +23,6 @@ from finetune.data.images import describe, open_image
 from finetune.data.sources.source import Source
 from finetune.data.template import render
 from finetune.data.tokens import IGNORED, SPECIALS, Example, tokenize
-from finetune.dataset import Dataset
 from finetune.materials import open_dataset
 from finetune.page import thumbnail
 from finetune.pages.chart import Histogram, histogram
@@ -63,10 +62,15 @@ class Inspection:
     def accounts(self) -> list[dict[str, Any]]:
         return [account.to_json() for account in (*self.dataset.accounts, *self._streamed[0])]
 
+    @property
+    def _names(self) -> list[str]:
+        """Of the prepared training sources."""
+        return [source.name for source in self.sources if not source.stream]
+
     @cached_property
     def shown(self) -> list[Shown]:
         """Of the training examples of prepared sources, then the first of streamed ones."""
-        training, names = self.dataset.training, [source.name for source in self.sources if not source.stream]
+        training, names = self.dataset.training, self._names
         seed = self.recipe.training.seed
         prepared = [
             Shown(
@@ -83,8 +87,7 @@ class Inspection:
     @cached_property
     def histograms(self) -> list[Histogram]:
         """Lengths and images of all training examples, and of each source where there are several."""
-        training, made = self.dataset.training, []
-        names = [source.name for source in self.sources if not source.stream]
+        training, names, made = self.dataset.training, self._names, []
         bounds = np.cumsum([0, *training.sizes])
         parts: list[tuple[str | None, slice]] = [(None, slice(None))]
         if len(names) > 1:

@@ -107,7 +107,16 @@ Format = Literal[
 ]  # fmt: skip
 """Dataset families; auto: recognised from the first records."""
 
-Places = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, str | list | tuple):
+        raise ValueError(f"expected a path or a list of paths, got {value!r:.80}")
+    return (value,) if isinstance(value, str) else value
+
+
+Places = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
 """One path, or a list of them."""
 
 
@@ -117,7 +126,7 @@ class Source(Section):
     format: Format = "auto"
     path: Places = ()
     """Files, folders or patterns: json, jsonl (also .gz, .zst), csv, parquet, arrow, webdataset tar, txt, images."""
-    hub: str | None = None
+    hub: Name | None = None
     """Instead of a path: a dataset on the hub."""
     subset: str | None = None
     """Its configuration."""
@@ -141,7 +150,7 @@ class Source(Section):
     """Join questions about one image, and divide longer dialogues, into dialogues of at most so many turns."""
     ordered: bool | None = None
     """Whether turns build on each other, so that their order is kept; without it, what the format says."""
-    download: bool | Literal["http"] = False
+    download: Literal[False, True, "http"] = False
     """Fetch images that are URLs, over https; http: over plain http, too."""
     license: str | None = None
     """For the dataset card."""
@@ -149,12 +158,23 @@ class Source(Section):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         packaged = self.format in ("easy_vqa", "easy_vqa_captions")
-        given = bool(self.path) + bool(self.hub)
-        if given != (not packaged):
+        given = [key for key in ("path", "hub") if getattr(self, key)]
+        if len(given) != (0 if packaged else 1):
             expected = "neither path nor hub" if packaged else "either path or hub"
-            raise ValueError(f"format {self.format}: expected {expected}, got {('neither', 'one', 'both')[given]}")
+            raise ValueError(f"format {self.format}: expected {expected}, got {' and '.join(given) or 'neither'}")
         if not self.hub and (self.subset or self.revision):
             raise ValueError("subset and revision belong to a dataset on the hub")
+        return self
+
+
+class HeldOut(Source):
+    """A source that is only evaluated on."""
+
+    @model_validator(mode="after")
+    def _not_trained_on(self) -> Self:
+        for key in ("stream", "weight"):
+            if getattr(self, key):
+                raise ValueError(f"{key} belongs to data.sources: held-out data is prepared, and all of it is used")
         return self
 
 
@@ -171,7 +191,7 @@ class Data(Section):
     """What is trained on, and what is held out."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
-    eval_sources: list[Source] = []
+    eval_sources: list[HeldOut] = []
     """Held-out data that comes as its own split or file."""
     eval_split: Share = 0.0
     """Without `eval_sources`: the share of the examples to hold out, no image on both sides."""
@@ -213,8 +233,6 @@ class Data(Section):
             raise ValueError("a streamed source cannot be split: set eval_sources instead of eval_split")
         if self.overlap != "report":
             raise ValueError("overlap: a streamed source cannot be compared with the held-out data before the run")
-        if any(source.stream for source in self.eval_sources):
-            raise ValueError("eval_sources: held-out data is prepared; stream belongs to sources")
 
 
 class Training(Section):
@@ -272,7 +290,7 @@ class Evaluation(Section):
     limit: Positive | None = None
     """Ask only so many questions, drawn by the seed."""
     batch_size: Positive = 32
-    documents: list[Source] = []
+    documents: list[HeldOut] = []
     """Held-out documents: the loss on them before and after tells what was forgotten."""
 
 
@@ -296,10 +314,10 @@ class Recipe(Section):
                 f"data.max_length ({self.data.max_length}) must not exceed training.row_tokens "
                 f"({self.training.row_tokens}): a dialogue is never cut"
             )
-        if self.data.streams and (self.training.steps is None or self.model.init):
-            raise ValueError(
-                "a streamed source has no epochs and cannot make a vocabulary: set training.steps, model.base"
-            )
+        if self.data.streams and self.training.epochs:
+            raise ValueError("a streamed source has no epochs: set training.steps instead of training.epochs")
+        if self.data.streams and self.model.init:
+            raise ValueError("model.init learns a vocabulary from whole sources, and one is streamed: set model.base")
         held_out = self.data.eval_sources or self.data.eval_split
         if not held_out and (self.evaluation or self.training.evaluate_every):
             asker = "evaluation" if self.evaluation else "training.evaluate_every"

@@ -40,6 +40,7 @@ def show(recipe: Recipe, result: dict[str, Any]) -> None:
         say(f"the model: {proof['merged']}")
     if recipe.evaluation and (predictions := folder / "predictions.jsonl").is_file():
         _show_answers(predictions)
+        say(f"every answer: {folder / 'predictions.html'}")
     say(f"the run: {folder} (its course: {folder / 'curves.png'})")
     if "merge" in result:
         say(f"next: finetune chat {folder / 'merged'}")

@@ -1,15 +1,16 @@
 """Recipe -> run folder: prepare -> train -> evaluate -> merge, each stage done once.
 
     runs/<name>/  recipe.yaml (resolved) · environment.json · base/ (a fresh one, from `init`) · data.json
-                  metrics.jsonl · checkpoint-*/ · adapter/ · training.json · evaluation.json · predictions.jsonl
+                  metrics.jsonl · checkpoint-*/ · adapter/ · training.json · evaluation.json · predictions.jsonl, .html
                   merged/ (with provenance.json) · merge.json · result.json · curves.png
 
 A stage leaves its .json last, so a stage that was interrupted has none and is done again: training goes on from its
 last checkpoint.
 """
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from finetune.data.dialogue import Image
+from finetune.data.images import describe, open_image
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import open_folder, read_json, versions, write_json
 from finetune.materials import Materials, device
 from finetune.merge import merge, prove
+from finetune.pages.predictions import predictions_page
 from finetune.picture import draw
 from finetune.progress import say, track
 from finetune.recipe import Recipe
@@ -124,6 +128,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     tuned = made.assistant(open_adapter(model, adapter))
     predictions = run.folder / "predictions.jsonl"
     figures["tuned"] = evaluate(tuned, made.held_rows, questions, predictions=predictions, **options).to_json()
+    _write_page(run.folder, made.dataset.held.images)
     figures["blind"] = None
     if len({image for images in made.held_rows.image_ids for image in images}) > 1:
         rows, swapped = exchange_images(
@@ -133,6 +138,14 @@ def _evaluate(run: Run) -> dict[str, Any]:
     if documents and forgetting:
         forgetting["after"] = held_out_loss(tuned, documents, track=track)[0]
     return {**figures, "documents": forgetting}
+
+
+def _write_page(folder: Path, images: Sequence[Image]) -> None:
+    """predictions.html, from predictions.jsonl."""
+    by_name = {describe(image): image for image in images}
+    lines = map(json.loads, (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines())
+    page = predictions_page(lines, title=folder.name, image=lambda name: open_image(by_name[name]))
+    (folder / "predictions.html").write_text(page, encoding="utf-8")
 
 
 def _merge(run: Run) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a dialogue is, and the reason by which everything else is refused."""
 
+import pickle
 from pathlib import Path
 
 import PIL.Image
@@ -128,14 +129,28 @@ def test_text_leaves_images_and_blanks_out():
     assert user(CAT).text == ""
 
 
-def test_prompts_are_everything_before_each_answer():
+def test_prompts_are_everything_before_each_answer_with_its_references():
     first, second = user(CAT, "Who?"), user("Why?")
-    dialogue = Dialogue((system("Be kind."), first, assistant("A cat."), second, assistant(" So. ")), records=2)
+    answer = assistant("A cat.", references=("A cat.", "Tom."))
+    dialogue = Dialogue((system("Be kind."), first, answer, second, assistant(" So. ")))
     assert list(dialogue.prompts()) == [
-        (Dialogue((system("Be kind."), first)), "A cat."),
-        (Dialogue((system("Be kind."), first, assistant("A cat."), second)), "So."),
+        (Dialogue((system("Be kind."), first)), ("A cat.", "Tom.")),
+        (Dialogue((system("Be kind."), first, answer, second)), ("So.",)),
     ]
 
 
 def test_a_document_has_no_prompts():
     assert list(Dialogue((document("A text."),)).prompts()) == []
+
+
+def test_a_document_that_was_cut_goes_on():
+    cut = Dialogue((document("A text."),), goes_on=True)
+    assert (cut.is_document, cut.is_prompt, cut.goes_on) == (True, False, True)
+    assert cut != Dialogue((document("A text."),))
+
+
+@pytest.mark.parametrize("error", [RecordError("too long", "9 tokens"), RecordError("too long")])
+def test_a_record_error_keeps_reason_and_detail_on_its_way_between_processes(error):
+    sent = pickle.loads(pickle.dumps(error))
+    assert (type(sent), sent.reason, sent.detail) == (RecordError, error.reason, error.detail)
+    assert str(sent) == str(error)

@@ -1,18 +1,24 @@
 """Decoding and preprocessing: equal to transformers bit for bit, and safe on what is no image."""
 
+import base64
 import io
+import os
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.image_utils import load_image
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
-from finetune.data.dialogue import Image, RecordError
-from finetune.data.images import Augmentation, Preprocessing, digest, open_image
+from finetune.data import images
+from finetune.data.dialogue import Image, RecordError, Remote, Slice
+from finetune.data.images import Augmentation, Preprocessing, decode_base64, describe, digest, encoded, open_image
 
 
 def noise(width, height, mode="RGB", seed=0):
@@ -240,20 +246,151 @@ def test_a_folder_is_no_image(tmp_path):
     assert reason(tmp_path) == "corrupt image"
 
 
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert reason(tmp_path / "pipe.png") == "corrupt image"
+
+
+def test_a_file_in_the_place_of_a_folder_is_a_missing_image(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    assert reason(tmp_path / "a" / "b.png") == "missing image"
+
+
+def test_an_image_of_a_url_is_not_downloaded():
+    for function in (open_image, encoded, digest):
+        with pytest.raises(RecordError) as caught:
+            function(Image(Remote("https://a.b/c.png")))
+        assert str(caught.value) == "image is a URL: https://a.b/c.png: not downloaded"
+
+
+def deflated(content):
+    packing = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packing.compress(content) + packing.flush()
+
+
+CODINGS = {"raw": bytes, "deflate": deflated, "base64": base64.b64encode}
+
+
+@pytest.mark.parametrize("coding", [*CODINGS])
+def test_a_slice_is_what_it_holds(coding, tmp_path):
+    path, content = tmp_path / "archive", saved("PNG")
+    packed = CODINGS[coding](content)
+    path.write_bytes(b"before" + packed + b"after")
+    inside = Slice(path, 6, len(packed), coding)
+    assert encoded(Image(inside)) == content
+    assert np.array_equal(ours(inside, 64), ours(content, 64))
+    assert describe(Image(inside)) == f"{path} at byte 6"
+    wrong = [
+        Slice(path, 6, len(packed) + 6, "raw"),
+        Slice(path, 10**9, 5, coding),
+        Slice(path, 6, len(packed) // 2, coding),
+    ]
+    if coding != "raw":
+        wrong.append(Slice(path, 5, len(packed), coding))
+    assert [reason(each) for each in wrong] == ["corrupt image"] * len(wrong)
+    assert reason(Slice(tmp_path / "none", 6, 5, coding)) == "missing image"
+
+
+def test_half_of_what_was_packed_is_corrupt_before_it_is_decoded(tmp_path):
+    path, packed = tmp_path / "archive", deflated(b"abc" * 1000)
+    path.write_bytes(packed)
+    assert encoded(Image(Slice(path, 0, len(packed), "deflate"))) == b"abc" * 1000
+    with pytest.raises(RecordError, match=r"corrupt image: .* at byte 0: the packed data breaks off"):
+        encoded(Image(Slice(path, 0, len(packed) - 1, "deflate")))
+
+
+def test_base64_is_exact():
+    assert decode_base64("YW Jj\r\n\tZA==") == decode_base64(b"YWJjZA==") == b"abcd"
+    for wrong in ("YWJjZA", "YWJjZA=", "YWJjZA===", "=YWJjZA=", "YWJj!", "YWJjé", "YW=Jj", "-_-_"):
+        with pytest.raises(RecordError) as caught:
+            decode_base64(wrong)
+        assert caught.value.reason == "corrupt image"
+
+
+@given(st.binary(max_size=60), st.integers(0, 90))
+def test_base64_of_any_bytes(content, at):
+    text = base64.b64encode(content).decode()
+    assert decode_base64(text) == decode_base64(f"{text[:at]}\n {text[at:]}") == content
+
+
+@pytest.fixture
+def small_limit(monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 3000)
+
+
+def test_encoded_images_over_the_limit_are_too_large(small_limit, tmp_path):
+    path = tmp_path / "large"
+    for size, expected in ((3000, "corrupt image"), (3001, "image too large")):
+        content = bytes(size)
+        path.write_bytes(content)
+        assert reason(path) == reason(Slice(path, 0, size)) == expected
+        for coding in ("deflate", "base64"):
+            packed = CODINGS[coding](content)
+            path.write_bytes(packed)
+            assert reason(Slice(path, 0, len(packed), coding)) == expected
+
+
+def test_a_deflate_bomb_is_not_unpacked(tmp_path):
+    path = tmp_path / "bomb"
+    block = zlib.compressobj(1, wbits=-zlib.MAX_WBITS)
+    zeros = bytes(10**6)
+    path.write_bytes(b"".join(block.compress(zeros) for _ in range(300)) + block.flush())
+    tracemalloc.start()
+    assert reason(Slice(path, 0, path.stat().st_size, "deflate")) == "image too large"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2.5 * images.MAX_BYTES
+
+
+def test_a_png_named_jpg_is_the_png(tmp_path):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(saved("PNG"))
+    assert open_image(Image(path)).size == (40, 40)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F", "LAB", "HSV", "YCbCr"])
+def test_a_picture_in_memory_is_encoded_as_it_is_opened(mode):
+    held = Image(noise(20, 30, mode))
+    again = open_image(Image(encoded(held)))
+    assert np.array_equal(np.asarray(again), np.asarray(open_image(held)))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_that_was_opened_and_not_read_is_checked_like_any_other():
+    cut = PIL.Image.open(io.BytesIO(saved("PNG")[:600]))
+    large = PIL.Image.open(io.BytesIO(png_header(9_460, 9_460)))
+    for function in (open_image, encoded, digest):
+        for held, expected in ((cut, "corrupt image"), (large, "image too large")):
+            with pytest.raises(RecordError) as caught:
+                function(Image(held))
+            assert caught.value.reason == expected
+
+
 def test_digest_is_that_of_the_bytes_under_any_name(tmp_path):
     first, second, other = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "c.png"
     first.write_bytes(b"abc")
     second.write_bytes(b"abc")
     other.write_bytes(b"abd")
     abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2's own example
-    assert digest(Image(first)) == digest(Image(second)) == digest(Image(b"abc")) == abc
-    assert digest(Image(other)) != abc
+    assert digest(Image(first)) == digest(Image(second)) == digest(Image(b"abc")) == bytes.fromhex(abc)
+    other.write_bytes(b"zabcz")
+    assert digest(Image(Slice(other, 1, 3))).hex() == abc
+    other.write_bytes(b'{"x": "YWJj"}')
+    assert digest(Image(Slice(other, 7, 4, "base64"))).hex() == abc
+    other.write_bytes(b"abd")
+    assert digest(Image(other)).hex() != abc
 
 
-def test_digest_of_a_picture_in_memory_tells_shape_and_mode_apart():
-    pictures = [PIL.Image.new("L", (2, 3)), PIL.Image.new("L", (3, 2)), PIL.Image.new("P", (2, 3))]
-    assert len({digest(Image(picture)) for picture in pictures}) == 3
-    assert digest(Image(PIL.Image.new("L", (2, 3)))) == digest(Image(pictures[0]))
+def test_digest_of_a_picture_in_memory_is_that_of_its_pixels():
+    def solid(mode, size, color):
+        return digest(Image(PIL.Image.new(mode, size, color)))
+
+    assert len({solid("L", (2, 3), 7), solid("L", (3, 2), 7), solid("L", (2, 3), 8)}) == 3
+    assert solid("L", (2, 3), 7) == solid("L", (2, 3), 7) == solid("RGB", (2, 3), (7, 7, 7))
+    one, other = PIL.Image.new("P", (2, 3)), PIL.Image.new("P", (2, 3))
+    one.putpalette([1, 2, 3])
+    other.putpalette([1, 2, 4])
+    assert digest(Image(one)) == solid("RGB", (2, 3), (1, 2, 3)) != digest(Image(other))
 
 
 SMALL = Preprocessing((5, 7), mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -60,7 +60,11 @@ def test_modeling_never_imports_finetune():
 def test_data_knows_no_recipe_and_only_the_verbs_do():
     knows = {name for name, targets in GRAPH.items() if "finetune.recipe" in targets}
     assert knows == {
-        f"finetune.{name}" for name in ("check", "folder", "inspect", "materials", "recipe_file", "report", "run")
+        f"finetune.{name}"
+        for name in (
+            *("card", "check", "dataset", "folder", "inspect", "materials"),
+            *("recipe_file", "recipe_sources", "report", "run"),
+        )
     }
 
 

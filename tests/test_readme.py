@@ -7,9 +7,12 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import yaml
 from typer.testing import CliRunner
 
+from finetune import recipe
 from finetune.cli import app
+from finetune.data.sources import FORMATS
 from finetune.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +38,8 @@ def invoke(*arguments):
 def own_data(tmp_path_factory):
     """The run folder of README's second command line, in fewer steps."""
     output = tmp_path_factory.mktemp("readme") / "own_data"
-    invoke("run", ROOT / "recipes" / "own_data.yaml", f"output={output}", "training.epochs=null", "training.steps=2")
+    settings = [f"output={output}", f"data.prepared={output.parent}", "training.epochs=null", "training.steps=2"]
+    invoke("run", ROOT / "recipes" / "own_data.yaml", *settings)
     return output
 
 
@@ -46,18 +50,40 @@ def test_every_command_is_known_here():
         "source .venv/bin/activate",  # puts finetune on the path
         # test_the_chat_line_answers
         'finetune chat runs/quickstart/merged --image recipes/own_data/horse.jpg "what shape is in the image?"',
-        "finetune check recipes/own_data.yaml",  # test_check_and_inspect
-        "finetune inspect recipes/own_data.yaml --count 1",
+        "finetune check recipes/own_data.yaml",  # test_check
+        "finetune prepare recipes/own_data.yaml",  # test_prepare
+        "finetune inspect recipes/own_data.yaml --html own_data.html",  # test_inspect
         "finetune run recipes/own_data.yaml",  # own_data
         "scripts/test.sh",  # this is running
     ]
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if " check " in line or " inspect " in line])
-def test_check_and_inspect(command):
-    _, verb, recipe, *options = shlex.split(command)
-    outcome = invoke(verb, ROOT / recipe, *options)
-    assert "What animal is this?" in re.sub(r"[│\s]+", " ", outcome.output.replace("▏", ""))
+def command(verb):
+    (line,) = [line for line in COMMANDS if line.startswith(f"finetune {verb} ")]
+    return shlex.split(line)[1:]
+
+
+def test_check():
+    verb, recipe = command("check")
+    assert "What animal is this?" in re.sub(r"[│\s]+", " ", invoke(verb, ROOT / recipe).output)
+
+
+def test_prepare(tmp_path):
+    verb, recipe = command("prepare")
+    invoke(verb, ROOT / recipe, f"data.prepared={tmp_path}")
+    assert "10" in (tmp_path / "own_data" / "README.md").read_text()
+
+
+def test_inspect(tmp_path):
+    verb, recipe, option, page = command("inspect")
+    invoke(verb, ROOT / recipe, f"data.prepared={tmp_path}", option, tmp_path / page)
+    assert "What animal is this?" in re.sub(r"<[^>]*>", "", (tmp_path / page).read_text())
+
+
+def test_every_format_is_listed_with_a_line_that_selects_it():
+    lines = re.findall(r"^\| .*? \| `(\{format: .*\})` \|$", README, re.MULTILINE)
+    sources = [recipe.Source.model_validate(yaml.safe_load(line)) for line in lines]
+    assert {source.format for source in sources} == set(FORMATS)
 
 
 def test_the_quickstart_s_script_runs_the_quickstart_s_recipe(tmp_path):
@@ -65,15 +91,14 @@ def test_the_quickstart_s_script_runs_the_quickstart_s_recipe(tmp_path):
     (line,) = [line for line in script.splitlines() if line.startswith("exec")]
     assert line == 'exec .venv/bin/finetune run recipes/quickstart.yaml "$@"'
     overrides = ["training.steps=2", "evaluation.limit=8", "data.sources.0.limit=60", "data.eval_sources.0.limit=20"]
-    overrides += ["evaluation.documents.0.limit=10", f"output={tmp_path / 'run'}", "--json"]
+    overrides += ["evaluation.documents.0.limit=10", f"output={tmp_path / 'run'}", f"data.prepared={tmp_path}", "--json"]
     result = json.loads(invoke("run", ROOT / "recipes" / "quickstart.yaml", *overrides).stdout)
     assert result["train"]["steps"] == 2
     assert result["evaluate"]["blind"]["questions"] == 8
 
 
 def test_the_chat_line_answers(own_data):
-    (command,) = [line for line in COMMANDS if " chat " in line]
-    _, verb, _, option, image, question = shlex.split(command)
+    verb, _, option, image, question = command("chat")
     assert invoke(verb, own_data / "merged", question, option, ROOT / image).stdout.strip()
 
 

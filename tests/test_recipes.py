@@ -1,10 +1,12 @@
 """Every recipe that ships is parsed, checked and run for two steps on a small stand-in of its shape."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from mixture_files import beside_files
 from typer.testing import CliRunner
 
 from finetune.cli import app
@@ -33,9 +35,21 @@ def test_what_was_not_run_here_says_so(name):
     assert "Not run here" in (FOLDER / name).read_text()
 
 
+def test_the_folder_s_readme_lists_them_all():
+    listed = re.findall(r"^\| `([\w.-]+\.yaml)`", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == RECIPES
+
+
+@pytest.fixture(scope="session")
+def place_of(tmp_path_factory):
+    """place_of(name) -> a recipe with its data: where it ships, or a copy beside small files of the same names."""
+    folder = tmp_path_factory.mktemp("recipes")
+    return lambda name: beside_files(name, folder)
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_it_checks(name):
-    outcome = CliRunner().invoke(app, ["check", str(FOLDER / name), "--json"])
+def test_it_checks(name, place_of):
+    outcome = CliRunner().invoke(app, ["check", str(place_of(name)), "--json"])
     assert outcome.exit_code == 0, outcome.output
     result = json.loads(outcome.stdout)
     assert sum(tower["trained"] for tower in result["towers"].values()) > 0
@@ -61,23 +75,18 @@ def stand_in_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_it_runs_two_steps(name, stand_in_of, tmp_path):
-    recipe = load_recipe(FOLDER / name)
+def test_it_runs_two_steps(name, place_of, stand_in_of, tmp_path):
+    recipe = load_recipe(place_of(name))
     # its vocabulary is bytes and little more, so a dialogue has more tokens than with the real one
-    overrides = [
-        f"model.base={stand_in_of(recipe)}",
-        "model.init=null",
-        f"output={tmp_path / 'run'}",
-        "model.dtype=fp32",
-    ]
+    overrides = [f"model.base={stand_in_of(recipe)}", "model.init=null", "model.dtype=fp32"]
+    overrides += [f"output={tmp_path / 'run'}", f"data.prepared={tmp_path / 'prepared'}", "data.workers=1"]
     overrides += ["training.epochs=null", "training.steps=2", "training.tokens_per_step=2048", "data.max_length=1024"]
     overrides += ["training.row_tokens=1024", "training.evaluate_every=null", "training.checkpoint_every=null"]
+    overrides += ["training.warmup_steps=0", "evaluation={limit: 4, max_new_tokens: 4}"]
     overrides += [f"data.sources.{index}.limit=24" for index in range(len(recipe.data.sources))]
     overrides += [f"data.eval_sources.{index}.limit=8" for index in range(len(recipe.data.eval_sources))]
-    overrides += ["evaluation={limit: 4, max_new_tokens: 4}", "data.eval_split=0.3"][
-        : 2 - bool(recipe.data.eval_sources)
-    ]
-    outcome = CliRunner().invoke(app, ["run", str(FOLDER / name), *overrides, "--json"])
+    overrides += [] if recipe.data.eval_sources else ["data.eval_split=0.3"]
+    outcome = CliRunner().invoke(app, ["run", str(place_of(name)), *overrides, "--json"])
     assert outcome.exit_code == 0, outcome.output
     result = json.loads(outcome.stdout)
     assert result["train"]["steps"] == 2

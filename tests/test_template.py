@@ -133,6 +133,12 @@ def test_pieces_and_supervision_of_a_document():
     )
 
 
+def test_a_document_that_goes_on_has_no_end():
+    rendered = render(Dialogue((document(A, "A dog."),), goes_on=True))
+    assert rendered.text == f"<s>{PICTURE}A dog."
+    assert rendered.pieces[-1] == Text("A dog.", ((0, 6),))
+
+
 def test_a_prompt_supervises_nothing():
     pieces = render(Dialogue((user("Who?"),))).pieces
     assert [piece for piece in pieces if piece.supervised] == []

@@ -1,5 +1,6 @@
 """Ids, labels and the image each token sees: by hand, against transformers' processor, and for any text at all."""
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.template import Special, render
-from finetune.data.tokens import SPECIALS, tokenize
+from finetune.data.tokens import SPECIALS, Encoder, tokenize, tokenize_all
 from modeling import tiny
 
 A, B = Image(Path("a.jpg")), Image(Path("b.jpg"))
@@ -218,28 +219,72 @@ def test_a_special_token_written_in_a_text_is_read_as_its_letters(literal, token
     assert len(answer) > 4
 
 
-class StubTokenizer(SimpleNamespace):
-    """Gives every text the same `answer`: (ids, offsets)."""
+class StubBackend:
+    """Gives every text the same ids and offsets, as the fast tokenizer inside a transformers one does."""
 
+    def __init__(self, ids, offsets):
+        self.answer = SimpleNamespace(ids=ids, offsets=offsets)
+
+    def no_padding(self):
+        pass
+
+    no_truncation = no_padding
+
+    def encode_batch(self, texts, *, add_special_tokens):
+        assert not add_special_tokens
+        return [self.answer] * len(texts)
+
+
+class StubTokenizer(SimpleNamespace):
     unk_token_id = 0
 
     def convert_tokens_to_ids(self, names):
         return [10 + SPECIALS.index(name) for name in names]
 
-    def __call__(self, texts, **_):
-        ids, offsets = self.answer
-        return {"input_ids": [ids] * len(texts), "offset_mapping": [offsets] * len(texts)}
+
+def stub(ids, offsets):
+    return StubTokenizer(backend_tokenizer=StubBackend(ids, offsets))
 
 
 def test_a_token_across_the_colon_is_refused():
-    tokenizer = StubTokenizer(answer=([1, 2, 3], [(0, 10), (10, 13), (13, 15)]))
+    tokenizer = stub([1, 2, 3], [(0, 10), (10, 13), (13, 15)])
     with pytest.raises(RecordError) as caught:
         tokenize(render(Dialogue((user("Me?"), assistant("Me.")))), tokenizer)
-    assert caught.value.reason == "answer not apart from its prompt"
+    assert str(caught.value) == "answer not apart from its prompt: one token spans ': M'"
 
 
 def test_a_tokenizer_that_makes_specials_of_text_is_refused():
-    tokenizer = StubTokenizer(answer=([1, 13], [(0, 1), (1, 2)]))
+    tokenizer = stub([1, 13], [(0, 1), (1, 2)])
     with pytest.raises(RecordError) as caught:
         tokenize(render(Dialogue((document("<image>"),))), tokenizer)
     assert caught.value.reason == "text became a special token"
+
+
+def test_what_cannot_be_tokenised_stands_among_what_can(tokenizer):
+    encoder = Encoder(tokenizer)
+    encoder.forbidden |= {tokenizer.encode("@", add_special_tokens=False)[-1]}
+    rendered = [render(Dialogue((document(text),))) for text in ("A dog.", "@", "A cat.")]
+    first, refused, last = tokenize_all(rendered, encoder)
+    assert refused.reason == "text became a special token"
+    assert first.input_ids.tolist() == tokenize(rendered[0], tokenizer).input_ids.tolist()
+    assert last.input_ids.tolist() == tokenize(rendered[2], tokenizer).input_ids.tolist()
+    assert tokenize_all([], encoder) == []
+
+
+def test_settings_that_other_calls_leave_in_the_tokenizer_change_nothing(tokenizer):
+    encoder, rendered = Encoder(tokenizer), render(Dialogue((user("Who is <image>?"), assistant("A long answer."))))
+    identity, ids = encoder.identity, tokenize(rendered, tokenizer).input_ids.tolist()
+    tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=3, split_special_tokens=False)
+    assert Encoder(tokenizer).identity == identity
+    assert tokenize(rendered, tokenizer).input_ids.tolist() == ids
+
+
+def test_an_encoder_is_the_same_in_another_process(tokenizer):
+    encoder, texts = Encoder(tokenizer), ["Who is <image>?", "é 猫"]
+    sent = pickle.loads(pickle.dumps(encoder))
+    assert sent.identity == encoder.identity
+    assert [one.ids for one in sent.encode(texts)] == [one.ids for one in encoder.encode(texts)]
+
+
+def test_each_vocabulary_has_its_identity(llama_tokenizer, tiny_tokenizer):
+    assert Encoder(llama_tokenizer).identity != Encoder(tiny_tokenizer).identity

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from finetune.data.dialogue import RecordError
@@ -32,7 +32,7 @@ class Account:
     tokens: int = 0
     supervised_tokens: int = 0
     images: int = 0
-    """Distinct ones."""
+    """Distinct ones that examples show."""
     draws_per_epoch: int | None = None
     repeats_per_epoch: float | None = None
     """How often an example of this source comes in an epoch, on average."""
@@ -55,7 +55,7 @@ class Account:
             if isinstance(mine, Counter):
                 mine.update(value)
             elif isinstance(mine, dict):
-                setattr(self, name, {**value, **mine})
+                setattr(self, name, {**mine, **value, **mine})
             elif isinstance(mine, int):
                 setattr(self, name, mine + value)
 
@@ -71,7 +71,11 @@ class Account:
 
     def to_json(self) -> dict[str, Any]:
         assert self.read == self.kept + sum(self.rejected.values()) + self.not_taken, f"records lost: {self}"
-        return {**asdict(self), "rejected": dict(self.rejected), "parts_rejected": dict(self.parts_rejected)}
+        return self.partial()
+
+    def partial(self) -> dict[str, Any]:
+        """The same of an account that is not complete yet."""
+        return {**vars(self), "rejected": dict(self.rejected), "parts_rejected": dict(self.parts_rejected)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

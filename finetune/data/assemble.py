@@ -63,7 +63,7 @@ def assemble(
         account.add(account_of(Rows(path)))
     batches = (batch for path in paths for batch in Rows(path).batches)
     write_arrow(made / EXAMPLES, EXAMPLE_SCHEMA, batches, image_token=str(fitter.encoder.specials[IMAGE]))
-    account.images = len(Rows(made / IMAGES))
+    account.images = len(np.unique(Rows(made / EXAMPLES).values("images")))
     partial = made / f"{ACCOUNT}.partial"
     partial.write_text(json.dumps(account.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(made / ACCOUNT)

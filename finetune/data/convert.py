@@ -1,6 +1,5 @@
 """Records -> dialogues, the first pass of preparing: converted, their images opened, and named by content."""
 
-import io
 import json
 import shutil
 from collections import OrderedDict
@@ -29,7 +28,17 @@ from finetune.data.parts import (
     to_batches,
     write_arrow,
 )
-from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, Rows, dialogue_to_json, image_from_row, image_row
+from finetune.data.prepared import (
+    FILE_SCHEMA,
+    FILES,
+    IMAGE_SCHEMA,
+    IMAGES,
+    File,
+    Rows,
+    dialogue_to_json,
+    file_now,
+    image_row,
+)
 from finetune.data.sources import FORMATS
 from finetune.data.sources.download import Downloader
 from finetune.data.sources.roots import ImageRoot
@@ -45,10 +54,11 @@ def read_dialogues(source: Source, account: Account, *, track: Track = silently)
     """(place, dialogue) for every record that converts, as the records stand; the others are counted."""
     root, convert = ImageRoot(source), FORMATS[source.format].convert
     for place, record in track(_taken(source, account), f"read {source.label}"):
-        try:
-            yield place, _to_dialogue(record, convert, root)
-        except RecordError as error:
-            account.reject(place, error)
+        dialogue = _to_dialogue(record, convert, root)
+        if isinstance(dialogue, RecordError):
+            account.reject(place, dialogue)
+        else:
+            yield place, dialogue
 
 
 def convert(source: Source, made: Path, *, downloads: Path, workers: int, track: Track) -> Account:
@@ -113,85 +123,89 @@ class _Convert:
         return ImageRoot(self.source)
 
     @cached_property
-    def _seen(self) -> "OrderedDict[Image, bytes | RecordError]":
+    def _seen(self) -> OrderedDict[Image, tuple[File, bytes | RecordError]]:
         """What became of the images met lately: neighbouring records often show the same one."""
         return OrderedDict()
 
     def __call__(self, task: tuple[int, list[Record]]) -> None:
         number, records = task
         account, family = Account(self.source.name), FORMATS[self.source.format]
-        dialogues: list[tuple[str, Dialogue]] = []
-        for place, record in records:
-            try:
-                dialogues.append((place, _to_dialogue(record, family.convert, self._root)))
-            except RecordError as error:
-                account.reject(place, error)
-        fetched = self._fetch(dialogues)
+        converted = [(place, _to_dialogue(record, family.convert, self._root)) for place, record in records]
+        fetched = self._fetch([dialogue for _, dialogue in converted if isinstance(dialogue, Dialogue)])
         images = _PartImages(self.made / "images" / f"{number:06}.bin")
         rows = []
-        for place, dialogue in dialogues:
-            try:
-                shown = [images.add(image, self._check(image)) for image in _located(dialogue, fetched)]
-            except RecordError as error:
-                account.reject(place, error)
-                continue
-            opens = opening_images(dialogue) is not None
-            text = dialogue_to_json(dialogue)
-            rows.append({"place": place, "dialogue": text, "images": shown, "opens": opens})
+        for place, dialogue in converted:
+            row = dialogue if isinstance(dialogue, RecordError) else self._row(place, dialogue, images, fetched)
+            if isinstance(row, RecordError):
+                account.reject(place, row)
+            else:
+                rows.append(row)
         account.dialogues = len(rows)
         images.close()
         part = part_path(self.made / "convert", number)
         write_arrow(part.with_suffix(".images"), IMAGE_SCHEMA, to_batches(images.rows, IMAGE_SCHEMA))
+        write_arrow(part.with_suffix(".files"), FILE_SCHEMA, to_batches(images.file_rows, FILE_SCHEMA))
         write_arrow(part, DIALOGUE_SCHEMA, to_batches(rows, DIALOGUE_SCHEMA), account=account_text(account))
 
-    def _fetch(self, dialogues: Sequence[tuple[str, Dialogue]]) -> dict[str, Path | RecordError]:
+    def _fetch(self, dialogues: Sequence[Dialogue]) -> dict[str, Path | RecordError]:
         urls = {
-            image.source.url
-            for _, dialogue in dialogues
-            for image in dialogue.images
-            if isinstance(image.source, Remote)
+            image.source.url for dialogue in dialogues for image in dialogue.images if isinstance(image.source, Remote)
         }
         if not urls:
             return {}
         return Downloader(self.downloads, http=self.source.download_http).fetch_all(sorted(urls))
 
-    def _check(self, image: Image) -> bytes:
-        """Decode, so that a broken image is found now and not in training; its digest."""
-        known = self._seen.get(image)
-        if known is None:
-            try:
-                open_image(image)
-                known = digest(image)
-            except RecordError as error:
-                known = error
-            if not isinstance(image.source, bytes | PIL.Image.Image):
-                self._seen[image] = known
-                if len(self._seen) > 8 * PART_RECORDS:
-                    self._seen.popitem(last=False)
-        if isinstance(known, RecordError):
-            raise known
-        return known
+    def _row(
+        self, place: str, dialogue: Dialogue, images: "_PartImages", fetched: dict[str, Path | RecordError]
+    ) -> dict[str, Any] | RecordError:
+        """A row of dialogues.arrow, its images added to `images`; or why one of them cannot be shown."""
+        shown = []
+        for image in dialogue.images:
+            found = fetched[image.source.url] if isinstance(image.source, Remote) else image
+            if isinstance(found, RecordError):
+                return found
+            located = Image(found) if isinstance(found, Path) else found
+            content = self._look(located, images.files)
+            if isinstance(content, RecordError):
+                return content
+            shown.append(images.add(located, content))
+        opens = opening_images(dialogue) is not None
+        return {"place": place, "dialogue": dialogue_to_json(dialogue), "images": shown, "opens": opens}
+
+    def _look(self, image: Image, files: set[File]) -> bytes | RecordError:
+        """Its digest, decoded so that a broken image is found now and not in training; `files` learns of its file."""
+        if isinstance(image.source, bytes | PIL.Image.Image):
+            return _digest(image)
+        if image not in self._seen:
+            assert isinstance(image.source, Path | Slice)
+            file = file_now(image.source.path if isinstance(image.source, Slice) else image.source)
+            self._seen[image] = file, _digest(image)
+            if len(self._seen) > 8 * PART_RECORDS:
+                self._seen.popitem(last=False)
+        file, content = self._seen[image]
+        files.add(file)
+        return content
 
 
-def _to_dialogue(record: dict[str, Any] | RecordError, convert: Any, root: ImageRoot) -> Dialogue:
+def _to_dialogue(record: dict[str, Any] | RecordError, convert: Any, root: ImageRoot) -> Dialogue | RecordError:
     if isinstance(record, RecordError):
-        raise record
-    dialogue = convert(record, root)
+        return record
+    try:
+        dialogue: Dialogue = convert(record, root)
+    except RecordError as error:
+        return error
     if dialogue.is_prompt:
-        raise RecordError("no answer to the last question", "the dialogue ends with the user")
+        return RecordError("no answer to the last question", "the dialogue ends with the user")
     return dialogue
 
 
-def _located(dialogue: Dialogue, fetched: dict[str, Path | RecordError]) -> Iterator[Image]:
-    """The dialogue's images, downloaded ones where they are now."""
-    for image in dialogue.images:
-        if isinstance(image.source, Remote):
-            found = fetched[image.source.url]
-            if isinstance(found, RecordError):
-                raise found
-            yield Image(found)
-        else:
-            yield image
+def _digest(image: Image) -> bytes | RecordError:
+    """Of an image that can be decoded."""
+    try:
+        open_image(image)
+        return digest(image)
+    except RecordError as error:
+        return RecordError(error.reason, error.detail)  # the one caught holds on to all that was read
 
 
 class _PartImages:
@@ -199,6 +213,7 @@ class _PartImages:
 
     def __init__(self, kept: Path):
         self.rows: list[dict[str, Any]] = []
+        self.files: set[File] = set()
         self._kept = kept
         self._file: BinaryIO | None = None
         self._by_digest: dict[bytes, int] = {}
@@ -214,22 +229,19 @@ class _PartImages:
         if self._file is None:
             self._kept.parent.mkdir(exist_ok=True)
             self._file = self._kept.open("wb")
-        data = _as_png(image.source) if isinstance(image.source, PIL.Image.Image) else encoded(image)
+        data = encoded(image)
         place = Slice(self._kept, self._file.tell(), len(data))
         self._file.write(data)
         return Image(place)
 
+    @property
+    def file_rows(self) -> list[dict[str, Any]]:
+        return [dict(zip(FILE_SCHEMA.names, file, strict=True)) for file in sorted(self.files)]
+
     def close(self) -> None:
-        """The file is complete: only now is its size what the rows should say."""
         if self._file is not None:
             self._file.close()
-            self.rows = [image_row(image_from_row(row), row["digest"]) for row in self.rows]
-
-
-def _as_png(image: PIL.Image.Image) -> bytes:
-    written = io.BytesIO()
-    image.save(written, "PNG")
-    return written.getvalue()
+            self.files.add(file_now(self._kept))
 
 
 def _merge_converted(made: Path, parts: int, account: Account) -> None:
@@ -258,6 +270,14 @@ def _merge_converted(made: Path, parts: int, account: Account) -> None:
 
     for path in paths:
         account.add(account_of(Rows(path)))
+    files = [batch for path in paths for batch in Rows(path.with_suffix(".files")).batches]
     write_arrow(made / IMAGES, IMAGE_SCHEMA, images())
+    write_arrow(made / FILES, FILE_SCHEMA, _distinct(files))
     write_arrow(made / DIALOGUES, DIALOGUE_SCHEMA, dialogues(), account=account_text(account))
     shutil.rmtree(made / "convert")
+
+
+def _distinct(files: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """A file that changed meanwhile stays in twice, so that the set is stale."""
+    table = pa.Table.from_batches(files, FILE_SCHEMA)
+    return table.group_by(FILE_SCHEMA.names, use_threads=False).aggregate([]).to_batches()

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from finetune.data.account import Account
-from finetune.data.dialogue import Dialogue, Image, RecordError, Turn
+from finetune.data.dialogue import Dialogue, Image, RecordError
 from finetune.data.sources import FORMATS
 from finetune.data.sources.source import Source
 from finetune.data.template import render
 from finetune.data.tokens import Encoder, Example, tokenize_all
-from finetune.data.turns import Piece, bound, cut_document, document_units, fill, join, opening_images
+from finetune.data.turns import Piece, bound, document_of, document_units, fill, join, opening_images
 
 TOO_LONG, TOO_MANY_IMAGES = "too long", "too many images"
 
@@ -58,42 +58,54 @@ class Fitter:
 
         `same` gives equal values for images that count as one.
         """
-        waiting = list(pieces)
-        while waiting:
-            tokenised = tokenize_all([render(piece.dialogue) for piece in waiting], self.encoder)
-            smaller: list[Piece] = []
-            for piece, example in zip(waiting, tokenised, strict=True):
-                error = self._misfit(piece, example, same)
-                parts = self._divide(piece) if error and error.reason in (TOO_LONG, TOO_MANY_IMAGES) else []
-                if not parts:
-                    yield piece, error or example
-                smaller += parts
-            waiting = smaller
+        tokenised = tokenize_all([render(piece.dialogue) for piece in pieces], self.encoder)
+        for piece, example in zip(pieces, tokenised, strict=True):
+            error = self._crowd(piece.dialogue, same) or self._misfit(example)
+            parts = self._divide(piece, same) if error and error.reason in (TOO_LONG, TOO_MANY_IMAGES) else ()
+            if parts:
+                yield from self.fit(parts, same=same)
+            else:
+                yield piece, error or example
 
-    def _misfit(self, piece: Piece, example: Example | RecordError, same: Callable[[Image], Any]) -> RecordError | None:
-        if isinstance(example, RecordError):
-            return example
-        shown = len({same(image) for image in piece.dialogue.images})
+    def _crowd(self, dialogue: Dialogue, same: Callable[[Image], Any]) -> RecordError | None:
+        shown = len({same(image) for image in dialogue.images})
         if shown > self.limits.max_images:
             return RecordError(TOO_MANY_IMAGES, f"{shown}, row_images is {self.limits.max_images}")
+        return None
+
+    def _misfit(self, example: Example | RecordError) -> RecordError | None:
+        if isinstance(example, RecordError):
+            return example
         if len(example) > self.limits.max_length:
             return RecordError(TOO_LONG, f"{len(example)} tokens, max_length is {self.limits.max_length}")
         if not example.supervised:
             return RecordError("nothing supervised", "no token of this dialogue is trained on")
         return None
 
-    def _divide(self, piece: Piece) -> list[Piece]:
-        """Parts as full as may be of a document, by what each text has alone; else halves."""
-        if not piece.dialogue.is_document:
-            return list(piece.halves() or ()) if self.turns is not None else []
-        units = [Dialogue((Turn("document", unit),), goes_on=True) for unit in document_units(piece.dialogue)]
-        alone = tokenize_all([render(unit) for unit in units], self.encoder)
-        sizes = [len(example) - 1 if isinstance(example, Example) else 0 for example in alone]  # without `<s>`
-        images = [len(unit.images) for unit in units]
-        places = fill(sizes, images, most=self.limits.max_length - 2, most_images=self.limits.max_images)
-        if not places:
-            return list(piece.halves() or ())
-        return [Piece(part, piece.origins) for part in cut_document(piece.dialogue, places)]
+    def _divide(self, piece: Piece, same: Callable[[Image], Any]) -> Sequence[Piece]:
+        """Smaller ones; none where it may not, or cannot, be divided."""
+        if piece.dialogue.is_document:
+            parts = self._cut(piece.dialogue, same)
+            return [Piece(part, piece.origins) for part in parts] if len(parts) > 1 else ()
+        return piece.halves() or () if self.turns is not None else ()
+
+    def _cut(self, document: Dialogue, same: Callable[[Image], Any]) -> list[Dialogue]:
+        """Between texts, each part as full as it can be. Only the last says that the document ends."""
+        units = document_units(document)
+
+        def part(start: int, stop: int) -> Dialogue:
+            return document_of(units[start:stop], goes_on=document.goes_on or stop < len(units))
+
+        def fits(start: int, stop: int) -> bool:
+            dialogue = part(start, stop)
+            if self._crowd(dialogue, same):
+                return False
+            (example,) = tokenize_all([render(dialogue)], self.encoder)
+            return not self._misfit(example)
+
+        alone = tokenize_all([render(part(index, index + 1)) for index in range(len(units))], self.encoder)
+        sizes = [len(example) if isinstance(example, Example) else 0 for example in alone]
+        return [part(start, stop) for start, stop in fill(sizes, most=self.limits.max_length, fits=fits)]
 
 
 class Fates:
@@ -121,8 +133,8 @@ class Fates:
     def tell(self, places: Mapping[int, str]) -> None:
         """Origin -> place: count each as one record, kept or rejected, and the parts that kept ones lost."""
         for origin, place in places.items():
-            self.account.documents_cut += self._documents[origin] > 1
             if self._kept[origin]:
+                self.account.documents_cut += self._documents[origin] > 1
                 self.account.kept += 1
                 for error in self._lost[origin]:
                     self.account.reject_part(place, error)

@@ -82,7 +82,7 @@ def encoded(image: Image) -> bytes:
 
 
 def digest(image: Image) -> bytes:
-    """SHA-256 of the image's bytes, 32 of them: the same picture under two names is one picture."""
+    """SHA-256 of an image's file, or of the pixels of a picture in memory, 32 bytes: the same under any name."""
     source = image.source
     if isinstance(source, PIL.Image.Image):
         picture = _decode(source, describe(image))
@@ -93,7 +93,7 @@ def digest(image: Image) -> bytes:
 def decode_base64(content: str | bytes, name: str = "base64") -> bytes:
     """The bytes, white space passed over. Raises RecordError: another character, a missing one, or too much."""
     packed = b"".join(content.encode("ascii", "replace").split() if isinstance(content, str) else content.split())
-    if len(packed) > MAX_BYTES // 3 * 4:
+    if len(packed) > _in_base64(MAX_BYTES):
         raise RecordError("image too large", f"{name}: {len(packed):,} characters of base64")
     try:
         return base64.b64decode(packed, validate=True)
@@ -101,10 +101,15 @@ def decode_base64(content: str | bytes, name: str = "base64") -> bytes:
         raise RecordError("corrupt image", f"{name}: {error}") from error
 
 
+def _in_base64(length: int) -> int:
+    return (length + 2) // 3 * 4
+
+
 def _unpack(member: Slice) -> bytes:
     """A member's bytes, of at most `MAX_BYTES`, whatever the archive says of itself."""
     name = describe(Image(member))
-    content = _read(member.path, member.offset, member.length)
+    limit = 2 * _in_base64(MAX_BYTES) if member.coding == "base64" else MAX_BYTES  # twice: there may be white space
+    content = _read(member.path, member.offset, member.length, limit=limit)
     if member.coding == "base64":
         return decode_base64(_JSON_ESCAPES.sub(b"", content.replace(rb"\/", b"/")), name)
     return _inflate(content, name) if member.coding == "deflate" else content
@@ -127,14 +132,14 @@ def _inflate(content: bytes, name: str) -> bytes:
     return unpacked
 
 
-def _read(path: Path, offset: int = 0, length: int | None = None) -> bytes:
-    """A whole file, or exactly `length` bytes of it."""
+def _read(path: Path, offset: int = 0, length: int | None = None, *, limit: int | None = None) -> bytes:
+    """A whole file, or exactly `length` bytes of it; of at most `limit`, or else `MAX_BYTES`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise RecordError("corrupt image", f"{path}: not a file")
         expected = status.st_size if length is None else length
-        if expected > MAX_BYTES:
+        if expected > (limit or MAX_BYTES):
             raise RecordError("image too large", f"{path}: {expected:,} bytes")
         with path.open("rb") as file:
             file.seek(offset)

@@ -31,7 +31,7 @@ def run_all(tasks: Iterable[Task], work: Callable[[Task], None], *, workers: int
         for finished in _bounded(pool, chain(first, coming), most=3 * workers):
             finished.result()
     except BrokenProcessPool as error:
-        raise UserError("a worker process died, most likely for want of memory; try fewer: --workers 1") from error
+        raise UserError("a worker process died, most likely for want of memory; try fewer: data.workers=1") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

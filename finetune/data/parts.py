@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def to_batches(rows: list[dict[str, Any]], schema: pa.Schema) -> list[pa.RecordB
 
 
 def account_text(account: Account) -> str:
-    return json.dumps(asdict(account))
+    return json.dumps(account.partial())
 
 
 def account_of(part: Rows) -> Account:

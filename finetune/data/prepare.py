@@ -75,7 +75,9 @@ def prepare_source(
             shutil.rmtree(made)
         account = convert(source, made, downloads=folder / "downloads", workers=workers, track=track)
         assemble(source, made, fitter, account, workers=workers, track=track)
-        return PreparedSet(made)
+        if found := PreparedSet.open(made):
+            return found
+        raise UserError(f"{source.name}: its images changed while they were prepared; start again")
 
 
 def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[Prepared, Prepared]:

@@ -1,7 +1,8 @@
 """The prepared set on disk: examples of one source in Arrow, memory-mapped, and several of them seen as one.
 
 NAME-KEY/   examples.arrow   an example a row: tokens, what is supervised, images, the dialogue it was made of
-            images.arrow     the distinct images: where their bytes are, and what these were
+            images.arrow     the distinct images: where their bytes are
+            files.arrow      the files in which images were looked for, as they were
             images/*.bin     images that came inside records, encoded as they came; pixels are never stored
             account.json     what became of every record; written last, so a set that has it is whole
 """
@@ -21,7 +22,7 @@ from finetune.data.tokens import IGNORED, Example, see_images
 
 Item = TypeVar("Item")
 
-EXAMPLES, IMAGES, ACCOUNT = "examples.arrow", "images.arrow", "account.json"
+EXAMPLES, IMAGES, FILES, ACCOUNT = "examples.arrow", "images.arrow", "files.arrow", "account.json"
 
 EXAMPLE_SCHEMA = pa.schema(
     {
@@ -43,11 +44,12 @@ IMAGE_SCHEMA = pa.schema(
         "offset": pa.int64(),
         "length": pa.int64(),
         "coding": pa.string(),
-        "size": pa.int64(),
-        "mtime_ns": pa.int64(),
     }
 )
-"""offset is -1 where the image is the whole file; size and mtime_ns are the file's."""
+"""offset and length are -1 where the image is the whole file."""
+
+FILE_SCHEMA = pa.schema({"path": pa.string(), "size": pa.int64(), "mtime_ns": pa.int64()})
+"""Broken and missing files, too (size and mtime_ns are -1 then), for a set is stale when they have been mended."""
 
 
 class View(Sequence[Item], Generic[Item]):
@@ -112,13 +114,16 @@ class Rows:
 
     def values(self, column: str) -> np.ndarray:
         """A whole column; of a list column, the values of all cells end to end."""
-        if pa.types.is_list(self.schema.field(column).type):
-            arrays = [values for _, values in self._lists(column)]
+        kind = self.schema.field(column).type
+        if pa.types.is_list(kind):
+            arrays, kind = [values for _, values in self._lists(column)], kind.value_type
         else:
             arrays = [batch.column(column) for batch in self.batches]
-        return np.concatenate([np.zeros(0, np.int8), *(array.to_numpy(zero_copy_only=False) for array in arrays)])
+        return pa.chunked_array(arrays, kind).to_numpy()
 
     def _find(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
         batch = int(np.searchsorted(self.bounds, number, side="right")) - 1
         return batch, int(number - self.bounds[batch])
 
@@ -174,8 +179,9 @@ class PreparedSet:
         return dialogue_from_json(self.examples.text("dialogue", row), images)
 
     def _is_fresh(self) -> bool:
-        columns = (self.images.values(name) for name in ("path", "size", "mtime_ns"))
-        return all(stamp(Path(path)) == (size, mtime) for path, size, mtime in set(zip(*columns, strict=True)))
+        files = Rows(self.folder / FILES)
+        columns = (files.values(name) for name in FILE_SCHEMA.names)
+        return all(file_now(path) == (path, size, mtime) for path, size, mtime in zip(*columns, strict=True))
 
 
 class Prepared:
@@ -236,9 +242,10 @@ class Prepared:
     def shown_images(self) -> tuple[np.ndarray, np.ndarray]:
         """(example, digest) of every image shown: int64, S32."""
         examples, rows = self._flat("images")
-        offsets = np.repeat(self._image_bounds[:-1], [len(one.examples.values("images")) for one in self.sets])
+        sizes = np.array([len(one.examples.values("images")) for one in self.sets], np.int64)
         taken = examples >= 0
-        return examples[taken], self.digests[self._number[(rows + offsets)[taken]]]
+        numbers = self._number[(rows + np.repeat(self._image_bounds[:-1], sizes))[taken]]
+        return examples[taken], self.digests[numbers]
 
     def asked_questions(self) -> tuple[np.ndarray, np.ndarray]:
         """(example, `question_key`) of every question: int64, uint64."""
@@ -289,13 +296,16 @@ def _locate(bounds: np.ndarray, number: int) -> tuple[int, int]:
     return which, int(number - bounds[which])
 
 
-def stamp(path: Path) -> tuple[int, int]:
-    """(size, time of change in nanoseconds): what tells that a file is still the same; (-1, -1) if it is gone."""
+File = tuple[str, int, int]
+"""A row of files.arrow: what tells that a file is still the same."""
+
+
+def file_now(path: Path | str) -> File:
     try:
-        status = path.stat()
+        status = Path(path).stat()
     except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+        return str(path), -1, -1
+    return str(path), status.st_size, status.st_mtime_ns
 
 
 def image_row(image: Image, digest: bytes) -> dict[str, Any]:
@@ -303,9 +313,8 @@ def image_row(image: Image, digest: bytes) -> dict[str, Any]:
     source = image.source
     assert isinstance(source, Path | Slice)
     path = source.path if isinstance(source, Slice) else source
-    size, mtime_ns = stamp(path)
-    place = (source.offset, source.length, source.coding) if isinstance(source, Slice) else (-1, size, "raw")
-    return dict(zip(IMAGE_SCHEMA.names, (digest, str(path), *place, size, mtime_ns), strict=True))
+    place = (source.offset, source.length, source.coding) if isinstance(source, Slice) else (-1, -1, "raw")
+    return dict(zip(IMAGE_SCHEMA.names, (digest, str(path), *place), strict=True))
 
 
 def image_from_row(row: dict[str, Any]) -> Image:

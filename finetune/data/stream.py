@@ -4,7 +4,8 @@ The rows are the same for every rank and worker: each reads all records, and ope
 run that goes on reads the stream again up to its row, without opening an image.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from finetune.data.account import Account, why_nothing_is_left
 from finetune.data.collate import Batch, collate
 from finetune.data.convert import read_dialogues
-from finetune.data.dialogue import Image, RecordError, Remote
+from finetune.data.dialogue import Dialogue, Image, RecordError, Remote
 from finetune.data.fit import Fates, Fitter
 from finetune.data.images import Augmentation, Preprocessing, open_image
 from finetune.data.packing import pack
@@ -24,11 +25,21 @@ from finetune.data.schedule import Unit
 from finetune.data.sources.download import Downloader
 from finetune.data.sources.source import Source
 from finetune.data.tokens import Example
+from finetune.data.turns import Piece
 from modeling.errors import UserError
 
 TOKENISED_AT_ONCE = 64
 WINDOW_ROWS = 64
 """Rows that are packed together: the more, the fuller, and the more examples are held."""
+
+
+@dataclass(eq=False)
+class Origin:
+    """A record of a streamed source."""
+
+    place: str
+    examples: int
+    """Those it gave, without those whose images cannot be opened."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +49,10 @@ class Drawn:
     example: Example
     images: tuple[Image, ...]
     source: int
-    place: str
     epoch: int
     """How often its source has been read before."""
+    origin: Origin | None = None
+    """None where the source is prepared, so that its images have been opened before."""
 
 
 Pass = Callable[[int, Account], Iterator[Drawn]]
@@ -69,12 +81,15 @@ class StreamedRows:
     blank_image: bool = False
 
     def __post_init__(self) -> None:
-        self.accounts: list[Account] = []
-        """For each source, what became of its records in the first pass, as far as it has been read."""
-        self._coming: Iterator[list[Drawn]] = iter(())
-        self._next = self.rows  # nothing has begun
         self._tokens: dict[int, int] = {}
         self._epochs: dict[int, int] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.accounts = [Account(name) for name in self.names]
+        """For each source, what became of its records in the first pass, as far as it has been read here."""
+        self._coming = self._stream()
+        self._next = 0
 
     def __len__(self) -> int:
         return self.rows
@@ -85,56 +100,88 @@ class StreamedRows:
         return self.at(feature["row"])
 
     def tokens(self, number: int) -> int:
-        """Tokens of a row that has been made."""
-        return self._tokens.get(number, 0)
+        if number not in self._tokens:
+            self._go_on(number)
+        return self._tokens[number]
 
     def epoch(self, number: int) -> int:
-        return self._epochs.get(number, 0)
+        if number not in self._epochs:
+            self._go_on(number)
+        return self._epochs[number]
 
     def at(self, number: int) -> Batch:
-        """Rows are made in order; asking for an earlier one begins again."""
-        if number < self._next:
-            self._coming, self._next = self._stream(), 0
-        row = next(islice(self._coming, number - self._next, None))
-        self._next = number + 1
-        batch = self._collate(row, number)
-        self._tokens[number] = batch["input_ids"].shape[1] if row else 0
-        self._epochs[number] = min((drawn.epoch for drawn in row), default=0)
-        return batch
-
-    def _collate(self, row: Sequence[Drawn], number: int) -> Batch:
-        """An image that cannot be opened takes its example out of the row, and is counted."""
-        rng = np.random.default_rng([self.seed, number, 8]) if self.augmentation != Augmentation() else None
-        pixels: dict[Image, np.ndarray] = {}
-        usable = []
-        for drawn in row:
-            try:
-                pixels |= {image: self._pixels(image, rng) for image in drawn.images if image not in pixels}
-                usable.append(drawn)
-            except RecordError as error:
-                account = self.accounts[drawn.source]
-                account.kept -= 1
-                account.reject(drawn.place, error)
+        row, pixels = self._opened(self._go_on(number), number)
+        self._tokens[number] = sum(len(drawn.example) for drawn in row)
         numbers = {image: index for index, image in enumerate(pixels)}
         levels = list(pixels.values())
         return collate(
-            [drawn.example for drawn in usable],
-            [[numbers[image] for image in drawn.images] for drawn in usable],
+            [drawn.example for drawn in row],
+            [[numbers[image] for image in drawn.images] for drawn in row],
             pixels=lambda index: levels[index],
             image_size=self.preprocessing.size,
             filler=self.filler,
             blank_image=self.blank_image,
         )
 
-    def _pixels(self, image: Image, rng: np.random.Generator | None) -> np.ndarray:
+    def _go_on(self, number: int) -> list[Drawn]:
+        """Row `number`. Rows are made in order, so for an earlier one all begins again."""
+        if number < self._next:
+            self._begin()
+        row: list[Drawn] = []
+        while self._next <= number:
+            row = next(self._coming)
+            self._tokens[self._next] = sum(len(drawn.example) for drawn in row)
+            self._epochs[self._next] = min(drawn.epoch for drawn in row)
+            self._next += 1
+        return row
+
+    def _opened(self, row: Sequence[Drawn], number: int) -> tuple[list[Drawn], dict[Image, np.ndarray]]:
+        """(examples whose images can be opened, the pixels of these images); the others are counted."""
+        rng = np.random.default_rng([self.seed, number, 8]) if self.augmentation != Augmentation() else None
+        fetched, pixels = self._fetch(row), dict[Image, np.ndarray]()
+        usable = []
+        for drawn in row:
+            try:
+                pixels |= {image: self._pixels(image, fetched, rng) for image in drawn.images if image not in pixels}
+                usable.append(drawn)
+            except RecordError as error:
+                self._lose(drawn, error)
+        return usable, pixels
+
+    def _fetch(self, row: Sequence[Drawn]) -> dict[str, Path | RecordError]:
+        """The images of a row that are URLs, downloaded all at once."""
+        urls = [image.source.url for drawn in row for image in drawn.images if isinstance(image.source, Remote)]
+        if not urls:
+            return {}
+        assert self.downloader is not None
+        return self.downloader.fetch_all(urls)
+
+    def _pixels(
+        self, image: Image, fetched: Mapping[str, Path | RecordError], rng: np.random.Generator | None
+    ) -> np.ndarray:
         if isinstance(image.source, Remote):
-            assert self.downloader is not None
-            image = Image(self.downloader.fetch(image.source.url))
+            found = fetched[image.source.url]
+            if isinstance(found, RecordError):
+                raise found
+            image = Image(found)
         return self.preprocessing.pixels(open_image(image), augmentation=self.augmentation, rng=rng)
+
+    def _lose(self, drawn: Drawn, error: RecordError) -> None:
+        """Count an example that is left out, in the first pass. Raises the error of a prepared source."""
+        if drawn.origin is None:
+            raise error
+        if drawn.epoch:
+            return
+        account = self.accounts[drawn.source]
+        drawn.origin.examples -= 1
+        if drawn.origin.examples:
+            account.reject_part(drawn.origin.place, error)
+        else:
+            account.kept -= 1
+            account.reject(drawn.origin.place, error)
 
     def _stream(self) -> Iterator[list[Drawn]]:
         """Rows without end: examples mixed by weight, gathered in windows, packed, and the window's rows shuffled."""
-        self.accounts = [Account(name) for name in self.names]
         examples = self._mix([self._endless(number) for number in range(len(self.passes))])
         for window in count():
             gathered: list[Drawn] = []
@@ -149,32 +196,49 @@ class StreamedRows:
             yield from ([gathered[index] for index in packs[row]] for row in order)
 
     def _mix(self, streams: Sequence[Iterator[Drawn]]) -> Iterator[Drawn]:
-        """Always from the source furthest behind its share: any stretch has the ratio, to one example."""
-        given = [0.0] * len(streams)
+        """However many are taken, each source has its share of them, to one example.
+
+        Of the sources that another example would not lead beyond their share, the one that would fall behind first
+        (earliest deadline first, as proportionate schedulers do: Baruah et al. 1996).
+        """
+        weights = np.array([weight or 1.0 for weight in self.weights])
+        shares = (weights / weights.sum()).tolist()
+        coming = [next(stream) for stream in streams]
+        given = [0] * len(streams)
         while True:
-            number = min(range(len(streams)), key=lambda index: given[index])
-            drawn = next(streams[number])
-            amount = len(drawn.example) if self.unit == "tokens" else 1
-            given[number] += amount / (self.weights[number] or 1.0)
-            yield drawn
+            amounts = [self._amount(drawn) for drawn in coming]
+            total = sum(given)
+            due = [number for number, share in enumerate(shares) if given[number] < share * (total + amounts[number])]
+            chosen = min(due, key=lambda number: (given[number] + amounts[number]) / shares[number])
+            yield coming[chosen]
+            given[chosen] += amounts[chosen]
+            coming[chosen] = next(streams[chosen])
+
+    def _amount(self, drawn: Drawn) -> int:
+        return len(drawn.example) if self.unit == "tokens" else 1
 
     def _endless(self, number: int) -> Iterator[Drawn]:
-        """One pass after the other, through a shuffle buffer."""
+        """One pass after the other. Raises UserError after one that gave nothing, or of which nothing could be used."""
+        first = self.accounts[number]
         for epoch in count():
-            account = self.accounts[number] if epoch == 0 else Account(self.names[number])
+            account = first if epoch == 0 else Account(self.names[number])
             rng = np.random.default_rng([self.seed, epoch, number, 7])
-            held: list[Drawn] = []
-            empty = True
-            for drawn in self.passes[number](epoch, account):
-                empty = False
+            yield from self._shuffled(self.passes[number](epoch, account), rng)
+            for one in (account, first):
+                if not one.kept:
+                    raise UserError(f"{one.source}: {why_nothing_is_left([one])}")
+
+    def _shuffled(self, examples: Iterator[Drawn], rng: np.random.Generator) -> Iterator[Drawn]:
+        """Each a random one of those held: at most `buffer`."""
+        held: list[Drawn] = []
+        for drawn in examples:
+            if len(held) < self.buffer:
                 held.append(drawn)
-                if len(held) > self.buffer:
-                    place = int(rng.integers(len(held)))
-                    held[place], held[-1] = held[-1], held[place]
-                    yield held.pop()
-            if empty:
-                raise UserError(why_nothing_is_left([account]))
-            yield from (held[place] for place in rng.permutation(len(held)))
+            else:
+                place = int(rng.integers(self.buffer))
+                yield held[place]
+                held[place] = drawn
+        yield from (held[place] for place in rng.permutation(len(held)))
 
 
 def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
@@ -187,25 +251,36 @@ def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
             if not chunk:
                 return
             account.dialogues += len(chunk)
-            fates = Fates(account)
-            for origin, (_, dialogue) in enumerate(chunk):
-                pieces = fitter.arrange([(origin, dialogue)], number=start + origin)
-                for piece, example in fitter.fit(pieces, same=lambda image: image):
-                    fates.take(piece, example)
-                    if isinstance(example, Example):
-                        yield Drawn(example, piece.dialogue.images, number, chunk[origin][0], epoch)
-            fates.tell({origin: place for origin, (place, _) in enumerate(chunk)})
+            for piece, example, origin in _fit(chunk, fitter, account, start=start):
+                yield Drawn(example, piece.dialogue.images, number, epoch, origin)
 
     return one_pass
+
+
+def _fit(
+    chunk: Sequence[tuple[str, Dialogue]], fitter: Fitter, account: Account, *, start: int
+) -> list[tuple[Piece, Example, Origin]]:
+    """The examples of (place, dialogue), the first of which is number `start` of its source; all are counted."""
+    dialogues = [dialogue for _, dialogue in chunk]
+    arranged = [fitter.arrange([one], number=start + one[0]) for one in enumerate(dialogues)]
+    fitted = list(fitter.fit([piece for pieces in arranged for piece in pieces], same=lambda image: image))
+    fates = Fates(account)
+    for piece, example in fitted:
+        fates.take(piece, example)
+    fates.tell({number: place for number, (place, _) in enumerate(chunk)})
+    kept = [(piece, example) for piece, example in fitted if isinstance(example, Example)]
+    examples = Counter(piece.origins[0] for piece, _ in kept)
+    origins = {number: Origin(chunk[number][0], amount) for number, amount in examples.items()}
+    return [(piece, example, origins[piece.origins[0]]) for piece, example in kept]
 
 
 def prepared_pass(found: PreparedSet, number: int, seed: int) -> Pass:
     """A prepared source among streamed ones."""
 
     def one_pass(epoch: int, account: Account) -> Iterator[Drawn]:
+        account.add(found.account)
         for row in np.random.default_rng([seed, epoch, number]).permutation(len(found)).tolist():
-            images = found.dialogue(row).images
-            yield Drawn(found.example(row), images, number, found.examples.text("place", row), epoch)
+            yield Drawn(found.example(row), found.dialogue(row).images, number, epoch)
 
     return one_pass
 

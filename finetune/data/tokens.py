@@ -55,17 +55,21 @@ class Encoder:
     @property
     def identity(self) -> str:
         """Everything that decides what a text becomes."""
+        self._settle()
         return f"{self.backend.to_str()}{sorted(self.specials.items())}"
 
     def encode(self, texts: list[str]) -> list[Any]:
         """Encodings, with `ids` and character `offsets`."""
         if not texts:
             return []
-        # Set each time: the transformers tokenizer, which shares the backend, leaves its last call's settings behind.
+        self._settle()
+        return self.backend.encode_batch(texts, add_special_tokens=False)
+
+    def _settle(self) -> None:
+        """Before each use: the transformers tokenizer, which shares the backend, leaves its last call's settings."""
         self.backend.encode_special_tokens = True
         self.backend.no_padding()
         self.backend.no_truncation()
-        return self.backend.encode_batch(texts, add_special_tokens=False)
 
 
 def tokenize(rendered: Rendered, tokenizer: Any) -> Example:

@@ -4,9 +4,10 @@ A dialogue *opens with its images* when all of them stand before the words of it
 put into other dialogues, with the images in front again.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -31,14 +32,10 @@ class Piece:
     """For each exchange (or for the document) the dialogue it is from."""
 
     def halves(self) -> "tuple[Piece, Piece] | None":
-        """Divided between turns, or between the texts of a document; None where there is no such place."""
-        units = document_units(self.dialogue) if self.dialogue.is_document else exchanges(self.dialogue, 0)
-        if len(units) < 2:
+        """A conversation divided in the middle, between turns; None if it has but one question."""
+        middle = len(self.origins) // 2
+        if not middle:
             return None
-        middle = len(units) // 2
-        if self.dialogue.is_document:
-            first, second = cut_document(self.dialogue, [middle])
-            return Piece(first, self.origins), Piece(second, self.origins)
         first, second = divide(self.dialogue, [middle])
         return Piece(first, self.origins[:middle]), Piece(second, self.origins[middle:])
 
@@ -88,7 +85,8 @@ def divide(dialogue: Dialogue, places: Sequence[int]) -> list[Dialogue]:
     pairs = exchanges(dialogue, 0)
     parts = []
     for start, stop in pairwise([0, *places, len(pairs)]):
-        shown = opening + tuple(image for pair in pairs[:start] for image in pair.question.images)
+        before = (turn for pair in pairs[:start] for turn in (pair.question, pair.answer))
+        shown = opening + tuple(image for turn in before for image in turn.images)
         part = _with_images(tuple(dict.fromkeys(shown)), pairs[start:stop])
         parts.append(Dialogue((*system, *part.turns)))
     return parts
@@ -108,31 +106,28 @@ def document_units(document: Dialogue) -> list[tuple[Part, ...]]:
     return units if units else [waiting]
 
 
-def cut_document(document: Dialogue, places: Sequence[int]) -> list[Dialogue]:
-    """Cut before these units (counted from 0). Only the last part says that the document ends."""
-    units = document_units(document)
-    bounds = list(pairwise([0, *places, len(units)]))
-    return [
-        Dialogue(
-            (Turn("document", tuple(part for unit in units[start:stop] for part in unit)),),
-            goes_on=document.goes_on or stop < len(units),
-        )
-        for start, stop in bounds
-    ]
+def document_of(units: Sequence[tuple[Part, ...]], *, goes_on: bool) -> Dialogue:
+    return Dialogue((Turn("document", tuple(part for unit in units for part in unit)),), goes_on)
 
 
-def fill(sizes: Sequence[int], images: Sequence[int], *, most: int, most_images: int) -> list[int]:
-    """Where to cut so that each part is as full as it can be: indices of the units that open a new one.
+def fill(sizes: Sequence[int], *, most: int, fits: Callable[[int, int], bool]) -> list[tuple[int, int]]:
+    """(start, stop) of parts, each as full as it can be; what fits in none is a part by itself.
 
-    sizes (3, 3, 3), most 7 -> [2]
+    `fits` decides of a start and a stop; `sizes`, about what each unit takes of `most`, tell where to look first.
+
+    sizes (3, 3, 3), most 7 -> [(0, 2), (2, 3)]
     """
-    places, length, pictures = [], 0, 0
-    for index, (size, shown) in enumerate(zip(sizes, images, strict=True)):
-        if index and (length + size > most or pictures + shown > most_images):
-            places.append(index)
-            length, pictures = 0, 0
-        length, pictures = length + size, pictures + shown
-    return places
+    ends = [0, *accumulate(sizes)]
+    parts, start = [], 0
+    while start < len(sizes):
+        stop = max(start + 1, bisect_right(ends, ends[start] + most) - 1)
+        while stop < len(sizes) and fits(start, stop + 1):
+            stop += 1
+        while stop > start + 1 and not fits(start, stop):
+            stop -= 1
+        parts.append((start, stop))
+        start = stop
+    return parts
 
 
 def _leading_images(turn: Turn) -> tuple[Image, ...]:

@@ -98,7 +98,8 @@ _COLUMNS = {
     "supervised_tokens": "trained on",
     "images": "images",
     "draws_per_epoch": "draws an epoch",
-    "repeats": "repeats",
+    "repeats_per_epoch": "repeats",
+    "documents_cut": "documents cut",
 }
 """Figures of an account and their headings, in order; other numbers follow under their own names."""
 
@@ -112,7 +113,7 @@ def _figures(account: Mapping[str, Any]) -> dict[str, Any]:
 def _total(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The sums of what every row counts; a factor is no count."""
     counted = [key for key in rows[0] if all(isinstance(row.get(key), int) for row in rows)] if rows else []
-    return {key: sum(row[key] for row in rows) for key in counted if key != "repeats"}
+    return {key: sum(row[key] for row in rows) for key in counted if key != "repeats_per_epoch"}
 
 
 def _summary(accounts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

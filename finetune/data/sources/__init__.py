@@ -15,7 +15,7 @@ from finetune.data.sources import (
     questions,
     vqa,
 )
-from finetune.data.sources.files import files_of, read_records
+from finetune.data.sources.files import IMAGE_SUFFIXES, read_records
 from finetune.data.sources.source import Format, Source
 from modeling.errors import UserError
 
@@ -62,8 +62,12 @@ def recognise(records: Sequence[dict[str, Any]]) -> str:
 
 def recognise_source(source: Source) -> str:
     """The format of the first records of a source that does not say."""
-    if not source.hub and all(path.suffix == ".txt" for path in files_of(source)):
+    below = [file for path in source.paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    kinds = {file.suffix.lower() for file in below if file.is_file() and file.name not in image_folder.METADATA}
+    if kinds == {".txt"}:
         return "text"
+    if kinds & set(IMAGE_SUFFIXES) and kinds <= {*IMAGE_SUFFIXES, ".txt"}:
+        return "image_folder"
     first = [record for _, record in islice(read_records(source), FIRST_RECORDS) if isinstance(record, dict)]
     return recognise(first)
 

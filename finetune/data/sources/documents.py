@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.data.dialogue import Dialogue, Part, RecordError, Turn
 from finetune.data.sources.fields import checked, first_item, has, optional, required, required_list
-from finetune.data.sources.files import files_of, read_records
+from finetune.data.sources.files import files_of, read_records, refuse_columns
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
 
@@ -67,6 +67,7 @@ def read_texts(source: Source) -> Iterator[Record]:
     files = [file for path in source.paths for file in _texts_below(path) or files_of(replace(source, paths=(path,)))]
     for file in files:
         if file.suffix == ".txt":
+            refuse_columns(source)
             yield file.name, _text_record(file)
     others = tuple(file for file in files if file.suffix != ".txt")
     if others or source.hub:

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,17 @@ from finetune.data.sources.streams import COMPRESSIONS
 from finetune.data.sources.tables import read_arrow, read_csv, read_parquet
 from modeling.errors import UserError
 
-__all__ = ["files_of", "fingerprint", "locate", "read_header", "read_items", "read_pairs", "read_records"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "files_of",
+    "fingerprint",
+    "locate",
+    "read_header",
+    "read_items",
+    "read_pairs",
+    "read_records",
+    "refuse_columns",
+]
 
 Reader = Callable[[Path, str], Iterator[Record]]
 """(path, split) -> records."""
@@ -41,6 +52,8 @@ READERS: dict[str, Reader] = {
     **{name: _plain(read_shard) for name in (".tar", *COMPRESSED_TARS)},
 }
 """How a file of each suffix is read."""
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 _BOOKKEEPING = (*hub.SAVED, "dataset_info.json", "dataset_infos.json")
 """Files of the datasets library that hold no records."""
@@ -136,6 +149,12 @@ def _reader(path: Path) -> Reader:
     return READERS[suffix]
 
 
+def refuse_columns(source: Source) -> None:
+    """Raises UserError: `columns` for files whose names are part of their format."""
+    if source.columns:
+        raise UserError(f"{source.name}: columns: the files of format {source.format} are read by their own names")
+
+
 def _rename(source: Source, records: Iterable[Record]) -> Iterator[Record]:
     missing, got = set(source.columns.values()), None
     for place, record in records:
@@ -156,13 +175,22 @@ def _rename(source: Source, records: Iterable[Record]) -> Iterator[Record]:
 def fingerprint(source: Source, cache: Path | None = None) -> str:
     """SHA-256 over the content of all that a source reads, in hexadecimal.
 
-    Archives and stores of images count by size and time of change, a dataset on the hub by its version there. `cache`
-    is a JSON file where the digests of files are kept, so that those that did not change are not read again.
+    Of a folder count the names of all files below it (splits and captions go by names), and the content of those that
+    are no images; archives and stores of images by size and time of change; a dataset on the hub by its version there;
+    folders of `image_root` not at all. `cache` is a JSON file where the digests of files are kept, so that those that
+    did not change are not read again.
     """
-    if source.hub and not Path(source.hub).is_dir():
-        files, parts = [], [hub.name_of_version(source)]
-    else:
-        files, parts = _files_below(Path(source.hub)) if source.hub else files_of(source), []
+    parts: list[str] = []
+    files: list[Path] = []
+    for path in (Path(source.hub),) if source.hub else source.paths:
+        if source.hub and not path.is_dir():
+            parts.append(hub.name_of_version(source))
+        elif path.is_dir():
+            below = _files_below(path)
+            parts += [file.relative_to(path).as_posix() for file in below]
+            files += [file for file in below if file.suffix.lower() not in IMAGE_SUFFIXES]
+        else:
+            files += files_of(replace(source, paths=(path,)))
     stats = [locate(path)[0].stat() for path in source.image_root if not path.is_dir()]
     parts += [*_digests(files, cache), *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -12,12 +12,11 @@ from typing import Any
 from finetune.data.dialogue import RecordError
 from finetune.data.sources.documents import read_text
 from finetune.data.sources.fields import has, required
-from finetune.data.sources.files import read_records
+from finetune.data.sources.files import IMAGE_SUFFIXES, read_records
 from finetune.data.sources.source import Record, Source
 from modeling.errors import UserError
 
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_METADATA = ("metadata.csv", "metadata.jsonl")
+METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def read(source: Source) -> Iterator[Record]:
@@ -41,10 +40,10 @@ def _read_folder(folder: Path, source: Source) -> Iterator[Record]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines: dict[Path, tuple[str, str]] = {}
     for path in files:
-        if path.name in _METADATA:
+        if path.name in METADATA:
             yield from _read_metadata(path, source, lines)
     texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    images = [path for path in files if path.suffix.lower() in _IMAGES]
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     for image in images:
         _, line = lines.pop(image, ("", None))
         yield str(image.relative_to(folder)), _captioned(image, line, texts.get(image.with_suffix("")))

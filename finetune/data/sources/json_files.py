@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from finetune.data.dialogue import RecordError
 from finetune.data.sources import streams
@@ -85,7 +86,7 @@ def _json_records(path: Path, containers: tuple[str, ...]) -> Iterator[Record]:
 def _holds_lines(path: Path) -> bool:
     """Whether one of the first two lines is an object of its own, which it is not in one big object."""
     with open_text(path) as file:
-        if not file.read(1024).lstrip().startswith(b"{"):
+        if not file.read1(1024).lstrip().startswith(b"{"):
             return False
     with open_text(path) as file:
         lines = list(islice((line for line in read_lines(file) if isinstance(line, RecordError) or line.strip()), 2))
@@ -148,7 +149,7 @@ _NEW: dict[str, type[Any]] = {"start_map": dict, "start_array": list}
 class _Walk:
     """(place, event, value) of each value of a JSON file, outermost first; inside of one that is taken, none."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BufferedReader):
         import ijson
 
         self._metered = _Metered(file)
@@ -204,11 +205,11 @@ def _check_depth(open_values: list[Any]) -> None:
 class _Metered:
     """A file that gives no more than `MAX_RECORD_BYTES` between two resets of `count`."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BufferedReader):
         self._file, self.count = file, 0
 
     def read(self, size: int) -> bytes:
-        piece = self._file.read1(size)  # type: ignore[attr-defined]  # what there is, though the file breaks off after it
+        piece = self._file.read1(size)  # what there is, even if the file breaks off after it
         self.count += len(piece)
         if self.count > streams.MAX_RECORD_BYTES + size:
             raise RecordError("record too large", f"over {streams.MAX_RECORD_BYTES:,} bytes")

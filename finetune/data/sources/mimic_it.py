@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.sources.fields import checked, has, listed_images, required, required_list
-from finetune.data.sources.files import files_of, read_pairs, read_records
+from finetune.data.sources.files import files_of, read_pairs, read_records, refuse_columns
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
 
@@ -23,6 +23,7 @@ def read(source: Source) -> Iterator[Record]:
     files = files_of(source)
     for file in files:
         if _is_json(file):
+            refuse_columns(source)
             yield from _read_json(file)
     others = tuple(file for file in files if not _is_json(file))
     if others or source.hub:

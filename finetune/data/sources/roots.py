@@ -104,8 +104,9 @@ def _default_stores(source: Source) -> Iterable[Store]:
     if not source.hub:
         return []
     import datasets
+    from huggingface_hub import constants
 
-    folders = (Path(source.hub), Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.HF_HUB_CACHE))
+    folders = (Path(source.hub), Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE))
     return [Folder(folder.resolve()) for folder in folders if folder.is_dir()]
 
 

@@ -95,7 +95,8 @@ _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<kind>[^/]+)", re.DOTALL)
 def read_shard(path: Path) -> Iterator[Record]:
     """Files that follow each other with one key are one record, {"__key__": key, "jpg": image, "txt": text, ...}.
 
-    What its JSON file holds stands beside them.
+    What its JSON file holds stands beside them. Where an archive breaks off, its last record may lack files: it is left
+    out.
     """
     return until_corrupt(path.name, _shard_records(path), (tarfile.TarError,))
 

@@ -3,12 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.data.dialogue import Dialogue, RecordError
-
-if TYPE_CHECKING:
-    from finetune.data.sources.roots import ImageRoot
 
 Record = tuple[str, dict[str, Any] | RecordError]
 """(place, what stood there): a place is "file:line" or the like; what is no record is an error to be counted."""
@@ -61,8 +58,8 @@ class Source:
 class Format:
     """A dataset family."""
 
-    convert: "Callable[[dict[str, Any], ImageRoot], Dialogue]"
-    """Raises RecordError."""
+    convert: Callable[[dict[str, Any], Any], Dialogue]
+    """(record, its source's ImageRoot) -> its dialogue. Raises RecordError."""
     read: Callable[[Source], Iterator[Record]]
     """Records in a stable order."""
     fits: Callable[[dict[str, Any]], bool] = lambda record: False

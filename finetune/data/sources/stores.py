@@ -82,7 +82,8 @@ class _Archive(Store):
 
     def find(self, name: str) -> Image | None:
         path = posixpath.normpath(posixpath.join(self.inner, name))
-        if path.startswith(("/", "../")) or not f"{path}/".startswith("" if self.inner == "." else f"{self.inner}/"):
+        allowed = "" if self.inner == "." else f"{self.inner}/"
+        if f"{path}/".startswith(("/", "../")) or not path.startswith(allowed):
             raise RecordError("image outside the image root", f"{name:.200} is not under {self.path / self.inner}")
         return self._open(path)
 
@@ -112,10 +113,8 @@ class Zip(_Archive):
         codings: dict[int, Literal["raw", "deflate"]] = {zipfile.ZIP_STORED: "raw", zipfile.ZIP_DEFLATED: "deflate"}
         coding = codings.get(member.compress_type)
         if coding is None:
-            method = zipfile.compressor_names.get(member.compress_type, member.compress_type)
-            raise RecordError(
-                "unknown compression", f"{path:.200} in {self.path}: expected stored or deflated, got {method}"
-            )
+            detail = f"{path:.200} in {self.path}: expected stored or deflated, got method {member.compress_type}"
+            raise RecordError("unknown compression", detail)
         return Image(Slice(self.path, self._offset(member), member.compress_size, coding))
 
     def _offset(self, member: zipfile.ZipInfo) -> int:
@@ -165,8 +164,8 @@ class Json(Store):
         entry = _ENTRY.match(content, position) if opening else None
         while entry is not None:
             yield json.loads(entry["id"]), (entry.start("image"), entry.end("image") - entry.start("image"))
-            position = entry.end()
-            entry = _ENTRY.match(content, position) if entry["more"] == b"," else None
+            position = entry.start("more")
+            entry = _ENTRY.match(content, entry.end()) if entry["more"] else None
         if not _CLOSING.fullmatch(content, position):
             raise self._error(position)
 

@@ -18,7 +18,7 @@ Read = TypeVar("Read")
 
 def open_file(path: Path) -> BinaryIO:
     """A file's bytes, decompressed as its suffix says."""
-    if path.suffix.lower() == ".gz":
+    if path.suffix.lower() in (".gz", ".tgz"):
         import gzip
 
         return cast(BinaryIO, gzip.open(path))
@@ -29,7 +29,7 @@ def open_file(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def open_text(path: Path) -> BinaryIO:
+def open_text(path: Path) -> io.BufferedReader:
     """UTF-8 text, its byte order mark skipped. Raises RecordError: another mark says that it is UTF-16."""
     file = cast(io.BufferedReader, open_file(path))
     start = file.peek(3)[:3]
@@ -38,10 +38,10 @@ def open_text(path: Path) -> BinaryIO:
         raise RecordError("not UTF-8", "a byte order mark of UTF-16; expected UTF-8")
     if start == b"\xef\xbb\xbf":
         file.read(3)
-    return cast(BinaryIO, file)
+    return file
 
 
-def read_lines(file: BinaryIO) -> Iterator[bytes | RecordError]:
+def read_lines(file: io.BufferedReader) -> Iterator[bytes | RecordError]:
     """Lines; one of over `MAX_RECORD_BYTES` is passed over in pieces, and a RecordError stands for it."""
     while line := file.readline(MAX_RECORD_BYTES + 1):
         if len(line) <= MAX_RECORD_BYTES or line.endswith(b"\n"):

@@ -28,12 +28,13 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[Record]:
     import csv
 
     with open_text(path) as file:
-        rows = csv.reader(map(_decode, read_lines(file)), delimiter=delimiter, strict=True)
+        lines = _Lines(read_lines(file))
+        rows = csv.reader(lines, delimiter=delimiter, strict=True)
         header = next(filter(None, rows), [])
         if len(set(header)) < len(header):
             raise RecordError("not CSV", f"the header names a column twice: {', '.join(header):.200}")
         while True:
-            place = f"{path.name}:{rows.line_num + 1}"
+            place = f"{path.name}:{lines.count + 1}"
             try:
                 row = next(rows)
             except StopIteration:
@@ -45,13 +46,24 @@ def _csv_records(path: Path, delimiter: str) -> Iterator[Record]:
                 yield place, _csv_record(header, row)
 
 
-def _decode(line: bytes | RecordError) -> str:
-    if isinstance(line, RecordError):
-        raise line
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise RecordError("not UTF-8", f"{error.reason} at byte {error.start} of a line") from error
+class _Lines:
+    """Lines as text, counted; one that is none raises RecordError, and the next can be asked for all the same."""
+
+    def __init__(self, lines: Iterator[bytes | RecordError]):
+        self._lines, self.count = lines, 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.count += 1
+        if isinstance(line, RecordError):
+            raise line
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            raise RecordError("not UTF-8", f"{error.reason} at byte {error.start} of a line") from error
 
 
 def _csv_record(header: list[str], row: list[str]) -> dict[str, Any] | RecordError:

@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.data.dialogue import Dialogue, RecordError, assistant, user
 from finetune.data.sources.fields import checked, first_item, has, own_image, required
-from finetune.data.sources.files import files_of, read_header, read_items, read_records
+from finetune.data.sources.files import files_of, read_header, read_items, read_records, refuse_columns
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
 from finetune.data.sources.streams import open_text
@@ -30,6 +30,8 @@ def read(source: Source) -> Iterator[Record]:
     files: dict[str, list[Path]] = {"questions": [], "annotations": [], "": []}
     for path in files_of(source):
         files[_part_of(path)].append(path)
+    if files["questions"] or files["annotations"]:
+        refuse_columns(source)
     yield from _joined(files["questions"], files["annotations"])
     if files[""] or source.hub:
         yield from read_records(replace(source, paths=tuple(files[""])))
