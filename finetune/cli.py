@@ -85,10 +85,41 @@ def evaluate(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = 
     _stages(recipe, overrides, as_json, "evaluate")
 
 
-@app.command(epilog="Example: `finetune merge recipes/quickstart.yaml`")
-def merge(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Write base + adapter as a standalone model, and prove that it is the same."""
-    _stages(recipe, overrides, as_json, "merge")
+@app.command(epilog="Example: `finetune merge runs/mine/adapter --base HuggingFaceM4/idefics-9b --out merged`")
+def merge(
+    what: Annotated[
+        Path, typer.Argument(metavar="RECIPE|RUN|ADAPTER", help="A recipe, a run folder, or any adapter folder.")
+    ],
+    overrides: Overrides = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Of an adapter: its base, folder or hub id.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write to.", show_default=False)] = None,
+    onto: Annotated[
+        str | None,
+        typer.Option("--onto", help="full: the released weights; nf4: as a 4-bit run saw them.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the base's.", show_default=False)
+    ] = None,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file.")] = "5GB",
+    verify: Annotated[bool, typer.Option("--verify", help="Repeat the proof of a merged folder instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write base + adapter as a standalone model, and prove that it is the same. Interrupted, it goes on."""
+    if what.suffix in (".yaml", ".yml"):
+        _stages(what, overrides, as_json, "merge")
+        return
+
+    def work() -> dict[str, Any]:
+        _quiet()
+        from finetune.merge_verb import merge_folder, verify_folder
+
+        if verify:
+            return verify_folder(what, show=not as_json)
+        return merge_folder(what, base=base, out=out, onto=onto, dtype=dtype, shard_size=shard_size, show=not as_json)
+
+    _finish(_guarded(work), as_json)
 
 
 @app.command(epilog="Example: `finetune inspect recipes/own_data.yaml --html own_data.html`")

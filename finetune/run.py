@@ -23,14 +23,16 @@ from finetune.data.images import describe, open_image
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import open_folder, read_json, versions, write_json
 from finetune.materials import Materials, device
-from finetune.merge import merge, prove
+from finetune.merge import Origin, base_folder, merge
 from finetune.pages.predictions import predictions_page
 from finetune.picture import draw
 from finetune.progress import say, track
+from finetune.proof import prove
 from finetune.recipe import Recipe
 from finetune.train import Plan, ProgressBar, last_checkpoint, tokens_trained, train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
+from modeling.checkpoint import identity, read_checkpoint
 from modeling.errors import UserError
 from modeling.shapes import read_config
 
@@ -76,6 +78,7 @@ class Run:
 def _train(run: Run) -> dict[str, Any]:
     recipe, made = run.recipe, run.materials
     rows = made.train_rows
+    base_identity = identity(read_checkpoint(base_folder(made.base, recipe.model.revision)))
     idefics = made.load().model
     set_seed(recipe.training.seed)  # LoRA factors start at random
     model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=made.base)
@@ -98,6 +101,8 @@ def _train(run: Run) -> dict[str, Any]:
         resume_from=resume_from,
         callbacks=[ProgressBar()],
     )
+    origin = Origin(made.base, recipe.model.revision, made.instruct, identity=base_identity)
+    origin.write(run.folder / "adapter")
     return {
         "steps": trainer.state.global_step,
         "epochs": rows.epoch(trainer.state.global_step * plan.packs_per_step - 1) + 1,
@@ -156,14 +161,15 @@ def _merge(run: Run) -> dict[str, Any]:
         "trained": {tower: mode for tower, mode in run.recipe.model.modes.items() if mode != "frozen"},
         "versions": versions(),
     }
-    merge(
+    comparison = merge(
         adapter,
         made.base,
         out,
         revision=run.recipe.model.revision,
         instruct=made.instruct,
         provenance=provenance,
-    )
+        track=track,
+    )["proof"]
     training, held = made.dataset.training, made.dataset.held
     rows, some = (made.held_rows, held) if len(held) else (made.train_rows, training)
     questions = draw_questions(some.dialogues[:PROOF_DIALOGUES], limit=PROOF_QUESTIONS, seed=run.recipe.training.seed)
@@ -174,7 +180,7 @@ def _merge(run: Run) -> dict[str, Any]:
         batches=[rows.at(number) for number in range(min(PROOF_ROWS, len(rows)))],
         prompts=[prompt for prompt, _ in questions],
     )
-    return {"merged": str(out), **asdict(proof)}
+    return {"merged": str(out), **asdict(proof), "weights": comparison}
 
 
 _FILES = {"train": "training.json", "evaluate": "evaluation.json", "merge": "merge.json"}

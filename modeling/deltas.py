@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
 from modeling.checkpoint import Stored
 from modeling.errors import UserError
-from modeling.towers import EXACT_LORA, stock_name
+from modeling.towers import EXACT_LORA, stock_name, tower_of
 
 BLOCK_ELEMENTS = 16 * 2**20
 """Of a matrix that are in memory at once, in fp32, a few times over."""
@@ -56,6 +56,12 @@ class Adapter:
     def names(self) -> set[str]:
         """Stock names of all that is changed."""
         return {*self.lora, *self.replaced}
+
+    @property
+    def added_tokens(self) -> int | None:
+        """How many added tokens it has rows for; None where it has none."""
+        rows = [len(tensor) for name, tensor in self.replaced.items() if tower_of(name) == "added_tokens"]
+        return rows[0] if rows else None
 
     def require_home(self, base: dict[str, tuple[int, ...]]) -> None:
         """Every tensor of the adapter must fit one of the base's, by name and shape. Raises UserError."""

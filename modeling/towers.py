@@ -58,6 +58,14 @@ _LINEARS = {
     "decoder": r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
 }
 
+BLOCKS = {
+    "vision": r"model\.vision_model\.encoder\.layers\.\d+",
+    "resampler": r"model\.perceiver_resampler",
+    "cross_attention": r"model\.gated_cross_attn_layers\.\d+",
+    "decoder": r"model\.layers\.\d+",
+}
+"""Module paths of the parts that a tower is built of."""
+
 # What PEFT adds to a stock name: its two outer modules, and the wrappers of LoRA and of modules_to_save.
 _PEFT = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|(modules_to_save|lora_\w+)\.[^.]+)(?=\.)")
 

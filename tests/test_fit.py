@@ -1,5 +1,6 @@
 """Examples that fit: within the limits, nothing lost, as full as they can be; and what became of each dialogue."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,7 @@ def test_parts_of_a_document_hold_all_of_it_and_are_as_full_as_they_can_be(encod
             assert len({same(image) for image in dialogue.images}) <= 2
             assert (example.input_ids == encoder.specials["<image>"]).sum() == len(dialogue.images)
             assert example.supervised > 0
-    for (first, one), (second, other) in zip(made, made[1:], strict=False):
+    for (first, one), (second, other) in pairwise(made):
         if isinstance(one, Example) and isinstance(other, Example):
             both = document(*first.turns[0].parts, *second.turns[0].parts, goes_on=second.goes_on)
             crowded = len({same(image) for image in both.images}) > 2

@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from finetune.data.images import Preprocessing
 from finetune.generate import Assistant
-from finetune.merge import merge, prove
+from finetune.merge import merge
+from finetune.proof import prove
 from modeling import deltas, loading
 from modeling.adapters import attach, open_adapter, save_adapter
 from modeling.errors import UserError

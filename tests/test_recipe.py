@@ -1,13 +1,18 @@
 """Recipes: what is read, and how every mistake is told."""
 
 import dataclasses
+import json
+from typing import get_args
 
 import peft
 import pytest
 import yaml
 
-from finetune.recipe import LORA_FIELDS
+from finetune.data.sources import FORMATS
+from finetune.data.sources.source import Source
+from finetune.recipe import LORA_FIELDS, Format
 from finetune.recipe_file import load_recipe
+from finetune.recipe_sources import to_source
 from modeling.errors import UserError
 
 MINIMAL = """
@@ -93,7 +98,70 @@ def test_all_errors_come_at_once_each_with_its_place_what_was_got_and_the_neares
             "evaluation={}",
             "recipe: evaluation needs held-out data: set data.eval_sources or data.eval_split",
         ),
-        ("data.sources.0.format=messages", "data.sources.0: format messages needs a path"),
+        (
+            "data.sources.0.format=messages",
+            "data.sources.0: format messages: expected either path or hub, got neither",
+        ),
+        ("data.sources.0.format=auto", "data.sources.0: format auto: expected either path or hub, got neither"),
+        (
+            "data.sources.0={path: a.jsonl, hub: some/data}",
+            "data.sources.0: format auto: expected either path or hub, got path and hub",
+        ),
+        ("data.sources.0={path: []}", "data.sources.0: format auto: expected either path or hub, got neither"),
+        ("data.sources.0.path=a", "data.sources.0: format easy_vqa: expected neither path nor hub, got path"),
+        ("data.sources.0.hub=a", "data.sources.0: format easy_vqa: expected neither path nor hub, got hub"),
+        ("data.sources.0={path: 5}", "data.sources.0.path: expected a path or a list of paths, got 5"),
+        ("data.sources.0={path: [a, 5]}", "data.sources.0.path.1: input should be a valid string, got 5 (int)"),
+        ("data.sources.0={path: ''}", "data.sources.0.path.0: string should have at least 1 character, got '' (str)"),
+        (
+            "data.sources.0={path: a, image_root: {b: c}}",
+            "data.sources.0.image_root: expected a path or a list of paths, got {'b': 'c'}",
+        ),
+        (
+            "data.sources.0={path: a, subset: b}",
+            "data.sources.0: subset and revision belong to a dataset on the hub",
+        ),
+        (
+            "data.sources.0={path: a, revision: main}",
+            "data.sources.0: subset and revision belong to a dataset on the hub",
+        ),
+        (
+            "data.sources.0={path: a, download: https}",
+            "data.sources.0.download: input should be False, True or 'http', got 'https' (str); did you mean http?",
+        ),
+        ("data.sources.0.turns=0", "data.sources.0.turns: input should be greater than 0, got 0 (int)"),
+        (
+            "data.sources.0.ordered=maybe",
+            "data.sources.0.ordered: input should be a valid boolean, unable to interpret input, got 'maybe' (str)",
+        ),
+        (
+            "data.sources.0.columns=[a]",
+            "data.sources.0.columns: input should be a valid dictionary, got ['a'] (list)",
+        ),
+        (
+            "data.weigh=token",
+            "data.weigh: input should be 'examples' or 'tokens', got 'token' (str); did you mean tokens?",
+        ),
+        (
+            "data.overlap=drop_image",
+            "data.overlap: input should be 'report', 'drop_questions' or 'drop_images', got 'drop_image' (str); "
+            "did you mean drop_images?",
+        ),
+        ("data.shuffle_buffer=0", "data.shuffle_buffer: input should be greater than 0, got 0 (int)"),
+        ("data.workers=0", "data.workers: input should be greater than 0, got 0 (int)"),
+        ("data.prepared=7", "data.prepared: input should be a valid string, got 7 (int)"),
+        (
+            "data.eval_sources=[{path: a, stream: true}]",
+            "data.eval_sources.0: stream belongs to data.sources: held-out data is prepared, and all of it is used",
+        ),
+        (
+            "data.eval_sources=[{path: a, weight: 2}]",
+            "data.eval_sources.0: weight belongs to data.sources: held-out data is prepared, and all of it is used",
+        ),
+        (
+            "evaluation={documents: [{path: a, stream: true}]}",
+            "evaluation.documents.0: stream belongs to data.sources: held-out data is prepared, and all of it is used",
+        ),
         ("data.sources=[]", "data.sources: list should have at least 1 item after validation, not 0, got [] (list)"),
         ("adapter.r=4", "adapter: r is set by rank"),
         ("adapter.target_modules=all-linear", "adapter: target_modules is set by the towers under model"),
@@ -112,6 +180,55 @@ def test_weights_are_for_every_source_or_for_none(tmp_path):
         tmp_path, MINIMAL.replace("[{format: easy_vqa}]", "[{format: easy_vqa, weight: 2}, {format: easy_vqa}]")
     )
     assert problems(path)[1:] == ["  data: expected a weight for every source or for none, got 1 of 2"]
+
+
+STREAMED = """
+model: {base: HuggingFaceM4/idefics-9b}
+data:
+  sources: [{path: a.jsonl, stream: true, weight: 2}, {path: b.jsonl, weight: 1}]
+  eval_sources: [{path: c.jsonl}]
+training: {steps: 5}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["training.steps=null", "training.epochs=1"],
+            "recipe: a streamed source has no epochs: set training.steps instead of training.epochs",
+        ),
+        (
+            ["data.eval_sources=[]", "data.eval_split=0.1"],
+            "data: a streamed source cannot be split: set eval_sources instead of eval_split",
+        ),
+        (
+            ["data.overlap=drop_images"],
+            "data: overlap: a streamed source cannot be compared with the held-out data before the run",
+        ),
+        (
+            ["model.base=null", "model.init=tiny"],
+            "recipe: model.init learns a vocabulary from whole sources, and one is streamed: set model.base",
+        ),
+        (
+            ["data.sources.0.weight=null", "data.sources.1.weight=null"],
+            "data: a streamed source has no size: expected a weight for every source",
+        ),
+        (["data.sources.1.weight=null"], "data: expected a weight for every source or for none, got 1 of 2"),
+        (
+            ["data.eval_sources.0.stream=true"],
+            "data.eval_sources.0: stream belongs to data.sources: held-out data is prepared, and all of it is used",
+        ),
+    ],
+)
+def test_what_a_streamed_source_does_not_go_with(tmp_path, overrides, problem):
+    path = written(tmp_path, STREAMED)
+    load_recipe(path)
+    assert problems(path, *overrides) == [f"{path}: 1 error", f"  {problem}"]
+
+
+def test_a_streamed_source_alone_needs_no_weight(tmp_path):
+    load_recipe(written(tmp_path, STREAMED), ["data.sources=[{path: a.jsonl, stream: true}]"])
 
 
 def test_everything_frozen_is_no_training(tmp_path):
@@ -144,21 +261,117 @@ def test_the_literal_list_of_lora_fields_is_peft_s():
     assert set(LORA_FIELDS) == {field.name for field in dataclasses.fields(peft.LoraConfig)} - ours - peft_s_own
 
 
-def test_paths_are_relative_to_the_recipe(tmp_path):
-    (tmp_path / "base").mkdir()
-    text = MINIMAL.replace("HuggingFaceM4/idefics-9b", "base").replace(
-        "{format: easy_vqa}", "{format: messages, path: data/a.jsonl, image_root: ../images}"
-    )
-    recipe = load_recipe(written(tmp_path, text))
+EVERY_KEY = """
+model: {base: base}
+data:
+  sources:
+    - format: vqa
+      path: [questions/*.json, ../answers.json]
+      split: val
+      image_root: [images, more.zip]
+      image_name: "COCO_train2014_{image_id:012d}.jpg"
+      columns: {text: caption}
+      weight: 1.5
+      limit: 9
+      turns: 7
+      ordered: false
+      download: http
+      license: cc-by-4.0
+    - {hub: local, subset: coco, revision: main, download: true, image_root: images, stream: true, weight: 1}
+    - {hub: some/data, weight: 1, ordered: true}
+  eval_sources: [{path: a.jsonl, image_root: images}]
+  weigh: tokens
+  shuffle_buffer: 7
+  prepared: elsewhere/prepared
+  workers: 3
+training: {steps: 1}
+evaluation: {documents: [{format: text, path: texts}]}
+"""
+
+
+def test_every_key_of_the_data_arrives_and_paths_are_relative_to_the_recipe(tmp_path):
+    for name in ("base", "local"):
+        (tmp_path / name).mkdir()
+    recipe = load_recipe(written(tmp_path, EVERY_KEY))
     assert recipe.model.base == str(tmp_path / "base")
-    assert recipe.data.sources[0].path == str(tmp_path / "data" / "a.jsonl")
-    assert recipe.data.sources[0].image_root == str(tmp_path.parent / "images")
+    files, local, hub = recipe.data.sources
+    assert files.path == (str(tmp_path / "questions" / "*.json"), str(tmp_path.parent / "answers.json"))
+    assert files.image_root == (str(tmp_path / "images"), str(tmp_path / "more.zip"))
+    assert (local.hub, local.image_root) == (str(tmp_path / "local"), (str(tmp_path / "images"),))
+    assert (hub.hub, hub.path) == ("some/data", ())
+    (held,) = recipe.data.eval_sources
+    assert (held.path, held.image_root) == ((str(tmp_path / "a.jsonl"),), (str(tmp_path / "images"),))
+    assert recipe.evaluation.documents[0].path == (str(tmp_path / "texts"),)
+    data = recipe.data
+    assert (data.weigh, data.shuffle_buffer, data.prepared, data.workers) == ("tokens", 7, "elsewhere/prepared", 3)
+    assert to_source(files) == Source(
+        format="vqa",
+        paths=(tmp_path / "questions" / "*.json", tmp_path.parent / "answers.json"),
+        split="val",
+        image_root=(tmp_path / "images", tmp_path / "more.zip"),
+        image_name="COCO_train2014_{image_id:012d}.jpg",
+        columns={"text": "caption"},
+        download=True,
+        download_http=True,
+        limit=9,
+        turns=7,
+        ordered=False,
+        license="cc-by-4.0",
+    )
+    streamed = to_source(local.model_copy(update={"format": "cauldron"}))
+    assert (streamed.hub, streamed.subset, streamed.revision) == (str(tmp_path / "local"), "coco", "main")
+    assert (streamed.stream, streamed.download, streamed.download_http) == (True, True, False)
+    assert to_source(hub.model_copy(update={"format": "llava"})).ordered is True
+
+
+def test_what_a_source_and_the_data_say_without_being_asked(tmp_path):
+    recipe = load_recipe(written(tmp_path, MINIMAL.replace("format: easy_vqa", "path: a.jsonl, format: text")))
+    (source,) = recipe.data.sources
+    assert to_source(source) == Source(
+        format="text",
+        paths=(tmp_path / "a.jsonl",),
+        hub=None,
+        subset=None,
+        split="train",
+        revision=None,
+        stream=False,
+        image_root=(),
+        image_name=None,
+        columns={},
+        download=False,
+        download_http=False,
+        limit=None,
+        turns=None,
+        ordered=None,
+        license=None,
+    )
+    data = recipe.data
+    assert (data.weigh, data.overlap, data.shuffle_buffer) == ("examples", "report", 1000)
+    assert (data.prepared, data.workers) == ("runs/prepared", None)
+
+
+def test_a_format_that_is_not_named_is_recognised_and_said(tmp_path, capsys):
+    record = {"id": "1", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    recipe = load_recipe(written(tmp_path, MINIMAL.replace("format: easy_vqa", "path: a.jsonl")))
+    assert recipe.data.sources[0].format == "auto"
+    assert to_source(recipe.data.sources[0]).format == "sharegpt"
+    said = " ".join(capsys.readouterr().err.split())
+    assert "format sharegpt (recognised from its first records)" in said
+    (tmp_path / "a.jsonl").write_text('{"a": 1, "b": 2}\n')
+    with pytest.raises(UserError, match="format: auto: 1 records with the keys a, b are of no format known here"):
+        to_source(recipe.data.sources[0])
+
+
+def test_the_literal_list_of_formats_is_the_readers():
+    assert sorted(get_args(Format)) == sorted(["auto", *FORMATS])
 
 
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
-    recipe = load_recipe(written(tmp_path))
-    again = load_recipe(written(tmp_path, recipe.to_yaml(), "again.yaml"))
-    assert again == recipe
+    for text in (MINIMAL, STREAMED, EVERY_KEY):
+        recipe = load_recipe(written(tmp_path, text))
+        again = load_recipe(written(tmp_path, recipe.to_yaml(), "again.yaml"))
+        assert again == recipe
     assert yaml.safe_load(recipe.to_yaml())["training"]["betas"] == [0.9, 0.999]
 
 

@@ -21,6 +21,8 @@ data:
   sources: [{{format: messages, path: dialogues.jsonl}}]
   eval_split: 0.2
   max_length: 256
+  prepared: {prepared}
+  workers: 1
 training: {{steps: 4, row_tokens: 256, row_images: 4, tokens_per_step: 512, learning_rate: 1e-2, checkpoint_every: 2}}
 evaluation: {{max_new_tokens: 4}}
 output: {output}
@@ -32,7 +34,7 @@ def recipe_file(base_folder, dialogue_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(dialogue_folder, folder)
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(base=base_folder, output=tmp_path / "run"))
+    path.write_text(RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run"))
     return path
 
 
@@ -76,28 +78,115 @@ def test_interrupted_between_checkpoints_the_same_command_ends_as_if_nothing_had
 ):
     whole = Run(load_recipe(recipe_file, [f"output={tmp_path / 'whole'}"]))
     whole.do("train")
-    original = IdeficsTrainer.compute_loss
-    calls = []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:  # two rows a step: in the middle of step 3
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(IdeficsTrainer, "compute_loss", interrupted)
+    interrupt(monkeypatch)
     outcome = invoke("train", recipe_file)
     assert outcome.exit_code == 130
     assert "the same command goes on" in outcome.output
     assert not (tmp_path / "run" / "training.json").exists()
     assert invoke("train", recipe_file).exit_code == 0
+    assert_same_training(tmp_path / "run", tmp_path / "whole")
+
+
+def interrupt(monkeypatch):
+    """Ctrl-C in the middle of step 3; two rows a step."""
+    original, calls = IdeficsTrainer.compute_loss, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(IdeficsTrainer, "compute_loss", interrupted)
+
+
+def assert_same_training(one, other):
     for name in ("adapter_model.safetensors", "trained.safetensors"):
-        ours, theirs = (tmp_path / folder / "adapter" / name for folder in ("run", "whole"))
-        assert ours.read_bytes() == theirs.read_bytes()
-    ours, theirs = (tmp_path / folder / "metrics.jsonl" for folder in ("run", "whole"))
-    assert [json.loads(line)["loss"] for line in ours.read_text().splitlines()] == [
-        json.loads(line)["loss"] for line in theirs.read_text().splitlines()
+        assert (one / "adapter" / name).read_bytes() == (other / "adapter" / name).read_bytes()
+    ours, theirs = (metrics(folder) for folder in (one, other))
+    assert [(line["step"], line["loss"], line["tokens"], line["epoch"]) for line in ours] == [
+        (line["step"], line["loss"], line["tokens"], line["epoch"]) for line in theirs
     ]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def streaming_recipe(recipe_file):
+    """Dialogues that are streamed, one of them with a broken image, two rejected; and prepared ones, by tokens."""
+    folder = recipe_file.parent
+    lines = (folder / "dialogues.jsonl").read_text().splitlines()
+    shown = {"role": "user", "content": [{"type": "image", "image": "broken.png"}, {"type": "text", "text": "what?"}]}
+    (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
+    broken = {"messages": [shown, {"role": "assistant", "content": "red"}]}
+    (folder / "streamed.jsonl").write_text("\n".join([*lines[:6], "{broken", json.dumps(broken), "[]"]))
+    (folder / "prepared.jsonl").write_text("\n".join(lines[6:]))
+    text = recipe_file.read_text().replace(
+        "[{format: messages, path: dialogues.jsonl}]",
+        "[{path: streamed.jsonl, stream: true, weight: 1}, {path: prepared.jsonl, weight: 3}]",
+    )
+    text = text.replace("  eval_split: 0.2\n", "  weigh: tokens\n  shuffle_buffer: 3\n")
+    path = folder / "streaming.yaml"
+    path.write_text(text.replace("evaluation: {max_new_tokens: 4}\n", ""))
+    return path
+
+
+STREAMED = {
+    "read": 9,
+    "kept": 6,
+    "not_taken": 0,
+    "rejected": {"not JSON": 1, "not an object": 1, "corrupt image": 1},
+    "parts_rejected": {},
+    "dialogues": 7,
+    "examples": 7,
+}
+
+
+def test_a_streamed_run_interrupted_ends_as_if_nothing_had_happened_and_accounts_for_every_record(
+    streaming_recipe, tmp_path, monkeypatch
+):
+    outcome = invoke("train", streaming_recipe, f"output={tmp_path / 'whole'}")
+    assert outcome.exit_code == 0, outcome.output
+    interrupt(monkeypatch)
+    assert invoke("train", streaming_recipe).exit_code == 130
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert not (tmp_path / "run" / "training.json").exists()
+    outcome = invoke("train", streaming_recipe)
+    assert "going on from checkpoint-2" in outcome.output
+    assert_same_training(tmp_path / "run", tmp_path / "whole")
+    training = json.loads((tmp_path / "whole" / "training.json").read_text())
+    (account,) = training["streamed"]
+    assert account["source"].endswith("streamed.jsonl[train]")
+    assert {key: account[key] for key in STREAMED} == STREAMED
+    assert account["first_rejected"]["corrupt image"].startswith("streamed.jsonl:8: ")
+    assert training["steps"] == 4
+    assert training["tokens_trained"] == sum(line["tokens"] for line in metrics(tmp_path / "whole") if "loss" in line)
+    (prepared,) = json.loads((tmp_path / "whole" / "data.json").read_text())["sources"]
+    assert prepared["source"].endswith("prepared.jsonl[train]")
+    assert (prepared["read"], prepared["kept"]) == (6, 6)
+
+
+@pytest.mark.parametrize("sources", [None, "[{path: dialogues.jsonl, stream: true}]", "[{path: dialogues.jsonl}]"])
+def test_without_held_out_data_the_merge_is_proven_on_training_data(streaming_recipe, sources):
+    overrides = [f"data.sources={sources}"] if sources else []
+    outcome = invoke("run", streaming_recipe, *overrides, "--json")
+    assert outcome.exit_code == 0, outcome.output
+    proof = json.loads(outcome.stdout)["merge"]
+    assert proof["largest_difference"] < 1e-4 < proof["largest_difference_to_base"]
+    streamed_alone = sources is not None and "stream" in sources
+    assert (proof["answers"] == 0) == streamed_alone
+    assert proof["answers"] == proof["same_answers"]
+
+
+def test_a_streamed_source_with_nothing_usable_ends_the_run_with_the_reasons(streaming_recipe):
+    (streaming_recipe.parent / "streamed.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    outcome = invoke("train", streaming_recipe)
+    assert outcome.exit_code == 1
+    said = " ".join(outcome.output.split())
+    assert "1 x no answer to the last question (first:" in said
+    assert "Traceback" not in said
 
 
 def test_a_folder_of_another_recipe_is_left_alone(recipe_file):
@@ -162,7 +251,7 @@ def test_stages_out_of_order_say_what_comes_first(recipe_file):
 def mistakes(base_folder):
     yield "unknown key", ["training.lerning_rate=1"], "did you mean learning_rate?"
     yield "missing base", ["model.base=/nowhere/at/all"], "neither a folder here nor a hub id"
-    yield "missing data", ["data.sources.0.path=gone.jsonl"], "expected a .jsonl file, found nothing"
+    yield "missing data", ["data.sources.0.path=gone.jsonl"], "nothing is there"
     yield "unfit lora", ["adapter.rank=0"], "adapter.rank: input should be greater than 0"
     yield "everything rejected", ["data.max_length=8"], "no dialogue is left: "
 
@@ -234,3 +323,67 @@ def test_a_run_that_rejects_records_says_so(recipe_file):
         lines.write("\n{broken\n{again")
     outcome = invoke("train", recipe_file)
     assert "2 of 14 records rejected: not JSON 2" in " ".join(outcome.output.split())
+
+
+def data_of(folder):
+    return json.loads((folder / "data.json").read_text())
+
+
+def overlapping(recipe_file, rule, output):
+    """Trained on twelve dialogues, the last of them held out; what it shares is reported or dropped."""
+    last = (recipe_file.parent / "dialogues.jsonl").read_text().splitlines()[-1]
+    (recipe_file.parent / "held.jsonl").write_text(last)
+    return [
+        "data.eval_split=0",
+        "data.eval_sources=[{path: held.jsonl}]",
+        f"data.overlap={rule}",
+        f"output={output}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "left"),
+    [
+        ("report", 12),
+        ("drop_questions", 10),  # the held-out dialogue itself, and the one it begins with
+        ("drop_images", 6),  # it shows red and gray, which stand in three dialogues each
+    ],
+)
+def test_what_training_and_held_out_data_share_is_counted_and_dropped_if_asked(recipe_file, tmp_path, rule, left):
+    outcome = invoke("train", recipe_file, *overlapping(recipe_file, rule, tmp_path / rule))
+    assert outcome.exit_code == 0, outcome.output
+    data = data_of(tmp_path / rule)
+    assert data["overlap"] == {
+        "images": 1,
+        "questions": 1,
+        "training_examples_with_images": 1,
+        "training_examples_with_questions": 1,
+        "dropped": rule != "report",
+    }
+    assert (data["training_examples"], data["held_out_examples"]) == (left, 1)
+    (source,) = data["sources"]
+    assert (source["examples"], source["draws_per_epoch"], source["repeats_per_epoch"]) == (12, left, 1.0)
+    said = " ".join(outcome.output.split())
+    assert "training and held-out data share 1 images" in said
+    assert said.count("dropped" if rule != "report" else "kept") >= 1
+
+
+def test_dropping_every_training_example_is_a_mistake(recipe_file, tmp_path):
+    overrides = overlapping(recipe_file, "drop_images", tmp_path / "out")
+    outcome = invoke("train", recipe_file, *overrides, "data.eval_sources=[{path: dialogues.jsonl}]")
+    assert outcome.exit_code == 1
+    assert "data.overlap: every training example would be dropped" in " ".join(outcome.output.split())
+
+
+@pytest.mark.parametrize(
+    ("weigh", "draws", "repeats"),
+    [("examples", [12, 3], [1.0, 0.25]), ("tokens", [0, 0], [0, 0])],
+)
+def test_draws_and_repeats_per_epoch_are_told(recipe_file, tmp_path, weigh, draws, repeats):
+    sources = "[{path: dialogues.jsonl, weight: 4, limit: 3}, {path: dialogues.jsonl, weight: 1}]"
+    overrides = [f"data.sources={sources}", "data.eval_split=0", "evaluation=null", f"data.weigh={weigh}"]
+    assert invoke("train", recipe_file, *overrides).exit_code == 0
+    accounts = data_of(tmp_path / "run")["sources"]
+    assert [account["examples"] for account in accounts] == [3, 12]
+    assert [account["draws_per_epoch"] for account in accounts] == draws
+    assert [account["repeats_per_epoch"] for account in accounts] == repeats

@@ -58,7 +58,9 @@ def test_joined_questions_have_their_images_once_in_front():
         Piece(about((A,), "1?", "one", "2?", "two"), (4, 4)),
         Piece(about((A,), "3?", "three"), (9,)),
     ]
-    assert join(dialogues, turns=3, rng=None) == [Piece(about((A,), "1?", "one", "2?", "two", "3?", "three"), (4, 4, 9))]
+    assert join(dialogues, turns=3, rng=None) == [
+        Piece(about((A,), "1?", "one", "2?", "two", "3?", "three"), (4, 4, 9))
+    ]
 
 
 def test_references_stay_with_their_answer():
@@ -128,7 +130,9 @@ def test_dividing_keeps_the_order_of_turns(count, turns, system):
     pieces = bound(0, dialogue, turns=turns)
     assert [turn.text for piece in pieces for turn in piece.dialogue.turns if turn.role != "system"] == texts
     assert all((piece.dialogue.turns[0] == SYSTEM) == system for piece in pieces)
-    assert [len(piece.origins) for piece in pieces] == [turns] * (count // turns) + [count % turns] * (count % turns > 0)
+    assert [len(piece.origins) for piece in pieces] == [turns] * (count // turns) + [count % turns] * (
+        count % turns > 0
+    )
     assert all(piece.dialogue.images == (A,) for piece in pieces)
 
 

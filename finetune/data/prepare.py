@@ -69,13 +69,13 @@ def prepare_source(
     label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
     made = folder / f"{label}-{_key(source, fitter, cache=folder / 'fingerprints.json')}"
     with FileLock(made.with_name(f".{made.name}.lock")):
-        if found := PreparedSet.open(made):
+        if (found := PreparedSet.open(made)) is not None:
             return found
         if (made / ACCOUNT).is_file():  # whole, but an image has changed
             shutil.rmtree(made)
         account = convert(source, made, downloads=folder / "downloads", workers=workers, track=track)
         assemble(source, made, fitter, account, workers=workers, track=track)
-        if found := PreparedSet.open(made):
+        if (found := PreparedSet.open(made)) is not None:
             return found
         raise UserError(f"{source.name}: its images changed while they were prepared; start again")
 

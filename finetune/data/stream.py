@@ -5,7 +5,7 @@ run that goes on reads the stream again up to its row, without opening an image.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -182,7 +182,8 @@ class StreamedRows:
 
     def _stream(self) -> Iterator[list[Drawn]]:
         """Rows without end: examples mixed by weight, gathered in windows, packed, and the window's rows shuffled."""
-        examples = self._mix([self._endless(number) for number in range(len(self.passes))])
+        streams = [self._endless(number) for number in range(len(self.passes))]
+        examples = mix(streams, [weight or 1.0 for weight in self.weights], unit=self.unit)
         for window in count():
             gathered: list[Drawn] = []
             tokens = images = 0
@@ -195,50 +196,48 @@ class StreamedRows:
             order = np.random.default_rng([self.seed, window, 6]).permutation(len(packs))
             yield from ([gathered[index] for index in packs[row]] for row in order)
 
-    def _mix(self, streams: Sequence[Iterator[Drawn]]) -> Iterator[Drawn]:
-        """However many are taken, each source has its share of them, to one example.
-
-        Of the sources that another example would not lead beyond their share, the one that would fall behind first
-        (earliest deadline first, as proportionate schedulers do: Baruah et al. 1996).
-        """
-        weights = np.array([weight or 1.0 for weight in self.weights])
-        shares = (weights / weights.sum()).tolist()
-        coming = [next(stream) for stream in streams]
-        given = [0] * len(streams)
-        while True:
-            amounts = [self._amount(drawn) for drawn in coming]
-            total = sum(given)
-            due = [number for number, share in enumerate(shares) if given[number] < share * (total + amounts[number])]
-            chosen = min(due, key=lambda number: (given[number] + amounts[number]) / shares[number])
-            yield coming[chosen]
-            given[chosen] += amounts[chosen]
-            coming[chosen] = next(streams[chosen])
-
-    def _amount(self, drawn: Drawn) -> int:
-        return len(drawn.example) if self.unit == "tokens" else 1
-
     def _endless(self, number: int) -> Iterator[Drawn]:
         """One pass after the other. Raises UserError after one that gave nothing, or of which nothing could be used."""
         first = self.accounts[number]
         for epoch in count():
             account = first if epoch == 0 else Account(self.names[number])
             rng = np.random.default_rng([self.seed, epoch, number, 7])
-            yield from self._shuffled(self.passes[number](epoch, account), rng)
+            yield from shuffle(self.passes[number](epoch, account), rng, buffer=self.buffer)
             for one in (account, first):
                 if not one.kept:
                     raise UserError(f"{one.source}: {why_nothing_is_left([one])}")
 
-    def _shuffled(self, examples: Iterator[Drawn], rng: np.random.Generator) -> Iterator[Drawn]:
-        """Each a random one of those held: at most `buffer`."""
-        held: list[Drawn] = []
-        for drawn in examples:
-            if len(held) < self.buffer:
-                held.append(drawn)
-            else:
-                place = int(rng.integers(self.buffer))
-                yield held[place]
-                held[place] = drawn
-        yield from (held[place] for place in rng.permutation(len(held)))
+
+def mix(streams: Sequence[Iterator[Drawn]], weights: Sequence[float], *, unit: Unit) -> Iterator[Drawn]:
+    """Endless streams -> one. However many are taken, each stream has its share of them, to one example.
+
+    Of the streams whose next example would not lead them beyond their share, the one that would fall behind first
+    (earliest deadline first, as in proportionate scheduling: Baruah et al. 1996).
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    coming = [next(stream) for stream in streams]
+    given = [0] * len(streams)
+    while True:
+        amounts = [len(drawn.example) if unit == "tokens" else 1 for drawn in coming]
+        total = sum(given)
+        due = [number for number, share in enumerate(shares) if given[number] < share * (total + amounts[number])]
+        chosen = min(due, key=lambda number: (given[number] + amounts[number]) / shares[number])
+        yield coming[chosen]
+        given[chosen] += amounts[chosen]
+        coming[chosen] = next(streams[chosen])
+
+
+def shuffle(examples: Iterable[Drawn], rng: np.random.Generator, *, buffer: int) -> Iterator[Drawn]:
+    """Each a random one of those held, at most `buffer`."""
+    held: list[Drawn] = []
+    for drawn in examples:
+        if len(held) < buffer:
+            held.append(drawn)
+        else:
+            place = int(rng.integers(buffer))
+            yield held[place]
+            held[place] = drawn
+    yield from (held[place] for place in rng.permutation(len(held)))
 
 
 def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:

@@ -1,0 +1,328 @@
+"""A prepared set as it lies on disk, and several of them seen as one."""
+
+import json
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pytest
+
+from finetune.data.dialogue import Dialogue, Image, Slice, Turn, assistant, user
+from finetune.data.images import open_image
+from finetune.data.parts import to_batches, write_arrow
+from finetune.data.prepare import prepare
+from finetune.data.prepared import (
+    PreparedSet,
+    Rows,
+    View,
+    dialogue_from_json,
+    dialogue_to_json,
+    file_now,
+    image_from_row,
+    image_row,
+)
+from finetune.data.sources.source import Source
+from finetune.data.template import render
+from finetune.data.tokens import tokenize
+
+A, B = Image(Path("a.png")), Image(Path("b.png"))
+
+SCHEMA = pa.schema(
+    {
+        "number": pa.int32(),
+        "key": pa.list_(pa.uint64()),
+        "name": pa.string(),
+        "flag": pa.bool_(),
+        "digest": pa.binary(2),
+    }
+)
+ROWS = [
+    {"number": 1, "key": [2**64 - 1, 2**64 - 2], "name": "one", "flag": True, "digest": b"1a"},
+    {"number": 2, "key": [], "name": "two", "flag": False, "digest": b"2\0"},
+    {"number": 3, "key": [7], "name": "é", "flag": True, "digest": b"3c"},
+]
+
+
+@pytest.fixture(params=[[3], [1, 2], [0, 2, 0, 1]])
+def rows(request, tmp_path):
+    """The three rows, in batches of several sizes."""
+    bounds = np.cumsum([0, *request.param])
+    batches = [pa.RecordBatch.from_pylist(ROWS[start:stop], SCHEMA) for start, stop in pairwise(bounds)]
+    write_arrow(tmp_path / "rows.arrow", SCHEMA, batches, meaning="three")
+    return Rows(tmp_path / "rows.arrow")
+
+
+def test_rows_are_found_by_number_whatever_batch_they_are_in(rows):
+    assert len(rows) == 3
+    assert [rows.row(number) for number in range(3)] == ROWS
+    assert [rows.text("name", number) for number in range(3)] == ["one", "two", "é"]
+    assert [rows.cell("key", number).tolist() for number in range(3)] == [[2**64 - 1, 2**64 - 2], [], [7]]
+    assert rows.cell("key", 0).dtype == np.uint64
+    assert rows.schema.metadata == {b"meaning": b"three"}
+
+
+def test_columns_keep_their_type_and_their_last_bit(rows):
+    assert rows.lengths("key").tolist() == [2, 0, 1]
+    assert rows.values("number").tolist() == [1, 2, 3]
+    assert rows.values("number").dtype == np.int32
+    assert rows.values("key").tolist() == [2**64 - 1, 2**64 - 2, 7]
+    assert rows.values("key").dtype == np.uint64
+    assert rows.values("flag").tolist() == [True, False, True]
+    assert rows.values("digest").tolist() == [b"1a", b"2\0", b"3c"]
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_a_row_that_is_not_there_is_an_index_error(number, rows):
+    for get in (rows.row, lambda number: rows.text("name", number), lambda number: rows.cell("key", number)):
+        with pytest.raises(IndexError):
+            get(number)
+
+
+def test_a_file_without_rows_has_columns_without_values(tmp_path):
+    write_arrow(tmp_path / "none.arrow", SCHEMA, to_batches([], SCHEMA))
+    rows = Rows(tmp_path / "none.arrow")
+    assert len(rows) == 0
+    assert (rows.lengths("key").dtype, rows.lengths("key").tolist()) == (np.int64, [])
+    assert (rows.values("key").dtype, rows.values("key").tolist()) == (np.uint64, [])
+    assert rows.values("digest").tolist() == []
+    with pytest.raises(IndexError):
+        rows.row(0)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    def batches():
+        yield from to_batches(ROWS[:1], SCHEMA)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_arrow(tmp_path / "rows.arrow", SCHEMA, batches())
+    assert not (tmp_path / "rows.arrow").exists()
+    write_arrow(tmp_path / "rows.arrow", SCHEMA, to_batches(ROWS, SCHEMA))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.arrow"]
+    assert len(Rows(tmp_path / "rows.arrow")) == 3
+
+
+def test_rows_go_to_another_process_by_their_path(rows):
+    sent = pickle.dumps(rows)
+    assert len(sent) < 500
+    assert pickle.loads(sent).row(2) == ROWS[2]
+
+
+def test_a_view_makes_its_items_when_asked():
+    asked = []
+    view = View(lambda number: asked.append(number) or 10 * number, 4)
+    assert asked == []
+    assert (len(view), view[1], view[-1], view[np.int64(2)]) == (4, 10, 30, 20)
+    assert asked == [1, 3, 2]
+    assert (view[1:3], view[::-2], list(view)) == ([10, 20], [30, 10], [0, 10, 20, 30])
+    for index in (4, -5):
+        with pytest.raises(IndexError):
+            view[index]
+
+
+DIALOGUES = {
+    "images between texts": Dialogue((user(A, "Who?", B), assistant("Me."))),
+    "references": Dialogue((user("1?"), assistant("one", references=("one", "1")), user(A), assistant("two"))),
+    "system, image in an answer": Dialogue((Turn("system", ("Be kind.",)), user("é\n猫?"), assistant("So", A))),
+    "document": Dialogue((Turn("document", (A, "A dog.", A)),)),
+    "document that goes on": Dialogue((Turn("document", ("A dog.",)),), goes_on=True),
+}
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES.values(), ids=DIALOGUES)
+def test_a_dialogue_is_the_same_after_it_was_written(dialogue):
+    text = dialogue_to_json(dialogue)
+    again = dialogue_from_json(text, dialogue.images)
+    assert again == dialogue
+    assert [turn.references for turn in again.turns] == [turn.references for turn in dialogue.turns]
+    assert "png" not in text
+
+
+def test_a_dialogue_is_written_compactly_without_its_images():
+    assert dialogue_to_json(DIALOGUES["images between texts"]) == (
+        '{"turns":[["user",[null,"Who?",null],[]],["assistant",["Me."],[]]],"goes_on":false}'
+    )
+
+
+@pytest.mark.parametrize("image", [Image(Path("a.png")), Image(Slice(Path("a.zip"), 7, 9, "deflate"))])
+def test_an_image_is_found_again_from_its_row(image):
+    row = image_row(image, b"x" * 32)
+    assert row["digest"] == b"x" * 32
+    assert image_from_row(row) == image
+
+
+def test_a_file_that_is_gone_is_another_than_it_was(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"123")
+    assert file_now(path) == (str(path), 3, path.stat().st_mtime_ns)
+    path.unlink()
+    assert file_now(path) == (str(path), -1, -1)
+
+
+def ask(*images, question="Who?", answer="Me."):
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, color in (("a", "red"), ("b", "green"), ("c", "blue")):
+        PIL.Image.new("RGB", (8, 8), color).save(folder / f"{name}.png")
+    (folder / "also-a.png").write_bytes((folder / "a.png").read_bytes())
+    files = {
+        "first": [ask("a.png"), ask(), [*ask("b.png", "a.png", "b.png"), *ask(question="Why?", answer="So.")]],
+        "second": [ask("c.png"), ask("also-a.png", question="And?")],
+        "no images": [ask(question="Hi!", answer="Hello."), ask(question="Bye!", answer="Bye.")],
+        "empty": [],
+    }
+    for name, records in files.items():
+        text = "".join(json.dumps({"messages": messages}) + "\n" for messages in records)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepare_files(folder, tiny_tokenizer):
+    def run(*names):
+        sources = [Source("messages", (folder / f"{name}.jsonl",)) for name in names]
+        made = folder / "made"
+        return prepare(sources, tiny_tokenizer, max_length=200, max_images=3, seed=0, folder=made)[0]
+
+    return run
+
+
+def test_examples_are_the_dialogues_tokenised(prepare_files, tiny_tokenizer):
+    prepared = prepare_files("first", "second")
+    assert len(prepared) == len(prepared.examples) == len(prepared.dialogues) == 5
+    for example, dialogue, length in zip(prepared.examples, prepared.dialogues, prepared.lengths, strict=True):
+        expected = tokenize(render(dialogue), tiny_tokenizer)
+        for name in ("input_ids", "labels", "image_index"):
+            assert getattr(example, name).tolist() == getattr(expected, name).tolist()
+            assert getattr(example, name).dtype == np.int64
+        assert length == len(expected)
+    assert [dialogue.turns[0].text for dialogue in prepared.dialogues] == ["Who?", "Who?", "Who?", "Who?", "And?"]
+
+
+def test_images_are_distinct_by_content_over_all_sets(prepare_files, folder):
+    prepared = prepare_files("first", "second")
+    (a,), (c,) = prepared.image_ids[0], prepared.image_ids[3]
+    b = prepared.image_ids[2][0]
+    assert len({a, b, c}) == len(prepared.images) == len(prepared.digests) == 3
+    assert list(prepared.image_ids) == [(a,), (), (b, a, b), (c,), (a,)]
+    assert prepared.image_counts.tolist() == [1, 0, 2, 1, 1]
+    colors = {number: open_image(prepared.images[number]).getpixel((0, 0)) for number in (a, b, c)}
+    assert colors == {a: (255, 0, 0), b: (0, 128, 0), c: (0, 0, 255)}
+    assert prepared.images[a] == Image((folder / "a.png").resolve())
+
+
+def test_examples_know_their_place_and_source(prepare_files):
+    prepared = prepare_files("first", "empty", "second")
+    assert prepared.sizes == [3, 0, 2]
+    assert [prepared.source_of(index) for index in range(5)] == [0, 0, 0, 2, 2]
+    assert [place.rpartition("/")[2] for place in prepared.places] == [
+        *("first.jsonl:1", "first.jsonl:2", "first.jsonl:3"),
+        *("second.jsonl:1", "second.jsonl:2"),
+    ]
+
+
+def test_selected_examples_are_the_same_examples(prepare_files):
+    prepared = prepare_files("first", "second")
+    chosen = prepared.select(np.array([1, 2, 4]))
+    again = chosen.select(np.array([1, 2]))
+    assert (chosen.sizes, again.sizes, len(again)) == ([2, 1], [1, 1], 2)
+    for index, original in enumerate((2, 4)):
+        assert again.examples[index].input_ids.tolist() == prepared.examples[original].input_ids.tolist()
+        assert again.dialogues[index] == prepared.dialogues[original]
+        assert again.image_ids[index] == prepared.image_ids[original]
+        assert again.lengths[index] == prepared.lengths[original]
+        assert again.image_counts[index] == prepared.image_counts[original]
+        assert again.places[index] == prepared.places[original]
+        assert again.source_of(index) == prepared.source_of(original)
+    assert len(again.images) == 3  # numbered as they were
+
+
+def test_what_is_shown_and_asked_comes_with_its_example(prepare_files):
+    prepared = prepare_files("first", "second")
+    a, b, c = (bytes(prepared.digests[prepared.image_ids[row][0]]) for row in (0, 2, 3))
+    examples, shown = prepared.shown_images()
+    assert list(zip(examples.tolist(), map(bytes, shown), strict=True)) == [
+        *((0, a), (2, b), (2, a), (2, b)),
+        *((3, c), (4, a)),
+    ]
+    asking, keys = prepared.asked_questions()
+    assert asking.tolist() == [0, 1, 2, 2, 3, 4]
+    assert keys.dtype == np.uint64
+    assert len(set(keys.tolist())) == 6
+    chosen = prepared.select(np.array([2, 3]))
+    examples, shown = chosen.shown_images()
+    assert list(zip(examples.tolist(), map(bytes, shown), strict=True)) == [(0, b), (0, a), (0, b), (1, c)]
+    asking, chosen_keys = chosen.asked_questions()
+    assert asking.tolist() == [0, 0, 1]
+    assert chosen_keys.tolist() == keys.tolist()[2:5]
+
+
+@pytest.mark.parametrize("names", [(), ("empty",), ("empty", "empty")])
+def test_nothing_at_all_is_a_set_like_any_other(names, prepare_files):
+    prepared = prepare_files(*names)
+    assert (len(prepared), prepared.sizes, list(prepared.examples)) == (0, [0] * len(names), [])
+    assert (prepared.lengths.tolist(), prepared.image_counts.tolist()) == ([], [])
+    assert (len(prepared.images), len(prepared.digests)) == (0, 0)
+    assert [part.tolist() for part in (*prepared.shown_images(), *prepared.asked_questions())] == [[]] * 4
+    assert len(prepared.select(np.zeros(0, np.int64))) == 0
+    with pytest.raises(IndexError):
+        prepared.examples[0]
+
+
+def test_a_set_without_images_shows_none(prepare_files):
+    prepared = prepare_files("no images")
+    assert list(prepared.image_ids) == [(), ()]
+    assert prepared.image_counts.tolist() == [0, 0]
+    assert prepared.examples[0].image_index.tolist() == [-1] * len(prepared.examples[0])
+    assert [part.tolist() for part in prepared.shown_images()] == [[], []]
+    assert len(prepared.asked_questions()[0]) == 2
+    both = prepare_files("no images", "first")
+    assert list(both.image_ids)[:2] == [(), ()]
+    assert len(both.image_ids[2]) == 1
+
+
+def test_examples_count_from_the_end_and_stop_there(prepare_files):
+    prepared = prepare_files("first")
+    assert prepared.examples[-1].input_ids.tolist() == prepared.examples[2].input_ids.tolist()
+    assert prepared.dialogues[-3] == prepared.dialogues[0]
+    assert [len(example) for example in prepared.examples[1:]] == prepared.lengths[1:].tolist()
+    for view in (prepared.examples, prepared.dialogues, prepared.places, prepared.image_ids, prepared.images):
+        for index in (len(view), -len(view) - 1):
+            with pytest.raises(IndexError):
+                view[index]
+
+
+def seen(prepared):
+    return (
+        prepared.lengths.tolist(),
+        [example.input_ids.tolist() for example in prepared.examples],
+        list(prepared.image_ids),
+        list(prepared.dialogues),
+        [open_image(image).getpixel((0, 0)) for image in prepared.images],
+    )
+
+
+def test_another_process_sees_the_same(prepare_files):
+    prepared = prepare_files("first", "second").select(np.array([0, 2, 4]))
+    assert seen(pickle.loads(pickle.dumps(prepared))) == seen(prepared)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(seen, prepared).result() == seen(prepared)
+        assert pool.submit(len, prepared.sets[0]).result() == 3
+
+
+def test_a_set_is_opened_with_its_account(prepare_files):
+    (made,) = prepare_files("first").sets
+    opened = PreparedSet.open(made.folder)
+    assert (len(opened), opened.account.kept, opened.account.images) == (3, 3, 2)
+    assert opened.account == made.account
+    assert PreparedSet.open(made.folder / "none") is None

@@ -1,0 +1,525 @@
+"""Rows made while a source is read: the same for whoever asks, every record accounted for, memory bounded."""
+
+import json
+import weakref
+from collections import Counter
+from itertools import count, islice, pairwise
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from finetune.data import stream
+from finetune.data.account import Account
+from finetune.data.dialogue import RecordError
+from finetune.data.fit import Limits, fitter
+from finetune.data.images import Augmentation, Preprocessing
+from finetune.data.prepare import prepare
+from finetune.data.sources.source import Source
+from finetune.data.stream import Drawn, StreamedRows, downloads, mix, prepared_pass, read_pass, shuffle
+from finetune.data.tokens import Encoder, Example
+from modeling.errors import UserError
+
+PIXELS = Preprocessing((4, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+FILLER = 1
+
+
+def drawn(number, length=1, *, epoch=0, source=0):
+    """An example whose every token is `number`."""
+    ids = np.full(length, number, np.int64)
+    return Drawn(Example(ids, ids, np.full(length, -1)), (), source, epoch)
+
+
+def counting(size, *, source=0, first=0):
+    """A pass over `size` examples of one token, which is 1000 x the pass + their number from `first` on."""
+
+    def one_pass(epoch, account):
+        account.kept += size
+        return (drawn(1000 * epoch + number, epoch=epoch, source=source) for number in range(first, first + size))
+
+    return one_pass
+
+
+def rows_of(*passes, **changes):
+    names = [f"source {number}" for number in range(len(passes))]
+    settings = {"rows": 10_000, "row_tokens": 8, "row_images": 2, "seed": 0, "weights": [None] * len(passes)}
+    return StreamedRows(passes=passes, names=names, preprocessing=PIXELS, filler=FILLER, **{**settings, **changes})
+
+
+def sequences(batch):
+    """The token ids of each example of a row."""
+    starts = batch["sequence_starts"].tolist()
+    return [batch["input_ids"][0, start:stop].tolist() for start, stop in pairwise(starts)]
+
+
+def taken(rows, wanted):
+    """The first so many examples of counting passes, row after row."""
+    numbers = (ids[0] for number in count() for ids in sequences(rows.at(number)))
+    return list(islice(numbers, wanted))
+
+
+# mixing
+
+
+SOURCES = st.lists(
+    st.tuples(st.floats(0.01, 50), st.lists(st.integers(1, 40), min_size=1, max_size=5)), min_size=1, max_size=9
+)
+
+
+def endless(source, lengths):
+    return (drawn(turn, lengths[turn % len(lengths)], source=source) for turn in count())
+
+
+@pytest.mark.parametrize("unit", ["examples", "tokens"])
+@given(SOURCES)
+@settings(max_examples=100, deadline=None)
+def test_however_many_are_taken_each_source_has_its_share_to_one_example(unit, sources):
+    weights = [weight for weight, _ in sources]
+    streams = [endless(number, lengths) for number, (_, lengths) in enumerate(sources)]
+    longest = max(max(lengths) for _, lengths in sources) if unit == "tokens" else 1
+    given_ = [0] * len(sources)
+    for one in islice(mix(streams, weights, unit=unit), 200):
+        given_[one.source] += len(one.example) if unit == "tokens" else 1
+        for got, weight in zip(given_, weights, strict=True):
+            assert abs(got - weight / sum(weights) * sum(given_)) < longest * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("weights", "unit", "sources"),
+    [
+        ([1, 1], "examples", "01010101"),
+        ([3, 1], "examples", "00010001"),
+        ([1, 3], "examples", "11011101"),
+        ([3, 1], "tokens", "00010000"),  # the second one's examples have two tokens each
+    ],
+)
+def test_a_mix_by_hand(weights, unit, sources):
+    mixed = list(islice(mix([endless(0, [1]), endless(1, [2])], weights, unit=unit), 8))
+    assert "".join(str(one.source) for one in mixed) == sources
+    for source in (0, 1):
+        mine = [one.example.input_ids[0] for one in mixed if one.source == source]
+        assert mine == list(range(len(mine)))
+
+
+def test_weights_decide_how_often_a_source_is_in_the_rows():
+    window = 64 * 8
+    numbers = taken(rows_of(counting(5), counting(50, source=1, first=5), weights=[1, 4], unit="tokens"), window)
+    assert sum(number % 1000 < 5 for number in numbers) == round(window / 5)
+
+
+# passes and the buffer
+
+
+@given(st.integers(1, 30), st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_every_example_comes_once_a_pass(size, buffer):
+    """Rows of a window are shuffled, so the last passes are not whole."""
+    numbers = taken(rows_of(counting(size), buffer=buffer), 2 * 64 * 8)
+    times = Counter(numbers)
+    assert set(times.values()) == {1}
+    epochs = Counter(number // 1000 for number in numbers)
+    whole, rest = divmod(len(numbers), size)
+    assert [epochs[epoch] for epoch in range(whole)] == [size] * whole
+    assert epochs[whole] == rest
+    assert sum(epochs.values()) == whole * size + rest
+
+
+def test_a_source_that_ends_begins_again_in_another_order():
+    orders = [
+        [one.example.input_ids[0] for one in shuffle(map(drawn, range(20)), np.random.default_rng(seed), buffer=20)]
+        for seed in range(2)
+    ]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20))
+    assert orders[0] != orders[1]
+
+
+def test_passes_of_a_run_have_their_own_orders(monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 1)  # rows of one example in a window of one row: nothing else shuffles
+    numbers = taken(rows_of(counting(20), row_tokens=1, buffer=20), 60)
+    orders = [tuple(number % 1000 for number in numbers[start : start + 20]) for start in (0, 20, 40)]
+    assert [sorted(order) for order in orders] == [list(range(20))] * 3
+    assert len(set(orders)) == 3
+    assert [number // 1000 for number in numbers] == [0] * 20 + [1] * 20 + [2] * 20
+    again = taken(rows_of(counting(20), row_tokens=1, buffer=20), 60)
+    other = taken(rows_of(counting(20), row_tokens=1, buffer=20, seed=1), 60)
+    assert again == numbers != other
+
+
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_no_example_comes_earlier_than_the_buffer_allows(size, buffer, seed):
+    rng = np.random.default_rng(seed)
+    order = [int(one.example.input_ids[0]) for one in shuffle(map(drawn, range(size)), rng, buffer=buffer)]
+    assert sorted(order) == list(range(size))
+    assert all(place >= number - buffer for place, number in enumerate(order))
+
+
+def test_memory_is_bounded_by_the_buffer_and_a_window(monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 4)
+    alive, most = 0, []
+
+    def gone():
+        nonlocal alive
+        alive -= 1
+
+    def one_pass(epoch, account):
+        nonlocal alive
+        account.kept += 1
+        for number in count():
+            one = drawn(number)
+            alive += 1
+            most.append(alive)
+            weakref.finalize(one, gone)
+            yield one
+
+    rows = rows_of(one_pass, row_tokens=8, buffer=50)
+    taken(rows, 1000)
+    assert len(most) >= 1000
+    # of the window 4 x 8, of the buffer 50, one on its way into each of buffer, mix and window
+    assert 50 + 4 * 8 <= max(most) <= 50 + 4 * 8 + 3
+
+
+# who asks, and when
+
+
+def read_on(rows):
+    for number in range(200):
+        rows.at(number)
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_tokenizer):
+    return Encoder(tiny_tokenizer)
+
+
+@pytest.fixture
+def reading(encoder, monkeypatch):
+    """reading(source, ...) -> rows read from these sources, in small windows."""
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 2)
+
+    def make(*sources, max_length=256, passes=None, **changes):
+        settings = {"row_tokens": 256, "row_images": 4, "buffer": 5} | changes
+        limits = Limits(max_length, settings["row_images"])
+        read = [
+            read_pass(source, fitter(source, encoder, limits, seed=0), number) for number, source in enumerate(sources)
+        ]
+        return rows_of(*(passes or read), **settings)
+
+    return make
+
+
+def messages(*images, question="what color is it?", answer="red"):
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
+
+
+def written(folder, *records, name="data.jsonl"):
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    (folder / name).write_text("".join(f"{line}\n" for line in lines))
+    return Source("messages", (folder / name,), stream=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images, one that is broken, one that is missing."""
+    for name, color in (("a", "red"), ("b", "blue")):
+        PIL.Image.new("RGB", (6, 5), color).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    return tmp_path
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+ASKED = 10
+
+
+@given(st.lists(st.integers(0, ASKED - 1), max_size=4))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_row_is_the_same_whoever_asks_and_whatever_was_asked_before(reading, dialogue_folder, numbers):
+    """Ranks and workers ask for some, a run that goes on begins in the middle; nobody has to ask in order."""
+    source = Source("messages", (dialogue_folder / "dialogues.jsonl",), turns=1)
+
+    def rows():
+        return reading(source, augmentation=Augmentation(flip=True, shift=1), blank_image=True)
+
+    in_order = rows()
+    whole = [in_order.at(number) for number in range(ASKED)]
+    assert not any(equal(one, other) for one, other in pairwise(whole))
+    asked = rows()
+    for number in numbers:
+        assert equal(asked.at(number), whole[number])
+        assert equal(asked([{"row": number}]), whole[number])
+    tokens, epochs = zip(*((in_order.tokens(number), in_order.epoch(number)) for number in range(ASKED)), strict=True)
+    assert tokens == tuple(batch["input_ids"].shape[1] for batch in whole)
+    # of rows between those asked for, and beyond them
+    assert [(asked.tokens(number), asked.epoch(number)) for number in range(ASKED)] == list(
+        zip(tokens, epochs, strict=True)
+    )
+    assert max(epochs) > 0
+    assert asked.accounts[0].to_json() == in_order.accounts[0].to_json()
+
+
+def test_opening_images_is_for_rows_that_are_asked_for(reading, folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr(stream, "open_image", lambda image: opened.append(image) or PIL.Image.new("RGB", (4, 4)))
+    rows = reading(written(folder, messages("a.png"), messages("b.png")))
+    batch = rows.at(5)
+    assert len(opened) == len(batch["pixel_values"]) > 0
+    assert rows.tokens(4) > 0
+    assert len(opened) == len(batch["pixel_values"])
+
+
+@given(st.integers(80, 300), st.integers(1, 3), st.integers(1, 30))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_row_keeps_both_budgets(reading, dialogue_folder, row_tokens, row_images, buffer):
+    source = Source("messages", (dialogue_folder / "dialogues.jsonl",))
+    rows = reading(source, max_length=row_tokens, row_tokens=row_tokens, row_images=row_images, buffer=buffer)
+    for number in range(12):
+        batch = rows.at(number)
+        assert batch["input_ids"].shape[1] == rows.tokens(number) <= row_tokens
+        assert len(batch["pixel_values"]) <= row_images
+        assert batch["image_index"].max() < max(len(batch["pixel_values"]), 1)
+
+
+def test_rows_hold_the_examples_of_the_records_and_their_images(reading, folder, tiny_tokenizer):
+    rows = reading(written(folder, messages("a.png", answer="red"), messages("b.png", answer="blue")), row_tokens=512)
+    batch = rows.at(0)
+    texts = [tiny_tokenizer.decode(ids).replace(" ", "") for ids in sequences(batch)]
+    fake = "<fake_token_around_image>"
+    question = f"<s>User:{fake}<image>{fake}whatcolorisit?<end_of_utterance>\nAssistant:"
+    assert set(texts) == {f"{question}{answer}<end_of_utterance></s>" for answer in ("red", "blue")}
+    shown = {}
+    for text, stop in zip(texts, batch["sequence_starts"].tolist()[1:], strict=True):
+        image = batch["pixel_values"][batch["image_index"][0, stop - 1]]
+        shown["red" in text] = image[:, 0, 0].tolist()
+    assert shown == {True: [1, -1, -1], False: [-1, -1, 1]}  # of mean and deviation 0.5: all red, all blue
+
+
+# accounts
+
+
+KINDS = {
+    "good": (messages("a.png"), None),
+    "no image": (messages(), None),
+    "not JSON": ("{broken", "not JSON"),
+    "empty answer": (messages(answer=" "), "empty answer"),
+    "prompt": ({"messages": [{"role": "user", "content": "hi"}]}, "no answer to the last question"),
+    "too long": (messages(question="what? " * 200), "too long"),
+    "too many images": (messages("a.png", "b.png", "broken.png"), "too many images"),
+    "corrupt": (messages("broken.png"), "corrupt image"),
+    "corrupt, and another": (messages("a.png", "broken.png"), "corrupt image"),
+    "missing": (messages("none.png"), "missing image"),
+}
+
+
+@given(
+    st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=8),
+    st.none() | st.integers(1, 8),
+    st.integers(1, 10),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_read_is_kept_and_rejected_and_not_taken_at_any_row(reading, folder, monkeypatch, kinds, limit, buffer):
+    monkeypatch.setattr(stream, "TOKENISED_AT_ONCE", 2)
+    kinds = ["good", *kinds]
+    source = written(folder, *(KINDS[kind][0] for kind in kinds))
+    rows = reading(Source(source.format, source.paths, stream=True, limit=limit), buffer=buffer, row_images=2)
+    for number in range(12):  # enough for every record to have been in a row, and in further passes
+        rows.at(number)
+        (account,) = rows.accounts
+        assert account.to_json()["read"] <= len(kinds)
+        assert account.kept >= 0
+    reasons = [KINDS[kind][1] for kind in kinds[:limit]]
+    assert rows.epoch(11) > 0
+    assert (account.read, account.not_taken) == (len(kinds), len(kinds) - len(reasons))
+    assert account.kept == reasons.count(None)
+    assert account.rejected == Counter(reason for reason in reasons if reason)
+    assert account.parts_rejected == {}
+
+
+def test_going_back_counts_nothing_twice(reading, folder):
+    rows = reading(written(folder, messages("a.png"), messages("broken.png"), "{broken"))
+    for number in (0, 1, 2, 0, 3):
+        rows.at(number)
+    (account,) = rows.accounts
+    assert (account.read, account.kept) == (3, 1)
+    assert account.rejected == {"corrupt image": 1, "not JSON": 1}
+    assert account.first_rejected["corrupt image"].startswith("data.jsonl:2: ")
+
+
+def test_an_image_that_cannot_be_opened_takes_its_example_out_of_the_row_in_every_pass(reading, folder, tiny_tokenizer):
+    records = [messages("a.png", answer="red"), messages("a.png", "broken.png", answer="two"), messages(answer="no")]
+    rows = reading(written(folder, *records))
+    texts = Counter(
+        tiny_tokenizer.decode(ids).partition("Assistant: ")[2].partition("<")[0]
+        for number in range(30)
+        for ids in sequences(rows.at(number))
+    )
+    assert rows.epoch(29) > 2
+    assert texts.keys() - {""} == {"red", "no"}  # "": a row of which nothing is left
+    assert all(rows.at(number)["pixel_values"].isfinite().all() for number in range(30))
+
+
+def test_a_row_of_which_nothing_is_left_is_one_unsupervised_token(reading, folder, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 1)
+    rows = reading(written(folder, messages("broken.png"), messages(answer="blue")), row_tokens=96, max_length=96)
+    lost = [number for number in range(8) if rows.at(number)["labels"].max() == -100]
+    assert 0 < len(lost) < 8
+    assert rows.at(lost[0])["input_ids"].tolist() == [[FILLER]]
+    assert rows.tokens(lost[0]) == 0
+
+
+def test_a_record_of_several_examples_is_rejected_with_its_last(reading, folder):
+    turns = [turn for answer in ("a", "b", "c") for turn in messages(answer=answer)["messages"]]
+    both = [*turns, *messages("broken.png")["messages"]]  # the last of four examples shows the broken image
+    broken = [*messages("broken.png")["messages"], *turns]  # all four do
+    source = written(folder, {"messages": both}, {"messages": broken})
+    rows = reading(Source(source.format, source.paths, stream=True, turns=1))
+    for number in range(20):
+        rows.at(number)
+    (account,) = rows.accounts
+    assert (account.read, account.kept, account.examples) == (2, 1, 8)
+    assert account.rejected == {"corrupt image": 1}
+    assert account.parts_rejected == {"corrupt image": 4}  # one of the first record, three of the second
+
+
+def test_a_source_with_nothing_usable_is_an_error_with_the_reasons(reading, folder):
+    good = written(folder, messages("a.png"), name="good.jsonl")
+    bad = written(folder, "{broken", messages(answer=""), messages(answer=""), name="bad.jsonl")
+    with pytest.raises(UserError) as raised:
+        reading(good, bad, weights=[1, 1]).at(0)
+    assert str(raised.value).splitlines()[0] == "source 1: no dialogue is left:"
+    assert "source 1: 1 x not JSON (first: bad.jsonl:1: " in str(raised.value)
+    assert "source 1: 2 x empty answer (first: bad.jsonl:2: turn 2)" in str(raised.value)
+    with pytest.raises(UserError, match="source 0: no dialogue is left:\n  the sources are empty"):
+        reading(written(folder, name="empty.jsonl")).at(0)
+
+
+def test_a_source_whose_images_can_none_be_opened_is_an_error_once_that_is_known(reading, folder, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 1)
+    rows = reading(written(folder, messages("broken.png"), messages("none.png")))
+    with pytest.raises(UserError, match=r"source 0: 1 x corrupt image \(first: data\.jsonl:1: "):
+        read_on(rows)
+
+
+def test_a_source_that_has_become_empty_is_an_error(reading, folder):
+    source = written(folder, messages())
+    rows = reading(source)
+    rows.at(0)
+    written(folder)
+    with pytest.raises(UserError, match="source 0: no dialogue is left"):
+        read_on(rows)
+
+
+# what the passes do to records
+
+
+def test_turns_bound_and_documents_are_cut(reading, encoder, folder):
+    turns = [turn for answer in ("a", "b", "c") for turn in messages(answer=answer)["messages"]]
+    source = written(folder, {"messages": turns}, messages())
+    rows = reading(Source(source.format, source.paths, stream=True, turns=2))
+    rows.at(0)
+    (account,) = rows.accounts
+    assert (account.read, account.kept, account.dialogues, account.examples) == (2, 2, 2, 3)
+
+    (folder / "long.jsonl").write_text(json.dumps({"texts": ["a red ball. " * 4] * 6, "images": [None] * 6}) + "\n")
+    rows = reading(Source("obelics", (folder / "long.jsonl",), stream=True), max_length=64)
+    for number in range(6):
+        starts = rows.at(number)["sequence_starts"]
+        assert starts.diff().max() <= 64
+    (account,) = rows.accounts
+    assert (account.read, account.kept, account.documents_cut) == (1, 1, 1)
+    assert account.examples > 1
+
+
+def test_a_stream_is_read_no_further_than_it_must(reading, folder, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 1)
+    rows = reading(written(folder, *[messages()] * 400), row_tokens=64, max_length=64)
+    rows.at(0)
+    (account,) = rows.accounts
+    assert account.read == account.kept == stream.TOKENISED_AT_ONCE
+    assert account.examples == account.dialogues == stream.TOKENISED_AT_ONCE
+
+
+def test_records_become_the_examples_they_become_when_prepared(reading, folder, tiny_tokenizer):
+    """Whichever records stand together when they are tokenised."""
+    records = [messages("a.png", answer="red " * number) for number in range(1, 70)]
+    source = written(folder, *records)
+    prepared, (account,) = prepare(
+        [source], tiny_tokenizer, max_length=100, max_images=4, seed=0, folder=folder / "prepared"
+    )
+    streamed = Account(source.name)
+    one_pass = read_pass(source, fitter(source, Encoder(tiny_tokenizer), Limits(100, 4), seed=0), 0)
+    texts = [one.example.input_ids.tolist() for one in one_pass(0, streamed)]
+    assert texts == [example.input_ids.tolist() for example in prepared.examples]
+    assert len(texts) < len(records)
+    assert streamed.to_json() == {**account.to_json(), "images": 0}  # which are counted when they are prepared
+
+
+def test_prepared_and_streamed_sources_together(reading, encoder, folder, tiny_tokenizer):
+    streamed = written(folder, *[messages(answer="blue")] * 3)
+    other = written(folder, messages("a.png", answer="red"), messages(answer="red"), "{broken", name="other.jsonl")
+    prepared, _ = prepare([other], tiny_tokenizer, max_length=64, max_images=4, seed=0, folder=folder / "prepared")
+
+    def rows():
+        passes = [
+            read_pass(streamed, fitter(streamed, encoder, Limits(64, 4), seed=0), 0),
+            prepared_pass(prepared.sets[0], 1, 0),
+        ]
+        return reading(passes=passes, weights=[1, 3], row_tokens=128)
+
+    first, alone = rows(), rows()
+    answers = Counter()
+    for number in range(64):
+        batch = first.at(number)
+        answers.update(tiny_tokenizer.decode(ids).partition("Assistant: ")[2][:3] for ids in sequences(batch))
+    assert answers["red"] == pytest.approx(3 * answers["blu"], abs=12)
+    assert answers.keys() == {"red", "blu"}
+    assert equal(alone.at(63), batch)
+    assert [account.read for account in first.accounts] == [3, 3]
+    assert first.accounts[1].rejected == {"not JSON": 1}
+    (folder / "a.png").unlink()
+    with pytest.raises(RecordError, match="missing image"):
+        read_on(first)
+
+
+def test_a_prepared_source_of_which_nothing_is_left_says_why(reading, folder, tiny_tokenizer):
+    bad = written(folder, "{broken", name="bad.jsonl")
+    prepared, _ = prepare([bad], tiny_tokenizer, max_length=64, max_images=4, seed=0, folder=folder / "prepared")
+    with pytest.raises(UserError, match="source 0: 1 x not JSON"):
+        rows_of(prepared_pass(prepared.sets[0], 0, 0)).at(0)
+
+
+class Fetched:
+    """Stands for a Downloader: knows one URL."""
+
+    def __init__(self, known):
+        self.known, self.asked = known, []
+
+    def fetch_all(self, urls):
+        self.asked.append(sorted(urls))
+        return {url: self.known.get(url, RecordError("download failed", url)) for url in urls}
+
+
+def test_images_that_are_urls_are_fetched_with_their_row(reading, folder):
+    urls = ["https://example.org/a.png", "https://example.org/gone.png"]
+    source = written(folder, *map(messages, urls))
+    fetched = Fetched({urls[0]: folder / "a.png"})
+    rows = reading(Source(source.format, source.paths, stream=True, download=True), downloader=fetched)
+    batch = rows.at(0)
+    assert set(fetched.asked[0]) <= set(urls)
+    for number in range(1, 8):
+        batch = rows.at(number)
+        assert len(batch["pixel_values"]) <= 1
+    (account,) = rows.accounts
+    assert (account.read, account.kept, account.rejected) == (2, 1, {"download failed": 1})
+    assert account.first_rejected == {"download failed": "data.jsonl:2: https://example.org/gone.png"}
+
+
+def test_only_sources_that_allow_it_download(folder):
+    assert downloads(folder, [Source("messages"), Source("obelics")]) is None
+    assert downloads(folder, [Source("messages"), Source("obelics", download=True)]) is not None
