@@ -1,5 +1,6 @@
 """The data of a recipe -> a dataset card: markdown with the hub's metadata header."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
         f"{overlap['training_examples_with_questions']:,} training examples concerned were "
         f"{'dropped as the recipe says' if overlap['dropped'] else 'kept'}.",
         "## Prepared sets",
-        "\n".join(f"- `{one.folder.name}`" for one in (*dataset.training.sets, *dataset.held.sets)),
+        "\n".join(dict.fromkeys(f"- `{one.folder.name}`" for one in (*dataset.training.sets, *dataset.held.sets))),
         "## Recipe",
         f"```yaml\n{recipe.to_yaml()}```",
     ]
@@ -111,4 +112,4 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     text = f"{value:,}" if isinstance(value, int) else str(value)
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+    return re.sub(r"[\\`*_\[\]|<>&~!]", r"\\\g<0>", " ".join(text.split()))

@@ -14,8 +14,7 @@ from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from finetune.data.tracking import Track, silently
 from finetune.generate import Assistant, generate
-from finetune.materials import auto_dtype, device
-from modeling import loading
+from finetune.materials import QUANTIZED, auto_dtype, device, load_model
 from modeling.adapters import open_adapter
 
 HELP = (
@@ -23,9 +22,10 @@ HELP = (
 )
 
 
-def open_assistant(model: str, *, adapter: Path | None = None) -> Assistant:
+def open_assistant(model: str, *, adapter: Path | None = None, quantize: str | None = None) -> Assistant:
     """A merged model or an instruct one (folder or hub id), or a base with its `adapter`. Raises UserError."""
-    loaded = loading.load(model, dtype=auto_dtype(), instruct=adapter is not None)
+    cache = Path("runs") / QUANTIZED
+    loaded = load_model(model, dtype=auto_dtype(), instruct=adapter is not None, quantize=quantize, cache=cache)
     wrapped = open_adapter(loaded.model, adapter) if adapter else loaded.model
     return Assistant(wrapped.to(device()), loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor))
 

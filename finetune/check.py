@@ -119,6 +119,6 @@ def _coloured(dialogue: Dialogue) -> Text:
         else:
             start = len(text)
             text.append(piece.text)
-            for first, last in piece.supervised:
-                text.stylize("green", start + first, start + last)
+            if piece.supervised_from is not None:
+                text.stylize("green", start + piece.supervised_from)
     return text

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -154,6 +154,9 @@ ModelName = Annotated[
 AdapterFolder = Annotated[
     Path | None, typer.Option("--adapter", help="With a base: the adapter folder to put on it.", show_default=False)
 ]
+Quantize = Annotated[
+    Literal["nf4"] | None, typer.Option("--quantize", help="Load the model in 4 bits.", show_default=False)
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1)]
 
 
@@ -163,6 +166,7 @@ def chat(
     question: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
     image: Annotated[list[Path] | None, typer.Option("--image", help="Image for the question; repeatable.")] = None,
     adapter: AdapterFolder = None,
+    quantize: Quantize = None,
     max_new_tokens: NewTokens = 256,
 ) -> None:
     """Ask a model: one answer, or a conversation with images added on the way."""
@@ -171,7 +175,7 @@ def chat(
         _quiet()
         from finetune.chat import Conversation, converse, open_assistant
 
-        conversation = Conversation(open_assistant(model, adapter=adapter), max_new_tokens)
+        conversation = Conversation(open_assistant(model, adapter=adapter, quantize=quantize), max_new_tokens)
         for path in image or []:
             conversation.show(str(path))
         if question:
@@ -189,6 +193,7 @@ def generate(
     prompts: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="`messages` records that end with the user.")],
     answers: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The same records with their answers.")],
     adapter: AdapterFolder = None,
+    quantize: Quantize = None,
     max_new_tokens: NewTokens = 256,
     as_json: AsJson = False,
 ) -> None:
@@ -199,7 +204,7 @@ def generate(
         from finetune.chat import answer_file, open_assistant
         from finetune.progress import say, track
 
-        assistant = open_assistant(model, adapter=adapter)
+        assistant = open_assistant(model, adapter=adapter, quantize=quantize)
         counts = answer_file(assistant, prompts, answers, max_new_tokens=max_new_tokens, track=track)
         say(f"{answers}: {counts['answered']} answers, {counts['errors']} errors")
         return dict(counts)

@@ -1,5 +1,6 @@
 """Recipe -> what its stages work with: base, tokenizer, prepared data, rows, models; each made when first asked."""
 
+import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,11 @@ from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
 from modeling import loading, tiny
 from modeling.errors import UserError
+from modeling.quantize import quantized_checkpoint
 from modeling.shapes import SHAPES, Config
+
+QUANTIZED = "quantized"
+"""Folder of quantised weights, beside that of prepared sets."""
 
 
 class Materials:
@@ -54,10 +59,15 @@ class Materials:
         return [to_source(source) for source in self.recipe.data.sources]
 
     def load(self) -> loading.Idefics:
-        revision = self.recipe.model.revision
-        loaded = loading.load(self.base, revision=revision, dtype=self.dtype, instruct=self.instruct)
-        loaded.model.to(device())
-        return loaded
+        """The base as this recipe trains it, on its device; quantised weights are kept beside the prepared sets."""
+        return load_model(
+            self.base,
+            revision=self.recipe.model.revision,
+            dtype=self.dtype,
+            instruct=self.instruct,
+            quantize=self.recipe.model.quantize,
+            cache=Path(self.recipe.data.prepared).with_name(QUANTIZED),
+        )
 
     @property
     def instruct(self) -> bool:
@@ -214,13 +224,31 @@ def learn_tokenizer(config: Config, sources: list[Source], *, instruct: bool) ->
     return tiny.train_tokenizer(texts, vocab_size=config["vocab_size"], added=3 if instruct else 2)
 
 
+def load_model(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype,
+    instruct: bool,
+    quantize: str | None,
+    cache: Path,
+) -> loading.Idefics:
+    """A model on the device that this machine has, in 4 bits where `quantize` says so; its NF4 is kept in `cache`."""
+    quantized = None
+    if quantize:
+        folder = loading.local_folder(base, revision=revision)
+        quantized = quantized_checkpoint(folder, cache, name=Path(base).name, track=track)
+    return loading.load(base, revision=revision, dtype=dtype, instruct=instruct, quantized=quantized, device=device())
+
+
 def auto_dtype() -> torch.dtype:
     """bf16 where the hardware has it, else fp32."""
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Of several GPUs, the one of this process."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else loading.CPU
 
 
 def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:

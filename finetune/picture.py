@@ -16,7 +16,7 @@ MODELS = {"base": "#9aa5b1", "blind": "#d9a441", "tuned": "#2f6fbb"}
 
 
 def draw(metrics: Path, scores: Mapping[str, Any] | None, out: Path) -> None:
-    """Write a PNG: training and held-out loss by step and, where there are scores, the shares of each model."""
+    """Write a PNG: loss by step, training and held-out; the gates; where there are scores, the shares of each model."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -24,10 +24,14 @@ def draw(metrics: Path, scores: Mapping[str, Any] | None, out: Path) -> None:
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     shares = {key: name for key, name in SHARES.items() if scores and scores["tuned"].get(key) is not None}
-    figure, axes = plt.subplots(1, 2 if shares else 1, figsize=(11 if shares else 6, 4), squeeze=False)
+    gates = [(line["step"], line["gates"]) for line in lines if "gates" in line]
+    widths = [6, *([3] if gates else []), *([5] if shares else [])]
+    figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 4), width_ratios=widths, squeeze=False)
     _losses(axes[0, 0], lines)
+    if gates:
+        _gates(axes[0, 1], gates)
     if shares and scores:
-        _shares(axes[0, 1], shares, scores)
+        _shares(axes[0, -1], shares, scores)
     figure.tight_layout()
     figure.savefig(out, dpi=120)
     plt.close(figure)
@@ -42,6 +46,19 @@ def _losses(axis: Any, lines: list[dict[str, Any]]) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.tick_params(axis="y", which="minor", labelsize=7)
+    axis.legend()
+    axis.grid(alpha=0.3)
+
+
+def _gates(axis: Any, gates: list[tuple[int, dict[str, list[float]]]]) -> None:
+    """A line for every layer's gate, the first layers light, the last ones dark."""
+    steps = [step for step, _ in gates]
+    for key, name, color in (("alpha_cross_attn", "attention", "#2f6fbb"), ("alpha_dense", "MLP", "#d9a441")):
+        layers = list(zip(*(values[key] for _, values in gates), strict=True))
+        for number, layer in enumerate(layers, start=1):
+            label = name if number == len(layers) else None
+            axis.plot(steps, layer, color=color, alpha=0.3 + 0.7 * number / len(layers), label=label, marker=".")
+    axis.set(xlabel="step", ylabel="gates, tanh(alpha)")
     axis.legend()
     axis.grid(alpha=0.3)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from modeling.towers import EXACT_LORA
+from modeling.towers import EXACT_LORA, QUANTIZED_TOWERS
 
 Mode = Literal["frozen", "lora", "full"]
 Switch = Literal["frozen", "full"]
@@ -32,6 +32,8 @@ class Model(Section):
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of what is not trained; auto: bf16 where the hardware has it, else fp32."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the matrices of cross_attention and decoder in 4 bits, in training and evaluation (QLoRA)."""
     vision: Mode = "frozen"
     resampler: Mode = "frozen"
     cross_attention: Mode = "lora"
@@ -51,9 +53,21 @@ class Model(Section):
             raise ValueError("revision belongs to a base on the hub, and init makes a fresh model")
         if self.init and self.continue_from:
             raise ValueError("continue_from needs the base its adapter was made for, and init makes a fresh model")
+        if self.quantize:
+            self._check_quantized()
         if all(mode == "frozen" for mode in self.modes.values()):
             raise ValueError("everything is frozen: expected at least one tower to be lora or full")
         return self
+
+    def _check_quantized(self) -> None:
+        full = [tower for tower in QUANTIZED_TOWERS if self.modes[tower] == "full"]
+        if full:
+            raise ValueError(
+                f"quantize: nf4 holds the matrices of {' and '.join(full)} in 4 bits, too coarse for the small steps "
+                f"of training in full: set {', '.join(f'{tower}: lora' for tower in full)}, or leave quantize out"
+            )
+        if "lora" not in self.modes.values():
+            raise ValueError("quantize: nf4 trains through LoRA: expected at least one tower to be lora")
 
     @property
     def modes(self) -> dict[str, str]:
@@ -251,9 +265,13 @@ class Training(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """8bit: its two moments in 8 bits; paged: moved to main memory while a GPU's runs short."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 does not clip."""
+    checkpointing: bool = False
+    """Keep only each layer's input for the backward, and compute the rest again: less memory, a third more work."""
     gates_learning_rate: Rate | None = None
     added_tokens_learning_rate: Rate | None = None
     seed: Annotated[int, Field(ge=0)] = 0

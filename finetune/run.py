@@ -203,6 +203,7 @@ def _plan(recipe: Recipe, rows: int, *, autocast: bool) -> Plan:
         schedule=settings.schedule,
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
+        optimizer=settings.optimizer,
         betas=settings.betas,
         clip=settings.clip,
         tower_rates={"gates": settings.gates_learning_rate, "added_tokens": settings.added_tokens_learning_rate},
@@ -211,6 +212,7 @@ def _plan(recipe: Recipe, rows: int, *, autocast: bool) -> Plan:
         evaluate_every=settings.evaluate_every,
         early_stop=settings.early_stop,
         trackers=settings.trackers,
+        checkpointing=settings.checkpointing,
         unused_parameters=recipe.model.vision == "full",
         autocast=autocast,
     )

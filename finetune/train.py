@@ -2,9 +2,10 @@
 
 `IdeficsTrainer` overrides, and the reason for each:
 
+    __init__               what is trained stays in fp32; TRL casts it to bf16 on a 4-bit base
     compute_loss           the whole decoupled vocabulary; TRL's fused head leaves the added rows out
     evaluate               sums over tokens; TRL averages packs
-    create_optimizer       own rates for gates and added tokens, no decay where it would pull at a scale
+    get_optimizer_cls_...  own rates for gates and added tokens, no decay where it would pull at a scale
     _determine_best_metric a new best is always a checkpoint, whatever the interval
     _save, _load_from_*    the adapter folder, which holds more than PEFT knows of, and no pickles
     create_model_card      TRL's says nothing true about this model
@@ -25,10 +26,11 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.data.collate import Batch, RowCollator, Rows
 from finetune.data.schedule import Row
-from finetune.progress import bar
+from finetune.progress import bar, say
 from modeling.adapters import count_trained, load_adapter_weights, save_adapter
 from modeling.errors import UserError
 from modeling.forward import packed_loss
+from modeling.quantize import quantized_layers
 from modeling.towers import is_lora, no_decay, stock_name, tower_of
 
 
@@ -42,6 +44,8 @@ class Plan:
     schedule: str = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    """adamw, adamw_8bit or paged_adamw_8bit."""
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
     tower_rates: Mapping[str, float | None] | None = None
@@ -55,6 +59,8 @@ class Plan:
     """Some trained parameters play no part, like the last norm of the vision tower: DDP must look for them."""
     autocast: bool = False
     """Multiply in bf16 although some trained matrices are fp32: for towers trained in full on a bf16 base."""
+    checkpointing: bool = False
+    """Keep only each layer's input for the backward, and compute the rest again."""
 
 
 def train(
@@ -73,7 +79,8 @@ def train(
     Checkpoints go to `folder`/checkpoint-*; `resume_from` is one of them. The best one by held-out loss becomes the
     adapter where `plan` evaluates, else the last state.
     """
-    arguments = _arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan)
+    half = any(layer.compute_dtype == torch.float16 for layer in quantized_layers(model).values())
+    arguments = _arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
     trainer = IdeficsTrainer(
         model=model,
         args=arguments,
@@ -102,6 +109,7 @@ class IdeficsTrainer(SFTTrainer):
         self.plan, self.eval_rows = plan, eval_rows
         self.idefics_config = model.config
         held_out = _row_numbers(len(eval_rows)) if eval_rows and plan.evaluate_every else None
+        in_fp32 = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(
             model=model,
             data_collator=train_rows,
@@ -109,6 +117,9 @@ class IdeficsTrainer(SFTTrainer):
             eval_dataset=held_out,
             **kwargs,
         )
+        for parameter, data in in_fp32.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data
         self.remove_callback(PrinterCallback)
         if plan.early_stop:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=plan.early_stop))
@@ -147,13 +158,10 @@ class IdeficsTrainer(SFTTrainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The trainer's optimiser over groups that share a rate and a decay."""
-        if self.optimizer is None:
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(model or self.model, plan=self.plan)
-            self.optimizer: torch.optim.Optimizer = cls(groups, **kwargs)
-        return self.optimizer
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+        """The trainer's optimiser, over groups that share a rate and a decay."""
+        cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        return cls, {**kwargs, "params": parameter_groups(model or self.model, plan=self.plan)}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -172,7 +180,10 @@ class IdeficsTrainer(SFTTrainer):
 
 
 class MetricsFile(TrainerCallback):
-    """Writes each log of the trainer as a line of metrics.jsonl, with the step's epoch and tokens from the schedule."""
+    """Writes each log of the trainer as a line of metrics.jsonl, with the step's epoch and tokens from the schedule.
+
+    The line of a step that is saved or evaluated, and of the last one, has the gates as well.
+    """
 
     def __init__(self, path: Path, rows: Rows, packs_per_step: int):
         self.path, self.rows, self.packs = path, rows, packs_per_step
@@ -191,6 +202,9 @@ class MetricsFile(TrainerCallback):
         tokens = sum(self.rows.tokens(row) for row in step)
         place = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}
         line = {**place, **{key: value for key, value in logs.items() if key != "epoch"}, "tokens": tokens}
+        milestone = control.should_save or control.should_evaluate or state.global_step == state.max_steps
+        if milestone and "loss" in logs and (gates := gate_openings(kwargs["model"])):
+            line["gates"] = gates
         with self.path.open("a", encoding="utf-8") as metrics:
             metrics.write(json.dumps(line) + "\n")
 
@@ -210,6 +224,18 @@ class ProgressBar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()
+
+
+def gate_openings(model: nn.Module) -> dict[str, list[float]]:
+    """tanh of every trained gate, layer by layer: {"alpha_cross_attn": [0.1, ...], "alpha_dense": [0.2, ...]}.
+
+    0 is shut. Of a gate with a value for each channel, the mean.
+    """
+    openings: dict[str, list[float]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and tower_of(stock_name(name)) == "gates":
+            openings.setdefault(name.rpartition(".")[2], []).append(float(parameter.detach().tanh().mean()))
+    return openings
 
 
 def parameter_groups(model: nn.Module, *, plan: Plan) -> list[dict[str, Any]]:
@@ -241,11 +267,16 @@ def _row_numbers(rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"row": range(rows)})
 
 
-def _arguments(folder: Path, *, steps: int, plan: Plan) -> SFTConfig:
+def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConfig:
+    """`scaled`: matrices are multiplied in fp16, whose small gradients would be lost if the loss were not scaled up."""
     available = get_available_reporting_integrations()
     if missing := sorted(set(plan.trackers) - set(available)):
         installed = ", ".join(available) or "none"
         raise UserError(f"training.trackers: {', '.join(missing)} not installed here; installed: {installed}")
+    if "paged" in plan.optimizer and not torch.cuda.is_available():
+        say(
+            f"training.optimizer: {plan.optimizer} has nothing to page without a GPU; its moments are in 8 bits all the same"
+        )
     return SFTConfig(
         output_dir=str(folder),
         max_steps=steps,
@@ -260,13 +291,17 @@ def _arguments(folder: Path, *, steps: int, plan: Plan) -> SFTConfig:
         **_schedule(plan),
         warmup_steps=plan.warmup_steps,
         weight_decay=plan.weight_decay,
+        **({} if plan.optimizer == "adamw" else {"optim": plan.optimizer}),
         adam_beta1=plan.betas[0],
         adam_beta2=plan.betas[1],
         max_grad_norm=plan.clip,
         seed=plan.seed,
         bf16=plan.autocast,
+        fp16=scaled and not plan.autocast,
         use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=False,
+        activation_checkpointing=plan.checkpointing,
+        # Reentrant checkpointing loses the gradients of a layer whose inputs need none.
+        activation_checkpointing_kwargs={"use_reentrant": False} if plan.checkpointing else None,
         dataloader_pin_memory=torch.cuda.is_available(),
         # Packed attention reaches every parameter it can, so that DDP seldom needs to search.
         ddp_find_unused_parameters=plan.unused_parameters,

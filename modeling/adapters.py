@@ -25,6 +25,7 @@ from transformers import IdeficsForVisionText2Text
 
 from modeling import gates
 from modeling.errors import UserError
+from modeling.quantize import quantized_layers
 from modeling.shapes import Config, count_lora, count_parameters
 from modeling.towers import ADDED_ROWS, LORA_TOWERS, TOWERS, is_lora, lora_pattern, stock_name, tower_of
 
@@ -54,6 +55,7 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
     Every trained parameter is fp32, whatever the dtype of the base.
     """
     full = {tower for tower in TOWERS if modes.get(tower) == "full"}
+    _refuse_quantized(model, full)
     towers = lora_towers(modes)
     if not towers:
         _hold_in_fp32(model, full)
@@ -76,6 +78,14 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
         f"LoRA on {adapted} linear layers, expected {expected} in {', '.join(towers)}"
     )
     return wrapped
+
+
+def _refuse_quantized(model: IdeficsForVisionText2Text, full: Collection[str]) -> None:
+    """A matrix in 4 bits takes no small steps. Raises UserError."""
+    held = {tower_of(f"{name}.weight") for name in quantized_layers(model)} & set(full)
+    if held:
+        towers = " and ".join(sorted(held))
+        raise UserError(f"{towers}: trained in full, and the model holds it in 4 bits; load the model without quantize")
 
 
 def _hold_in_fp32(model: IdeficsForVisionText2Text, full: Collection[str]) -> None:
@@ -185,6 +195,7 @@ def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
             full.add("added_tokens")
     elif not trained:
         raise UserError(f"{folder}: expected an adapter folder ({PEFT_CONFIG} or {TRAINED_FILE}), found neither")
+    _refuse_quantized(model, full)
     wrapped = _attach(model, full, lora)
     load_adapter_weights(wrapped, folder)
     return wrapped.requires_grad_(False).eval()

@@ -17,10 +17,12 @@ from transformers import (
 
 from modeling.attention import PACKED
 from modeling.errors import UserError
+from modeling.quantize import settle
 from modeling.shapes import read_config
 from modeling.tiny import ADDED
 
 FAKE, IMAGE, END_OF_UTTERANCE = ADDED
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,50 @@ class Idefics:
 
 
 def load(
-    base: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, instruct: bool = True
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    instruct: bool = True,
+    quantized: Path | None = None,
+    device: torch.device = CPU,
 ) -> Idefics:
-    """Load an IDEFICS with packed attention; to `instruct`, a base gains `<end_of_utterance>`. Raises UserError."""
-    read_config(base, revision=revision)
+    """Load an IDEFICS with packed attention; to `instruct`, a base gains `<end_of_utterance>`. Raises UserError.
+
+    `quantized` is the base's quantised checkpoint, to load the weights from: what it holds in NF4 stays in NF4, and
+    `dtype` is that of the rest.
+    """
+    config = read_config(base, revision=revision)
     model = IdeficsForVisionText2Text.from_pretrained(
-        base, revision=revision, dtype=dtype, attn_implementation=PACKED, use_safetensors=True
+        str(quantized or base),
+        revision=None if quantized else revision,
+        dtype=dtype,
+        attn_implementation=PACKED,
+        use_safetensors=True,
+        device_map={"": device} if quantized else None,
     )
+    if quantized:
+        settle(model, config, dtype=dtype)
     processor = load_processor(base, revision=revision, instruct=instruct)
     if instruct:
         extend_vocabulary(model)
     _require_agreement(model, processor.tokenizer)
     model.generation_config = generation_config(processor.tokenizer)
-    return Idefics(model.eval(), processor)
+    return Idefics(model.to(device).eval(), processor)
+
+
+def local_folder(base: str, *, revision: str | None = None) -> Path:
+    """The base's files on this machine; those of a hub id are fetched first. Raises UserError."""
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        wanted = ["*.safetensors", "*.json", "*.model"]
+        return Path(snapshot_download(base, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(f"{base!r}: the hub did not give its files: {str(error).splitlines()[0]}") from error
 
 
 def load_processor(base: str, *, revision: str | None = None, instruct: bool = True) -> IdeficsProcessor:

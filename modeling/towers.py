@@ -17,6 +17,12 @@ from collections.abc import Iterable, Mapping
 LORA_TOWERS = ("vision", "resampler", "cross_attention", "decoder")
 TOWERS = (*LORA_TOWERS, "gates", "added_tokens", "embeddings_and_head")
 
+QUANTIZED_TOWERS = ("cross_attention", "decoder")
+"""Whose linear layers `quantize: nf4` holds in 4 bits: nine tenths of the parameters."""
+
+NOT_QUANTIZED = ("lm_head", "model.embed_tokens", "model.vision_model", "model.perceiver_resampler")
+"""Modules whose linear layers stay as they are, in the way transformers takes them: by the start of a name."""
+
 GATES = ("alpha_cross_attn", "alpha_dense")
 """Attributes of a gated cross-attention block."""
 

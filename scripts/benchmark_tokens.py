@@ -10,6 +10,7 @@ import argparse
 import os
 import statistics
 import time
+from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -23,10 +24,8 @@ from finetune.data.tokens import Encoder, tokenize_all
 from modeling import tiny
 from modeling.shapes import IDEFICS_9B
 
-WORDS = (
-    "the a image shows two dogs on red grass near an old house with green windows and what color is it how many people "
-    "are there describe this picture in detail there is nobody except for one small cat under the wooden table"
-).split()
+TEXT = """the a image shows two dogs on red grass near an old house with green windows and what color is it how many
+people are there describe this picture in detail there is nobody except for one small cat under the wooden table"""
 
 
 def make_dialogues(count: int, *, seed: int) -> list[Dialogue]:
@@ -35,7 +34,7 @@ def make_dialogues(count: int, *, seed: int) -> list[Dialogue]:
     picture = PIL.Image.new("RGB", (8, 8))
 
     def words(low: int, high: int) -> str:
-        return " ".join(rng.choice(WORDS, size=rng.integers(low, high))).capitalize()
+        return " ".join(rng.choice(TEXT.split(), size=rng.integers(low, high))).capitalize()
 
     dialogues = []
     for _ in range(count):
@@ -73,29 +72,35 @@ def main() -> None:
     ready = torch.zeros(3, 1, 1)
     prompts = [stock_prompt(dialogue) for dialogue in dialogues]
 
-    def stock(batch: int) -> list[list[int]]:
-        ids = []
-        for start in range(0, len(prompts), batch):
-            made = processor(
+    def stock(batch: int) -> list[Any]:
+        return [
+            processor(
                 text=prompts[start : start + batch],
                 images_kwargs={"transform": lambda image: ready},
                 text_kwargs={"add_eos_token": True, "add_end_of_utterance_token": False, "padding": "longest"},
                 return_tensors="pt",
             )
-            ids += [row[mask.bool()].tolist() for row, mask in zip(made.input_ids, made.attention_mask, strict=True)]
-        return ids
+            for start in range(0, len(prompts), batch)
+        ]
+
+    def stock_ids(batch: int) -> list[list[int]]:
+        return [
+            row[mask.bool()].tolist()
+            for made in stock(batch)
+            for row, mask in zip(made.input_ids, made.attention_mask, strict=True)
+        ]
 
     encoder = Encoder(tokenizer)
 
-    def ours() -> list[list[int]]:
-        ids = []
+    def ours() -> list[Any]:
+        examples: list[Any] = []
         for start in range(0, len(dialogues), 512):
-            rendered = [render(dialogue) for dialogue in dialogues[start : start + 512]]
-            ids += [example.input_ids.tolist() for example in tokenize_all(rendered, encoder)]
-        return ids
+            examples += tokenize_all([render(dialogue) for dialogue in dialogues[start : start + 512]], encoder)
+        return examples
 
-    assert stock(1) == stock(32) == ours(), "the two do not make the same tokens"
-    tokens = sum(map(len, ours()))
+    expected = [example.input_ids.tolist() for example in ours()]
+    assert stock_ids(1) == stock_ids(32) == expected, "the two do not make the same tokens"
+    tokens = sum(map(len, expected))
     sides = {"processor, one by one": lambda: stock(1), "processor, batches of 32": lambda: stock(32), "ours": ours}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(arguments.repeats):  # in turn, so that both see the same minutes of the machine

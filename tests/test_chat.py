@@ -69,7 +69,7 @@ def test_reset_save_quit_and_mistakes(spoken, tmp_path):
     written = talk("hi", f"/save {saved}", "/reset", "again", "/image nowhere.png", "/dance", "/quit", "never read")
     assert written[1:] == [
         *("answer 1", f"(written to {saved})", "(a new conversation)", "answer 2"),
-        *("missing image: nowhere.png", HELP),
+        *("missing image: nowhere.png: No such file or directory", HELP),
     ]
     assert len(spoken[1].turns) == 1
     assert json.loads(saved.read_text()) == {

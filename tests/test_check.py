@@ -1,18 +1,21 @@
 """`check` and `inspect`: what a recipe would do, before it does it."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from finetune.cli import app
 from finetune.data.dialogue import Dialogue, Image, assistant, user
-from finetune.inspect import picture, view
+from finetune.data.template import render
+from finetune.data.tokens import tokenize
+from finetune.inspect import LONGEST, picture, view
 
 RECIPE = """
 model: {{base: {base}, vision: lora}}
 adapter: {{rank: 2}}
-data: {{sources: [{{format: messages, path: dialogues.jsonl, image_root: {root}}}]}}
+data: {{sources: [{{format: messages, path: dialogues.jsonl, image_root: {root}}}], prepared: {prepared}, workers: 1}}
 training: {{steps: 1}}
 output: {output}
 """
@@ -24,7 +27,8 @@ def recipe_file(dialogue_folder, tmp_path):
         text = "\n".join(lines) or (dialogue_folder / "dialogues.jsonl").read_text()
         (tmp_path / "dialogues.jsonl").write_text(text)
         path = tmp_path / "recipe.yaml"
-        path.write_text(RECIPE.format(base=base, root=dialogue_folder, output=tmp_path / "run"))
+        folders = {"prepared": tmp_path / "prepared", "output": tmp_path / "run"}
+        path.write_text(RECIPE.format(base=base, root=dialogue_folder, **folders))
         return path
 
     return write
@@ -53,6 +57,33 @@ def test_the_9b_is_checked_by_its_literal_config(recipe_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("named", ["messages", "auto"])
+def test_the_format_of_every_source_is_told_a_recognised_one_too(recipe_file, named):
+    outcome = invoke("check", recipe_file(), f"data.sources.0.format={named}")
+    assert outcome.exit_code == 0, outcome.output
+    said = "".join(outcome.output.split())
+    assert "dialogues.jsonl[train](messages):12ofthefirst12usable" in said
+    assert ("formatmessages(recognisedfromitsfirstrecords)" in said) == (named == "auto")
+    outcome = invoke("check", recipe_file(), f"data.sources.0.format={named}", "--json")
+    assert json.loads(outcome.stdout)["sources"][0]["format"] == "messages"
+
+
+def test_a_streamed_and_a_held_out_source_are_checked_like_any_other(recipe_file):
+    good = '{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}'
+    held = "data.eval_sources=[{path: dialogues.jsonl}]"
+    outcome = invoke("check", recipe_file(good, good), "data.sources.0.stream=true", held, "--json")
+    assert outcome.exit_code == 0, outcome.output
+    sources = json.loads(outcome.stdout)["sources"]
+    assert [(source["read"], source["usable"], source["format"]) for source in sources] == [(2, 2, "messages")] * 2
+
+
+def test_records_of_no_known_format_are_an_error_that_names_their_keys(recipe_file):
+    outcome = invoke("check", recipe_file('{"prompt": "a", "reply": "b"}'), "data.sources.0.format=auto")
+    assert outcome.exit_code == 1
+    said = " ".join(outcome.output.split())
+    assert "format: auto: 1 records with the keys prompt, reply are of no format known here: messages, " in said
+
+
 def test_records_that_cannot_be_used_are_shown_and_all_of_them_is_an_error(recipe_file):
     good = '{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}'
     outcome = invoke("check", recipe_file(good, "{broken"))
@@ -77,7 +108,7 @@ def test_a_base_folder_without_weights_or_an_adapter_that_is_not_there(recipe_fi
 def test_inspect_shows_dialogues_and_writes_nothing(recipe_file, base_folder, tmp_path):
     outcome = invoke("inspect", recipe_file(base=base_folder), "--count", "2", "--ids")
     assert outcome.exit_code == 0, outcome.output
-    assert outcome.output.count("trained on") == 2
+    assert len(re.findall(r"\d+ tokens, \d+ trained on, \d images", outcome.output)) == 2 + LONGEST
     assert "<end_of_utterance>" in outcome.output
     assert not (tmp_path / "run").exists()
 
@@ -85,7 +116,8 @@ def test_inspect_shows_dialogues_and_writes_nothing(recipe_file, base_folder, tm
 def test_supervised_tokens_are_green_and_a_bar_tells_the_image_seen(tiny_tokenizer, dialogue_folder):
     red, blue = (Image(dialogue_folder / f"{name}.png") for name in ("red", "blue"))
     dialogue = Dialogue((user(red, "a"), assistant("no"), user(blue, "a"), assistant("yes")))
-    tokens, first, second = view(dialogue, tiny_tokenizer, title="x", ids=False).renderable.renderables
+    example = tokenize(render(dialogue), tiny_tokenizer)
+    tokens, first, second = view(dialogue, example, tiny_tokenizer, title="x", ids=False).renderable.renderables
     green = [tokens.plain[span.start : span.end] for span in tokens.spans if "green" in str(span.style)]
     assert "".join(green).split("<end_of_utterance>") == [" no", " yes", ""]
     bars = [str(span.style) for span in tokens.spans if tokens.plain[span.start : span.end] == "▏"]

@@ -345,8 +345,8 @@ def overlapping(recipe_file, rule, output):
     ("rule", "left"),
     [
         ("report", 12),
-        ("drop_questions", 10),  # the held-out dialogue itself, and the one it begins with
-        ("drop_images", 6),  # it shows red and gray, which stand in three dialogues each
+        ("drop_questions", 10),  # without the held-out dialogue itself, and the one it goes on from
+        ("drop_images", 7),  # without those that show the red image
     ],
 )
 def test_what_training_and_held_out_data_share_is_counted_and_dropped_if_asked(recipe_file, tmp_path, rule, left):
@@ -355,17 +355,17 @@ def test_what_training_and_held_out_data_share_is_counted_and_dropped_if_asked(r
     data = data_of(tmp_path / rule)
     assert data["overlap"] == {
         "images": 1,
-        "questions": 1,
-        "training_examples_with_images": 1,
-        "training_examples_with_questions": 1,
+        "questions": 2,
+        "training_examples_with_images": 5,
+        "training_examples_with_questions": 2,
         "dropped": rule != "report",
     }
     assert (data["training_examples"], data["held_out_examples"]) == (left, 1)
     (source,) = data["sources"]
     assert (source["examples"], source["draws_per_epoch"], source["repeats_per_epoch"]) == (12, left, 1.0)
     said = " ".join(outcome.output.split())
-    assert "training and held-out data share 1 images" in said
-    assert said.count("dropped" if rule != "report" else "kept") >= 1
+    shared = "share 1 images (in 5 training examples) and 2 questions about equal images (in 2)"
+    assert f"training and held-out data {shared}: {'kept' if rule == 'report' else 'dropped'}" in said
 
 
 def test_dropping_every_training_example_is_a_mistake(recipe_file, tmp_path):
@@ -375,15 +375,21 @@ def test_dropping_every_training_example_is_a_mistake(recipe_file, tmp_path):
     assert "data.overlap: every training example would be dropped" in " ".join(outcome.output.split())
 
 
-@pytest.mark.parametrize(
-    ("weigh", "draws", "repeats"),
-    [("examples", [12, 3], [1.0, 0.25]), ("tokens", [0, 0], [0, 0])],
-)
-def test_draws_and_repeats_per_epoch_are_told(recipe_file, tmp_path, weigh, draws, repeats):
+def test_draws_and_repeats_per_epoch_are_told(recipe_file, tmp_path):
     sources = "[{path: dialogues.jsonl, weight: 4, limit: 3}, {path: dialogues.jsonl, weight: 1}]"
-    overrides = [f"data.sources={sources}", "data.eval_split=0", "evaluation=null", f"data.weigh={weigh}"]
-    assert invoke("train", recipe_file, *overrides).exit_code == 0
-    accounts = data_of(tmp_path / "run")["sources"]
-    assert [account["examples"] for account in accounts] == [3, 12]
-    assert [account["draws_per_epoch"] for account in accounts] == draws
-    assert [account["repeats_per_epoch"] for account in accounts] == repeats
+    overrides = [f"data.sources={sources}", "data.eval_split=0", "evaluation=null"]
+    first, second = {}, {}
+    for weigh in ("examples", "tokens"):
+        outcome = invoke("train", recipe_file, *overrides, f"data.weigh={weigh}", f"output={tmp_path / weigh}")
+        assert outcome.exit_code == 0, outcome.output
+        first[weigh], second[weigh] = data_of(tmp_path / weigh)["sources"]
+    assert [(one["examples"], one["draws_per_epoch"]) for one in (first["examples"], second["examples"])] == [
+        (3, 12),
+        (12, 3),
+    ]
+    assert (first["examples"]["repeats_per_epoch"], second["examples"]["repeats_per_epoch"]) == (4, 0.25)
+    tokens = [one["tokens"] for one in (first["tokens"], second["tokens"])]
+    repeats = [one["repeats_per_epoch"] for one in (first["tokens"], second["tokens"])]
+    shares = [repeat * amount / sum(tokens) for repeat, amount in zip(repeats, tokens, strict=True)]
+    assert shares == pytest.approx([0.8, 0.2], abs=1 / sum(tokens))
+    assert first["tokens"]["draws_per_epoch"] == round(3 * repeats[0]) > 12  # a short dialogue is drawn more often

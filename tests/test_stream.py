@@ -157,6 +157,17 @@ def test_no_example_comes_earlier_than_the_buffer_allows(size, buffer, seed):
     assert all(place >= number - buffer for place, number in enumerate(order))
 
 
+def test_rows_of_a_window_are_shuffled_not_sorted_by_fill():
+    def one_pass(epoch, account):
+        account.kept += 30
+        return (drawn(number, 1 + number % 6) for number in range(30))
+
+    fills = [[rows.tokens(number) for number in range(40)] for rows in (rows_of(one_pass, seed=0) for _ in range(2))]
+    assert fills[0] == fills[1] != sorted(fills[0], reverse=True)
+    other = rows_of(one_pass, seed=1)
+    assert [other.tokens(number) for number in range(40)] != fills[0]
+
+
 def test_memory_is_bounded_by_the_buffer_and_a_window(monkeypatch):
     monkeypatch.setattr(stream, "WINDOW_ROWS", 4)
     alive, most = 0, []
@@ -185,8 +196,8 @@ def test_memory_is_bounded_by_the_buffer_and_a_window(monkeypatch):
 # who asks, and when
 
 
-def read_on(rows):
-    for number in range(200):
+def read_on(rows, start=0):
+    for number in range(start, 200):
         rows.at(number)
 
 
@@ -260,8 +271,22 @@ def test_a_row_is_the_same_whoever_asks_and_whatever_was_asked_before(reading, d
     assert [(asked.tokens(number), asked.epoch(number)) for number in range(ASKED)] == list(
         zip(tokens, epochs, strict=True)
     )
-    assert max(epochs) > 0
+    assert rows().epoch(ASKED - 1) == epochs[-1] > 0
     assert asked.accounts[0].to_json() == in_order.accounts[0].to_json()
+
+
+def test_augmentation_is_drawn_anew_for_each_row(reading, folder):
+    halves = PIL.Image.new("RGB", (4, 4), "red")
+    halves.paste("blue", (0, 0, 2, 4))
+    halves.save(folder / "halves.png")
+    rows = reading(written(folder, messages("halves.png")), row_tokens=96, augmentation=Augmentation(flip=True))
+    assert len({rows.at(number)["pixel_values"][0].numpy().tobytes() for number in range(12)}) == 2
+
+
+def test_a_row_without_images_carries_a_black_one_if_asked(reading, folder):
+    source = written(folder, messages())
+    assert reading(source).at(0)["pixel_values"].shape == (0, 3, 4, 4)
+    assert torch.equal(reading(source, blank_image=True).at(0)["pixel_values"], torch.zeros(1, 3, 4, 4))
 
 
 def test_opening_images_is_for_rows_that_are_asked_for(reading, folder, monkeypatch):
@@ -412,7 +437,7 @@ def test_a_source_that_has_become_empty_is_an_error(reading, folder):
     rows.at(0)
     written(folder)
     with pytest.raises(UserError, match="source 0: no dialogue is left"):
-        read_on(rows)
+        read_on(rows, start=1)
 
 
 # what the passes do to records
@@ -458,6 +483,21 @@ def test_records_become_the_examples_they_become_when_prepared(reading, folder, 
     assert texts == [example.input_ids.tolist() for example in prepared.examples]
     assert len(texts) < len(records)
     assert streamed.to_json() == {**account.to_json(), "images": 0}  # which are counted when they are prepared
+
+
+def test_how_many_records_are_tokenised_at_once_changes_nothing(encoder, folder, monkeypatch):
+    turns = [turn for answer in "abcdef" for turn in messages(answer=answer)["messages"]]
+    made = written(folder, *[{"messages": turns}] * 9)
+    source = Source(made.format, made.paths, turns=3, ordered=False)
+    one_pass = read_pass(source, fitter(source, encoder, Limits(256, 4), seed=0), 0)
+
+    def examples(at_once):
+        monkeypatch.setattr(stream, "TOKENISED_AT_ONCE", at_once)
+        account = Account(source.name)
+        return [one.example.input_ids.tolist() for one in one_pass(0, account)], account.to_json()
+
+    assert examples(2) == examples(9) == examples(64)
+    assert len(examples(9)[0]) == 18
 
 
 def test_prepared_and_streamed_sources_together(reading, encoder, folder, tiny_tokenizer):

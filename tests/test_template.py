@@ -115,7 +115,7 @@ def test_pieces_and_supervision_of_a_conversation():
         Special("<fake_token_around_image>"),
         Text("Who?"),
         Special("<end_of_utterance>"),
-        Text("\nAssistant: Me.", ((11, 15),)),  # " Me."
+        Text("\nAssistant: Me.", supervised_from=11),  # " Me."
         Special("<end_of_utterance>", supervised=True),
         Special("</s>"),
     )
@@ -124,11 +124,11 @@ def test_pieces_and_supervision_of_a_conversation():
 def test_pieces_and_supervision_of_a_document():
     assert render(Dialogue((document("A dog.", "It runs.", A, "A cat."),))).pieces == (
         Special("<s>"),
-        Text("A dog.\n\nIt runs.", ((0, 6), (6, 16))),
+        Text("A dog.\n\nIt runs.", supervised_from=0),
         Special("<fake_token_around_image>"),
         Special("<image>"),
         Special("<fake_token_around_image>"),
-        Text("A cat.", ((0, 6),)),
+        Text("A cat.", supervised_from=0),
         Special("</s>", supervised=True),
     )
 
@@ -136,12 +136,13 @@ def test_pieces_and_supervision_of_a_document():
 def test_a_document_that_goes_on_has_no_end():
     rendered = render(Dialogue((document(A, "A dog."),), goes_on=True))
     assert rendered.text == f"<s>{PICTURE}A dog."
-    assert rendered.pieces[-1] == Text("A dog.", ((0, 6),))
+    assert rendered.pieces[-1] == Text("A dog.", supervised_from=0)
 
 
 def test_a_prompt_supervises_nothing():
     pieces = render(Dialogue((user("Who?"),))).pieces
-    assert [piece for piece in pieces if piece.supervised] == []
+    assert [piece for piece in pieces if getattr(piece, "supervised", False)] == []
+    assert {piece.supervised_from for piece in pieces if isinstance(piece, Text)} == {None}
     assert pieces[-1] == Text("\nAssistant:")
 
 

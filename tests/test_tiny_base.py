@@ -7,13 +7,16 @@ from finetune.data.dialogue import Dialogue, Image, RecordError, Turn
 from finetune.data.images import Preprocessing
 from finetune.data.sources import FORMATS
 from finetune.data.sources.easy_vqa import read
-from finetune.data.sources.files import ImageRoot
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Source
+from finetune.recipe_sources import to_source
 from finetune.recipe_file import load_recipe
 from modeling import loading
 from modeling.shapes import TINY, read_config, tensor_shapes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FOLDER = RECIPES / "tiny_base"
+TEST = Source("easy_vqa", split="test")
 
 
 def test_it_is_small_and_no_pickle():
@@ -38,17 +41,17 @@ def test_its_recipe_reads_documents_only_and_no_test_image():
     assert formats
     assert all(family.documents for family in formats)
     seen = set()
-    for source, family in zip(recipe.data.sources, formats, strict=True):
-        for _, record in family.read(None, source.split):
+    for source, family in zip(map(to_source, recipe.data.sources), formats, strict=True):
+        for _, record in family.read(source):
             try:
-                dialogue = family.convert(record, ImageRoot(Path()))
+                dialogue = family.convert(record, ImageRoot(source))
             except RecordError:
                 continue
             assert dialogue.is_document
             seen |= {image.source for image in dialogue.images}
     digests = {hashlib.sha256(path.read_bytes()).hexdigest() for path in seen}
     assert len(digests) > 3_900
-    tested = {Path(record["image"]) for _, record in read(None, "test")}
+    tested = {Path(record["image"]) for _, record in read(TEST)}
     assert len(tested) == 1_000
     assert digests.isdisjoint(hashlib.sha256(path.read_bytes()).hexdigest() for path in tested)
 
@@ -60,7 +63,7 @@ def test_it_completes_text_about_an_image():
 
     loaded = loading.load(str(FOLDER), instruct=False)
     assistant = Assistant(loaded.model, loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor))
-    _, record = next(iter(read(None, "test")))
+    _, record = next(iter(read(TEST)))
     rendered = render(Dialogue((Turn("document", (Image(Path(record["image"])), "the color of the shape is")),)))
     example = tokenize(rendered, loaded.tokenizer)
     cut = type(example)(*(part[:-1] for part in (example.input_ids, example.labels, example.image_index)))

@@ -30,10 +30,10 @@ class Special:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text between two specials, encoded in one piece; `supervised` holds [start, stop) character spans."""
+    """Plain text between two specials, encoded in one piece; from character `supervised_from` on it is trained on."""
 
     text: str
-    supervised: tuple[tuple[int, int], ...] = ()
+    supervised_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,15 @@ class _Writer:
     def text(self, text: str, *, supervised: bool = False) -> None:
         if not text:
             return
-        before: str = ""
-        spans: tuple[tuple[int, int], ...] = ()
+        before, start = "", 0 if supervised else None
         if isinstance(self.pieces[-1], Text):
             last = self.pieces.pop()
             assert isinstance(last, Text)
-            before, spans = last.text, last.supervised
-        span = ((len(before), len(before) + len(text)),) if supervised else ()
-        self.pieces.append(Text(before + text, (*spans, *span)))
+            assert supervised or last.supervised_from is None, "what follows an answer stands behind a special token"
+            before, start = last.text, last.supervised_from
+            if supervised and start is None:
+                start = len(before)
+        self.pieces.append(Text(before + text, start))
 
     def image(self, image: Image) -> None:
         if self.pieces[-1] != Special(FAKE):

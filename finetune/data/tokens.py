@@ -1,9 +1,7 @@
 """Rendered -> Example: ids, labels by character offsets within a piece, and the image each token sees."""
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -51,6 +49,7 @@ class Encoder:
         ids = tokenizer.convert_tokens_to_ids(list(SPECIALS))
         self.specials = dict(zip(SPECIALS, ids, strict=True))
         self.forbidden = frozenset(ids) - {tokenizer.unk_token_id}
+        self._prefixes: dict[str, list[int]] = {"": []}
 
     @property
     def identity(self) -> str:
@@ -58,12 +57,18 @@ class Encoder:
         self._settle()
         return f"{self.backend.to_str()}{sorted(self.specials.items())}"
 
-    def encode(self, texts: list[str]) -> list[Any]:
-        """Encodings, with `ids` and character `offsets`."""
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text."""
         if not texts:
             return []
         self._settle()
-        return self.backend.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def prefix(self, text: str) -> list[int]:
+        """The ids of what stands before a supervised text: nearly always "\\nAssistant:"."""
+        if text not in self._prefixes:
+            (self._prefixes[text],) = self.encode([text])
+        return self._prefixes[text]
 
     def _settle(self) -> None:
         """Before each use: the transformers tokenizer, which shares the backend, leaves its last call's settings."""
@@ -83,10 +88,10 @@ def tokenize(rendered: Rendered, tokenizer: Any) -> Example:
 def tokenize_all(rendered: Sequence[Rendered], encoder: Encoder) -> list[Example | RecordError]:
     """Encode piece by piece: the same ids as each whole string would give."""
     texts = [piece.text for one in rendered for piece in one.pieces if isinstance(piece, Text)]
-    encodings = iter(encoder.encode(texts))
+    encoded = iter(encoder.encode(texts))
     examples: list[Example | RecordError] = []
     for one in rendered:
-        own = [next(encodings) if isinstance(piece, Text) else None for piece in one.pieces]
+        own = [next(encoded) if isinstance(piece, Text) else [] for piece in one.pieces]
         try:
             examples.append(_example(one, own, encoder))
         except RecordError as error:
@@ -99,37 +104,36 @@ def see_images(input_ids: np.ndarray, image: int) -> np.ndarray:
     return (input_ids == image).cumsum() - 1
 
 
-def _example(rendered: Rendered, encodings: Sequence[Any], encoder: Encoder) -> Example:
+def _example(rendered: Rendered, encoded: Sequence[list[int]], encoder: Encoder) -> Example:
     ids: list[int] = []
-    labels: list[int] = []
-    for piece, encoding in zip(rendered.pieces, encodings, strict=True):
+    supervised: list[slice] = []
+    for piece, tokens in zip(rendered.pieces, encoded, strict=True):
+        start = len(ids)
         if isinstance(piece, Special):
-            token = encoder.specials[piece.name]
-            ids.append(token)
-            labels.append(token if piece.supervised else IGNORED)
+            ids.append(encoder.specials[piece.name])
+            if piece.supervised:
+                supervised.append(slice(start, start + 1))
         else:
-            tokens = encoding.ids
             if not encoder.forbidden.isdisjoint(tokens):
                 raise RecordError("text became a special token", "this tokenizer cannot keep literal specials apart")
             ids += tokens
-            labels += _labels(tokens, encoding, piece) if piece.supervised else [IGNORED] * len(tokens)
+            if piece.supervised_from is not None:
+                supervised.append(slice(start + _require_prefix(tokens, piece, encoder), len(ids)))
     input_ids = np.array(ids, dtype=np.int64)
+    labels = np.full(len(ids), IGNORED, dtype=np.int64)
+    for part in supervised:
+        labels[part] = input_ids[part]
     image_index = see_images(input_ids, encoder.specials[IMAGE])
-    assert len(labels) == len(ids)
     assert labels[0] == IGNORED
     assert image_index[-1] + 1 == len(rendered.images)
-    return Example(input_ids, np.array(labels, dtype=np.int64), image_index)
+    return Example(input_ids, labels, image_index)
 
 
-def _labels(tokens: list[int], encoding: Any, piece: Text) -> list[int]:
-    labels = [IGNORED] * len(tokens)
-    offsets = encoding.offsets
-    for start, stop in piece.supervised:
-        first = bisect_left(offsets, start, key=itemgetter(0))
-        if first and offsets[first - 1][1] > start:
-            # The prompt's ids would then not be a prefix of the dialogue's.
-            spanned = slice(*offsets[first - 1])
-            raise RecordError("answer not apart from its prompt", f"one token spans {piece.text[spanned]!r}")
-        last = bisect_right(offsets, stop, key=itemgetter(1))
-        labels[first:last] = tokens[first:last]
-    return labels
+def _require_prefix(tokens: list[int], piece: Text, encoder: Encoder) -> int:
+    """How many tokens stand before the supervised text: those of a prompt that ends there, which must begin it."""
+    prompt = piece.text[: piece.supervised_from]
+    before = encoder.prefix(prompt)
+    if tokens[: len(before)] != before:
+        where = f"one token spans the end of {prompt!r} in {piece.text[:80]!r}"
+        raise RecordError("answer not apart from its prompt", where)
+    return len(before)

@@ -1,0 +1,1 @@
+def resident_bytes(m): return m.total

@@ -1,0 +1,208 @@
+"""Checkpoint -> the same checkpoint with the matrices of two towers in NF4, made once and kept on disk.
+
+NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 64 weights in a row share a scale, and 256 scales one of
+their own. `cross_attention` and `decoder`, nine tenths of the parameters, are held so; vision tower, resampler,
+embeddings, head, added tokens, norms and gates stay as they are. A matrix is quantised in blocks of rows and always
+from fp32, so that a bf16 file and its fp32 copy give the same 4 bits, whatever the size of the matrix.
+
+    <cache>/<base>-<identity>/   model-*.safetensors, in the layout of transformers and bitsandbytes
+                                 config.json, written last: a folder that has it is whole
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn.modules import Linear4bit
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from modeling.checkpoint import Planned, Stored, plan_shards, read_checkpoint, read_header, write_index
+from modeling.errors import UserError
+from modeling.shapes import Config, read_config, tensor_shapes
+from modeling.towers import NOT_QUANTIZED, QUANTIZED_TOWERS, lora_pattern
+
+GROUP, NESTED_GROUP = 64, 256
+"""Weights that share a scale; scales that share one."""
+
+BLOCK_ELEMENTS = 2 * 2**20
+"""Weights quantised at once, in fp32 several times over."""
+
+SHARD_BYTES = 256 * 2**20
+"""Of the checkpoint (or one tensor) that become one file: in memory at once, and lost by an interruption."""
+
+
+def quantized_names(config: Config) -> set[str]:
+    """Stock names of the weights that are held in NF4: every linear layer of `QUANTIZED_TOWERS`."""
+    pattern = re.compile(rf"({lora_pattern(QUANTIZED_TOWERS)})\.weight")
+    return {name for name in tensor_shapes(config) if pattern.fullmatch(name)}
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """A matrix in NF4."""
+
+    packed: torch.Tensor
+    """uint8 [rows * columns / 2, 1]: two weights a byte."""
+    state: functional.QuantState
+
+    @classmethod
+    def of(cls, rows: Callable[[int, int], torch.Tensor], shape: Sequence[int]) -> "Nf4":
+        """Quantise a matrix whose rows `rows(start, stop)` gives, the last ones too: the bits that bitsandbytes gives."""
+        count = max(GROUP, BLOCK_ELEMENTS // shape[1] // GROUP * GROUP)  # whole groups, whatever the width
+        blocks = [
+            functional.quantize_4bit(rows(start, start + count).float(), blocksize=GROUP, quant_type="nf4")
+            for start in range(0, shape[0], count)
+        ]
+        scales = torch.cat([state.absmax for _, state in blocks])
+        offset = scales.mean()
+        small, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_GROUP)
+        state = functional.QuantState(
+            absmax=small,
+            shape=torch.Size(shape),
+            code=blocks[0][1].code,
+            blocksize=GROUP,
+            quant_type="nf4",
+            dtype=torch.float32,
+            offset=offset,
+            state2=nested,
+        )
+        return cls(torch.cat([packed for packed, _ in blocks]), state)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """fp32 [stop - start, columns]: what the model multiplies with."""
+        count, width = self.state.shape
+        stop = count if stop is None else min(stop, count)
+        first, last = start * width // GROUP, -(-stop * width // GROUP)  # groups
+        scales = functional.dequantize_blockwise(self.state.absmax, self.state.state2) + self.state.offset
+        length = min(last * GROUP, count * width) - first * GROUP
+        state = functional.QuantState(
+            absmax=scales[first:last],
+            shape=torch.Size((1, length)),
+            code=self.state.code,
+            blocksize=GROUP,
+            quant_type="nf4",
+            dtype=torch.float32,
+        )
+        flat = functional.dequantize_4bit(self.packed[first * GROUP // 2 : last * GROUP // 2], state).flatten()
+        offset = start * width - first * GROUP
+        return flat[offset : offset + (stop - start) * width].view(stop - start, width)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of a weight of this name."""
+        parts = self.state.as_dict(packed=True)
+        return {name: self.packed, **{f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}}
+
+
+def dequantized(weight: torch.Tensor) -> torch.Tensor:
+    """dequant(NF4(weight)): a matrix as the quantised model computes with it, fp32 of the same shape."""
+    return Nf4.of(lambda start, stop: weight[start:stop], weight.shape).rows()
+
+
+def quantized_checkpoint(
+    folder: Path,
+    cache: Path,
+    *,
+    name: str,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, what: items,
+) -> Path:
+    """The checkpoint in `folder` in NF4: one that lies in `cache`, or a new one called by `name` and its identity.
+
+    Interrupted, it goes on with the next file. In memory are the tensors of one file. Raises UserError.
+    """
+    stored = read_checkpoint(folder)
+    config = read_config(str(folder))
+    _require_shapes(folder, stored, tensor_shapes(config))
+    made = cache / f"{name}-{_identity(folder, stored)}"
+    made.mkdir(parents=True, exist_ok=True)
+    with FileLock(made.with_name(f".{made.name}.lock")):
+        if not (made / "config.json").is_file():
+            _write(made, stored, config, track)
+    return made
+
+
+def _require_shapes(folder: Path, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise UserError(f"{folder}: lacks {len(missing)} tensors of its own config: {missing[:3]}")
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise UserError(f"{stored[name].file}: {name} is {stored[name].shape}, its config says {shape}")
+
+
+def _identity(folder: Path, stored: dict[str, Stored]) -> str:
+    """Of the weight files as they lie there, the config, and the library that quantises."""
+    files = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in {one.file for one in stored.values()}
+    ]
+    made_of = [sorted(files), (folder / "config.json").read_text(encoding="utf-8"), version("bitsandbytes")]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+
+
+def _write(
+    made: Path,
+    stored: dict[str, Stored],
+    config: Config,
+    track: Callable[[Iterable[Any], str], Iterable[Any]],
+) -> None:
+    names, quantized = tensor_shapes(config), quantized_names(config)
+    copies = {name: Planned(one.dtype, one.shape, one) for name, one in stored.items() if name in names}
+    shards = plan_shards(copies, SHARD_BYTES)
+    for file, members in track(list(shards.items()), "quantise"):
+        if not (made / file).is_file():
+            tensors: dict[str, torch.Tensor] = {}
+            for member in members:
+                tensors |= _tensors(member, stored[member], quantized=member in quantized)
+            save_file(tensors, made / f"{file}.partial", metadata={"format": "pt"})
+            (made / f"{file}.partial").replace(made / file)
+    written = {file: read_header(made / file) for file in shards}
+    tensors_of = {name: Planned(one.dtype, one.shape, one) for part in written.values() for name, one in part.items()}
+    write_index(made, {file: list(part) for file, part in written.items()}, tensors_of)
+    method = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
+    )
+    content = {"model_type": "idefics", **config, "quantization_config": method.to_dict()}
+    (made / "config.json.partial").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (made / "config.json.partial").replace(made / "config.json")
+
+
+def _tensors(name: str, stored: Stored, *, quantized: bool) -> dict[str, torch.Tensor]:
+    return Nf4.of(stored.rows, stored.shape).tensors(name) if quantized else {name: stored.rows()}
+
+
+def compute_dtype() -> torch.dtype:
+    """In which NF4 matrices are multiplied: bf16 on GPUs that have it, fp16 on others, fp32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
+    """Module name -> layer, of the layers in NF4."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def settle(model: nn.Module, config: Config, *, dtype: torch.dtype) -> None:
+    """What transformers leaves open of a quantised model: kept weights in `dtype`, the others computed in one dtype."""
+    layers, expected = quantized_layers(model), quantized_names(config)
+    assert {f"{name}.weight" for name in layers} == expected, f"{len(layers)} layers in NF4, expected {len(expected)}"
+    for layer in layers.values():
+        # Else the backward pass would round the dequantised matrix to the dtype it had in the file.
+        layer.compute_dtype = layer.weight.quant_state.dtype = compute_dtype()
+        # On a CPU with AVX512-BF16, inference would repack the weights for a bf16 kernel, and training that follows
+        # would go through that kernel, which has no gradient.
+        layer.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # transformers keeps every kept ".weight" as it is in the file
+            parameter.data = parameter.data.to(dtype)
