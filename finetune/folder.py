@@ -13,6 +13,9 @@ import yaml
 from finetune.recipe import Recipe
 from modeling.errors import UserError
 
+ELSEWHERE = ("data.prepared", "data.workers")
+"""Keys that say where and how fast the data is made ready, and nothing of what a run is."""
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -20,12 +23,13 @@ def open_folder(recipe: Recipe) -> Path:
     """The run folder, with its recipe and environment written. Raises UserError if it is another recipe's."""
     folder = Path(recipe.output)
     path, mine = folder / "recipe.yaml", recipe.to_yaml()
-    if path.is_file() and (theirs := path.read_text(encoding="utf-8")) != mine:
-        differing = _differing(yaml.safe_load(theirs), yaml.safe_load(mine))
-        raise UserError(
-            f"{folder}: holds the run of another recipe; they differ in {', '.join(differing)}\n"
-            f"  choose another folder (output=runs/NAME), or delete this one"
-        )
+    if path.is_file():
+        differing = _differing(yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(mine))
+        if differing := [key for key in differing if key not in ELSEWHERE]:
+            raise UserError(
+                f"{folder}: holds the run of another recipe; they differ in {', '.join(differing)}\n"
+                f"  choose another folder (output=runs/NAME), or delete this one"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         path.write_text(mine, encoding="utf-8")

@@ -33,7 +33,8 @@ def track(items: Iterable[Any], description: str) -> Iterable[Any]:
 
 
 def say(message: str) -> None:
-    console.print(message)
+    """Plain text: brackets in a file's name are no markup."""
+    console.print(message, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:

@@ -75,6 +75,7 @@ CASES = {
     "a question about none": ([ask("Who?"), ask("Who?", "a")], [ask("who?")], (0, 1, [], [0])),
     "several times": ([ask("Who?", "a")] * 3, [ask("Who?", "also-a")] * 2, (1, 1, [0, 1, 2], [0, 1, 2])),
     "in a late turn": ([[*ask("Who?", "a"), *ask("Why?")]], [ask("Why?", "a")], (1, 1, [0], [0])),
+    "before a later image": ([[*ask("Who?", "a"), *ask("Why?", "b")]], [ask("Who?", "a")], (1, 1, [0], [0])),
     "an image in a late turn": ([[*ask("Who?"), *ask("Why?", "b")]], [ask("Why?", "b")], (1, 1, [0], [0])),
 }
 

@@ -195,6 +195,11 @@ def test_a_folder_of_another_recipe_is_left_alone(recipe_file):
         Run(load_recipe(recipe_file, ["training.learning_rate=1", "training.seed=3"]))
 
 
+def test_where_and_how_fast_data_is_prepared_is_no_part_of_a_run(recipe_file, tmp_path):
+    Run(load_recipe(recipe_file))
+    Run(load_recipe(recipe_file, ["data.workers=2", f"data.prepared={tmp_path / 'elsewhere'}"]))
+
+
 def test_data_that_changed_since_the_run_began_is_not_mixed_in(recipe_file):
     Run(load_recipe(recipe_file)).do("train")
     lines = (recipe_file.parent / "dialogues.jsonl").read_text().splitlines()

@@ -9,8 +9,8 @@ from finetune.data.sources import FORMATS
 from finetune.data.sources.easy_vqa import read
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
-from finetune.recipe_sources import to_source
 from finetune.recipe_file import load_recipe
+from finetune.recipe_sources import to_source
 from modeling import loading
 from modeling.shapes import TINY, read_config, tensor_shapes
 

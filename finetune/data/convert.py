@@ -75,10 +75,10 @@ def convert(source: Source, made: Path, *, downloads: Path, workers: int, track:
 
 
 def _taken(source: Source, account: Account) -> Iterator[Record]:
-    """The records within the limit; those beyond are counted, except on the hub, where that would mean reading them."""
+    """The records within the limit; those beyond are counted, unless that would mean reading a hub or a stream on."""
     for place, record in FORMATS[source.format].read(source):
         if source.limit is not None and account.read >= source.limit:
-            if source.hub:
+            if source.hub or source.stream:
                 return
             account.not_taken += 1
             account.read += 1

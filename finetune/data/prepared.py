@@ -242,10 +242,9 @@ class Prepared:
     def shown_images(self) -> tuple[np.ndarray, np.ndarray]:
         """(example, digest) of every image shown: int64, S32."""
         examples, rows = self._flat("images")
-        sizes = np.array([len(one.examples.values("images")) for one in self.sets], np.int64)
+        offsets = np.repeat(self._image_bounds[:-1], [len(one.examples.values("images")) for one in self.sets])
         taken = examples >= 0
-        numbers = self._number[(rows + np.repeat(self._image_bounds[:-1], sizes))[taken]]
-        return examples[taken], self.digests[numbers]
+        return examples[taken], self.digests[self._number[(rows + offsets)[taken]]]
 
     def asked_questions(self) -> tuple[np.ndarray, np.ndarray]:
         """(example, `question_key`) of every question: int64, uint64."""
