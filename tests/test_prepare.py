@@ -387,6 +387,21 @@ def test_documents_are_cut_and_their_parts_counted(folder, tiny_tokenizer):
     assert max(prepared.lengths) <= 80
 
 
+def test_a_document_goes_on_without_an_image_that_cannot_be_shown_while_it_has_another(folder, tiny_tokenizer):
+    lines = [
+        {"images": ["none.bmp", None, "a.bmp", None], "texts": [None, "Gone.", None, "Here."]},
+        {"images": ["none.bmp", None, "none.bmp"], "texts": [None, "Both gone.", None]},
+        {"images": ["b.bmp", None], "texts": [None, "Here."]},
+    ]
+    source = Source("obelics", (write(folder, lines),))
+    limits = {"max_length": 80, "max_images": 4}
+    prepared, (account,) = prepare([source], tiny_tokenizer, **limits, seed=0, folder=folder / "made")
+    (turn,), _ = (dialogue.turns for dialogue in prepared.dialogues)
+    assert [part if isinstance(part, str) else part.source.name for part in turn.parts] == ["Gone.", "a.bmp", "Here."]
+    assert list(prepared.image_ids) == [(0,), (1,)]
+    assert (account.kept, account.rejected, account.parts_rejected) == (2, {"missing image": 1}, {"missing image": 1})
+
+
 MIXED = [
     record("a.bmp", question="1?"),
     "[]",

@@ -23,7 +23,7 @@ class Account:
     first_rejected: dict[str, str] = field(default_factory=dict)
     """Reason -> place and detail of the first."""
     parts_rejected: dict[str, int] = field(default_factory=Counter)
-    """Reason -> turns, or texts of documents, that were left out of records that were kept."""
+    """Reason -> turns, texts or images of documents, that were left out of records not rejected for it."""
     documents_cut: int = 0
     """Documents too long for one example, which became several."""
     dialogues: int = 0

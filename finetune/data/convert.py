@@ -44,7 +44,7 @@ from finetune.data.sources.download import Downloader
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
 from finetune.data.tracking import Track, silently
-from finetune.data.turns import opening_images
+from finetune.data.turns import opening_images, without_images
 
 PART_BYTES = 16_000_000
 """About so many bytes of records are in a part, if they are not too many."""
@@ -135,7 +135,9 @@ class _Convert:
         images = _PartImages(self.made / "images" / f"{number:06}.bin")
         rows = []
         for place, dialogue in converted:
-            row = dialogue if isinstance(dialogue, RecordError) else self._row(place, dialogue, images, fetched)
+            row = (
+                dialogue if isinstance(dialogue, RecordError) else self._row(place, dialogue, images, fetched, account)
+            )
             if isinstance(row, RecordError):
                 account.reject(place, row)
             else:
@@ -156,21 +158,39 @@ class _Convert:
         return Downloader(self.downloads, http=self.source.download_http).fetch_all(sorted(urls))
 
     def _row(
-        self, place: str, dialogue: Dialogue, images: "_PartImages", fetched: dict[str, Path | RecordError]
+        self,
+        place: str,
+        dialogue: Dialogue,
+        images: "_PartImages",
+        fetched: dict[str, Path | RecordError],
+        account: Account,
     ) -> dict[str, Any] | RecordError:
-        """A row of dialogues.arrow, its images added to `images`; or why one of them cannot be shown."""
-        shown = []
-        for image in dialogue.images:
-            found = fetched[image.source.url] if isinstance(image.source, Remote) else image
-            if isinstance(found, RecordError):
-                return found
-            located = Image(found) if isinstance(found, Path) else found
-            content = self._look(located, images.files)
-            if isinstance(content, RecordError):
-                return content
-            shown.append(images.add(located, content))
+        """A row of dialogues.arrow, its images added to `images`; or why one of them cannot be shown.
+
+        A document goes on without an image that cannot be shown, as long as it has another.
+        """
+        found = [self._find(image, images.files, fetched) for image in dialogue.images]
+        lost = [one for one in found if isinstance(one, RecordError)]
+        if lost and (not dialogue.is_document or len(lost) == len(found)):
+            return lost[0]
+        for error in lost:
+            account.reject_part(place, error)
+        if lost:
+            dialogue = without_images(dialogue, [isinstance(one, RecordError) for one in found])
+        shown = [images.add(*one) for one in found if not isinstance(one, RecordError)]
         opens = opening_images(dialogue) is not None
         return {"place": place, "dialogue": dialogue_to_json(dialogue), "images": shown, "opens": opens}
+
+    def _find(
+        self, image: Image, files: set[File], fetched: dict[str, Path | RecordError]
+    ) -> tuple[Image, bytes] | RecordError:
+        """Where the image is now, and its digest; or why it cannot be shown."""
+        found = fetched[image.source.url] if isinstance(image.source, Remote) else image
+        if isinstance(found, RecordError):
+            return found
+        located = Image(found) if isinstance(found, Path) else found
+        content = self._look(located, files)
+        return content if isinstance(content, RecordError) else (located, content)
 
     def _look(self, image: Image, files: set[File]) -> bytes | RecordError:
         """Its digest, decoded so that a broken image is found now and not in training; `files` learns of its file."""

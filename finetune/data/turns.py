@@ -92,6 +92,13 @@ def divide(dialogue: Dialogue, places: Sequence[int]) -> list[Dialogue]:
     return parts
 
 
+def without_images(document: Dialogue, lost: Sequence[bool]) -> Dialogue:
+    """A document without those of its images that are lost, by their order."""
+    gone = iter(lost)
+    parts = tuple(part for part in document.turns[0].parts if not (isinstance(part, Image) and next(gone)))
+    return replace(document, turns=(Turn("document", parts),))
+
+
 def document_units(document: Dialogue) -> list[tuple[Part, ...]]:
     """A document's texts, each with the images before it; images at the very end stay with the last text."""
     units: list[tuple[Part, ...]] = []
