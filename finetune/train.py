@@ -274,9 +274,7 @@ def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConf
         installed = ", ".join(available) or "none"
         raise UserError(f"training.trackers: {', '.join(missing)} not installed here; installed: {installed}")
     if "paged" in plan.optimizer and not torch.cuda.is_available():
-        say(
-            f"training.optimizer: {plan.optimizer} has nothing to page without a GPU; its moments are in 8 bits all the same"
-        )
+        say(f"training.optimizer: {plan.optimizer} pages nothing without a GPU; its moments are in 8 bits all the same")
     return SFTConfig(
         output_dir=str(folder),
         max_steps=steps,

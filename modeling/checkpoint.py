@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -35,10 +35,37 @@ MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 
 IDENTITY_BYTES = 4096
-"""Of each tensor that `identity` looks at."""
+"""Of each tensor that `identity` looks at, at its beginning and at its end."""
 
-COPY_BYTES = 16 * 2**20
+COPY_BYTES = 2**20
 """Copied at once."""
+
+BLOCK_ELEMENTS = 4 * 2**20
+"""Of a tensor that are worked on at once."""
+
+
+class Rows(Protocol):
+    """A tensor that is read a few rows at a time."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor: ...
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive blocks of rows, of about `BLOCK_ELEMENTS` at most (or one row).
+
+    They are of about one size: a matrix library may round a product of very few rows in another way.
+    """
+    rows = shape[0] if shape else 1
+    blocks = -(-math.prod(shape) // BLOCK_ELEMENTS)
+    count = max(1, -(-rows // max(1, blocks)))
+    for start in range(0, rows, count):
+        yield start, min(start + count, rows)
 
 
 @dataclass(frozen=True)
@@ -60,21 +87,21 @@ class Stored:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows start to stop (of its first axis), read into memory of their own."""
+        """Rows [start:stop] of its first axis (a scalar: itself), read into memory of their own."""
         if not self.shape:
             return self._read(0, self.dtype.itemsize).view(())
-        stop = self.shape[0] if stop is None else min(stop, self.shape[0])
-        block = self._read(start * self.row_bytes, (stop - start) * self.row_bytes)
-        return block.view(stop - start, *self.shape[1:])
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        count = max(0, stop - start)
+        return self._read(start * self.row_bytes, count * self.row_bytes).view(count, *self.shape[1:])
 
     def _read(self, start: int, length: int) -> torch.Tensor:
-        content = bytearray(length)
+        content = torch.empty(length, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset + start)
-            got = _fill(file, memoryview(content))
+            got = _fill(file, memoryview(content.numpy()))
         if got < length:
             raise UserError(f"{self.file}: ends in the middle of a tensor: {got} of {length} bytes")
-        return torch.frombuffer(content, dtype=self.dtype) if length else torch.empty(0, dtype=self.dtype)
+        return content.view(self.dtype)
 
 
 def _fill(file: Any, buffer: memoryview) -> int:
@@ -85,7 +112,7 @@ def _fill(file: Any, buffer: memoryview) -> int:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Name -> tensor of one file. Raises UserError: no safetensors, or truncated."""
+    """Name -> tensor of one file. Raises UserError: no safetensors, truncated, or tensors that overlap."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -95,40 +122,42 @@ def read_header(path: Path) -> dict[str, Stored]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: the safetensors header cannot be read: {error!r}") from error
-    end = max((one.offset + one.nbytes for one in tensors.values()), default=8 + length)
-    if end > size:
-        raise UserError(f"{path}: truncated: {size:,} bytes, its header speaks of {end:,}")
+    _require_filled(path, tensors, start=8 + length, size=size)
     return tensors
 
 
 def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:
-    first, last = entry["data_offsets"]
-    stored = Stored(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first)
+    (first, last), shape, code = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if code not in DTYPES:
+        raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {code!r}")
+    if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
+        raise ValueError(f"expected a shape and offsets of whole numbers, got {shape} and {[first, last]}")
+    stored = Stored(path, DTYPES[code], tuple(shape), start + first)
     if last - first != stored.nbytes:
-        raise ValueError(f"{last - first} bytes for {stored.shape} {entry['dtype']}")
+        raise ValueError(f"{last - first} bytes for {stored.shape} {code}")
     return stored
+
+
+def _require_filled(path: Path, tensors: Mapping[str, Stored], *, start: int, size: int) -> None:
+    """Tensors lie one behind the other from `start` to the end of the file. Raises UserError."""
+    place = start
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if stored.offset != place:
+            raise UserError(f"{path}: tensors overlap or leave gaps: {name} is at {stored.offset}, not at {place}")
+        place += stored.nbytes
+    if place != size:
+        raise UserError(f"{path}: {size:,} bytes, and its header speaks of {place:,}: truncated, or not whole")
 
 
 def read_checkpoint(folder: Path) -> dict[str, Stored]:
     """Name -> tensor of a model folder, in the order of its files. Raises UserError, saying how to repair it."""
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in dict.fromkeys(weight_map.values())]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            some = ", ".join(missing[:3])
-            raise UserError(f"{folder}: {len(missing)} of {len(files)} weight files are missing: {some}")
-        tensors = {name: stored for file in files for name, stored in read_header(file).items()}
-        absent = sorted(weight_map.keys() - tensors.keys())
-        if absent:
-            raise UserError(f"{folder}: its index names {len(absent)} tensors that no file has: {absent[:3]}")
-        return tensors
+    if (folder / INDEX).is_file():
+        return _read_indexed(folder)
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
-    pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
+    pickles = sorted(path.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(ending))
     if pickles:
         raise UserError(
             f"{folder}: holds pickles ({pickles[0]}), which can run code when they are opened; convert them on a "
@@ -137,15 +166,51 @@ def read_checkpoint(folder: Path) -> dict[str, Stored]:
     raise UserError(f"{folder}: expected safetensors weights ({SINGLE}, or {INDEX}), found none")
 
 
+def _read_indexed(folder: Path) -> dict[str, Stored]:
+    weight_map = _read_weight_map(folder / INDEX)
+    files = list(dict.fromkeys(weight_map.values()))
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise UserError(f"{folder}: {len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:3])}")
+    held = {(name, file): stored for file in files for name, stored in read_header(folder / file).items()}
+    if absent := sorted(weight_map.items() - held.keys()):
+        raise UserError(f"{folder}: its index names {len(absent)} tensors that their files do not have: {absent[:3]}")
+    if surplus := sorted(held.keys() - weight_map.items()):
+        raise UserError(f"{folder}: its files have {len(surplus)} tensors that its index does not name: {surplus[:3]}")
+    return {name: stored for (name, _), stored in held.items()}
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file beside the index. Raises UserError: no index, or one that leads out of its folder."""
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = sorted({file for file in weight_map.values() if Path(file).name != file})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: expected an index with a weight_map of file names: {error!r}") from error
+    if outside:
+        raise UserError(f"{index}: expected names of files beside it, got {outside[0]!r}")
+    return weight_map
+
+
+def require_shapes(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """A checkpoint holds every tensor that its config implies. Raises UserError."""
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise UserError(f"{folder}: lacks {len(missing)} tensors of its own config: {missing[:3]}")
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise UserError(f"{stored[name].file}: {name} is {stored[name].shape}, its config says {shape}")
+
+
 def identity(tensors: Mapping[str, Stored]) -> str:
-    """A digest that tells one checkpoint from another without reading all of it: names, shapes, and how each begins."""
+    """A digest that tells one checkpoint from another without reading all of it: names, shapes, both ends of each."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         stored = tensors[name]
+        length = min(stored.nbytes, IDENTITY_BYTES)
+        digest.update(f"{name} {stored.dtype} {stored.shape}".encode())
         with stored.file.open("rb") as file:
-            file.seek(stored.offset)
-            begin = file.read(min(stored.nbytes, IDENTITY_BYTES))
-        digest.update(f"{name} {stored.dtype} {stored.shape}".encode() + begin)
+            for place in (stored.offset, stored.offset + stored.nbytes - length):
+                file.seek(place)
+                digest.update(file.read(length))
     return digest.hexdigest()
 
 
@@ -186,8 +251,8 @@ def write_index(folder: Path, shards: Mapping[str, list[str]], tensors: Mapping[
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_shard(path: Path, tensors: Mapping[str, Planned], track: Callable[[int], None] = lambda count: None) -> None:
-    """One file, whole or not there; `track` is told of bytes as they are written."""
+def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
+    """One file, whole or not there."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, planned in tensors.items():
@@ -197,15 +262,12 @@ def write_shard(path: Path, tensors: Mapping[str, Planned], track: Callable[[int
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb", buffering=0) as file:
+    with partial.open("wb") as file:  # buffered: it writes on where the system wrote a part
         file.write(len(content).to_bytes(8, "little") + content)
         for name, planned in tensors.items():
-            written = 0
-            for block in _bytes_of(planned):
-                file.write(block)
-                written += len(block)
-                track(len(block))
+            written = sum(file.write(block) for block in _bytes_of(planned))
             assert written == planned.nbytes, f"{name}: {written} bytes written, {planned.nbytes} planned"
+        file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
 

@@ -1,9 +1,11 @@
-"""What an adapter changes: base tensor in, merged tensor out, in blocks of rows."""
+"""What an adapter changes, and onto what: base tensor in, merged tensor out, in blocks of rows."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import LoraConfig, load_peft_weights
@@ -11,12 +13,52 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
-from modeling.checkpoint import Stored
+from modeling.checkpoint import Rows, Stored, row_blocks
 from modeling.errors import UserError
+from modeling.quantize import Nf4, quantized_names
+from modeling.shapes import Config
 from modeling.towers import EXACT_LORA, stock_name, tower_of
 
-BLOCK_ELEMENTS = 16 * 2**20
-"""Of a matrix that are in memory at once, in fp32, a few times over."""
+Onto = Literal["full", "nf4"]
+"""The released weights, or these as a model in NF4 computes with them."""
+
+
+def weights_of(stored: Mapping[str, Stored], config: Config, onto: Onto) -> dict[str, Rows]:
+    """Stock name -> tensor of the base that an adapter is added to."""
+    names = quantized_names(config) if onto == "nf4" else set()
+    return {name: Dequantized(one) if name in names else one for name, one in stored.items()}
+
+
+@dataclass(frozen=True)
+class Dequantized:
+    """A stored matrix as a model in NF4 computes with it: dequant(NF4(W))."""
+
+    stored: Stored
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return _quantized(self.stored).rows(start, stop)
+
+
+@lru_cache(maxsize=1)
+def _quantized(stored: Stored) -> Nf4:
+    return Nf4.of(stored.rows, stored.shape)
+
+
+def rounded(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the tensor `name` in another dtype. Raises UserError: a value too large for fp16."""
+    converted = rows.to(dtype)
+    if dtype == torch.float16 and not torch.equal(converted.isfinite(), rows.isfinite()):
+        largest, most = float(rows.abs().max()), torch.finfo(dtype).max
+        raise UserError(f"{name}: holds {largest:,.0f}, and fp16 ends at {most:,.0f}; merge with --dtype bf16 or fp32")
+    return converted
 
 
 @dataclass
@@ -40,6 +82,8 @@ class Adapter:
                 raise UserError(f"{folder}: expected {expected}, found {found}")
             return cls({}, replaced, None)
         config = LoraConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise UserError(f"{folder}: expected LoRA, got an adapter of PEFT's type {config.peft_type.value}")
         for key, values in EXACT_LORA.items():
             if getattr(config, key) not in values:
                 raise UserError(f"{folder}: cannot be merged exactly: {key} is {getattr(config, key)!r}")
@@ -50,6 +94,8 @@ class Adapter:
                 lora.setdefault(f"{stock_name(home)}.weight", {})[f"lora_{rest}".removesuffix(".weight")] = tensor
             else:
                 replaced[stock_name(name)] = tensor
+        for name, factors in lora.items():
+            _require_factors(folder, name, factors)
         return cls(lora, replaced, config)
 
     @property
@@ -69,14 +115,9 @@ class Adapter:
         if homeless:
             raise UserError(f"{len(homeless)} tensors of the adapter have no place in the base: {homeless[:3]}")
         for name, tensor in self.replaced.items():
-            self._require_shape(name, tuple(tensor.shape), base[name])
+            _require_shape(name, tuple(tensor.shape), base[name])
         for name, factors in self.lora.items():
-            shape = (factors["lora_B"].shape[0], factors["lora_A"].shape[1])
-            self._require_shape(name, shape, base[name])
-
-    def _require_shape(self, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        if got != expected:
-            raise UserError(f"the adapter was made for another base: {name} is {got} there and {expected} here")
+            _require_shape(name, (factors["lora_B"].shape[0], factors["lora_A"].shape[1]), base[name])
 
     def scaling(self, name: str) -> float:
         """By which the product of a weight's factors is multiplied (LoRA: alpha / r; rsLoRA: alpha / sqrt(r))."""
@@ -88,17 +129,36 @@ class Adapter:
 
     def merge_rows(self, name: str, weight: torch.Tensor, start: int) -> torch.Tensor:
         """Rows of a LoRA-adapted matrix, from row `start` on, merged in fp32: the arithmetic of PEFT's own merge."""
-        factors, weight = self.lora[name], weight.float()
-        rows = slice(start, start + len(weight))
+        factors, rows = self.lora[name], slice(start, start + len(weight))
         # PEFT's order: the product first, then the scale, then the sum.
-        merged = weight + (factors["lora_B"][rows].float() @ factors["lora_A"].float()) * self.scaling(name)
+        merged = (factors["lora_B"][rows].float() @ factors["lora_A"].float()).mul_(self.scaling(name)).add_(weight)
         if "lora_magnitude_vector" in factors:  # DoRA, Liu et al. 2024: the direction is what LoRA changes
             magnitude = factors["lora_magnitude_vector"][rows].float()
-            merged = (magnitude / torch.linalg.norm(merged, dim=1)).view(-1, 1) * merged
+            merged.mul_((magnitude / torch.linalg.norm(merged, dim=1)).view(-1, 1))
         return merged
 
-    def merged_blocks(self, name: str, stored: Stored, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def merged_blocks(self, name: str, base: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A LoRA-adapted matrix, merged, block by block of its rows."""
-        count = max(1, BLOCK_ELEMENTS // stored.shape[1])
-        for start in range(0, stored.shape[0], count):
-            yield self.merge_rows(name, stored.rows(start, start + count), start).to(dtype)
+        for start, stop in row_blocks(base.shape):
+            yield rounded(name, self.merge_rows(name, base.rows(start, stop), start), dtype)
+
+    def replaced_blocks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """A tensor that was trained in full, block by block of its rows."""
+        for start, stop in row_blocks(tuple(self.replaced[name].shape)):
+            yield rounded(name, self.replaced[name][start:stop], dtype)
+
+
+def _require_factors(folder: Path, name: str, factors: dict[str, torch.Tensor]) -> None:
+    """Two matrices of one rank, and DoRA's magnitudes or nothing else. Raises UserError."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in factors.items()}
+    known = shapes.keys() - {"lora_magnitude_vector"} == {"lora_A", "lora_B"}
+    if known and all(tensor.ndim == 2 for key, tensor in factors.items() if key != "lora_magnitude_vector"):
+        (rows, rank), magnitudes = shapes["lora_B"], shapes.get("lora_magnitude_vector")
+        if shapes["lora_A"][0] == rank and magnitudes in (None, (rows,)):
+            return
+    raise UserError(f"{folder}: {name}: expected LoRA of a linear layer, lora_A [r, n] and lora_B [m, r], got {shapes}")
+
+
+def _require_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if got != expected:
+        raise UserError(f"the adapter was made for another base: {name} is {got} there and {expected} here")

@@ -62,6 +62,7 @@ def load(
     )
     if quantized:
         settle(model, config, dtype=dtype)
+        model.name_or_path = base
     processor = load_processor(base, revision=revision, instruct=instruct)
     if instruct:
         extend_vocabulary(model)

@@ -42,9 +42,17 @@ SHARD_BYTES = 256 * 2**20
 
 
 def quantized_names(config: Config) -> set[str]:
-    """Stock names of the weights that are held in NF4: every linear layer of `QUANTIZED_TOWERS`."""
+    """Stock names of the weights that are held in NF4: of the linear layers of `QUANTIZED_TOWERS`.
+
+    Of the released models, all of them. Rows that are no whole number of groups stay as they are: bitsandbytes 0.50
+    gives them the scales of other groups on a CPU.
+    """
+    return {name for name, (_, columns) in _matrices(config).items() if columns % GROUP == 0}
+
+
+def _matrices(config: Config) -> dict[str, tuple[int, ...]]:
     pattern = re.compile(rf"({lora_pattern(QUANTIZED_TOWERS)})\.weight")
-    return {name for name in tensor_shapes(config) if pattern.fullmatch(name)}
+    return {name: shape for name, shape in tensor_shapes(config).items() if pattern.fullmatch(name)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Nf4:
 
     @classmethod
     def of(cls, rows: Callable[[int, int], torch.Tensor], shape: Sequence[int]) -> "Nf4":
-        """Quantise a matrix whose rows `rows(start, stop)` gives, the last ones too: the bits that bitsandbytes gives."""
+        """Quantise a matrix whose rows `rows(start, stop)` gives, the last ones too: as bitsandbytes would."""
         count = max(GROUP, BLOCK_ELEMENTS // shape[1] // GROUP * GROUP)  # whole groups, whatever the width
         blocks = [
             functional.quantize_4bit(rows(start, start + count).float(), blocksize=GROUP, quant_type="nf4")
@@ -154,6 +162,7 @@ def _write(
     track: Callable[[Iterable[Any], str], Iterable[Any]],
 ) -> None:
     names, quantized = tensor_shapes(config), quantized_names(config)
+    uneven = _matrices(config).keys() - quantized
     copies = {name: Planned(one.dtype, one.shape, one) for name, one in stored.items() if name in names}
     shards = plan_shards(copies, SHARD_BYTES)
     for file, members in track(list(shards.items()), "quantise"):
@@ -170,7 +179,7 @@ def _write(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=list(NOT_QUANTIZED),
+        llm_int8_skip_modules=[*NOT_QUANTIZED, *sorted(name.removesuffix(".weight") for name in uneven)],
     )
     content = {"model_type": "idefics", **config, "quantization_config": method.to_dict()}
     (made / "config.json.partial").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -198,7 +207,7 @@ def settle(model: nn.Module, config: Config, *, dtype: torch.dtype) -> None:
     layers, expected = quantized_layers(model), quantized_names(config)
     assert {f"{name}.weight" for name in layers} == expected, f"{len(layers)} layers in NF4, expected {len(expected)}"
     for layer in layers.values():
-        # Else the backward pass would round the dequantised matrix to the dtype it had in the file.
+        # The backward pass dequantises to the state's own dtype: fp32 in the file.
         layer.compute_dtype = layer.weight.quant_state.dtype = compute_dtype()
         # On a CPU with AVX512-BF16, inference would repack the weights for a bf16 kernel, and training that follows
         # would go through that kernel, which has no gradient.

@@ -84,6 +84,11 @@ def stock_name(parameter: str) -> str:
     return _PEFT.sub("", parameter)
 
 
+def is_computed(tensor: str) -> bool:
+    """Whether a checkpoint's tensor follows from the config: old versions of transformers saved a few such buffers."""
+    return bool(re.fullmatch(r"model\.(.+\.rotary_emb\.inv_freq|vision_model\.embeddings\.position_ids)", tensor))
+
+
 def is_lora(parameter: str) -> bool:
     return ".lora_" in parameter
 

@@ -398,7 +398,7 @@ def test_a_document_goes_on_without_an_image_that_cannot_be_shown_while_it_has_a
     prepared, (account,) = prepare([source], tiny_tokenizer, **limits, seed=0, folder=folder / "made")
     (turn,), _ = (dialogue.turns for dialogue in prepared.dialogues)
     assert [part if isinstance(part, str) else part.source.name for part in turn.parts] == ["Gone.", "a.bmp", "Here."]
-    assert list(prepared.image_ids) == [(0,), (1,)]
+    assert [prepared.images[image].source.name for (image,) in prepared.image_ids] == ["a.bmp", "b.bmp"]
     assert (account.kept, account.rejected, account.parts_rejected) == (2, {"missing image": 1}, {"missing image": 1})
 
 

@@ -207,6 +207,12 @@ def test_exactly_these_layers_are_in_4_bits_and_all_else_is_as_it_was(bf16_folde
     assert {layer.compute_dtype for layer in layers.values()} == {compute_dtype()}
 
 
+def test_both_passes_multiply_in_the_compute_type(load_nf4, monkeypatch):
+    monkeypatch.setattr(quantize, "compute_dtype", lambda: torch.bfloat16)
+    for layer in quantized_layers(load_nf4()).values():
+        assert (layer.compute_dtype, layer.weight.quant_state.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
 def test_the_compute_type_follows_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert compute_dtype() == torch.float32
@@ -355,13 +361,14 @@ def test_training_equals_training_the_dequantised_reference_bit_for_bit(
 ):
     """The same products of the same matrices: TRL's cast to bf16 would already differ in the first digits."""
     rows = make_rows(row_tokens=192)
-    for name, load in (("nf4", load_nf4), ("reference", load_reference)):
-        run(attached(load()), tmp_path / name, rows, bf16_folder)
-    got, expected = trained(tmp_path / "nf4"), trained(tmp_path / "reference")
-    assert got.keys() == expected.keys()
-    assert all(tensor.dtype == torch.float32 for tensor in got.values())
-    for name, tensor in got.items():
-        assert torch.equal(tensor, expected[name]), name
+    run(attached(load_reference()), tmp_path / "reference", rows, bf16_folder)
+    expected = trained(tmp_path / "reference")
+    for name, checkpointing in (("nf4", False), ("checkpointed", True)):
+        run(attached(load_nf4()), tmp_path / name, rows, bf16_folder, checkpointing=checkpointing)
+        got = trained(tmp_path / name)
+        assert got.keys() == expected.keys()
+        assert all(tensor.dtype == torch.float32 for tensor in got.values())
+        assert all(torch.equal(got[key], expected[key]) for key in got)
 
 
 def test_trl_casts_what_is_trained_on_a_4_bit_base(load_nf4, make_rows, bf16_folder, tmp_path):
