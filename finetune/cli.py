@@ -42,6 +42,29 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
     _finish(_guarded(work), as_json)
 
 
+@app.command(epilog="Example: `finetune plan recipes/idefics-9b_lora_1x80gb.yaml --gpu 24GiB --picture plan.png`")
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="Memory of the GPU: 24GiB, 80GB; else this machine's.", show_default=False),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw the memory to this file (png, svg).", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a recipe will cost in memory, disk and steps, before anything is loaded; and what would make it fit."""
+    from finetune.plan import plan as plan_recipe
+    from finetune.recipe_file import load_recipe
+
+    def work() -> dict[str, Any]:
+        return plan_recipe(load_recipe(recipe, overrides), gpu=gpu, picture=picture, show=not as_json)
+
+    _finish(_guarded(work), as_json)
+
+
 @app.command(epilog="Example: `finetune prepare recipes/own_data.yaml`")
 def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Convert, tokenise and check the data of a recipe, once: what is prepared already is opened in seconds."""
@@ -102,12 +125,23 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the base's.", show_default=False)
     ] = None,
-    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weight file.")] = "5GB",
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", help="Largest weight file: 5GB, 2GiB.", show_default="5GB")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Repeat the proof of a merged folder instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write base + adapter as a standalone model, and prove that it is the same. Interrupted, it goes on."""
-    if what.suffix in (".yaml", ".yml"):
+    given = {"--base": base, "--out": out, "--onto": onto, "--dtype": dtype, "--shard-size": shard_size}
+    options = [option for option, value in given.items() if value is not None]
+    is_recipe = what.suffix in (".yaml", ".yml")
+    if is_recipe and (options or verify):
+        _fail(f"{', '.join(options) or '--verify'}: not with a recipe; give the run's folder instead")
+    if overrides and not is_recipe:
+        _fail(f"{overrides[0]}: only a recipe has keys to change, and {what} is a folder")
+    if verify and options:
+        _fail(f"{', '.join(options)}: not with --verify, which knows from {what} what it was made of")
+    if is_recipe:
         _stages(what, overrides, as_json, "merge")
         return
 

@@ -1,4 +1,4 @@
-"""Config, what is trained and the sizes of a row -> bytes: weights, adapters, gradients, optimiser, activations. No torch.
+"""Config, what is trained, sizes of a row -> bytes: weights, adapters, gradients, optimiser, activations. No torch.
 
 The forward of IDEFICS is written down once more, as sizes (see `tape`); what an operation keeps for its backward is
 said where it stands. `scripts/check_plan.py` holds it against what torch's allocator counts.
@@ -6,21 +6,35 @@ said where it stands. `scripts/check_plan.py` holds it against what torch's allo
 Letters: T tokens of a row, K supervised ones, N images, P patches of an image (and its class token), L latents.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from finetune.tape import FP32, GRADIENTS, Operation, Tape, Tensor, peak
 from modeling.shapes import Config, count_lora, tensor_shapes
 from modeling.towers import LORA_TOWERS, QUANTIZED_TOWERS, TOWERS, lora_pattern, tower_of
 
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of a weight: 4 bits, one byte of scale for 64 weights, and a fp32 scale for 256 of those: 4.127 bits."""
+NF4_GROUP = 64
+"""Weights that share a scale; matrices whose rows are no whole groups are not quantised."""
+
+NF4_BYTES = 0.5 + 1 / NF4_GROUP + 4 / (NF4_GROUP * 256)
+"""Of a weight: 4 bits, one byte of scale a group, and a fp32 scale for 256 of those: 4.127 bits."""
+
+STATE_BYTES = {"adamw": 2 * 4.0, "adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw_8bit": 2 * (1 + 4 / 256)}
+"""Of a trained number: two moments; in 8 bits, 256 of them share a fp32 scale."""
 
 INT64 = 8
-ADAM_STATES = 2
+GIB = 2**30
+LIBRARIES = 96 * 2**20
+"""Main memory that threads, kernels and the trainer take once a run has begun."""
+
+GPU_RESERVE = GIB
+"""Of a GPU's memory: its context, the libraries' workspaces, and what the allocator loses to rounding."""
+
 PARTS = ("weights", "adapters", "optimizer", GRADIENTS, *LORA_TOWERS, "head", "batch")
 """Of the memory at its peak. A tower's part is what its forward keeps and what its backward needs."""
 
@@ -38,6 +52,7 @@ class Setup:
     """Bytes of a number that is neither trained nor quantised: 4 in fp32, 2 in bf16."""
     quantize: bool = False
     checkpointing: bool = False
+    optimizer: str = "adamw"
     rows_per_step: int = 1
     gpu: bool = False
 
@@ -91,27 +106,51 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Of tensors."""
         return sum(self.parts.values())
+
+    @property
+    def resident(self) -> int:
+        """Main memory beyond what importing the libraries takes, where blocks that are freed go back at once."""
+        return self.total + LIBRARIES
+
+    @property
+    def on_gpu(self) -> int:
+        """What a GPU must have."""
+        return self.total + GPU_RESERVE
 
 
 def count(setup: Setup) -> dict[str, Parameters]:
     """Tower -> its parameters."""
-    quantized_linear = re.compile(rf"({lora_pattern(QUANTIZED_TOWERS)})\.weight")
-    totals, quantized = dict.fromkeys(TOWERS, 0), dict.fromkeys(TOWERS, 0)
-    for name, shape in tensor_shapes(setup.config).items():
+    return {tower: _count(setup, tower, sizes) for tower, sizes in _sizes(json.dumps(setup.config)).items()}
+
+
+def _count(setup: Setup, tower: str, sizes: "_Sizes") -> Parameters:
+    trained = {"frozen": 0, "lora": setup.rank * sizes.lora, "full": sizes.total}[setup.mode(tower)]
+    return Parameters(sizes.total, trained, sizes.grouped if setup.quantize and tower in QUANTIZED_TOWERS else 0)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Parameters of a tower: all, those of linear layers that NF4 could hold, and those of LoRA of rank 1."""
+
+    total: int
+    grouped: int
+    lora: int
+
+
+@cache
+def _sizes(config_json: str) -> dict[str, _Sizes]:
+    config = json.loads(config_json)
+    linear_weight = re.compile(rf"({lora_pattern(LORA_TOWERS)})\.weight")
+    totals, grouped = dict.fromkeys(TOWERS, 0), dict.fromkeys(TOWERS, 0)
+    for name, shape in tensor_shapes(config).items():
         tower = tower_of(name)
         totals[tower] += prod(shape)
-        if setup.quantize and quantized_linear.fullmatch(name):
-            quantized[tower] += prod(shape)
-    return {
-        tower: Parameters(totals[tower], _trained(setup, tower, totals[tower]), quantized[tower]) for tower in TOWERS
-    }
-
-
-def _trained(setup: Setup, tower: str, total: int) -> int:
-    if setup.mode(tower) == "lora":
-        return count_lora(setup.config, (tower,), setup.rank)[1]
-    return total if setup.is_full(tower) else 0
+        if linear_weight.fullmatch(name) and shape[1] % NF4_GROUP == 0:
+            grouped[tower] += prod(shape)
+    lora = {tower: count_lora(config, (tower,), 1)[1] if tower in LORA_TOWERS else 0 for tower in TOWERS}
+    return {tower: _Sizes(totals[tower], grouped[tower], lora[tower]) for tower in TOWERS}
 
 
 def estimate(setup: Setup, row: RowSize) -> Memory:
@@ -121,7 +160,7 @@ def estimate(setup: Setup, row: RowSize) -> Memory:
     always = Counter(
         weights=weight_bytes(setup, parameters),
         adapters=adapter_bytes(setup, parameters),
-        optimizer=ADAM_STATES * gradients,
+        optimizer=optimizer_bytes(setup, parameters),
         batch=_batches(setup, row),
     )
     accumulated = setup.rows_per_step > 1
@@ -144,6 +183,10 @@ def adapter_bytes(setup: Setup, parameters: Mapping[str, Parameters]) -> int:
     factors = sum(one.trained for tower, one in parameters.items() if setup.mode(tower) == "lora")
     copies = parameters["added_tokens"].trained if setup.has_lora else 0
     return FP32 * (factors + copies)
+
+
+def optimizer_bytes(setup: Setup, parameters: Mapping[str, Parameters]) -> int:
+    return round(STATE_BYTES[setup.optimizer] * sum(one.trained for one in parameters.values()))
 
 
 def _memory(parts: Mapping[str, int], moment: str) -> Memory:
@@ -378,12 +421,13 @@ class _Forward:
         kept = [source] if setup.is_full(tower) else []
         if setup.autocast and setup.item_of(tower) == FP32:
             kept.append(self._weight_in_bf16(hidden.width, width))
+        in_4_bits = setup.quantize and tower in QUANTIZED_TOWERS and hidden.width % NF4_GROUP == 0
         output = tape.run(
             (source,),
             tape.new(hidden.rows, width, source.item),
             saves=kept,
             gradients=self._if_full(tower, parameters + width * bias),
-            scratch=parameters * source.item if setup.quantize and tower in QUANTIZED_TOWERS else 0,
+            scratch=parameters * source.item * in_4_bits,
         )
         return self._with_lora(hidden, output) if setup.mode(tower) == "lora" else output
 
@@ -422,7 +466,9 @@ class _Forward:
             saves.append(tape.new(hidden.rows, hidden.width, item))
         output = tape.new(hidden.rows, hidden.width, item)
         gradients = self._if_full(tower, hidden.width // heads)
-        return tape.run((hidden,), output, saves=saves, gradients=gradients, scratch=3 * FP32 * hidden.rows * hidden.width)
+        return tape.run(
+            (hidden,), output, saves=saves, gradients=gradients, scratch=3 * FP32 * hidden.rows * hidden.width
+        )
 
     def _layer_norm(self, hidden: Tensor, tower: str, heads: int = 1) -> Tensor:
         """Keeps its input, and mean and deviation of each vector; autocast runs it in fp32."""

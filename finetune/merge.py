@@ -8,23 +8,37 @@ base's, the added tokens' rows bring the vocabulary to three. A tensor of the ad
 """
 
 import hashlib
-import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from transformers import IdeficsProcessor
 
 from finetune.data.tracking import Track, silently
 from finetune.folder import commit, read_json, write_json
-from modeling.checkpoint import Planned, Stored, identity, plan_shards, read_checkpoint, write_index, write_shard
-from modeling.deltas import BLOCK_ELEMENTS, Adapter
+from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
+from modeling.checkpoint import (
+    Planned,
+    Rows,
+    Stored,
+    identity,
+    plan_shards,
+    read_checkpoint,
+    require_shapes,
+    row_blocks,
+    write_index,
+    write_shard,
+)
+from modeling.deltas import Adapter, Onto, rounded, weights_of
 from modeling.errors import UserError
-from modeling.loading import generation_config, load_processor, save_processor
+from modeling.loading import generation_config, load_processor, local_folder, save_processor
 from modeling.proof import changed_blocks, compare_block, compare_tensor
-from modeling.shapes import read_config, tensor_shapes
+from modeling.shapes import Config, read_config, tensor_shapes
+from modeling.towers import is_computed
 
 SHARD_BYTES = 5 * 10**9
 """Largest weight file."""
@@ -32,15 +46,13 @@ SHARD_BYTES = 5 * 10**9
 NOTE = "finetune.json"
 """Beside the adapter's weights: what it was trained on. An adapter made elsewhere has none."""
 
-PROVENANCE = "provenance.json"
+PROVENANCE, MADE_OF = "provenance.json", "made_of.json"
 
-TOLERATED_STEPS = 8
-"""Of the merged dtype's precision: sums in fp32 and in fp64 may round to different neighbours."""
+ADAPTER_FILES = (PEFT_CONFIG, "adapter_model.safetensors", "adapter_model.bin", TRAINED_FILE)
+"""Of an adapter folder, what its merge depends on."""
 
 SPARE_BYTES = 200_000_000
 """Of disk, beyond the weights."""
-
-Onto = Literal["full", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,11 @@ class Origin:
     identity: str | None = None
     """`modeling.checkpoint.identity` of the base."""
 
+    @property
+    def onto(self) -> Onto:
+        """What training added to."""
+        return "nf4" if self.quantize == "nf4" else "full"
+
     def write(self, adapter: Path) -> None:
         write_json(adapter / NOTE, asdict(self))
 
@@ -64,10 +81,10 @@ class Origin:
         """As the note says; of an adapter made elsewhere, as PEFT's own file says. Raises UserError."""
         if note := read_json(adapter / NOTE):
             return cls(**note)
-        config = read_json(adapter / "adapter_config.json")
+        config = read_json(adapter / PEFT_CONFIG)
         if config is None:
             found = "a model" if (adapter / "config.json").is_file() else "neither"
-            raise UserError(f"{adapter}: expected an adapter folder ({NOTE} or adapter_config.json), found {found}")
+            raise UserError(f"{adapter}: expected an adapter folder ({NOTE} or {PEFT_CONFIG}), found {found}")
         if not config.get("base_model_name_or_path"):
             raise UserError(f"{adapter}: does not say what base it was made for; name it: --base FOLDER_OR_HUB_ID")
         return cls(config["base_model_name_or_path"], config.get("revision"))
@@ -79,7 +96,7 @@ class Comparison:
 
     tensors: int
     largest_tensor_difference: float
-    """Of sampled rows from the formula in fp64, relative to their largest value: rounding to the merged dtype."""
+    """Of rows from the formula in fp64, to what rounding to the merged dtype explains: at most 1 in an honest merge."""
     worst_tensor: str
     blocks: int
     largest_block_difference: float
@@ -98,6 +115,7 @@ def merge(
     instruct: bool = True,
     base_identity: str | None = None,
     onto: Onto = "full",
+    trained_onto: Onto = "full",
     provenance: Mapping[str, Any] | None = None,
     card: str | None = None,
     dtype: torch.dtype | None = None,
@@ -106,56 +124,64 @@ def merge(
 ) -> dict[str, Any]:
     """Write the merged model to `out`, which appears only when it is complete and proved; returns provenance.json.
 
-    To `instruct`, a base gains `<end_of_utterance>`, as in training. `onto` nf4 adds to the matrices as training saw
-    them, quantised and back. `dtype`: of the merged weights, as the base's if None. In memory are the adapter and a few
-    blocks of one matrix. Interrupted, it goes on with the first shard that is not complete. Raises UserError: another
-    base, not enough disk, something else in `out`.
+    To `instruct`, a base gains `<end_of_utterance>`, as in training. `onto` nf4 adds to the matrices as a 4-bit
+    training saw them, quantised and back; where this is not what the adapter was `trained_onto`, the difference to that
+    is reported, too. `dtype`: of the merged weights, as the base's if None. In memory are the adapter and a few blocks
+    of one matrix. Interrupted, it goes on with the first shard that is not complete. Raises UserError: another base,
+    not enough disk, something else in `out`.
     """
-    folder = base_folder(base, revision)
+    out = out.resolve()
+    folder, base_config = _open_base(base, revision)
     stored, changes = read_checkpoint(folder), Adapter.read(adapter)
     instruct = instruct or changes.added_tokens == 3
-    config = {**read_config(base, revision=revision), **_stored_config(folder)}
-    if instruct:
-        config["additional_vocab_size"] = 3
-    config["architectures"] = ["IdeficsForVisionText2Text"]
+    config = _merged_config(base_config, instruct, dtype)
     made_of = {
         "base": identity(stored),
-        "adapter": digests(adapter),
+        "adapter": digests(adapter / name for name in ADAPTER_FILES if (adapter / name).is_file()),
         "instruct": instruct,
         "onto": onto,
         "dtype": str(dtype) if dtype else None,
         "shard_bytes": shard_bytes,
     }
+    left_out = sorted(filter(is_computed, stored))
+    stored = {name: one for name, one in stored.items() if not is_computed(name)}
+    _require_base(folder, stored, tensor_shapes(base_config))
+    shapes = tensor_shapes(config)
+    changes.require_home(shapes)
     if base_identity and base_identity != made_of["base"]:
         raise UserError(f"{adapter}: was trained on other weights than those of {base}: same shapes, other content")
-    planned = _plan(stored, changes, config, dtype)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if (found := read_json(out / PROVENANCE)) and found.get("made_of") == made_of:
-            return found
-        raise UserError(f"{out}: is not empty, and not the result of this merge; choose another folder, or delete it")
-    partial = _partial_folder(out, made_of)
-    shards = plan_shards(planned, shard_bytes)
-    _require_disk(partial, shards, planned)
-    for file, names in track(list(shards.items()), "merge"):
-        if not (partial / file).is_file():
-            write_shard(partial / file, {name: planned[name] for name in names})
-    write_index(partial, shards, planned)
-    write_json(partial / "config.json", config)
+    if record := _done(out, made_of):
+        return record
+    weights = _weights(stored, base_config, changes, onto)
+    planned = {
+        name: _planned(name, shapes[name], changes, dtype or stored[name].dtype, weights, config) for name in weights
+    }
     processor = load_processor(base, revision=revision, instruct=instruct)
-    save_processor(processor, partial)
-    generation_config(processor.tokenizer).save_pretrained(partial)
-    if card:
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    comparison = compare(config, stored, read_checkpoint(partial), changes, track=track)
+    partial = _write_weights(out, made_of, planned, plan_shards(planned, shard_bytes), track)
+    _write_rest(partial, config, processor, card)
+    merged = read_checkpoint(partial)
+    proof = compare(config, weights, merged, changes, track=track)
+    _require_rounding(proof, merged)
+    others: set[Onto] = {trained_onto, "full"} - {onto}
+    against = {
+        other: asdict(compare(config, weights_of(stored, base_config, other), merged, changes, track=track))
+        for other in others
+    }
     record = {
         **(provenance or {}),
         "commit": commit(),
-        "sources": {"base": base, "revision": revision, "adapter": str(adapter.resolve())},
+        "sources": {
+            "base": str(folder.resolve()) if Path(base).is_dir() else base,
+            "revision": revision,
+            "adapter": str(adapter.resolve()),
+        },
         "made_of": made_of,
-        "proof": asdict(comparison),
-        "sha256": {"base": digests(folder, track), "merged": digests(partial, track)},
+        "left_out": left_out,
+        "proof": asdict(proof),
+        "against": against,
+        "sha256": {"base": weight_digests(folder, track), "merged": weight_digests(partial, track)},
     }
-    (partial / "made_of.json").unlink()
+    (partial / MADE_OF).unlink()
     write_json(partial / PROVENANCE, record)
     if out.exists():
         out.rmdir()
@@ -171,33 +197,32 @@ def verify(merged: Path, *, track: Track = silently) -> dict[str, Any]:
     record = read_json(merged / PROVENANCE)
     if record is None or "made_of" not in record:
         raise UserError(f"{merged}: expected a merged model with its {PROVENANCE}, found none")
-    sources, made_of = record["sources"], record["made_of"]
+    sources, made_of, hashes = record["sources"], record["made_of"], record["sha256"]
     adapter = Path(sources["adapter"])
-    if digests(merged, track) != record["sha256"]["merged"]:
+    if weight_digests(merged, track) != hashes["merged"]:
         raise UserError(f"{merged}: its weights have changed since they were merged")
-    folder = base_folder(sources["base"], sources["revision"])
-    stored = read_checkpoint(folder)
-    if identity(stored) != made_of["base"]:
-        raise UserError(f"{folder}: is not the base that {merged} was made of")
-    if not adapter.is_dir() or digests(adapter) != made_of["adapter"]:
+    if not adapter.is_dir() or digests(adapter / name for name in made_of["adapter"]) != made_of["adapter"]:
         raise UserError(f"{adapter}: the adapter that {merged} was made of is gone, or has changed")
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    return asdict(compare(config, stored, read_checkpoint(merged), Adapter.read(adapter), track=track))
+    folder, base_config = _open_base(sources["base"], sources["revision"])
+    if weight_digests(folder, track) != hashes["base"]:
+        raise UserError(f"{folder}: is not the base that {merged} was made of")
+    stored = {name: one for name, one in read_checkpoint(folder).items() if not is_computed(name)}
+    weights, tensors = weights_of(stored, base_config, made_of["onto"]), read_checkpoint(merged)
+    comparison = compare(read_config(str(merged)), weights, tensors, Adapter.read(adapter), track=track)
+    _require_rounding(comparison, tensors)
+    return asdict(comparison)
 
 
 def compare(
-    config: Mapping[str, Any],
-    base: Mapping[str, Stored],
+    config: Config,
+    base: Mapping[str, Rows],
     merged: Mapping[str, Stored],
     adapter: Adapter,
     *,
     track: Track = silently,
 ) -> Comparison:
-    """Tensor by tensor and block by block. Raises UserError for a tensor that is not what it should be."""
-    tensors = {name: compare_tensor(name, base, merged, adapter) for name in track(list(merged), "compare")}
-    for name, difference in tensors.items():
-        if difference.relative > TOLERATED_STEPS * torch.finfo(merged[name].dtype).eps:
-            raise UserError(f"{name}: merged differs by {difference.largest:.3g} from base + adapter")
+    """Tensor by tensor and block by block."""
+    tensors = {name: compare_tensor(name, config, base, merged, adapter) for name in track(list(merged), "compare")}
     blocks = {
         block: compare_block(block, config, base, merged, adapter) for block in track(changed_blocks(adapter), "prove")
     }
@@ -215,89 +240,141 @@ def compare(
     )
 
 
-def _partial_folder(out: Path, made_of: Mapping[str, Any]) -> Path:
-    """Where the merge is written until it is complete; what an interrupted one of the same left there is kept."""
+def _require_rounding(comparison: Comparison, merged: Mapping[str, Stored]) -> None:
+    """Raises UserError for a tensor that is not base + adapter, and for a block that gives no numbers."""
+    for name, difference in comparison.tensor_differences.items():
+        if not difference <= 1:
+            raise UserError(
+                f"{merged[name].file}: {name} is {difference:.3g} times as far from base + adapter as rounding "
+                f"explains; delete the file, and merge again"
+            )
+    for block, difference in comparison.block_differences.items():
+        if not math.isfinite(difference):
+            raise UserError(f"{block}: its outputs are not numbers: the base or the adapter holds infinite values")
+
+
+def _open_base(base: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
+    """The base's folder, and its config. Raises UserError: neither a folder nor a model of the hub."""
+    config = read_config(base, revision=revision)
+    folder = local_folder(base, revision=revision)
+    return folder, {**config, **read_config(str(folder))}
+
+
+def _merged_config(base_config: Config, instruct: bool, dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json of the merged model; transformers loads weights in the dtype that it names."""
+    config = {**base_config, "architectures": ["IdeficsForVisionText2Text"]}
+    if instruct:
+        config["additional_vocab_size"] = 3
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    return config
+
+
+def _require_base(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+    require_shapes(folder, stored, expected)
+    if strange := sorted(stored.keys() - expected.keys()):
+        raise UserError(f"{stored[strange[0]].file}: {strange[0]} is no tensor of IDEFICS")
+
+
+def _done(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The provenance of the same merge, done before; None where `out` is free. Raises UserError where it is not."""
+    if out.is_mount():
+        raise UserError(f"{out}: is a mount point, and is to appear as a whole; name a folder inside it")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    record = read_json(out / PROVENANCE)
+    if record and record.get("made_of") == made_of:
+        return record
+    raise UserError(f"{out}: is not empty, and not the result of this merge; choose another folder, or delete it")
+
+
+def _weights(stored: Mapping[str, Stored], config: Config, adapter: Adapter, onto: Onto) -> dict[str, Rows]:
+    """What the adapter is added to. Raises UserError: a matrix in 4 bits that was trained in full."""
+    weights = weights_of(stored, config, onto)
+    if full := sorted(name for name in adapter.replaced if weights[name] is not stored[name]):
+        raise UserError(f"--onto {onto}: {full[0]} was trained in full, which no 4-bit training does; --onto full")
+    return weights
+
+
+def _write_weights(
+    out: Path,
+    made_of: Mapping[str, Any],
+    planned: Mapping[str, Planned],
+    shards: Mapping[str, list[str]],
+    track: Track,
+) -> Path:
+    """The folder beside `out` with all weights; shards that an interrupted merge of the same left there are kept."""
     partial = out.with_name(f".{out.name}.partial")
-    if read_json(partial / "made_of.json") != made_of:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write_json(partial / "made_of.json", made_of)
+    try:
+        if partial.exists() and read_json(partial / MADE_OF) != made_of:
+            shutil.rmtree(partial)
+        _require_disk(partial, shards, planned)
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(partial / MADE_OF, made_of)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
+    for file, names in track(list(shards.items()), "merge"):
+        if not (partial / file).is_file():
+            write_shard(partial / file, {name: planned[name] for name in names})
+    write_index(partial, shards, planned)
     return partial
 
 
 def _require_disk(folder: Path, shards: Mapping[str, list[str]], planned: Mapping[str, Planned]) -> None:
     left = [name for file, names in shards.items() if not (folder / file).is_file() for name in names]
     missing = sum(planned[name].nbytes for name in left)
-    free = shutil.disk_usage(folder).free
+    disk = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(disk).free
     if missing + SPARE_BYTES > free:
-        raise UserError(
-            f"{folder.parent}: {free / 1e9:.1f} GB are free, and the merged model needs {missing / 1e9:.1f} GB more"
-        )
+        raise UserError(f"{disk}: {free / 1e9:.1f} GB are free, and the merged model needs {missing / 1e9:.1f} GB more")
 
 
-def digests(folder: Path, track: Track = silently) -> dict[str, str]:
-    """SHA-256 of each weight file."""
+def _write_rest(folder: Path, config: Mapping[str, Any], processor: IdeficsProcessor, card: str | None) -> None:
+    write_json(folder / "config.json", config)
+    save_processor(processor, folder)
+    generation_config(processor.tokenizer).save_pretrained(folder)
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def weight_digests(folder: Path, track: Track = silently) -> dict[str, str]:
+    """SHA-256 of each weight file of a model."""
+    return digests(track(sorted(folder.glob("*.safetensors")), "hash"))
+
+
+def digests(files: Iterable[Path]) -> dict[str, str]:
+    """File name -> SHA-256; of a file that is not there, an empty one."""
     digests = {}
-    for path in track(sorted(folder.glob("*.safetensors")), "hash"):
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in files:
+        digests[path.name] = ""
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
-
-
-def _plan(
-    base: Mapping[str, Stored], adapter: Adapter, config: Mapping[str, Any], dtype: torch.dtype | None
-) -> dict[str, Planned]:
-    """Stock name -> tensor of the merged model, in the order of the base's files."""
-    expected = tensor_shapes(config)
-    if missing := sorted(expected.keys() - base.keys()):
-        raise UserError(f"the base lacks {len(missing)} tensors of its own config: {missing[:3]}")
-    if strange := sorted(base.keys() - expected.keys()):
-        raise UserError(f"{base[strange[0]].file}: {strange[0]} is no tensor of IDEFICS")
-    adapter.require_home(expected)
-    return {
-        name: _planned(name, stored, adapter, dtype or stored.dtype, expected[name], base, config)
-        for name, stored in base.items()
-    }
 
 
 def _planned(
     name: str,
-    stored: Stored,
+    shape: tuple[int, ...],
     adapter: Adapter,
     dtype: torch.dtype,
-    shape: tuple[int, ...],
-    base: Mapping[str, Stored],
-    config: Mapping[str, Any],
+    weights: Mapping[str, Rows],
+    config: Config,
 ) -> Planned:
+    base = weights[name]
     if name in adapter.replaced:
-        return Planned(dtype, shape, lambda: [adapter.replaced[name].to(dtype)])
+        return Planned(dtype, shape, lambda: adapter.replaced_blocks(name, dtype))
     if name in adapter.lora:
-        return Planned(dtype, shape, lambda: adapter.merged_blocks(name, stored, dtype))
-    if stored.shape[:1] != shape[:1]:  # `<end_of_utterance>` starts as `</s>`, in training as here
-        owner, end = base[name.removesuffix(".weight").rpartition(".")[0] + ".weight"], config["eos_token_id"]
-        return Planned(dtype, shape, lambda: [stored.rows().to(dtype), owner.rows(end, end + 1).to(dtype)])
-    if dtype == stored.dtype:
-        return Planned(dtype, shape, stored)
-    return Planned(dtype, shape, lambda: _converted(stored, dtype))
+        return Planned(dtype, shape, lambda: adapter.merged_blocks(name, base, dtype))
+    if base.shape != shape:  # `<end_of_utterance>` starts as `</s>`, in training as here
+        owner, end = weights[name.removesuffix(".weight").rpartition(".")[0] + ".weight"], config["eos_token_id"]
+        return Planned(dtype, shape, lambda: [rounded(name, torch.cat([base.rows(), owner.rows(end, end + 1)]), dtype)])
+    if isinstance(base, Stored) and dtype == base.dtype:
+        return Planned(dtype, shape, base)
+    return Planned(dtype, shape, lambda: _converted(name, base, dtype))
 
 
-def _converted(stored: Stored, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    if len(stored.shape) < 2:
-        yield stored.rows().to(dtype)
-        return
-    count = max(1, BLOCK_ELEMENTS // max(1, stored.row_bytes // stored.dtype.itemsize))
-    for start in range(0, stored.shape[0], count):
-        yield stored.rows(start, start + count).to(dtype)
-
-
-def _stored_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def base_folder(base: str, revision: str | None) -> Path:
-    """The base's files on this machine; those of a hub id are where loading it left them."""
-    if Path(base).is_dir():
-        return Path(base)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(base, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.model"]))
+def _converted(name: str, base: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for start, stop in row_blocks(base.shape):
+        yield rounded(name, base.rows(start, stop), dtype)

@@ -8,11 +8,13 @@ import torch
 from huggingface_hub import ModelCardData
 
 from finetune.folder import read_json
-from finetune.merge import PROVENANCE, Onto, Origin, merge, verify
+from finetune.merge import PROVENANCE, SHARD_BYTES, Origin, merge, verify
 from finetune.progress import console, say, table, track
+from modeling.deltas import Onto
 from modeling.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ONTO: dict[str, Onto] = {"full": "full", "nf4": "nf4"}
 SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -23,7 +25,7 @@ def merge_folder(
     out: Path | None,
     onto: str | None,
     dtype: str | None,
-    shard_size: str,
+    shard_size: str | None,
     show: bool,
 ) -> dict[str, Any]:
     """Merge a run folder's adapter, or an adapter folder, and return its provenance. Raises UserError."""
@@ -40,10 +42,11 @@ def merge_folder(
         revision=None if base else origin.revision,
         instruct=origin.instruct,
         base_identity=origin.identity,
-        onto=_onto(onto, origin),
+        onto=origin.onto if onto is None else _choose("--onto", onto, ONTO),
+        trained_onto=origin.onto,
         dtype=None if dtype is None else _choose("--dtype", dtype, DTYPES),
-        shard_bytes=parse_size(shard_size),
-        card=model_card(out.name, base or origin.base, run),
+        shard_bytes=SHARD_BYTES if shard_size is None else parse_size(shard_size),
+        card=model_card(base or origin.base, out, run),
         track=track,
     )
     if show:
@@ -59,14 +62,6 @@ def verify_folder(merged: Path, *, show: bool) -> dict[str, Any]:
     return comparison
 
 
-def _onto(asked: str | None, origin: Origin) -> Onto:
-    """As asked; else as training saw the base."""
-    choices: dict[str, Onto] = {"full": "full", "nf4": "nf4"}
-    if asked:
-        return _choose("--onto", asked, choices)
-    return "nf4" if origin.quantize == "nf4" else "full"
-
-
 def _choose(option: str, got: str, choices: dict[str, Any]) -> Any:
     if got not in choices:
         raise UserError(f"{option}: expected {' or '.join(choices)}, got {got!r}")
@@ -75,16 +70,17 @@ def _choose(option: str, got: str, choices: dict[str, Any]) -> Any:
 
 def parse_size(text: str) -> int:
     """ "5GB" -> 5_000_000_000; "2GiB" -> 2_147_483_648. Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in SIZES or not float(match[1]):
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    size = int(float(match[1]) * SIZES.get(match[2].upper(), 0)) if match else 0
+    if not size:
         raise UserError(f"--shard-size: expected a size such as 5GB or 2GiB, got {text!r}")
-    return int(float(match[1]) * SIZES[match[2].upper()])
+    return size
 
 
-def model_card(name: str, base: str, run: Path | None) -> str:
+def model_card(base: str, out: Path, run: Path | None) -> str:
     """README.md of the merged model: base, data and figures as far as the run folder knows them, and the licences."""
     header = ModelCardData(
-        base_model=base if "/" in base and not Path(base).exists() else None,
+        base_model=None if Path(base).is_dir() else base,
         library_name="transformers",
         license="other",
         pipeline_tag="image-text-to-text",
@@ -94,34 +90,51 @@ def model_card(name: str, base: str, run: Path | None) -> str:
     figures = (read_json(run / "evaluation.json") if run else None) or {}
     sections = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {name}",
-        f"IDEFICS, fine-tuned from `{base}`, with everything that was trained merged into its weights. `{PROVENANCE}` "
-        "holds what it was made of, hashes, and the proof that it is base + adapter.",
+        f"# {_code((run or out).resolve().name)}",
+        f"IDEFICS, fine-tuned from {_code(base)}, with everything that was trained merged into its weights. "
+        f"{_code(PROVENANCE)} holds what it was made of, hashes, and the proof that it is base + adapter.",
     ]
     if data["sources"]:
-        lines = [f"- `{source['source']}`: {source['examples']:,} examples" for source in data["sources"]]
+        lines = [f"- {_code(source['source'])}: {source['examples']:,} examples" for source in data["sources"]]
         sections += ["## Data", "\n".join(lines)]
     if tuned := figures.get("tuned"):
         before = figures["base"]
         rows = [f"| {key} | {before[key]} | {value} |" for key, value in tuned.items() if value is not None]
         sections += ["## Held-out figures", "\n".join(["| | base | this model |", "| --- | --- | --- |", *rows])]
     if run:
-        sections += ["## Recipe", f"```yaml\n{(run / 'recipe.yaml').read_text(encoding='utf-8')}```"]
+        recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
+        fence = _backticks(recipe, least=3)
+        sections += ["## Recipe", f"{fence}yaml\n{recipe}{fence}"]
     sections += [
         "## Licence",
-        "The language model inside IDEFICS is LLaMA, whose weights are for non-commercial research; CLIP's weights, and "
-        "those that IDEFICS added, are MIT. What was trained on has licences of its own. Merging lifts none of them.",
+        "The language model inside IDEFICS is LLaMA, whose weights are for non-commercial research; CLIP's weights, "
+        "and those that IDEFICS added, are MIT. What it was trained on has licences of its own. Merging lifts none.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _code(text: str) -> str:
+    """Inline code, whatever a file may be called."""
+    fence, line = _backticks(text, least=1), " ".join(text.split())
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def _backticks(text: str, *, least: int) -> str:
+    """More of them than the text has in a row."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _show(out: Path, record: dict[str, Any]) -> None:
     proof = record["proof"]
     rows = [
         ("tensors compared with the formula, by sampled rows", proof["tensors"]),
-        ("largest relative difference of one", proof["largest_tensor_difference"]),
+        ("largest difference of one, to what rounding explains", proof["largest_tensor_difference"]),
         ("blocks run: base + adapter against merged", proof["blocks"]),
-        ("largest relative difference of one", proof["largest_block_difference"]),
+        ("largest difference of one, to its largest output", proof["largest_block_difference"]),
+        *(
+            (f"the same, to base + adapter with the base as {onto}", other["largest_block_difference"])
+            for onto, other in record.get("against", {}).items()
+        ),
     ]
     console.print(table("the proof", ("", ""), rows))
     say(f"the model: {out} ({PROVENANCE} has every figure)")

@@ -1,1 +1,227 @@
-def resident_bytes(m): return m.total
+"""Recipe -> what it will cost: parameters, memory, disk, steps; whether it fits a GPU, and the least change that helps.
+
+From the recipe and the model's config alone, without torch; where the data is prepared already, from its lengths too.
+"""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.afford import apply_change, cheapest_change
+from finetune.data.sources import FORMATS
+from finetune.memory import (
+    GPU_RESERVE,
+    NF4_BYTES,
+    Memory,
+    Parameters,
+    RowSize,
+    Setup,
+    count,
+    estimate,
+    optimizer_bytes,
+)
+from finetune.recipe import Recipe
+from finetune.tape import FP32
+from modeling.errors import UserError
+from modeling.shapes import SHAPES, Config, read_config
+
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+CHECKPOINTS_KEPT = 2
+"""The newest; the best one is kept besides where the run evaluates."""
+
+UNCOUNTED = ("use_dora", "rank_pattern", "layers_to_transform", "exclude_modules")
+"""Fields of LoRA that change what is trained in ways that are not counted."""
+
+
+def plan(recipe: Recipe, *, gpu: str | None = None, picture: Path | None = None, show: bool = False) -> dict[str, Any]:
+    """The figures of a recipe, shown and drawn where asked. `gpu`: its memory, such as 24GiB. Raises UserError."""
+    budget = parse_size(gpu) if gpu else gpu_memory()
+    made = Planner(recipe, on_gpu=budget is not None).result(budget)
+    if show or picture:
+        from finetune.plan_report import draw, show_plan
+
+        if show:
+            show_plan(made)
+        if picture:
+            draw(made, picture)
+    return made
+
+
+def parse_size(text: str) -> int:
+    """ "24GiB" -> 25_769_803_776; "24GB" -> 24_000_000_000. Raises UserError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
+    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
+    if not size:
+        raise UserError(f"--gpu: expected the memory of a GPU with its unit, such as 24GiB or 80GB, got {text!r}")
+    return size
+
+
+def gpu_memory() -> int | None:
+    """Of this machine's smallest GPU, as its driver tells; None without one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
+    sizes = [int(one) * 2**20 for one in told if one.isdigit()]
+    return min(sizes, default=None)
+
+
+class Planner:
+    """One recipe, its model's config and its rows; changed recipes are judged by the same."""
+
+    def __init__(self, recipe: Recipe, *, on_gpu: bool):
+        self.recipe, self.on_gpu = recipe, on_gpu
+        self.config = _config(recipe)
+        self.steps, self.row, self.row_from = _rows(recipe)
+
+    def result(self, budget: int | None) -> dict[str, Any]:
+        """Everything there is to say; "gpu" is None without a `budget` in bytes."""
+        setup = self.setup(self.recipe)
+        parameters = count(setup)
+        training = self.recipe.training
+        return {
+            "model": self.recipe.model.base or f"init: {self.recipe.model.init}",
+            "parameters": {tower: {"mode": setup.mode(tower), **asdict(one)} for tower, one in parameters.items()},
+            "totals": _totals(parameters),
+            "row": {**asdict(self.row), "from": self.row_from},
+            "steps": self.steps,
+            "rows_per_step": training.packs_per_step,
+            "tokens_per_step": training.packs_per_step * training.row_tokens,
+            "memory": self._memory(self.recipe),
+            "checkpointing": {
+                "off": self._with(checkpointing=False).total,
+                "on": self._with(checkpointing=True).total,
+            },
+            "disk": _disk(self.recipe, setup, parameters),
+            "gpu": None if budget is None else self._judge(budget),
+            "notes": self._notes(),
+        }
+
+    def setup(self, recipe: Recipe) -> Setup:
+        training, model = recipe.training, recipe.model
+        bf16 = model.dtype == "bf16" or (model.dtype == "auto" and self.on_gpu)
+        return Setup(
+            self.config,
+            model.modes,
+            rank=recipe.adapter.rank,
+            dropout=recipe.adapter.dropout,
+            item=FP32 // 2 if bf16 else FP32,
+            quantize=model.quantize is not None,
+            checkpointing=training.checkpointing,
+            optimizer=training.optimizer,
+            rows_per_step=training.packs_per_step,
+            gpu=self.on_gpu,
+        )
+
+    def estimate(self, recipe: Recipe) -> Memory:
+        """Rows of a changed recipe are those of this one, as far as they go."""
+        training = recipe.training
+        row = RowSize(
+            min(self.row.tokens, training.row_tokens),
+            min(self.row.supervised, training.row_tokens - 1),
+            min(self.row.images, training.row_images),
+        )
+        return estimate(self.setup(recipe), row)
+
+    def fits(self, recipe: Recipe, budget: int) -> bool:
+        return self.estimate(recipe).on_gpu <= budget
+
+    def _with(self, *, checkpointing: bool) -> Memory:
+        return estimate(replace(self.setup(self.recipe), checkpointing=checkpointing), self.row)
+
+    def _memory(self, recipe: Recipe) -> dict[str, Any]:
+        memory = self.estimate(recipe)
+        return {
+            "status": "predicted",
+            "moment": memory.moment,
+            "parts": memory.parts,
+            "tensors": memory.total,
+            **({"gpu": memory.on_gpu} if self.on_gpu else {"resident": memory.resident}),
+        }
+
+    def _judge(self, budget: int) -> dict[str, Any]:
+        fits = self.fits(self.recipe, budget)
+        change = None if fits else cheapest_change(self.recipe, lambda changed: self.fits(changed, budget))
+        changed = change and apply_change(self.recipe, change)
+        return {
+            "bytes": budget,
+            "needed": self.estimate(self.recipe).on_gpu,
+            "reserve": GPU_RESERVE,
+            "fits": fits,
+            "change": change and change.overrides,
+            "changed": self._memory(changed) if changed else None,
+        }
+
+    def _notes(self) -> list[str]:
+        used = [field for field in UNCOUNTED if (self.recipe.adapter.model_extra or {}).get(field)]
+        notes = [f"adapter.{field} is not counted" for field in used]
+        notes.append("memory is that of one process which shares nothing with others")
+        if self.on_gpu:
+            notes.append(
+                "figures for a GPU are predicted, not measured; scripts/check_plan.py measures where there is one"
+            )
+        else:
+            notes.append(
+                "resident memory: with MALLOC_MMAP_THRESHOLD_=1048576; by default glibc may hold twice the rest"
+            )
+        return notes
+
+
+def _config(recipe: Recipe) -> Config:
+    """Of the model that is trained: dialogues extend a base to an instruct vocabulary."""
+    model = recipe.model
+    config = SHAPES[model.init] if model.init else read_config(str(model.base), revision=model.revision)
+    documents = all(source.format != "auto" and FORMATS[source.format].documents for source in recipe.data.sources)
+    return config if documents else {**config, "additional_vocab_size": 3}
+
+
+def _rows(recipe: Recipe) -> tuple[int | None, RowSize, str]:
+    """(steps where they are known, the largest row, where that is from)."""
+    training = recipe.training
+    lengths = None
+    if any(Path(recipe.data.prepared).glob("*/account.json")):
+        from finetune.lengths import prepared_lengths
+
+        lengths = prepared_lengths(recipe)
+    if lengths:
+        return lengths.steps, lengths.largest, "prepared data"
+    return training.steps, RowSize(training.row_tokens, training.row_tokens - 1, training.row_images), "full rows"
+
+
+def _totals(parameters: Mapping[str, Parameters]) -> dict[str, int]:
+    names = ("total", "trained", "quantized")
+    return {name: sum(getattr(one, name) for one in parameters.values()) for name in names}
+
+
+def _disk(recipe: Recipe, setup: Setup, parameters: Mapping[str, Parameters]) -> dict[str, int]:
+    """Bytes of what a run leaves; the base's own files are not counted, nor are prepared sets."""
+    totals = _totals(parameters)
+    adapter = FP32 * totals["trained"]
+    checkpoint = adapter + optimizer_bytes(setup, parameters)
+    kept = CHECKPOINTS_KEPT + bool(recipe.training.evaluate_every)
+    stored = _stored_item(recipe)
+    quantized = round(NF4_BYTES * totals["quantized"]) + stored * (totals["total"] - totals["quantized"])
+    disk = {
+        "base": stored * totals["total"] if recipe.model.init else 0,
+        "quantized": quantized if recipe.model.quantize else 0,
+        "checkpoints": kept * checkpoint,
+        "adapter": adapter,
+        "merged": stored * totals["total"] if recipe.merge else 0,
+    }
+    return {**disk, "total": sum(disk.values())}
+
+
+def _stored_item(recipe: Recipe) -> int:
+    """Bytes of a number in the base's files, and in the merged model: a fresh base is fp32, released ones are bf16."""
+    if recipe.model.init:
+        return FP32
+    folder = Path(str(recipe.model.base))
+    config = read_config(str(folder)) if folder.is_dir() else {}
+    named = str(config.get("dtype", config.get("torch_dtype", "bfloat16")))
+    return FP32 if named.endswith("float32") else FP32 // 2

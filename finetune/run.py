@@ -23,7 +23,8 @@ from finetune.data.images import describe, open_image
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import open_folder, read_json, versions, write_json
 from finetune.materials import Materials, device
-from finetune.merge import Origin, base_folder, merge
+from finetune.merge import Origin, merge
+from finetune.merge_verb import model_card
 from finetune.pages.predictions import predictions_page
 from finetune.picture import draw
 from finetune.progress import say, track
@@ -78,7 +79,7 @@ class Run:
 def _train(run: Run) -> dict[str, Any]:
     recipe, made = run.recipe, run.materials
     rows = made.train_rows
-    base_identity = identity(read_checkpoint(base_folder(made.base, recipe.model.revision)))
+    base_identity = identity(read_checkpoint(loading.local_folder(made.base, revision=recipe.model.revision)))
     idefics = made.load().model
     set_seed(recipe.training.seed)  # LoRA factors start at random
     model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=made.base)
@@ -101,7 +102,7 @@ def _train(run: Run) -> dict[str, Any]:
         resume_from=resume_from,
         callbacks=[ProgressBar()],
     )
-    origin = Origin(made.base, recipe.model.revision, made.instruct, identity=base_identity)
+    origin = Origin(made.base, recipe.model.revision, made.instruct, recipe.model.quantize, base_identity)
     origin.write(run.folder / "adapter")
     return {
         "steps": trainer.state.global_step,
@@ -161,13 +162,18 @@ def _merge(run: Run) -> dict[str, Any]:
         "trained": {tower: mode for tower, mode in run.recipe.model.modes.items() if mode != "frozen"},
         "versions": versions(),
     }
+    origin = Origin.of(adapter)
     comparison = merge(
         adapter,
         made.base,
         out,
         revision=run.recipe.model.revision,
         instruct=made.instruct,
+        base_identity=origin.identity,
+        onto=origin.onto,
+        trained_onto=origin.onto,
         provenance=provenance,
+        card=model_card(made.base, out, run.folder),
         track=track,
     )["proof"]
     training, held = made.dataset.training, made.dataset.held

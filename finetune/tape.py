@@ -1,8 +1,8 @@
 """A forward, written down operation by operation -> the most it holds in memory, backward included. No torch.
 
-Autograd's rules are few: an operation that needs a gradient keeps what its backward will read, each tensor once however
-many operations keep it; going back, a gradient is as large as its tensor and lives until it has been handed on. So sizes
-alone, replayed in order, tell how many bytes live at every moment.
+Autograd's rules are few: an operation that needs a gradient keeps what its backward will read, each tensor once,
+however many operations keep it; going back, a gradient is as large as its tensor and lives until it has been handed on.
+So sizes alone, replayed in order, tell how many bytes live at every moment.
 """
 
 from collections import Counter
@@ -99,7 +99,7 @@ class Tape:
         self.operations.append(Operation(tensors, Tensor(0, 0, 0, self.part)))
 
     def checkpoint(self, layer: Callable[[Tensor], Tensor], tensor: Tensor, *held: Tensor) -> Tensor:
-        """`layer(tensor)`, of which only the inputs (`held` are the others) are kept until its backward runs it again."""
+        """`layer(tensor)`, of which only the inputs (`held`: the others) are kept until its backward runs it again."""
         outer, self.operations = self.operations, []
         output = layer(tensor)
         body, self.operations = self.operations, outer

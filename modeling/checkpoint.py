@@ -40,8 +40,8 @@ IDENTITY_BYTES = 4096
 COPY_BYTES = 2**20
 """Copied at once."""
 
-BLOCK_ELEMENTS = 4 * 2**20
-"""Of a tensor that are worked on at once."""
+BLOCK_ELEMENTS = 2**20
+"""Of a tensor that are worked on at once: few enough for the processor's caches."""
 
 
 class Rows(Protocol):

@@ -1,7 +1,10 @@
 """What an adapter changes, and onto what: base tensor in, merged tensor out, in blocks of rows."""
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -59,6 +62,26 @@ def rounded(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         largest, most = float(rows.abs().max()), torch.finfo(dtype).max
         raise UserError(f"{name}: holds {largest:,.0f}, and fp16 ends at {most:,.0f}; merge with --dtype bf16 or fp32")
     return converted
+
+
+def in_threads(
+    work: Callable[..., torch.Tensor], blocks: Iterable[tuple[object, ...]], *, threads: int = os.cpu_count() or 1
+) -> Iterator[torch.Tensor]:
+    """`work(*block)` of every block, in order, made a few blocks ahead of whoever uses them.
+
+    A block is one thread's from beginning to end: where other programs run, too, threads that share one wait for each
+    other far longer than they work.
+    """
+    before, waiting = torch.get_num_threads(), deque[Future[torch.Tensor]]()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for block in blocks:
+                waiting.append(pool.submit(work, *block))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            yield from (one.result() for one in waiting)
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -131,7 +154,8 @@ class Adapter:
         """Rows of a LoRA-adapted matrix, from row `start` on, merged in fp32: the arithmetic of PEFT's own merge."""
         factors, rows = self.lora[name], slice(start, start + len(weight))
         # PEFT's order: the product first, then the scale, then the sum.
-        merged = (factors["lora_B"][rows].float() @ factors["lora_A"].float()).mul_(self.scaling(name)).add_(weight)
+        merged = (factors["lora_B"][rows].float() @ factors["lora_A"].float()).mul_(self.scaling(name))
+        merged.add_(weight.float())
         if "lora_magnitude_vector" in factors:  # DoRA, Liu et al. 2024: the direction is what LoRA changes
             magnitude = factors["lora_magnitude_vector"][rows].float()
             merged.mul_((magnitude / torch.linalg.norm(merged, dim=1)).view(-1, 1))
@@ -139,8 +163,11 @@ class Adapter:
 
     def merged_blocks(self, name: str, base: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A LoRA-adapted matrix, merged, block by block of its rows."""
-        for start, stop in row_blocks(base.shape):
-            yield rounded(name, self.merge_rows(name, base.rows(start, stop), start), dtype)
+
+        def merge(start: int, rows: torch.Tensor) -> torch.Tensor:
+            return rounded(name, self.merge_rows(name, rows, start), dtype)
+
+        return in_threads(merge, ((start, base.rows(start, stop)) for start, stop in row_blocks(base.shape)))
 
     def replaced_blocks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A tensor that was trained in full, block by block of its rows."""

@@ -38,13 +38,13 @@ class Difference:
     largest: float
     """Absolute."""
     relative: float
-    """Of a tensor, to what rounding alone explains: above 1, something else is wrong. Of a block, to its largest output."""
+    """A tensor's, to what rounding explains: above 1, something else is wrong. A block's, to its largest output."""
 
 
 def compare_tensor(
     name: str, config: Mapping[str, Any], base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: Adapter
 ) -> Difference:
-    """Sampled rows of a merged tensor, or all rows of a small one and of one that was replaced: the largest differences.
+    """Of sampled rows of a merged tensor; of all rows, if it is small or was replaced.
 
     What rounding explains is known for every element: half a step of the merged dtype, and the sums in fp32.
     """
@@ -89,9 +89,8 @@ def _formula(weight: torch.Tensor, adapter: Adapter, name: str, start: int) -> t
     lora_A, lora_B = factors["lora_A"], factors["lora_B"][rows]
     step = torch.finfo(torch.float32).eps
     merged = weight + scaling * torch.einsum("mr,rn->mn", lora_B, lora_A)
-    slack = (
-        (len(lora_A) + 2) * step * (weight.abs() + abs(scaling) * torch.einsum("mr,rn->mn", lora_B.abs(), lora_A.abs()))
-    )
+    summed = weight.abs() + abs(scaling) * torch.einsum("mr,rn->mn", lora_B.abs(), lora_A.abs())
+    slack = (len(lora_A) + 2) * step * summed
     if "lora_magnitude_vector" in factors:
         scale = (factors["lora_magnitude_vector"][rows] / merged.square().sum(1).sqrt()).view(-1, 1)
         merged = merged * scale
@@ -112,7 +111,10 @@ def compare_block(
     """Outputs of a block of the model for the same random input, in fp32; a few rows of a weight are in memory."""
     shape = IdeficsConfig(**config)
     shape._attn_implementation = shape.vision_config._attn_implementation = "sdpa"
-    got, expected = _run(block, shape, merged, None), _run(block, shape, base, adapter)
+    got, expected = (
+        feed(block, build_block(block, shape, tensors, added), shape)
+        for tensors, added in ((merged, None), (base, adapter))
+    )
     largest, scale = float((got - expected).abs().max()), float(expected.abs().max())
     return Difference(largest, largest / scale if scale else largest)
 
@@ -123,17 +125,28 @@ def changed_blocks(adapter: Adapter) -> list[str]:
     return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in path.split(".")])
 
 
-@torch.no_grad()
-def _run(block: str, config: IdeficsConfig, tensors: Mapping[str, Rows], adapter: Adapter | None) -> torch.Tensor:
-    kind = next(kind for kind, pattern in BLOCKS.items() if re.fullmatch(pattern, block))
+def build_block(
+    block: str, config: IdeficsConfig, tensors: Mapping[str, Rows], adapter: Adapter | None = None
+) -> nn.Module:
+    """A block of the model (`model.layers.7`) in fp32, its adapter apart; large weights are read when they are used."""
     with init_empty_weights(include_buffers=False):
-        module = _MAKERS[kind](config)
+        module = _MAKERS[_kind(block)](config)
     for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
             module.set_submodule(path, _Linear(f"{block}.{path}.weight", layer, tensors, adapter))
     weights = {path: torch.cat(list(_weight(f"{block}.{path}", tensors, adapter))) for path in module.state_dict()}
     module.load_state_dict(weights, assign=True)
-    return _CALLS[kind](module.eval(), config, torch.Generator().manual_seed(zlib.crc32(block.encode())))
+    return module.eval()
+
+
+@torch.no_grad()
+def feed(block: str, module: nn.Module, config: IdeficsConfig) -> torch.Tensor:
+    """What a block makes of a random input, the same for every module that stands for it."""
+    return _CALLS[_kind(block)](module, config, torch.Generator().manual_seed(zlib.crc32(block.encode())))
+
+
+def _kind(block: str) -> str:
+    return next(kind for kind, pattern in BLOCKS.items() if re.fullmatch(pattern, block))
 
 
 def _weight(name: str, tensors: Mapping[str, Rows], adapter: Adapter | None) -> Iterator[torch.Tensor]:

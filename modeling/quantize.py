@@ -11,6 +11,7 @@ from fp32, so that a bf16 file and its fp32 copy give the same 4 bits, whatever 
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -67,24 +68,26 @@ class Nf4:
     def of(cls, rows: Callable[[int, int], torch.Tensor], shape: Sequence[int]) -> "Nf4":
         """Quantise a matrix whose rows `rows(start, stop)` gives, the last ones too: as bitsandbytes would."""
         count = max(GROUP, BLOCK_ELEMENTS // shape[1] // GROUP * GROUP)  # whole groups, whatever the width
-        blocks = [
-            functional.quantize_4bit(rows(start, start + count).float(), blocksize=GROUP, quant_type="nf4")
-            for start in range(0, shape[0], count)
-        ]
-        scales = torch.cat([state.absmax for _, state in blocks])
+        elements = math.prod(shape)
+        # Made first: what is kept between blocks would hold the allocator to the room of every block.
+        packed, scales = torch.empty(-(-elements // 2), 1, dtype=torch.uint8), torch.empty(-(-elements // GROUP))
+        for start in range(0, shape[0], count):
+            block, own = functional.quantize_4bit(rows(start, start + count).float(), blocksize=GROUP, quant_type="nf4")
+            byte, group = start * shape[1] // 2, start * shape[1] // GROUP
+            packed[byte : byte + len(block)], scales[group : group + len(own.absmax)] = block, own.absmax
         offset = scales.mean()
         small, nested = functional.quantize_blockwise(scales - offset, blocksize=NESTED_GROUP)
         state = functional.QuantState(
             absmax=small,
             shape=torch.Size(shape),
-            code=blocks[0][1].code,
+            code=functional.get_4bit_type("nf4", device="cpu"),
             blocksize=GROUP,
             quant_type="nf4",
             dtype=torch.float32,
             offset=offset,
             state2=nested,
         )
-        return cls(torch.cat([packed for packed, _ in blocks]), state)
+        return cls(packed, state)
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """fp32 [stop - start, columns]: what the model multiplies with."""

@@ -329,7 +329,8 @@ def test_asking_in_between_changes_neither_the_loss_nor_the_gradients(load_nf4, 
         model.zero_grad()
         loss = packed_loss(model.train(), batch, config=model.config)
         loss.backward()
-        return float(loss), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return float(loss.detach()), found
 
     loss, before = gradients()
     with torch.no_grad():
@@ -389,7 +390,7 @@ def test_trl_casts_what_is_trained_on_a_4_bit_base(load_nf4, make_rows, bf16_fol
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
 def test_resumed_equals_whole_with_evaluations_in_between(
     bf16_folder, load_nf4, make_rows, tmp_path, optimizer, capsys
 ):

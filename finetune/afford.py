@@ -1,0 +1,108 @@
+"""Recipe -> the least change that makes it fit: candidates are tried, in the order of what they cost the result."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune.recipe import Recipe
+from modeling.towers import LORA_TOWERS, TOWERS
+
+SMALLEST_RANK = 4
+SMALLEST_ROW = 128
+"""Tokens."""
+
+NF4 = {"model.quantize": "nf4"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Keys of a recipe and their new values."""
+
+    price: float
+    """0: nothing is lost. Below 2: time alone. From 2 on: what is trained, or on what."""
+    values: Mapping[str, Any]
+
+    @property
+    def overrides(self) -> list[str]:
+        """As they stand behind `finetune run RECIPE`."""
+        return [f"{key}={str(value).lower()}" for key, value in self.values.items()]
+
+
+def cheapest_change(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Change | None:
+    """The cheapest change, or pair of changes, with which the recipe is valid and `fits`; None where there is none."""
+    singles = list(_changes(recipe))
+    pairs = [
+        Change(one.price + other.price, {**one.values, **other.values})
+        for one, other in combinations(singles, 2)
+        if one.values.keys().isdisjoint(other.values)
+    ]
+    for change in sorted([*singles, *pairs], key=lambda change: (change.price, len(change.values))):
+        changed = apply_change(recipe, change)
+        if changed is not None and fits(changed):
+            return change
+    return None
+
+
+def apply_change(recipe: Recipe, change: Change) -> Recipe | None:
+    """The changed recipe; None where it would contradict itself."""
+    document = recipe.model_dump()
+    for key, value in change.values.items():
+        section, name = key.split(".")
+        document[section][name] = value
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError:
+        return None
+
+
+def _changes(recipe: Recipe) -> Iterator[Change]:
+    training, model = recipe.training, recipe.model
+    if not training.checkpointing:
+        yield Change(1, {"training.checkpointing": True})
+    if training.optimizer == "adamw":
+        yield Change(1.5, {"training.optimizer": "adamw_8bit"})
+    if model.dtype == "fp32":
+        yield Change(1.5, {"model.dtype": "bf16"})
+    if model.quantize is None:
+        yield Change(2, NF4)
+    yield from _smaller_rows(recipe)
+    for halvings, rank in _halved(recipe.adapter.rank, SMALLEST_RANK):
+        if "lora" in model.modes.values():
+            yield Change(2 + halvings, {"adapter.rank": rank})
+    yield from _trained_less(model.modes)
+
+
+def _smaller_rows(recipe: Recipe) -> Iterator[Change]:
+    """Shorter rows of the same examples cost nothing but speed; shorter examples, or fewer images, cost examples."""
+    training, longest = recipe.training, recipe.data.max_length
+    for halvings, tokens in _halved(training.row_tokens, SMALLEST_ROW):
+        if tokens >= longest:
+            yield Change(0.5 * halvings, {"training.row_tokens": tokens})
+        else:
+            yield Change(2 + halvings, {"training.row_tokens": tokens, "data.max_length": tokens})
+    for halvings, images in _halved(training.row_images, 1):
+        yield Change(1.5 + halvings, {"training.row_images": images})
+
+
+def _trained_less(modes: Mapping[str, str]) -> Iterator[Change]:
+    full = [tower for tower in TOWERS if modes[tower] == "full" and tower not in ("gates", "added_tokens")]
+    lighter = {f"model.{tower}": "lora" if tower in LORA_TOWERS else "frozen" for tower in full}
+    if len(full) > 1:
+        yield Change(5, lighter)
+    for tower in full:
+        key = f"model.{tower}"
+        yield Change(4, {key: lighter[key]})
+    for tower in LORA_TOWERS:
+        if modes[tower] != "frozen":
+            yield Change(6, {f"model.{tower}": "frozen"})
+
+
+def _halved(number: int, least: int) -> Iterator[tuple[int, int]]:
+    """(1, half), (2, a quarter), ... down to `least`."""
+    halvings = 1
+    while number >> halvings >= least:
+        yield halvings, number >> halvings
+        halvings += 1

@@ -1,0 +1,95 @@
+"""Prepared data -> the rows a run will have: how many, and the largest. Opens what is there, prepares nothing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune.data.fit import Limits, fitter
+from finetune.data.prepare import _key
+from finetune.data.prepared import Prepared, PreparedSet
+from finetune.data.schedule import build_schedule
+from finetune.data.sources import hold_dialogues
+from finetune.data.sources.source import Source
+from finetune.data.tokens import Encoder
+from finetune.dataset import Dataset, make_dataset
+from finetune.memory import RowSize
+from finetune.recipe import Recipe
+from finetune.recipe_sources import to_source
+from modeling.errors import UserError
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of a run."""
+
+    steps: int
+    largest: RowSize
+    """No row of the first epoch has more of anything."""
+
+
+def prepared_lengths(recipe: Recipe) -> Lengths | None:
+    """None where the data is not prepared, or its tokenizer is not here to tell: a fresh one is learnt in the run."""
+    if recipe.model.init or recipe.data.streams or not _has_tokenizer(str(recipe.model.base), recipe.model.revision):
+        return None
+    dataset = _opened(recipe)
+    return _lengths(recipe, dataset) if dataset else None
+
+
+def _has_tokenizer(base: str, revision: str | None) -> bool:
+    """Whether it is on this machine: a plan downloads nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(base).is_dir() or isinstance(try_to_load_from_cache(base, "config.json", revision=revision), str)
+
+
+def _opened(recipe: Recipe) -> Dataset | None:
+    from modeling.loading import load_processor
+
+    try:
+        sources = [to_source(source) for source in recipe.data.sources]
+        instruct = hold_dialogues(source.format for source in sources)
+        base, revision = str(recipe.model.base), recipe.model.revision
+        tokenizer = load_processor(base, revision=revision, instruct=instruct).tokenizer
+        encoder = Encoder(tokenizer)
+        everything = [*sources, *map(to_source, recipe.data.eval_sources)]
+        if not all(_is_prepared(source, encoder, recipe) for source in everything):
+            return None
+    except UserError:
+        return None
+    return make_dataset(recipe, sources, tokenizer)
+
+
+def _is_prepared(source: Source, encoder: Encoder, recipe: Recipe) -> bool:
+    folder = Path(recipe.data.prepared)
+    limits = Limits(recipe.data.max_length, recipe.training.row_images)
+    how = fitter(source, encoder, limits, seed=recipe.training.seed)
+    key = _key(source, how, cache=folder / "fingerprints.json")
+    return any(PreparedSet.open(found) is not None for found in folder.glob(f"*-{key}"))
+
+
+def _lengths(recipe: Recipe, dataset: Dataset) -> Lengths:
+    training, settings = dataset.training, recipe.training
+    rows = build_schedule(
+        dataset.mix,
+        training.image_counts,
+        row_tokens=settings.row_tokens,
+        row_images=settings.row_images,
+        packs_per_step=settings.packs_per_step,
+        seed=settings.seed,
+        epochs=1,
+    )
+    sizes = np.stack([training.lengths, supervised_tokens(training), training.image_counts])
+    largest = np.max([sizes[:, list(row.examples)].sum(axis=1) for row in rows], axis=0).tolist()
+    steps = len(rows) // settings.packs_per_step * (settings.epochs or 1)
+    return Lengths(settings.steps or steps, RowSize(*largest))
+
+
+def supervised_tokens(prepared: Prepared) -> np.ndarray:
+    """int64 [examples]: how many tokens of each are trained on."""
+    counts = [np.zeros(0, np.int64)]
+    for one in prepared.sets:
+        ends = np.cumsum(one.examples.lengths("supervised"))
+        before = np.concatenate([[0], np.cumsum(one.examples.values("supervised"))])
+        counts.append(np.diff(before[np.concatenate([[0], ends])]))
+    return np.concatenate(counts)[prepared.chosen]

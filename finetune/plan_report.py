@@ -1,0 +1,110 @@
+"""A plan -> its tables on the terminal, and a picture of stacked bars."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from finetune.memory import GIB
+from finetune.progress import console, say, table
+from modeling.errors import UserError
+
+COLORS = {
+    "weights": "#4b5563",
+    "adapters": "#2f6fbb",
+    "optimizer": "#6aa5e0",
+    "gradients": "#b9d3ee",
+    "vision": "#d9a441",
+    "resampler": "#eac98a",
+    "cross_attention": "#8a5a9e",
+    "decoder": "#b58cc6",
+    "head": "#5f9e6e",
+    "batch": "#c9ccd1",
+}
+"""Of the parts of memory."""
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    towers = [(tower, *values.values()) for tower, values in plan["parameters"].items()]
+    columns = ("tower", "mode", "parameters", "trained", "in 4 bits")
+    console.print(table(f"model: {plan['model']}", columns, [*towers, ("total", "", *plan["totals"].values())]))
+    console.print(table(*_memory_table(plan)))
+    disk = [(name, _size(value)) for name, value in plan["disk"].items() if value]
+    console.print(table("disk", ("", "size"), disk))
+    row = plan["row"]
+    say(
+        f"largest row ({row['from']}): {row['tokens']:,} tokens, {row['supervised']:,} of them supervised, "
+        f"{row['images']} images"
+    )
+    steps = "unknown until the data is prepared" if plan["steps"] is None else f"{plan['steps']:,}"
+    say(f"steps: {steps}, each of at most {plan['tokens_per_step']:,} tokens in {plan['rows_per_step']} rows")
+    for note in plan["notes"]:
+        say(note)
+    if plan["gpu"]:
+        _show_verdict(plan["gpu"])
+
+
+def _memory_table(plan: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Title, columns, rows: this recipe, and the changed one that fits."""
+    memories = [plan["memory"]]
+    columns = ["part", "this recipe"]
+    if plan["gpu"] and plan["gpu"]["changed"]:
+        memories.append(plan["gpu"]["changed"])
+        columns.append("changed")
+    rows = [(part, *(_size(memory["parts"][part]) for memory in memories)) for part in plan["memory"]["parts"]]
+    rows.append(("tensors in all", *(_size(memory["tensors"]) for memory in memories)))
+    for key, name in (("gpu", "with the GPU's own"), ("resident", "resident")):
+        if key in plan["memory"]:
+            rows.append((name, *(_size(memory[key]) for memory in memories)))
+    other = "off" if plan["memory"]["tensors"] == plan["checkpointing"]["on"] else "on"
+    rows.append((f"checkpointing {other}", _size(plan["checkpointing"][other]), *[""] * (len(memories) - 1)))
+    return f"memory at its peak ({plan['memory']['moment']}), predicted", tuple(columns), rows
+
+
+def _show_verdict(gpu: Mapping[str, Any]) -> None:
+    needed = f"{_size(gpu['needed'])} needed, {_size(gpu['bytes'])} there"
+    if gpu["fits"]:
+        console.print(Text(f"fits: {needed}", style="green"))
+    elif gpu["change"]:
+        console.print(Text(f"does not fit: {needed}; the cheapest change that makes it fit:", style="yellow"))
+        console.print(Text(f"  {' '.join(gpu['change'])}"))
+    else:
+        console.print(Text(f"does not fit: {needed}, and no change or pair of changes makes it fit", style="red"))
+
+
+def draw(plan: Mapping[str, Any], out: Path) -> None:
+    """Write a picture, its kind by the file's ending: a stacked bar a recipe, and a line where the GPU ends."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    bars = {"this recipe": plan["memory"]["parts"]}
+    if plan["gpu"] and plan["gpu"]["changed"]:
+        bars["\n".join(plan["gpu"]["change"])] = plan["gpu"]["changed"]["parts"]
+    figure, axis = plt.subplots(figsize=(3 + 2 * len(bars), 5))
+    bottoms = [0.0] * len(bars)
+    for part, color in COLORS.items():
+        heights = [parts[part] / GIB for parts in bars.values()]
+        axis.bar(range(len(bars)), heights, 0.6, bottom=bottoms, color=color, label=part.replace("_", " "))
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    if plan["gpu"]:
+        axis.axhline(
+            (plan["gpu"]["bytes"] - plan["gpu"]["reserve"]) / GIB, color="#b3261e", linestyle="--", label="GPU"
+        )
+    axis.set_xticks(range(len(bars)), list(bars), fontsize=8)
+    axis.set(ylabel="GiB at the peak, predicted", title=plan["model"], xlim=(-0.6, len(bars) - 0.4))
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    try:
+        figure.savefig(out, dpi=120, bbox_inches="tight")
+    except ValueError as error:
+        raise UserError(f"--picture: {out}: {error}") from error
+    finally:
+        plt.close(figure)
+
+
+def _size(nbytes: int) -> str:
+    """Of at least a GiB in GiB, else in MiB."""
+    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:,.1f} MiB"

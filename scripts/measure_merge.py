@@ -1,0 +1,202 @@
+"""How much memory and time a merge takes at the true shapes of the 9B's layers, against copying the same files.
+
+    python scripts/measure_merge.py --layers 4
+
+Writes a checkpoint of random bf16 weights (hidden 4096, the real vision tower and resampler, cross-attention at every
+fourth layer; with --layers 32 it is the whole 9B, 18 GB) and a LoRA adapter of rank 16 on decoder and cross-attention,
+merges them in a process of its own, copies the base's files, and deletes all it wrote. Memory is anonymous memory
+(RssAnon): mapped files are the page cache's. Merge and copy both end when their bytes are on the disk; both read files
+that were just read (a warm page cache, as far as memory holds them).
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+RANK = 16
+CHUNK = 4 * 2**20
+"""Random values made once and repeated."""
+
+
+def make(folder: Path, layers: int) -> None:
+    """base/ and adapter/ of true shapes."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    from modeling import loading, tiny
+    from modeling.adapters import PEFT_CONFIG
+    from modeling.checkpoint import Planned, plan_shards, write_index, write_shard
+    from modeling.shapes import IDEFICS_9B, tensor_shapes
+    from modeling.towers import lora_pattern
+
+    base, adapter = folder / "base", folder / "adapter"
+    base.mkdir()
+    config = {**IDEFICS_9B, "num_hidden_layers": layers, "model_type": "idefics", "dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    rng = torch.Generator().manual_seed(0)
+    values = (0.02 * torch.randn(CHUNK, generator=rng)).bfloat16()
+
+    def blocks(count: int) -> Iterator[torch.Tensor]:
+        for start in range(0, count, CHUNK):
+            yield values[: min(CHUNK, count - start)]
+
+    tensors = {
+        name: Planned(torch.bfloat16, shape, lambda count=math.prod(shape): blocks(count))
+        for name, shape in tensor_shapes(config).items()
+    }
+    shards = plan_shards(tensors, 5 * 10**9)
+    for file, names in shards.items():
+        write_shard(base / file, {name: tensors[name] for name in names})
+    write_index(base, shards, tensors)
+    words = [f"what is number {number}?" for number in range(2000)]
+    tokenizer = tiny.train_tokenizer(words, vocab_size=config["vocab_size"])
+    loading.save_processor(tiny.build_processor(tokenizer, image_size=224), base)
+
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=lora_pattern(("cross_attention", "decoder")))
+    lora.save_pretrained(str(adapter))
+    assert (adapter / PEFT_CONFIG).is_file()
+    factors = {}
+    for name, (rows, columns) in _matrices(tensor_shapes(config), str(lora.target_modules)):
+        path = f"base_model.model.{name.removesuffix('.weight')}"
+        factors[f"{path}.lora_A.weight"] = 0.02 * torch.randn(RANK, columns, generator=rng)
+        factors[f"{path}.lora_B.weight"] = 0.02 * torch.randn(rows, RANK, generator=rng)
+    save_file(factors, adapter / "adapter_model.safetensors")
+
+
+def _matrices(shapes: dict[str, tuple[int, ...]], pattern: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    import re
+
+    for name, shape in shapes.items():
+        if name.endswith(".weight") and re.fullmatch(pattern, name.removesuffix(".weight")):
+            yield name, shape
+
+
+class Stages:
+    """A merge's `track`: peak RssAnon and seconds of each of its stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self._stage, self._stop = "start", threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def __call__(self, items: Iterable[Any], description: str) -> Iterator[Any]:
+        started, self._stage = time.perf_counter(), description
+        yield from items
+        self.seconds[description] = self.seconds.get(description, 0.0) + time.perf_counter() - started
+        self._stage = "rest"
+
+    def end(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.peaks[self._stage] = max(self.peaks.get(self._stage, 0), anonymous())
+
+
+def anonymous() -> int:
+    """Bytes of anonymous memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def merge_here(folder: Path) -> dict[str, Any]:
+    """In a process of its own: what importing takes, and each stage of the merge."""
+    from finetune.merge import merge
+
+    imported = anonymous()
+    stages, started = Stages(), time.perf_counter()
+    record = merge(folder / "adapter", str(folder / "base"), folder / "merged", instruct=True, track=stages)
+    seconds = time.perf_counter() - started
+    stages.end()
+    proof = record["proof"]
+    return {
+        "imported": imported,
+        "peaks": stages.peaks,
+        "seconds": {**stages.seconds, "everything": seconds},
+        "largest_tensor_difference": proof["largest_tensor_difference"],
+        "largest_block_difference": proof["largest_block_difference"],
+    }
+
+
+def copy(folder: Path) -> float:
+    """Seconds that copying the base's weights takes, until they are on the disk."""
+    (folder / "copy").mkdir()
+    started = time.perf_counter()
+    for path in sorted((folder / "base").glob("*.safetensors")):
+        shutil.copyfile(path, folder / "copy" / path.name)
+        with (folder / "copy" / path.name).open("rb+") as file:
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder / "copy")
+    return seconds
+
+
+def warm(folder: Path) -> None:
+    """Read the base's weights once, so that merge and copy find them alike."""
+    for path in (folder / "base").glob("*.safetensors"):
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
+
+
+def show(size: int, merged: dict[str, Any], copied: float) -> None:
+    seconds, speeds = merged["seconds"], (size / merged["seconds"]["merge"] / 1e9, size / copied / 1e9)
+    print(f"weights                          {size / 1e9:8.2f} GB")
+    print(f"RssAnon of importing alone       {merged['imported'] / 1e6:8.0f} MB")
+    for stage, what in (("merge", "merging"), ("compare", "rows"), ("prove", "blocks"), ("hash", "hashing")):
+        print(f"peak RssAnon, {what:<19}{merged['peaks'].get(stage, 0) / 1e6:8.0f} MB {seconds[stage]:8.1f} s")
+    print(
+        f"peak RssAnon, all                {max(merged['peaks'].values()) / 1e6:8.0f} MB {seconds['everything']:8.1f} s"
+    )
+    print(f"merging                          {speeds[0]:8.2f} GB/s")
+    print(f"copying                          {speeds[1]:8.2f} GB/s {copied:8.1f} s")
+    print(f"merging / copying                {speeds[0] / speeds[1]:8.2f}")
+    print(f"largest difference of a tensor   {merged['largest_tensor_difference']:8.3f} of what rounding explains")
+    print(f"largest difference of a block    {merged['largest_block_difference']:8.1e} of its largest output")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers instead of the 9B's 32; a multiple of 4")
+    parser.add_argument("--out", type=Path, help="folder to write to (and delete from); else one for temporary files")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.here:
+        print(json.dumps(merge_here(arguments.here)))
+        return
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.out) as name:
+        folder = Path(name)
+        make(folder, arguments.layers)
+        size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
+        warm(folder)
+        command = [sys.executable, __file__, "--here", name]
+        made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
+        merged = json.loads(made.stdout.splitlines()[-1])
+        shutil.rmtree(folder / "merged")
+        warm(folder)
+        copied = copy(folder)
+    if arguments.json:
+        print(json.dumps({"bytes": size, "copy_seconds": copied, **merged}, indent=2))
+    else:
+        show(size, merged, copied)
+
+
+if __name__ == "__main__":
+    main()

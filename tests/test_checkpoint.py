@@ -1,0 +1,443 @@
+"""Safetensors by offset: equal to safetensors' own reader and writer, and a file that lies is told by name."""
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import IdeficsForVisionText2Text
+
+from modeling import checkpoint
+from modeling.checkpoint import (
+    DTYPES,
+    Planned,
+    identity,
+    plan_shards,
+    read_checkpoint,
+    read_header,
+    require_shapes,
+    row_blocks,
+    write_index,
+    write_shard,
+)
+from modeling.errors import UserError
+
+SHAPES = [(), (0,), (1,), (3,), (0, 4), (4, 0), (1, 5), (7, 3), (5, 1, 3), (2, 3, 4, 5)]
+
+
+def random_tensor(shape, dtype, seed=0):
+    """Any bytes that the dtype has a value for; not-a-numbers are left out, for they are equal to nothing."""
+    rng = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=rng) < 0.5
+    if dtype.is_floating_point:
+        return (100 * torch.randn(shape, generator=rng)).to(dtype)
+    kind = torch.iinfo(dtype)
+    return torch.randint(max(kind.min, -(2**31)), min(kind.max, 2**31), shape, generator=rng).to(dtype)
+
+
+def write_raw(path, header, data=b"", *, length=None):
+    """A file as its bytes say, right or wrong."""
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(content) if length is None else length).to_bytes(8, "little") + content + data)
+    return path
+
+
+def planned(tensors):
+    return {name: Planned(one.dtype, tuple(one.shape), lambda one=one: [one]) for name, one in tensors.items()}
+
+
+def entry(first, last, shape=None, dtype="U8"):
+    return {"dtype": dtype, "shape": [last - first] if shape is None else shape, "data_offsets": [first, last]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_dtype_and_shape_is_read_as_safetensors_wrote_it(tmp_path, dtype):
+    tensors = {f"of {shape}": random_tensor(shape, dtype) for shape in SHAPES}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt", "by": "hand"})
+    stored = read_header(tmp_path / "a.safetensors")
+    assert stored.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        got = stored[name].rows()
+        assert (stored[name].dtype, stored[name].shape) == (dtype, tuple(tensor.shape)) == (got.dtype, tuple(got.shape))
+        assert torch.equal(got, tensor)
+        assert stored[name].nbytes == tensor.nbytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_dtype_and_shape_is_written_as_safetensors_reads_it(tmp_path, dtype):
+    tensors = {f"of {shape}": random_tensor(shape, dtype, seed=1) for shape in SHAPES}
+    write_shard(tmp_path / "a.safetensors", planned(tensors))
+    read = load_file(tmp_path / "a.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == dtype
+        assert torch.equal(read[name], tensor), name
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.float64]),
+    array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=9),
+    st.integers(-12, 12),
+    st.one_of(st.none(), st.integers(-12, 12)),
+)
+def test_rows_are_the_tensor_s_slice(tmp_path_factory, dtype, shape, start, stop):
+    path = tmp_path_factory.getbasetemp() / "rows.safetensors"
+    before, tensor = torch.ones(3, dtype=torch.uint8), random_tensor(shape, dtype)
+    save_file({"before": before, "it": tensor, "z": before.clone()}, path)
+    got = read_header(path)["it"].rows(start, stop)
+    assert torch.equal(got, tensor[start:stop])
+    assert got.shape == tensor[start:stop].shape
+
+
+@given(array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40), st.integers(1, 200))
+def test_blocks_cover_all_rows_once_within_the_limit_and_are_of_about_one_size(shape, limit):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "BLOCK_ELEMENTS", limit)
+        blocks = list(row_blocks(shape))
+    rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
+    assert [row for start, stop in blocks for row in range(start, stop)] == list(range(rows))
+    sizes = [stop - start for start, stop in blocks]
+    assert all(size == 1 or (size - 1) * width < limit for size in sizes)
+    assert all(size == sizes[0] for size in sizes[:-1])
+
+
+def test_blocks_of_a_true_size_leave_no_sliver():
+    assert list(row_blocks((11008, 4096)))[-1] == (10010, 11008)
+    assert {stop - start for start, stop in row_blocks((4096, 11008))} == {373, 366}
+
+
+def test_tensors_written_in_blocks_and_copied_are_those_given(tmp_path):
+    tensor = random_tensor((50, 7), torch.bfloat16)
+    save_file({"copied": tensor}, tmp_path / "source.safetensors")
+    stored = read_header(tmp_path / "source.safetensors")["copied"]
+    turned = random_tensor((7, 50), torch.float32).T  # not contiguous
+    write_shard(
+        tmp_path / "out.safetensors",
+        {
+            "blocks": Planned(torch.bfloat16, (50, 7), lambda: [tensor[:20], tensor[20:20], tensor[20:]]),
+            "copied": Planned(torch.bfloat16, (50, 7), stored),
+            "turned": Planned(torch.float32, (50, 7), lambda: [turned[:9], turned[9:]]),
+        },
+    )
+    read = load_file(tmp_path / "out.safetensors")
+    assert torch.equal(read["blocks"], tensor)
+    assert torch.equal(read["copied"], tensor)
+    assert torch.equal(read["turned"], turned)
+
+
+def test_a_large_tensor_is_copied_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "COPY_BYTES", 1000)
+    tensor = random_tensor((1234,), torch.float32)
+    save_file({"a": tensor}, tmp_path / "source.safetensors")
+    stored = read_header(tmp_path / "source.safetensors")["a"]
+    write_shard(tmp_path / "out.safetensors", {"a": Planned(torch.float32, (1234,), stored)})
+    assert (tmp_path / "out.safetensors").read_bytes()[-4936:] == tensor.numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    "blocks", [[torch.zeros(3)], [torch.zeros(4), torch.zeros(1)], [torch.zeros(4, dtype=torch.float16)]]
+)
+def test_a_plan_that_its_blocks_do_not_keep_leaves_no_file(tmp_path, blocks):
+    with pytest.raises(AssertionError):
+        write_shard(tmp_path / "a.safetensors", {"a": Planned(torch.float32, (4,), lambda: blocks)})
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_full_disk_leaves_no_file_that_looks_whole(tmp_path):
+    """The system writes a part of the last block and says so: the rest must be asked for, and then fails."""
+    before, tensor = resource.getrlimit(resource.RLIMIT_FSIZE), torch.zeros(100_000)
+    kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+        with pytest.raises(OSError, match="too large"):
+            write_shard(tmp_path / "a.safetensors", planned({"a": tensor}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, kept)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def sizes(**nbytes):
+    return {name: Planned(torch.uint8, (count,), list) for name, count in nbytes.items()}
+
+
+def test_one_file_has_the_name_that_needs_no_index(tmp_path):
+    tensors = sizes(a=4, b=6)
+    assert plan_shards(tensors, 10) == {"model.safetensors": ["a", "b"]}
+    write_index(tmp_path, plan_shards(tensors, 10), tensors)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_are_filled_in_order_and_a_tensor_larger_than_one_is_alone(tmp_path):
+    tensors = sizes(a=4, b=6, c=1, d=25, e=3, f=0, g=7, h=1)
+    shards = plan_shards(tensors, 10)
+    assert shards == {
+        "model-00001-of-00005.safetensors": ["a", "b"],
+        "model-00002-of-00005.safetensors": ["c"],
+        "model-00003-of-00005.safetensors": ["d"],
+        "model-00004-of-00005.safetensors": ["e", "f", "g"],
+        "model-00005-of-00005.safetensors": ["h"],
+    }
+    write_index(tmp_path, shards, tensors)
+    assert json.loads((tmp_path / "model.safetensors.index.json").read_text()) == {
+        "metadata": {"total_size": 47},
+        "weight_map": {
+            "a": "model-00001-of-00005.safetensors",
+            "b": "model-00001-of-00005.safetensors",
+            "c": "model-00002-of-00005.safetensors",
+            "d": "model-00003-of-00005.safetensors",
+            "e": "model-00004-of-00005.safetensors",
+            "f": "model-00004-of-00005.safetensors",
+            "g": "model-00004-of-00005.safetensors",
+            "h": "model-00005-of-00005.safetensors",
+        },
+    }
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 40))
+def test_shards_hold_every_tensor_once_within_the_limit(counts, limit):
+    tensors = sizes(**{f"t{number:02}": count for number, count in enumerate(counts)})
+    shards = plan_shards(tensors, limit)
+    assert [name for names in shards.values() for name in names] == list(tensors)
+    assert all(len(names) == 1 or sum(tensors[name].nbytes for name in names) <= limit for names in shards.values())
+    assert [name for name in shards if not name.endswith(f"of-{len(shards):05}.safetensors")] == (
+        ["model.safetensors"] if len(shards) == 1 else []
+    )
+
+
+def test_plain_transformers_reads_what_was_written_in_shards(base_folder, tmp_path):
+    shutil.copy(base_folder / "config.json", tmp_path)
+    base = read_checkpoint(base_folder)
+    tensors = {name: Planned(one.dtype, one.shape, one) for name, one in base.items()}
+    shards = plan_shards(tensors, 500_000)
+    for file, names in shards.items():
+        write_shard(tmp_path / file, {name: tensors[name] for name in names})
+    write_index(tmp_path, shards, tensors)
+    assert len(shards) > 3
+    got = IdeficsForVisionText2Text.from_pretrained(tmp_path).state_dict()
+    expected = IdeficsForVisionText2Text.from_pretrained(base_folder).state_dict()
+    assert got.keys() == expected.keys() == base.keys()
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+    again = read_checkpoint(tmp_path)
+    assert [(name, *one.rows().shape) for name, one in again.items()] == [
+        (name, *one.shape) for name, one in base.items()
+    ]
+    assert identity(again) == identity(base)  # how it is divided into files is no matter
+
+
+LIES = {
+    "empty file": (b"", "not a safetensors file, or a truncated one (0 bytes)"),
+    "seven bytes": (b"\x01" * 7, "not a safetensors file, or a truncated one (7 bytes)"),
+    "header longer than the file": (
+        (11).to_bytes(8, "little") + b"{}        ",
+        "not a safetensors file, or a truncated one (18 bytes)",
+    ),
+    "negative header length": (b"\xff" * 8 + b"{}", "not a safetensors file, or a truncated one (10 bytes)"),
+    "a pickle": (b"\x80\x02}q\x00." + b"x" * 90, "not a safetensors file, or a truncated one (96 bytes)"),
+    "no JSON": ((4).to_bytes(8, "little") + b"{a:}", "the safetensors header cannot be read: JSONDecodeError"),
+    "no text": ((2).to_bytes(8, "little") + b"\xff\xff", "the safetensors header cannot be read: UnicodeDecodeError"),
+    "a list": ((2).to_bytes(8, "little") + b"[]", "the safetensors header cannot be read: TypeError"),
+    "deep": ((90_000).to_bytes(8, "little") + b"[" * 90_000, "the safetensors header cannot be read: RecursionError"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_that_is_no_safetensors(tmp_path, lie):
+    content, message = LIES[lie]
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_header(tmp_path / "a.safetensors")
+    assert str(error.value).startswith(f"{tmp_path / 'a.safetensors'}: {message}")
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "a.safetensors")
+
+
+HEADERS = {
+    "unknown dtype": (
+        {"a": entry(0, 8, dtype="F8")},
+        "expected a dtype of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BO",
+    ),
+    "no dtype": ({"a": {"shape": [8], "data_offsets": [0, 8]}}, "KeyError('dtype')"),
+    "an entry that is none": ({"a": 3}, "TypeError"),
+    "three offsets": ({"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 4, 8]}}, "too many values"),
+    "wrong size": ({"a": entry(0, 8, [3])}, "8 bytes for (3,) U8"),
+    "wrong size for its dtype": ({"a": entry(0, 8, [8], "F32")}, "8 bytes for (8,) F32"),
+    "two negative sides": ({"a": entry(0, 8, [-2, -4])}, "whole numbers, got [-2, -4] and [0, 8]"),
+    "a fraction": ({"a": entry(0, 8, [8.0])}, "whole numbers, got [8.0] and [0, 8]"),
+    "a truth": ({"a": entry(0, 8, [True, 8])}, "whole numbers, got [True, 8] and [0, 8]"),
+    "before the data": ({"a": entry(-8, 0, [8])}, "whole numbers, got [8] and [-8, 0]"),
+    "backwards": ({"a": entry(8, 0, [8])}, "-8 bytes for (8,) U8"),
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 8)}, "tensors overlap or leave gaps: b is at "),
+    "twice the same bytes": ({"a": entry(0, 8), "b": entry(0, 8)}, "tensors overlap or leave gaps: b is at "),
+    "gap": ({"a": entry(0, 3), "b": entry(4, 8)}, "tensors overlap or leave gaps: b is at "),
+    "not from the beginning": ({"a": entry(1, 8)}, "tensors overlap or leave gaps: a is at "),
+    "past the end": ({"a": entry(0, 9)}, "truncated, or not whole"),
+    "far past the end": ({"a": entry(0, 2**60)}, "truncated, or not whole"),
+    "more bytes than tensors": ({"a": entry(0, 7)}, "truncated, or not whole"),
+}
+
+
+@pytest.mark.parametrize("lie", HEADERS)
+def test_a_header_that_lies_is_refused_as_safetensors_refuses_it(tmp_path, lie):
+    header, message = HEADERS[lie]
+    path = write_raw(tmp_path / "a.safetensors", header, bytes(8))
+    with pytest.raises(UserError) as error:
+        read_header(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+    with pytest.raises(SafetensorError):
+        load_file(path)
+
+
+def test_the_right_header_is_no_lie(tmp_path):
+    header = {"b": entry(3, 8), "empty": entry(3, 3), "a": entry(0, 3), "__metadata__": {"format": "pt"}}
+    stored = read_header(write_raw(tmp_path / "a.safetensors", header, bytes(range(8))))
+    assert {name: one.rows().tolist() for name, one in stored.items()} == {
+        "b": [3, 4, 5, 6, 7],
+        "empty": [],
+        "a": [0, 1, 2],
+    }
+
+
+@pytest.mark.parametrize("cut", [1, 100, 398])
+def test_a_truncated_file_is_told(tmp_path, cut):
+    save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
+    os.truncate(tmp_path / "model.safetensors", (tmp_path / "model.safetensors").stat().st_size - cut)
+    with pytest.raises(UserError, match=r"model\.safetensors: \d+ bytes, and its header speaks of \d+: truncated"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("read", ["rows", "copy"])
+def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path, read):
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file({"a": torch.ones(100)}, path)
+    stored = read_header(path)["a"]
+    os.truncate(path, path.stat().st_size - 40)
+    copy = {"a": Planned(stored.dtype, stored.shape, stored)}
+    with pytest.raises(UserError, match=r"model\.safetensors: ends in the middle of a tensor"):
+        stored.rows() if read == "rows" else write_shard(out, copy)
+    assert not out.exists()
+
+
+def indexed(folder, weight_map, **files):
+    """A folder of files, each with tensors of three zeros, and an index."""
+    for name, tensors in files.items():
+        save_file({tensor: torch.zeros(3) for tensor in tensors}, folder / f"{name}.safetensors")
+    content = weight_map if isinstance(weight_map, str) else json.dumps({"weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(content)
+    return folder
+
+
+def test_files_are_read_in_the_order_of_the_index(tmp_path):
+    weight_map = {"x": "two.safetensors", "y": "one.safetensors", "a": "two.safetensors"}
+    folder = indexed(tmp_path, weight_map, one=["y"], two=["x", "a"])
+    stored = read_checkpoint(folder)
+    assert [(name, one.file.name) for name, one in stored.items()] == [
+        ("a", "two.safetensors"),
+        ("x", "two.safetensors"),
+        ("y", "one.safetensors"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "one.safetensors", "b": "two.safetensors"}, "1 of 2 weight files are missing: two.safetensors"),
+        (
+            {"a": "one.safetensors", "q": "one.safetensors"},
+            "names 1 tensors that their files do not have: [('q', 'one.safetensors')]",
+        ),
+        ({"a": "../one.safetensors"}, "expected names of files beside it, got '../one.safetensors'"),
+        ({"a": "/etc/passwd"}, "expected names of files beside it, got '/etc/passwd'"),
+        ({"a": "sub/one.safetensors"}, "expected names of files beside it, got 'sub/one.safetensors'"),
+        ({"a": ".."}, "1 of 1 weight files are missing: .."),
+        ({"a": 3}, "expected an index with a weight_map of file names"),
+        (["a"], "expected an index with a weight_map of file names"),
+        ("{", "expected an index with a weight_map of file names"),
+        ("[]", "expected an index with a weight_map of file names"),
+        ("{}", "expected an index with a weight_map of file names"),
+    ],
+)
+def test_an_index_that_lies(tmp_path, weight_map, message):
+    (tmp_path / "model").mkdir()
+    save_file({"a": torch.zeros(3)}, tmp_path / "one.safetensors")  # outside: must not be read
+    indexed(tmp_path / "model", weight_map, one=["a"])
+    with pytest.raises(UserError) as error:
+        read_checkpoint(tmp_path / "model")
+    assert message in str(error.value)
+
+
+def test_a_tensor_that_the_index_does_not_name_or_that_is_in_two_files(tmp_path):
+    folder = indexed(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"}, one=["a"], two=["b", "a"])
+    with pytest.raises(UserError, match=r"1 tensors that its index does not name: \[\('a', 'two.safetensors'\)\]"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "a.pth", "b.ckpt"]
+)
+def test_pickles_are_refused_with_the_conversion_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x02.")
+    with pytest.raises(UserError, match=f"holds pickles \\({name}\\).*save_pretrained writes safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path):
+    with pytest.raises(UserError, match=r"expected safetensors weights \(model\.safetensors, or .*\), found none"):
+        read_checkpoint(tmp_path)
+
+
+def test_the_tensors_of_a_config_must_be_there(tmp_path):
+    save_file({"a": torch.zeros(3), "b": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    stored = read_checkpoint(tmp_path)
+    require_shapes(tmp_path, stored, {"a": (3,), "b": (2, 2)})
+    with pytest.raises(UserError, match=r"lacks 1 tensors of its own config: \['c'\]"):
+        require_shapes(tmp_path, stored, {"a": (3,), "c": (1,)})
+    with pytest.raises(UserError, match=r"b is \(2, 2\), its config says \(4,\)"):
+        require_shapes(tmp_path, stored, {"a": (3,), "b": (4,)})
+
+
+def test_identity_tells_checkpoints_of_equal_shapes_apart(tmp_path):
+    def identity_of(tensors):
+        save_file(tensors, tmp_path / "model.safetensors")
+        return identity(read_checkpoint(tmp_path))
+
+    tensors = {"a": torch.arange(10_000.0), "b": torch.zeros(2, 3), "c": torch.zeros(())}
+    whole = identity_of(tensors)
+    assert identity_of({name: tensor.clone() for name, tensor in tensors.items()}) == whole
+    others = [
+        {**tensors, "a": torch.arange(10_000.0).index_fill(0, torch.tensor([0]), 1)},
+        {**tensors, "a": torch.arange(10_000.0).index_fill(0, torch.tensor([9_999]), 1)},
+        {**tensors, "b": torch.ones(2, 3)},
+        {**tensors, "b": torch.zeros(3, 2)},
+        {**tensors, "b": torch.zeros(2, 3, dtype=torch.int32)},
+        {**tensors, "c": torch.ones(())},
+        {"a": tensors["a"], "d": tensors["b"], "c": tensors["c"]},
+        {**tensors, "d": torch.zeros(0)},
+    ]
+    assert len({whole, *map(identity_of, others)}) == 9
+
+
+def test_identity_reads_both_ends_and_not_the_tensor_between(tmp_path):
+    """What it promises, and what it does not: hashes of whole files are in the provenance."""
+    tensor = torch.zeros(10_000, dtype=torch.uint8)
+    identities = []
+    for place in (None, 0, 4095, 4096, 5903, 5904, 9999):
+        changed = tensor.clone()
+        if place is not None:
+            changed[place] = 1
+        save_file({"a": changed}, tmp_path / "model.safetensors")
+        identities.append(identity(read_checkpoint(tmp_path)))
+    assert identities[3] == identities[4] == identities[0]
+    assert len({identities[0], *identities[1:3], *identities[5:]}) == 5
