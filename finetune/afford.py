@@ -14,15 +14,13 @@ SMALLEST_RANK = 4
 SMALLEST_ROW = 128
 """Tokens."""
 
-NF4 = {"model.quantize": "nf4"}
-
 
 @dataclass(frozen=True)
 class Change:
     """Keys of a recipe and their new values."""
 
     price: float
-    """0: nothing is lost. Below 2: time alone. From 2 on: what is trained, or on what."""
+    """Below 2 it costs time, or rounding; from 2 on, what is trained, or on what."""
     values: Mapping[str, Any]
 
     @property
@@ -67,7 +65,7 @@ def _changes(recipe: Recipe) -> Iterator[Change]:
     if model.dtype == "fp32":
         yield Change(1.5, {"model.dtype": "bf16"})
     if model.quantize is None:
-        yield Change(2, NF4)
+        yield Change(2, {"model.quantize": "nf4"})
     yield from _smaller_rows(recipe)
     for halvings, rank in _halved(recipe.adapter.rank, SMALLEST_RANK):
         if "lora" in model.modes.values():

@@ -1,13 +1,16 @@
 """Prepared data -> the rows a run will have: how many, and the largest. Opens what is there, prepares nothing."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from finetune.data.fit import Limits, fitter
 from finetune.data.prepare import _key
-from finetune.data.prepared import Prepared, PreparedSet
+from finetune.data.prepared import ACCOUNT, Prepared, PreparedSet
 from finetune.data.schedule import build_schedule
 from finetune.data.sources import hold_dialogues
 from finetune.data.sources.source import Source
@@ -29,11 +32,28 @@ class Lengths:
 
 
 def prepared_lengths(recipe: Recipe) -> Lengths | None:
-    """None where the data is not prepared, or its tokenizer is not here to tell: a fresh one is learnt in the run."""
-    if recipe.model.init or recipe.data.streams or not _has_tokenizer(str(recipe.model.base), recipe.model.revision):
+    """None where the data is not prepared, or its tokenizer is not here to tell: a fresh one is learnt in the run.
+
+    Takes the seconds that loading a tokenizer takes, where sets of the recipe's sources are there at all.
+    """
+    model, data = recipe.model, recipe.data
+    if model.init or data.streams or not _has_tokenizer(str(model.base), model.revision):
         return None
-    dataset = _opened(recipe)
-    return _lengths(recipe, dataset) if dataset else None
+    try:
+        sources, held = ([to_source(source) for source in group] for group in (data.sources, data.eval_sources))
+        prepared = {_source_of(account) for account in Path(data.prepared).glob(f"*/{ACCOUNT}")}
+        if not {source.name for source in (*sources, *held)} <= prepared:
+            return None
+        tokenizer = _tokenizer(recipe, sources)
+        if not all(_is_prepared(source, Encoder(tokenizer), recipe) for source in (*sources, *held)):
+            return None
+    except UserError:
+        return None
+    return _lengths(recipe, make_dataset(recipe, sources, tokenizer))
+
+
+def _source_of(account: Path) -> str:
+    return json.loads(account.read_text(encoding="utf-8"))["source"]
 
 
 def _has_tokenizer(base: str, revision: str | None) -> bool:
@@ -43,21 +63,11 @@ def _has_tokenizer(base: str, revision: str | None) -> bool:
     return Path(base).is_dir() or isinstance(try_to_load_from_cache(base, "config.json", revision=revision), str)
 
 
-def _opened(recipe: Recipe) -> Dataset | None:
+def _tokenizer(recipe: Recipe, sources: Sequence[Source]) -> Any:
     from modeling.loading import load_processor
 
-    try:
-        sources = [to_source(source) for source in recipe.data.sources]
-        instruct = hold_dialogues(source.format for source in sources)
-        base, revision = str(recipe.model.base), recipe.model.revision
-        tokenizer = load_processor(base, revision=revision, instruct=instruct).tokenizer
-        encoder = Encoder(tokenizer)
-        everything = [*sources, *map(to_source, recipe.data.eval_sources)]
-        if not all(_is_prepared(source, encoder, recipe) for source in everything):
-            return None
-    except UserError:
-        return None
-    return make_dataset(recipe, sources, tokenizer)
+    instruct = hold_dialogues(source.format for source in sources)
+    return load_processor(str(recipe.model.base), revision=recipe.model.revision, instruct=instruct).tokenizer
 
 
 def _is_prepared(source: Source, encoder: Encoder, recipe: Recipe) -> bool:

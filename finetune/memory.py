@@ -155,14 +155,8 @@ def _sizes(config_json: str) -> dict[str, _Sizes]:
 
 def estimate(setup: Setup, row: RowSize) -> Memory:
     """What training on such rows holds at most, once the optimiser has its states."""
-    parameters = count(setup)
-    gradients = FP32 * sum(one.trained for one in parameters.values())
-    always = Counter(
-        weights=weight_bytes(setup, parameters),
-        adapters=adapter_bytes(setup, parameters),
-        optimizer=optimizer_bytes(setup, parameters),
-        batch=_batches(setup, row),
-    )
+    gradients = FP32 * sum(one.trained for one in count(setup).values())
+    always = Counter(fixed_parts(setup)) + Counter(batch=_batches(setup, row))
     accumulated = setup.rows_per_step > 1
     running = Counter(peak(record(setup, row), accumulated=accumulated))
     if accumulated:
@@ -170,6 +164,16 @@ def estimate(setup: Setup, row: RowSize) -> Memory:
     if gradients > running.total():
         return _memory(always + Counter({GRADIENTS: gradients}), "optimiser step")
     return _memory(always + running, "forward and backward")
+
+
+def fixed_parts(setup: Setup) -> dict[str, int]:
+    """Part -> bytes, of what is there whatever the rows."""
+    parameters = count(setup)
+    return {
+        "weights": weight_bytes(setup, parameters),
+        "adapters": adapter_bytes(setup, parameters),
+        "optimizer": optimizer_bytes(setup, parameters),
+    }
 
 
 def weight_bytes(setup: Setup, parameters: Mapping[str, Parameters]) -> int:

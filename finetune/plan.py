@@ -22,6 +22,7 @@ from finetune.memory import (
     Setup,
     count,
     estimate,
+    fixed_parts,
     optimizer_bytes,
 )
 from finetune.recipe import Recipe
@@ -130,7 +131,8 @@ class Planner:
         return estimate(self.setup(recipe), row)
 
     def fits(self, recipe: Recipe, budget: int) -> bool:
-        return self.estimate(recipe).on_gpu <= budget
+        fixed = sum(fixed_parts(self.setup(recipe)).values())
+        return fixed <= budget and self.estimate(recipe).on_gpu <= budget
 
     def _with(self, *, checkpointing: bool) -> Memory:
         return estimate(replace(self.setup(self.recipe), checkpointing=checkpointing), self.row)
@@ -168,7 +170,8 @@ class Planner:
             )
         else:
             notes.append(
-                "resident memory: with MALLOC_MMAP_THRESHOLD_=1048576; by default glibc may hold twice the rest"
+                "resident memory is what a run holds with MALLOC_MMAP_THRESHOLD_=1048576 set; faster without it, "
+                "and glibc before 2.38 may hold twice as much"
             )
         return notes
 

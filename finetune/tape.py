@@ -115,7 +115,8 @@ def peak(operations: Sequence[Operation], *, accumulated: bool) -> dict[str, int
     """
     walk = _Walk(accumulated)
     walk.forward(operations, keep=True)
-    walk.backward(operations, {operations[-1].output: _Gradient(0, "")})
+    loss = operations[-1].output
+    walk.backward(operations, {loss: _Gradient(0, loss.part)})
     return walk.most
 
 

@@ -59,13 +59,12 @@ class Rows(Protocol):
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """(start, stop) of consecutive blocks of rows, of about `BLOCK_ELEMENTS` at most (or one row).
 
-    They are of about one size: a matrix library may round a product of very few rows in another way.
+    They are of one size: a matrix library may round a product of very few rows in another way.
     """
     rows = shape[0] if shape else 1
-    blocks = -(-math.prod(shape) // BLOCK_ELEMENTS)
-    count = max(1, -(-rows // max(1, blocks)))
-    for start in range(0, rows, count):
-        yield start, min(start + count, rows)
+    blocks = min(rows, max(1, -(-math.prod(shape) // BLOCK_ELEMENTS)))
+    for number in range(blocks):
+        yield rows * number // blocks, rows * (number + 1) // blocks
 
 
 @dataclass(frozen=True)

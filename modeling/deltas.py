@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -47,7 +48,13 @@ class Dequantized:
         return self.stored.shape
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return _quantized(self.stored).rows(start, stop)
+        with _ONE_AT_A_TIME:
+            quantized = _quantized(self.stored)
+        return quantized.rows(start, stop)
+
+
+_ONE_AT_A_TIME = Lock()
+"""A matrix is quantised once, however many threads ask for its rows."""
 
 
 @lru_cache(maxsize=1)
@@ -65,9 +72,9 @@ def rounded(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def in_threads(
-    work: Callable[..., torch.Tensor], blocks: Iterable[tuple[object, ...]], *, threads: int = os.cpu_count() or 1
+    work: Callable[[int, int], torch.Tensor], blocks: Iterable[tuple[int, int]], *, threads: int = os.cpu_count() or 1
 ) -> Iterator[torch.Tensor]:
-    """`work(*block)` of every block, in order, made a few blocks ahead of whoever uses them.
+    """`work(start, stop)` of every block, in order, made a few blocks ahead of whoever uses them.
 
     A block is one thread's from beginning to end: where other programs run, too, threads that share one wait for each
     other far longer than they work.
@@ -164,10 +171,10 @@ class Adapter:
     def merged_blocks(self, name: str, base: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A LoRA-adapted matrix, merged, block by block of its rows."""
 
-        def merge(start: int, rows: torch.Tensor) -> torch.Tensor:
-            return rounded(name, self.merge_rows(name, rows, start), dtype)
+        def merge(start: int, stop: int) -> torch.Tensor:
+            return rounded(name, self.merge_rows(name, base.rows(start, stop), start), dtype)
 
-        return in_threads(merge, ((start, base.rows(start, stop)) for start, stop in row_blocks(base.shape)))
+        return in_threads(merge, row_blocks(base.shape))
 
     def replaced_blocks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """A tensor that was trained in full, block by block of its rows."""

@@ -51,10 +51,10 @@ def make(folder: Path, layers: int) -> None:
         for start in range(0, count, CHUNK):
             yield values[: min(CHUNK, count - start)]
 
-    tensors = {
-        name: Planned(torch.bfloat16, shape, lambda count=math.prod(shape): blocks(count))
-        for name, shape in tensor_shapes(config).items()
-    }
+    def planned(shape: tuple[int, ...]) -> Planned:
+        return Planned(torch.bfloat16, shape, lambda: blocks(math.prod(shape)))
+
+    tensors = {name: planned(shape) for name, shape in tensor_shapes(config).items()}
     shards = plan_shards(tensors, 5 * 10**9)
     for file, names in shards.items():
         write_shard(base / file, {name: tensors[name] for name in names})

@@ -101,7 +101,7 @@ def test_rows_are_the_tensor_s_slice(tmp_path_factory, dtype, shape, start, stop
 
 
 @given(array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40), st.integers(1, 200))
-def test_blocks_cover_all_rows_once_within_the_limit_and_are_of_about_one_size(shape, limit):
+def test_blocks_cover_all_rows_once_within_the_limit_and_are_of_one_size(shape, limit):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "BLOCK_ELEMENTS", limit)
         blocks = list(row_blocks(shape))
@@ -109,12 +109,12 @@ def test_blocks_cover_all_rows_once_within_the_limit_and_are_of_about_one_size(s
     assert [row for start, stop in blocks for row in range(start, stop)] == list(range(rows))
     sizes = [stop - start for start, stop in blocks]
     assert all(size == 1 or (size - 1) * width < limit for size in sizes)
-    assert all(size == sizes[0] for size in sizes[:-1])
+    assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
-def test_blocks_of_a_true_size_leave_no_sliver():
-    assert list(row_blocks((11008, 4096)))[-1] == (10010, 11008)
-    assert {stop - start for start, stop in row_blocks((4096, 11008))} == {373, 366}
+def test_blocks_of_true_matrices():
+    assert list(row_blocks((11008, 4096)))[-2:] == [(10496, 10752), (10752, 11008)]
+    assert {stop - start for start, stop in row_blocks((4096, 11008))} == {95, 96}
 
 
 def test_tensors_written_in_blocks_and_copied_are_those_given(tmp_path):

@@ -1,0 +1,399 @@
+"""`plan`: sizes alone tell what a recipe holds; figures worked out by hand, what more costs, and what helps."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from finetune.afford import Change, apply_change, cheapest_change
+from finetune.cli import app
+from finetune.data.sources.source import Source
+from finetune.dataset import prepare_sources
+from finetune.memory import RowSize, Setup, count, estimate, fixed_parts
+from finetune.plan import Planner, parse_size, plan
+from finetune.recipe import Recipe
+from finetune.recipe_file import load_recipe
+from finetune.tape import Tape, peak
+from modeling.adapters import attach, expected_counts
+from modeling.errors import UserError
+from modeling.forward import packed_loss
+from modeling.loading import load_processor
+from modeling.shapes import IDEFICS_9B, IDEFICS_80B, TINY
+from modeling.towers import TOWERS
+
+ROOT = Path(__file__).parent.parent
+LORA = {"cross_attention": "lora", "decoder": "lora", "gates": "full", "added_tokens": "full"}
+FULL = dict.fromkeys(TOWERS, "full")
+INSTRUCT_9B = {**IDEFICS_9B, "additional_vocab_size": 3}
+GIB = 2**30
+
+
+def recipe_of(**sections):
+    document = {
+        "model": {"base": "HuggingFaceM4/idefics-9b", **LORA},
+        "data": {"sources": [{"format": "messages", "path": "nowhere.jsonl"}], "max_length": 512},
+        "training": {"steps": 10, "row_tokens": 2048, "row_images": 8, "tokens_per_step": 8192},
+        "output": "run",
+    }
+    for name, section in sections.items():
+        document[name] = {**document.get(name, {}), **section}
+    return Recipe.model_validate(document)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(("config", "total"), [(IDEFICS_9B, 8_929_679_632), (IDEFICS_80B, 79_967_843_624)])
+def test_totals_are_those_published(config, total):
+    assert sum(one.total for one in count(Setup(config, LORA)).values()) == total
+
+
+@pytest.mark.parametrize("modes", [LORA, FULL, {"vision": "lora", "resampler": "lora", "decoder": "full"}])
+def test_what_is_trained_is_what_a_run_counts(modes):
+    counts = expected_counts(TINY, modes, rank=4)
+    trained = {tower: counts.lora.get(tower, 0) + counts.full.get(tower, 0) for tower in TOWERS}
+    assert {tower: one.trained for tower, one in count(Setup(TINY, modes, rank=4)).items()} == trained
+
+
+def test_parts_of_the_9b_in_bf16_with_lora():
+    assert fixed_parts(Setup(INSTRUCT_9B, LORA, item=2)) == {
+        "weights": 17_859_424_832,
+        "adapters": 197_099_520,
+        "optimizer": 394_199_168,
+    }
+
+
+def test_parts_of_the_9b_in_nf4_with_an_8_bit_optimizer():
+    setup = Setup(INSTRUCT_9B, LORA, item=2, quantize=True, optimizer="adamw_8bit")
+    assert sum(one.quantized for one in count(setup).values()) == 7_910_457_344
+    assert fixed_parts(setup) == {"weights": 6_119_270_976, "adapters": 197_099_520, "optimizer": 100_089_632}
+
+
+def test_parts_of_the_9b_trained_in_full_on_bf16_are_fp32():
+    assert fixed_parts(Setup(IDEFICS_9B, FULL, item=2)) == {
+        "weights": 35_718_718_528,
+        "adapters": 0,
+        "optimizer": 71_437_437_056,
+    }
+
+
+def test_parts_of_the_80b_with_lora_on_its_decoder_and_cross_attention():
+    modes = {"cross_attention": "lora", "decoder": "lora"}
+    assert fixed_parts(Setup(IDEFICS_80B, modes, item=2)) == {
+        "weights": 159_935_687_248,
+        "adapters": 981_729_280,
+        "optimizer": 1_963_458_560,
+    }
+
+
+def test_matrices_whose_rows_are_no_whole_groups_stay_as_they_are():
+    odd = {**INSTRUCT_9B, "intermediate_size": 11_000}
+    assert count(Setup(odd, LORA, quantize=True))["decoder"].quantized == 32 * (4 * 4096**2 + 2 * 4096 * 11_000)
+
+
+def test_a_product_keeps_its_input_until_its_backward():
+    tape = Tape("layer")
+    pixels = tape.run((), tape.new(10, 4, 4))
+    hidden = tape.run((pixels,), tape.new(10, 2, 4), saves=(pixels,), gradients=32)
+    tape.run((hidden,), tape.new(1, 1, 4))
+    assert peak(tape.operations, accumulated=False) == {"layer": 160 + 4 + 80, "gradients": 32}
+    assert peak(tape.operations, accumulated=True) == {"layer": 160 + 4 + 80, "gradients": 32}
+
+
+def test_what_needs_no_gradient_is_kept_by_nobody():
+    tape = Tape("tower")
+    hidden = tape.run((), tape.new(10, 4, 4))
+    for _ in range(5):
+        hidden = tape.like(hidden, saves=(hidden,))
+    assert peak(tape.operations, accumulated=False) == {"tower": 2 * 160}
+
+
+def test_a_tensor_kept_twice_lies_there_once():
+    tape = Tape("layer")
+    hidden = tape.run((), tape.new(10, 4, 4), gradients=8)
+    left, right = tape.like(hidden, saves=(hidden,)), tape.like(hidden, saves=(hidden,))
+    tape.run((left, right), tape.new(1, 1, 4))
+    assert peak(tape.operations, accumulated=False)["layer"] == 160 + 4 + 3 * 160
+
+
+def test_a_checkpoint_keeps_a_layer_s_input_alone():
+    def layer(hidden):
+        for _ in range(4):
+            hidden = tape.like(hidden, saves=(hidden,))
+        return hidden
+
+    def held(run):
+        hidden = tape.run((), tape.new(10, 4, 4), gradients=8)
+        for _ in range(6):
+            hidden = run(hidden)
+        tape.run((hidden,), tape.new(1, 1, 4))
+        return peak(tape.operations, accumulated=True)["layer"]
+
+    tape = Tape("layer")
+    plain = held(layer)
+    tape = Tape("layer")
+    checkpointed = held(lambda hidden: tape.checkpoint(layer, hidden))
+    assert plain == (24 + 2) * 160 + 4
+    assert checkpointed == (6 + 3 + 2) * 160 + 4
+
+
+SETUPS = st.builds(
+    Setup,
+    config=st.just(TINY),
+    modes=st.fixed_dictionaries(
+        {
+            **{tower: st.sampled_from(["frozen", "lora", "full"]) for tower in ("vision", "resampler")},
+            **{tower: st.sampled_from(["frozen", "lora"]) for tower in ("cross_attention", "decoder")},
+            **{tower: st.sampled_from(["frozen", "full"]) for tower in TOWERS[4:]},
+        }
+    ),
+    rank=st.integers(1, 64),
+    dropout=st.sampled_from([0.0, 0.1]),
+    item=st.sampled_from([2, 4]),
+    quantize=st.booleans(),
+    checkpointing=st.booleans(),
+    rows_per_step=st.integers(1, 3),
+    gpu=st.booleans(),
+)
+ROWS = st.builds(RowSize, st.integers(1, 2000), st.integers(0, 1), st.integers(0, 8)).flatmap(
+    lambda row: st.integers(0, row.tokens - 1).map(lambda supervised: replace(row, supervised=supervised))
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SETUPS, ROWS, st.sampled_from(["tokens", "supervised", "images"]), st.integers(1, 500))
+def test_a_larger_row_never_costs_less(setup, row, field, more):
+    larger = replace(row, **{field: getattr(row, field) + more})
+    assert estimate(setup, larger).total >= estimate(setup, row).total
+
+
+@settings(max_examples=100, deadline=None)
+@given(SETUPS, ROWS, st.integers(1, 64))
+def test_a_higher_rank_never_costs_less(setup, row, more):
+    assert estimate(replace(setup, rank=setup.rank + more), row).total >= estimate(setup, row).total
+
+
+@settings(max_examples=100, deadline=None)
+@given(SETUPS, ROWS)
+def test_quantising_and_freezing_never_cost_more(setup, row):
+    lighter = replace(setup, modes=dict.fromkeys(TOWERS, "frozen"))
+    assert estimate(lighter, row).total <= estimate(setup, row).total
+    fixed = [sum(fixed_parts(replace(setup, quantize=quantize)).values()) for quantize in (False, True)]
+    assert fixed[1] < fixed[0]
+
+
+def test_checkpointing_leaves_a_layer_s_input_of_its_activations():
+    setup, row = Setup(INSTRUCT_9B, LORA, item=2), RowSize(2048, 500, 4)
+    off, on = (estimate(replace(setup, checkpointing=checkpointing), row).parts for checkpointing in (False, True))
+    assert on["decoder"] + on["cross_attention"] < (off["decoder"] + off["cross_attention"]) / 10
+    assert [on[part] for part in ("weights", "adapters", "optimizer")] == [
+        off[part] for part in ("weights", "adapters", "optimizer")
+    ]
+
+
+def test_checkpointing_changes_no_gradient(idefics, make_rows):
+    batch = make_rows().at(0)
+    model = attach(idefics.model, {**LORA, "vision": "lora"}, lora={"r": 4, "lora_alpha": 8}, base="x").train()
+
+    def gradients():
+        model.zero_grad()
+        loss = packed_loss(model, batch, config=model.config)
+        loss.backward()
+        return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
+
+    plain_loss, plain = gradients()
+    model.base_model.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    loss, checkpointed = gradients()
+    assert loss == plain_loss
+    assert plain.keys() == checkpointed.keys()
+    assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in plain.values()) > 50
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, checkpointed[name]), name
+
+
+def test_a_recipe_s_checkpointing_reaches_the_trainer(tmp_path):
+    from finetune.train import Plan, _arguments
+
+    for checkpointing, kwargs in ((True, {"use_reentrant": False}), (False, None)):
+        made = _arguments(tmp_path, steps=1, plan=Plan(1, 1e-3, checkpointing=checkpointing), scaled=False)
+        assert made.activation_checkpointing is checkpointing
+        assert made.activation_checkpointing_kwargs == kwargs
+
+
+def test_a_9b_in_24_gib_needs_checkpointing_and_nothing_else():
+    gpu = plan(recipe_of(), gpu="24GiB")["gpu"]
+    assert (gpu["bytes"], gpu["fits"], gpu["change"]) == (24 * GIB, False, ["training.checkpointing=true"])
+    assert gpu["changed"]["gpu"] <= 24 * GIB < gpu["needed"]
+
+
+def test_what_fits_is_left_alone():
+    gpu = plan(recipe_of(), gpu="80GiB")["gpu"]
+    assert (gpu["fits"], gpu["change"], gpu["changed"]) == (True, None, None)
+
+
+@pytest.mark.parametrize("gib", [12, 16, 20, 24, 32, 40])
+def test_the_change_makes_it_fit_when_pasted_behind_the_recipe(gib, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_of().to_yaml())
+    change = plan(load_recipe(path), gpu=f"{gib}GiB")["gpu"]["change"]
+    assert change
+    assert plan(load_recipe(path, change), gpu=f"{gib}GiB")["gpu"]["fits"]
+
+
+def test_no_change_is_offered_where_none_helps():
+    gpu = plan(recipe_of(model={"base": "HuggingFaceM4/idefics-80b"}), gpu="16GiB")["gpu"]
+    assert (gpu["fits"], gpu["change"]) == (False, None)
+
+
+def test_the_cheapest_is_tried_first_and_pairs_when_no_single_one_helps():
+    recipe = recipe_of()
+    assert cheapest_change(recipe, lambda changed: True).overrides == ["training.row_tokens=1024"]
+    pair = cheapest_change(recipe, lambda changed: changed.training.checkpointing and changed.model.quantize == "nf4")
+    assert pair.overrides == ["training.checkpointing=true", "model.quantize=nf4"]
+    assert cheapest_change(recipe, lambda changed: False) is None
+
+
+def test_rows_shorter_than_an_example_shorten_the_examples():
+    recipe = recipe_of(data={"max_length": 2048})
+    change = cheapest_change(recipe, lambda changed: changed.training.row_tokens == 512)
+    assert change.overrides == ["training.row_tokens=512", "data.max_length=512"]
+
+
+def test_a_change_that_contradicts_the_recipe_is_none():
+    full = recipe_of(model={"decoder": "full"})
+    assert apply_change(full, Change(2, {"model.quantize": "nf4"})) is None
+    assert apply_change(recipe_of(), Change(2, {"model.quantize": "nf4"})).model.quantize == "nf4"
+
+
+def test_sizes_with_their_units():
+    assert parse_size("24GiB") == 25_769_803_776
+    assert parse_size(" 80 gb ") == 80_000_000_000
+    assert parse_size("1.5GiB") == 1_610_612_736
+
+
+@pytest.mark.parametrize("text", ["24", "", "GiB", "-1GiB", "24XB", "0GiB", "nan GiB"])
+def test_a_size_that_is_none_is_told(text):
+    with pytest.raises(UserError, match="--gpu: expected the memory of a GPU with its unit"):
+        parse_size(text)
+
+
+@pytest.fixture
+def recipe_file(dialogue_folder, base_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(
+        model={"base": str(base_folder)},
+        data={"sources": [{"format": "messages", "path": str(dialogue_folder / "dialogues.jsonl")}], "max_length": 512},
+        training={"steps": None, "epochs": 3, "row_tokens": 512, "row_images": 4, "tokens_per_step": 1024},
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    return path
+
+
+def test_without_prepared_data_rows_are_full_and_nothing_is_written(recipe_file, tmp_path):
+    made = plan(load_recipe(recipe_file), gpu="1GiB")
+    assert made["row"] == {"tokens": 512, "supervised": 511, "images": 4, "from": "full rows"}
+    assert (made["steps"], made["rows_per_step"], made["tokens_per_step"]) == (None, 2, 1024)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_prepared_lengths_are_used_and_a_changed_recipe_finds_none(recipe_file, base_folder, make_rows):
+    recipe = load_recipe(recipe_file)
+    source = Source("messages", paths=tuple(map(Path, recipe.data.sources[0].path)))
+    prepared, _ = prepare_sources(recipe, [source], load_processor(str(base_folder)).tokenizer)
+    made = plan(recipe, gpu="1GiB")
+    rows = make_rows(packs_per_step=2)
+    real = [rows.at(number) for number in range(len(rows))]
+    assert made["row"] == {
+        "tokens": max(batch["input_ids"].shape[1] for batch in real),
+        "supervised": max(int((batch["labels"] >= 0).sum()) for batch in real),
+        "images": max(sum(prepared.image_counts[list(row.examples)]) for row in rows.rows),
+        "from": "prepared data",
+    }
+    assert made["steps"] == 3 * len(rows) // 2
+    sets = sorted(Path(recipe.data.prepared).iterdir())
+    changed = plan(load_recipe(recipe_file, ["data.max_length=256"]), gpu="1GiB")
+    assert (changed["row"]["from"], changed["steps"]) == ("full rows", None)
+    assert sorted(Path(recipe.data.prepared).iterdir()) == sets
+
+
+def test_disk_of_the_9b(tmp_path):
+    disk = plan(recipe_of(model={"quantize": "nf4"}), gpu="24GiB")["disk"]
+    assert disk == {
+        "base": 0,
+        "quantized": 4_080_760_832 + 2 * 1_019_230_480,
+        "checkpoints": 2 * 12 * 49_274_896,
+        "adapter": 4 * 49_274_896,
+        "merged": 2 * 8_929_687_824,
+        "total": 4_080_760_832 + 2 * 1_019_230_480 + 28 * 49_274_896 + 2 * 8_929_687_824,
+    }
+
+
+def test_dtype_auto_is_bf16_on_a_gpu_and_fp32_without():
+    recipe = recipe_of()
+    assert [Planner(recipe, on_gpu=on_gpu).setup(recipe).item for on_gpu in (True, False)] == [2, 4]
+
+
+def test_documents_alone_leave_the_base_two_added_tokens():
+    documents = recipe_of(data={"sources": [{"format": "pairs", "path": "nowhere.jsonl"}]})
+    assert plan(documents, gpu="80GiB")["totals"]["total"] == 8_929_679_632
+    assert plan(recipe_of(), gpu="80GiB")["totals"]["total"] == 8_929_687_824
+
+
+def test_what_is_not_counted_is_said():
+    notes = plan(recipe_of(adapter={"use_dora": True}), gpu="80GiB")["notes"]
+    assert "adapter.use_dora is not counted" in notes
+
+
+def test_the_verb_prints_tables_json_and_a_picture(recipe_file, tmp_path):
+    shown = invoke("plan", recipe_file, "--gpu", "1GiB", "--picture", tmp_path / "plan.png")
+    assert shown.exit_code == 0, shown.output
+    assert "memory at its peak" in shown.output
+    assert "predicted" in shown.output
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    printed = invoke("plan", recipe_file, "training.row_tokens=1024", "--gpu", "1GiB", "--json")
+    assert json.loads(printed.stdout)["row"]["tokens"] == 1024
+    parts = json.loads(printed.stdout)["memory"]
+    assert sum(parts["parts"].values()) == parts["tensors"]
+
+
+def test_a_wrong_option_is_told(recipe_file, tmp_path):
+    size = invoke("plan", recipe_file, "--gpu", "lots")
+    assert (size.exit_code, "expected the memory of a GPU" in " ".join(size.output.split())) == (1, True)
+    picture = invoke("plan", recipe_file, "--gpu", "1GiB", "--picture", tmp_path / "plan.wrong")
+    assert (picture.exit_code, "--picture" in picture.output) == (1, True)
+
+
+def test_help_has_an_example():
+    shown = invoke("plan", "--help")
+    assert shown.exit_code == 0
+    assert "Example: finetune plan recipes/" in " ".join(shown.output.split())
+
+
+def test_a_plan_from_the_config_alone_needs_no_torch(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_of(data={"prepared": str(tmp_path / "prepared")}).to_yaml())
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom finetune.plan import plan\n"
+        f"from finetune.recipe_file import load_recipe\nplan(load_recipe(Path({str(path)!r})), gpu='24GiB')\n"
+        "print(*[name for name in 'torch transformers peft trl'.split() if name in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.split() == []
+
+
+@pytest.mark.slow
+def test_what_is_predicted_is_what_the_allocator_counts():
+    script = [sys.executable, "scripts/check_plan.py", "lora, checkpointing"]
+    checked = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
+    assert "1 recipes, 0 bounds missed" in checked.stdout, checked.stdout + checked.stderr
+    assert checked.returncode == 0
