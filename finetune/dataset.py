@@ -81,7 +81,8 @@ def tell_losses(dataset: Dataset, report: Path) -> None:
     overlap = dataset.report["overlap"]
     if overlap["images"] or overlap["questions"]:
         say(
-            f"training and held-out data share {overlap['images']} images (in {overlap['training_examples_with_images']} "
+            f"training and held-out data share {overlap['images']} images (in "
+            f"{overlap['training_examples_with_images']} "
             f"training examples) and {overlap['questions']} questions about equal images (in "
             f"{overlap['training_examples_with_questions']}): {'dropped' if overlap['dropped'] else 'kept'}"
         )

@@ -23,7 +23,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from finetune.memory import Memory, RowSize, Setup, estimate
+from finetune.footprint import RowSize, Setup
+from finetune.memory import Memory, estimate
 from modeling.shapes import TINY, Config
 
 TENSORS, RESIDENT = 0.10, 0.20
@@ -307,12 +308,12 @@ class _Rows:
 
 
 def _live_bytes() -> int:
-    """Of every tensor that Python can reach, each storage once."""
+    """Of every tensor on the device that Python can reach, each storage once."""
     import torch
 
-    storages = {}
+    device, storages = "cuda" if torch.cuda.is_available() else "cpu", {}
     for one in gc.get_objects():
-        if isinstance(one, torch.Tensor) and one.device.type != "meta":
+        if isinstance(one, torch.Tensor) and one.device.type == device:
             storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
     return sum(storages.values())
 

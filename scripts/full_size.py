@@ -2,10 +2,10 @@
 
     python scripts/full_size.py --shape 9b --out runs/full_size
 
-The checkpoint has the true names and shapes of idefics-9b (or of a 3B with the same towers) and random weights; about
-18 GB of disk, and as much again for the merged model. Training is QLoRA: NF4, two optimiser steps on packed dialogues of
-512 tokens. Each stage is a process of its own whose time and peak anonymous memory (RssAnon) are printed; a stage that is
-done is not done again, so an interrupted run goes on.
+The checkpoint has the true names and shapes of idefics-9b (or of a 3B with the same towers) and random weights: about
+18 GB of disk, and as much again for the merged model. Training is QLoRA: NF4, two optimiser steps on packed dialogues
+of 512 tokens. Each stage is a process of its own, whose time and peak anonymous memory (RssAnon) are printed; one that
+is done is not done again, so an interrupted run goes on.
 """
 
 import argparse
@@ -33,7 +33,8 @@ IDEFICS_3B: Config = {
     "num_hidden_layers": 26,
 }
 SHAPES = {"3b": IDEFICS_3B, "9b": IDEFICS_9B}
-WORDS = "the image shows a small dog on green grass near an old house with two windows and a wooden table".split(" ")
+TEXT = "the image shows a small dog on green grass near an old house with two windows and a wooden table"
+WORDS = TEXT.split()
 
 
 def write_base(config: Config, folder: Path) -> None:

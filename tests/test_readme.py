@@ -91,7 +91,12 @@ def test_the_quickstart_s_script_runs_the_quickstart_s_recipe(tmp_path):
     (line,) = [line for line in script.splitlines() if line.startswith("exec")]
     assert line == 'exec .venv/bin/finetune run recipes/quickstart.yaml "$@"'
     overrides = ["training.steps=2", "evaluation.limit=8", "data.sources.0.limit=60", "data.eval_sources.0.limit=20"]
-    overrides += ["evaluation.documents.0.limit=10", f"output={tmp_path / 'run'}", f"data.prepared={tmp_path}", "--json"]
+    overrides += [
+        "evaluation.documents.0.limit=10",
+        f"output={tmp_path / 'run'}",
+        f"data.prepared={tmp_path}",
+        "--json",
+    ]
     result = json.loads(invoke("run", ROOT / "recipes" / "quickstart.yaml", *overrides).stdout)
     assert result["train"]["steps"] == 2
     assert result["evaluate"]["blind"]["questions"] == 8

@@ -348,7 +348,9 @@ KINDS = {
     st.integers(1, 10),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_read_is_kept_and_rejected_at_any_row_and_nothing_is_read_beyond_the_limit(reading, folder, monkeypatch, kinds, limit, buffer):
+def test_read_is_kept_and_rejected_at_any_row_and_nothing_is_read_beyond_the_limit(
+    reading, folder, monkeypatch, kinds, limit, buffer
+):
     monkeypatch.setattr(stream, "TOKENISED_AT_ONCE", 2)
     kinds = ["good", *kinds]
     source = written(folder, *(KINDS[kind][0] for kind in kinds))
