@@ -13,13 +13,12 @@ from typing import Any
 
 from finetune.afford import apply_change, cheapest_change
 from finetune.data.sources import FORMATS
+from finetune.footprint import RowSize, Setup
 from finetune.memory import (
     GPU_RESERVE,
     NF4_BYTES,
     Memory,
     Parameters,
-    RowSize,
-    Setup,
     count,
     estimate,
     fixed_parts,

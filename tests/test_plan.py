@@ -16,7 +16,8 @@ from finetune.afford import Change, apply_change, cheapest_change
 from finetune.cli import app
 from finetune.data.sources.source import Source
 from finetune.dataset import prepare_sources
-from finetune.memory import RowSize, Setup, count, estimate, fixed_parts
+from finetune.footprint import RowSize, Setup
+from finetune.memory import count, estimate, fixed_parts
 from finetune.plan import Planner, parse_size, plan
 from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe

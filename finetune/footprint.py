@@ -1,0 +1,346 @@
+"""A model, how it is trained, sizes of a row -> every operation of its forward, as sizes. No torch.
+
+The forward of IDEFICS is written down once more (see `tape`); what an operation keeps for its backward is said where it
+stands. `scripts/check_plan.py` holds it against what torch's allocator counts.
+
+Letters: T tokens of a row, K supervised ones, N images, P patches of an image (and its class token), L latents.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from finetune.tape import FP32, Operation, Tape, Tensor
+from modeling.shapes import Config
+from modeling.towers import QUANTIZED_TOWERS
+
+NF4_GROUP = 64
+"""Weights that share a scale; matrices whose rows are no whole groups are not quantised."""
+
+INT64 = 8
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and how it is trained, on one process that shares nothing."""
+
+    config: Config
+    modes: Mapping[str, str]
+    """Tower -> frozen | lora | full."""
+    rank: int = 16
+    dropout: float = 0.0
+    item: int = FP32
+    """Bytes of a number that is neither trained nor quantised: 4 in fp32, 2 in bf16."""
+    quantize: bool = False
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    rows_per_step: int = 1
+    gpu: bool = False
+
+    @property
+    def autocast(self) -> bool:
+        """Towers trained in full are fp32; on a bf16 base they are multiplied in bf16."""
+        matrices = {mode for tower, mode in self.modes.items() if tower not in ("gates", "added_tokens")}
+        return self.item < FP32 and "full" in matrices
+
+    @property
+    def has_lora(self) -> bool:
+        return "lora" in self.modes.values()
+
+    def mode(self, tower: str) -> str:
+        return self.modes.get(tower, "frozen")
+
+    def is_full(self, tower: str) -> bool:
+        return self.mode(tower) == "full"
+
+    def item_of(self, tower: str) -> int:
+        """Bytes of a number of a tower's weights: fp32 where it, or what meets it, is trained in full."""
+        meets = {"resampler": "vision", "added_tokens": "embeddings_and_head"}
+        return FP32 if self.is_full(tower) or self.is_full(meets.get(tower, tower)) else self.item
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """The largest row of a run; every token of it sees an image where there is one."""
+
+    tokens: int
+    supervised: int
+    images: int
+
+
+def record(setup: Setup, row: RowSize) -> list[Operation]:
+    """Every operation from pixels and ids to the loss of one row."""
+    return _Forward(setup).loss(row).operations
+
+
+class _Forward:
+    """The stock forward over one packed row, as modeling/attention.py and modeling/forward.py run it."""
+
+    def __init__(self, setup: Setup):
+        self.setup, self.config, self.tape = setup, setup.config, Tape()
+        self.held: list[Tensor] = []
+        """Kept by a variable, or by autocast, until the forward is over."""
+
+    def loss(self, row: RowSize) -> Tape:
+        with self.tape.of("batch"):
+            self._masks(row)
+        images = self._images(row.images)
+        with self.tape.of("decoder"):
+            hidden = self._embedded(row.tokens)
+        self.held += [hidden, images]
+        interval = self.config["cross_layer_interval"]
+        for layer in range(self.config["num_hidden_layers"]):
+            if layer % interval == 0:
+                with self.tape.of("cross_attention"):
+                    hidden = self._layer(lambda x: self._cross_layer(x, images), hidden, images)
+            with self.tape.of("decoder"):
+                hidden = self._layer(self._decoder_layer, hidden)
+        with self.tape.of("decoder"):
+            hidden = self._rms_norm(hidden, "decoder")
+        self.tape.touch(*self.held)
+        with self.tape.of("head"):
+            self._head(hidden, row.supervised)
+        return self.tape
+
+    def _masks(self, row: RowSize) -> None:
+        """Which latents a token sees: as integers, then as a mask in the model's type."""
+        latents = self.config["perceiver_config"]["resampler_n_latents"]
+        for item in (INT64, self.setup.item):
+            self.held.append(self.tape.run((), self.tape.new(row.tokens, latents, item)))
+
+    # Vision tower and resampler
+
+    def _images(self, images: int) -> Tensor:
+        """[N * L, E]: what cross-attention reads. With a trained tower, a row without images has a blank one."""
+        if self.setup.mode("vision") != "frozen" or self.setup.mode("resampler") != "frozen":
+            images = max(images, 1)
+        with self.tape.of("vision"):
+            patches = self._vision(images)
+        with self.tape.of("resampler"):
+            return self._resampled(patches, images)
+
+    def _vision(self, images: int) -> Tensor:
+        vision, setup, tape = self.config["vision_config"], self.setup, self.tape
+        grid, width = (vision["image_size"] // vision["patch_size"]) ** 2, vision["embed_dim"]
+        item = setup.item_of("vision")
+        pixels = tape.new(images, 3 * vision["image_size"] ** 2, setup.item)
+        if setup.item < FP32:
+            self.held.append(tape.run((), pixels))
+        convolution = width * 3 * vision["patch_size"] ** 2 * FP32 if setup.is_full("vision") else 0
+        patches = tape.run((), tape.new(images * grid, width, item), saves=(pixels,), gradients=convolution)
+        joined = tape.run((patches,), tape.new(images * (grid + 1), width, item))
+        placed = tape.run(
+            (joined,), tape.new(joined.rows, width, item), gradients=self._if_full("vision", (grid + 2) * width)
+        )
+        hidden = self._layer_norm(placed, "vision")
+        for _ in range(vision["num_hidden_layers"]):
+            hidden = self._layer(self._vision_layer, hidden)
+        return hidden
+
+    def _vision_layer(self, hidden: Tensor) -> Tensor:
+        vision, tape = self.config["vision_config"], self.tape
+        heads, width = vision["num_attention_heads"], vision["embed_dim"]
+        normed = self._layer_norm(hidden, "vision")
+        query, key, value = (self._linear(normed, width, "vision", bias=True) for _ in range(3))
+        attended = self._attention(query, key, value, heads)
+        hidden = tape.add(hidden, self._linear(attended, width, "vision", bias=True))
+        inner = self._linear(self._layer_norm(hidden, "vision"), vision["intermediate_size"], "vision", bias=True)
+        active = tape.like(inner, saves=(inner,))
+        return tape.add(hidden, self._linear(active, width, "vision", bias=True))
+
+    def _resampled(self, patches: Tensor, images: int) -> Tensor:
+        resampler, tape = self.config["perceiver_config"], self.tape
+        count, width, item = resampler["resampler_n_latents"], patches.width, self.setup.item_of("resampler")
+        gradients = self._if_full("resampler", count * width)
+        latents = tape.run((), tape.new(images * count, width, item), gradients=gradients)
+        for _ in range(resampler["resampler_depth"]):
+            latents = tape.add(latents, self._resampler_attention(patches, latents, images))
+            inner = self._linear(self._layer_norm(latents, "resampler"), 4 * width, "resampler")
+            active = tape.new(inner.rows, inner.width, inner.item)
+            tape.run((inner,), active, saves=(active,))
+            latents = tape.add(latents, self._linear(active, width, "resampler"))
+        return self._layer_norm(latents, "resampler")
+
+    def _resampler_attention(self, patches: Tensor, latents: Tensor, images: int) -> Tensor:
+        resampler, tape = self.config["perceiver_config"], self.tape
+        heads = resampler["resampler_n_heads"]
+        width = heads * resampler["resampler_head_dim"]
+        context = self._layer_norm(patches, "resampler")
+        normed = self._layer_norm(latents, "resampler")
+        query = self._linear(normed, width, "resampler")
+        both = [self._joined(context, normed) for _ in range(2)]
+        key, value = (self._linear(one, width, "resampler") for one in both)
+        if resampler["qk_layer_norms_perceiver"]:
+            query, key = self._layer_norm(query, "resampler", heads), self._layer_norm(key, "resampler", heads)
+        query, value = tape.like(query), tape.like(value)
+        columns = both[0].rows // max(images, 1)
+        scores = tape.new(latents.rows * heads, columns, query.item)
+        tape.run((query, key), scores, saves=(query, key))
+        shifted = tape.like(scores, hands_on=True)
+        shares = tape.new(scores.rows, columns, scores.item)
+        tape.run((shifted,), shares, saves=(shares,))
+        read = tape.run((shares, value), tape.new(latents.rows, width, value.item), saves=(shares, value))
+        return self._linear(tape.like(read, hands_on=True), latents.width, "resampler")
+
+    def _joined(self, context: Tensor, latents: Tensor) -> Tensor:
+        output = self.tape.new(context.rows + latents.rows, context.width, context.item)
+        return self.tape.run((context, latents), output, hands_on=True)
+
+    # Decoder and cross-attention
+
+    def _embedded(self, tokens: int) -> Tensor:
+        config, tape, hidden = self.config, self.tape, self.config["hidden_size"]
+        rows = self._if_full("embeddings_and_head", config["vocab_size"] * hidden)
+        added = self._if_full("added_tokens", config["additional_vocab_size"] * hidden)
+        output = tape.new(tokens, hidden, self.setup.item_of("embeddings_and_head"))
+        tape.run((), output, gradients=rows + added, scratch=output.nbytes)
+        # Checkpointing needs an input that requires gradients, so TRL makes it require them.
+        output.needs_grad |= self.setup.checkpointing and self.setup.has_lora
+        return output
+
+    def _decoder_layer(self, hidden: Tensor) -> Tensor:
+        width, heads, tape = hidden.width, self.config["num_attention_heads"], self.tape
+        normed = self._rms_norm(hidden, "decoder")
+        query, key, value = (self._linear(normed, width, "decoder") for _ in range(3))
+        turns = [tape.new(hidden.rows, width // heads, value.item) for _ in ("cosine", "sine")]
+        query, key = (
+            tape.run((one,), tape.new(one.rows, width, one.item), saves=turns, scratch=3 * one.nbytes)
+            for one in (query, key)
+        )
+        attended = self._packed_attention(query, key, value, heads)
+        hidden = tape.add(hidden, self._linear(attended, width, "decoder"))
+        return tape.add(hidden, self._mlp(self._rms_norm(hidden, "decoder"), "decoder"))
+
+    def _cross_layer(self, hidden: Tensor, images: Tensor) -> Tensor:
+        width, heads, tower = hidden.width, self.config["num_attention_heads"], "cross_attention"
+        query = self._linear(self._rms_norm(hidden, tower), width, tower)
+        key, value = self._linear(images, width, tower), self._linear(images, width, tower)
+        if self.config["qk_layer_norms"]:
+            query, key = self._rms_norm(query, tower, heads), self._rms_norm(key, tower, heads)
+        attended = self.tape.like(self._packed_attention(query, key, value, heads))
+        seen = self.tape.like(self._linear(attended, width, tower))  # zero where a token sees no image
+        hidden = self.tape.add(hidden, self._gated(seen))
+        return self.tape.add(hidden, self._gated(self._mlp(self._rms_norm(hidden, tower), tower)))
+
+    def _gated(self, tensor: Tensor) -> Tensor:
+        trained = self.setup.is_full("gates")
+        gate = 1 if self.config["alpha_type"] == "float" else tensor.width
+        output = self.tape.new(tensor.rows, tensor.width, tensor.item)
+        return self.tape.run(
+            (tensor,), output, saves=(tensor,) if trained else (), gradients=self._if_full("gates", gate)
+        )
+
+    def _mlp(self, hidden: Tensor, tower: str) -> Tensor:
+        inner = self.config["intermediate_size"]
+        gate = self._linear(hidden, inner, tower)
+        active = self.tape.like(gate, saves=(gate,))
+        up = self._linear(hidden, inner, tower)
+        return self._linear(self.tape.like(active, up, saves=(active, up)), hidden.width, tower)
+
+    def _packed_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        """Each sequence's (or image's) result is joined to a row, and its heads are put side by side."""
+        attended = self._attention(query, key, value, heads)
+        return self.tape.like(self.tape.like(attended, hands_on=True), hands_on=True)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        """Fused: no scores are kept, but a logarithm for each query and head."""
+        output = self.tape.new(query.rows, query.width, query.item)
+        sums = self.tape.new(query.rows, heads, FP32)
+        return self.tape.run(
+            (query, key, value), output, saves=(query, key, value, output, sums), scratch=2 * query.nbytes
+        )
+
+    # Head and loss
+
+    def _head(self, hidden: Tensor, supervised: int) -> None:
+        config, tape = self.config, self.tape
+        chosen = tape.run((hidden,), tape.new(supervised, hidden.width, hidden.item))
+        vocabulary, added = config["vocab_size"], config["additional_vocab_size"]
+        large = self._linear(chosen, vocabulary, "embeddings_and_head")
+        exact = tape.cast(chosen, self.setup.item_of("added_tokens"))
+        small = tape.run(
+            (exact,),
+            tape.new(supervised, added, large.item),
+            saves=(exact,) if self.setup.is_full("added_tokens") else (),
+            gradients=self._if_full("added_tokens", added * hidden.width),
+        )
+        logits = tape.run((large, small), tape.new(supervised, vocabulary + added, large.item), hands_on=True)
+        shares = tape.new(supervised, logits.width, FP32)
+        tape.run((tape.cast(logits, FP32),), shares, saves=(shares,))
+        losses = tape.run((shares,), tape.new(supervised, 1, FP32))
+        tape.touch(logits)
+        tape.run((losses,), tape.new(1, 1, FP32))
+
+    # What all of them are made of
+
+    def _layer(self, layer: Callable[[Tensor], Tensor], hidden: Tensor, *others: Tensor) -> Tensor:
+        return self.tape.checkpoint(layer, hidden, *others) if self.setup.checkpointing else layer(hidden)
+
+    def _if_full(self, tower: str, parameters: int) -> int:
+        """Bytes of the gradients of these parameters."""
+        return FP32 * parameters if self.setup.is_full(tower) else 0
+
+    def _linear(self, hidden: Tensor, width: int, tower: str, *, bias: bool = False) -> Tensor:
+        """Keeps its input where its weight is trained; 4-bit weights are there in full while they are used."""
+        setup, tape = self.setup, self.tape
+        parameters = hidden.width * width
+        source = tape.cast(hidden, setup.item) if setup.autocast else hidden
+        kept = [source] if setup.is_full(tower) else []
+        if setup.autocast and setup.item_of(tower) == FP32:
+            kept.append(self._weight_in_bf16(hidden.width, width))
+        in_4_bits = setup.quantize and tower in QUANTIZED_TOWERS and hidden.width % NF4_GROUP == 0
+        output = tape.run(
+            (source,),
+            tape.new(hidden.rows, width, source.item),
+            saves=kept,
+            gradients=self._if_full(tower, parameters + width * bias),
+            scratch=parameters * source.item * in_4_bits,
+        )
+        return self._with_lora(hidden, output) if setup.mode(tower) == "lora" else output
+
+    def _weight_in_bf16(self, rows: int, width: int) -> Tensor:
+        """Autocast's copy, which it reuses until the forward is over."""
+        copy = self.tape.run((), self.tape.new(rows, width, self.setup.item))
+        self.held.append(copy)
+        return copy
+
+    def _with_lora(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """The factors are fp32, and so is their input, which every adapted layer keeps for itself unless it was."""
+        setup, tape = self.setup, self.tape
+        source = self._dropped(tape.cast(hidden, FP32))
+        if setup.autocast:
+            source = tape.cast(source, setup.item)
+        low = tape.new(hidden.rows, setup.rank, source.item)
+        tape.run((source,), low, saves=(source,), gradients=FP32 * setup.rank * hidden.width)
+        high = tape.new(hidden.rows, output.width, source.item)
+        tape.run((low,), high, saves=(low,), gradients=FP32 * setup.rank * output.width)
+        return tape.cast(tape.add(output, tape.like(high)), output.item)
+
+    def _dropped(self, hidden: Tensor) -> Tensor:
+        """Dropout keeps its mask: a byte a number on a GPU, the numbers' own type on a CPU."""
+        if not self.setup.dropout:
+            return hidden
+        mask = self.tape.new(hidden.rows, hidden.width, 1 if self.setup.gpu else hidden.item)
+        return self.tape.like(hidden, saves=(mask,))
+
+    def _rms_norm(self, hidden: Tensor, tower: str, heads: int = 1) -> Tensor:
+        """In fp32, whatever its input: keeps the input, in fp32 as well, and a root for each vector."""
+        tape, item = self.tape, self.setup.item_of(tower)
+        saves = [hidden, tape.new(hidden.rows, heads, FP32)]
+        if hidden.item < FP32:
+            saves.append(tape.new(hidden.rows, hidden.width, FP32))
+        if self.setup.is_full(tower):
+            saves.append(tape.new(hidden.rows, hidden.width, item))
+        output = tape.new(hidden.rows, hidden.width, item)
+        gradients = self._if_full(tower, hidden.width // heads)
+        return tape.run(
+            (hidden,), output, saves=saves, gradients=gradients, scratch=3 * FP32 * hidden.rows * hidden.width
+        )
+
+    def _layer_norm(self, hidden: Tensor, tower: str, heads: int = 1) -> Tensor:
+        """Keeps its input, and mean and deviation of each vector; autocast runs it in fp32."""
+        tape = self.tape
+        source = tape.cast(hidden, FP32) if self.setup.autocast else hidden
+        output = tape.new(hidden.rows, hidden.width, source.item)
+        saves = (source, tape.new(hidden.rows, 2 * heads, FP32))
+        return tape.run((source,), output, saves=saves, gradients=self._if_full(tower, 2 * hidden.width // heads))
