@@ -8,7 +8,9 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,6 +67,26 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     blocks = min(rows, max(1, -(-math.prod(shape) // BLOCK_ELEMENTS)))
     for number in range(blocks):
         yield rows * number // blocks, rows * (number + 1) // blocks
+
+
+def in_threads(
+    work: Callable[[int, int], torch.Tensor], blocks: Iterable[tuple[int, int]], *, threads: int = os.cpu_count() or 1
+) -> Iterator[torch.Tensor]:
+    """`work(start, stop)` of every block, in order, made a few blocks ahead of whoever uses them.
+
+    A block is one thread's from beginning to end: where other programs run, too, threads that share one wait for each
+    other far longer than they work.
+    """
+    before, waiting = torch.get_num_threads(), deque[Future[torch.Tensor]]()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for block in blocks:
+                waiting.append(pool.submit(work, *block))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            yield from (one.result() for one in waiting)
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

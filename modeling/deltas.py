@@ -1,10 +1,7 @@
 """What an adapter changes, and onto what: base tensor in, merged tensor out, in blocks of rows."""
 
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
-from modeling.checkpoint import Rows, Stored, row_blocks
+from modeling.checkpoint import Rows, Stored, in_threads, row_blocks
 from modeling.errors import UserError
 from modeling.quantize import Nf4, quantized_names
 from modeling.shapes import Config
@@ -69,26 +66,6 @@ def rounded(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         largest, most = float(rows.abs().max()), torch.finfo(dtype).max
         raise UserError(f"{name}: holds {largest:,.0f}, and fp16 ends at {most:,.0f}; merge with --dtype bf16 or fp32")
     return converted
-
-
-def in_threads(
-    work: Callable[[int, int], torch.Tensor], blocks: Iterable[tuple[int, int]], *, threads: int = os.cpu_count() or 1
-) -> Iterator[torch.Tensor]:
-    """`work(start, stop)` of every block, in order, made a few blocks ahead of whoever uses them.
-
-    A block is one thread's from beginning to end: where other programs run, too, threads that share one wait for each
-    other far longer than they work.
-    """
-    before, waiting = torch.get_num_threads(), deque[Future[torch.Tensor]]()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for block in blocks:
-                waiting.append(pool.submit(work, *block))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            yield from (one.result() for one in waiting)
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass

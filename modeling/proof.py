@@ -20,7 +20,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsDecoderLayer, Id
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.idefics.vision import IdeficsVisionEncoderLayer
 
-from modeling.checkpoint import Rows, Stored, row_blocks
+from modeling.checkpoint import Rows, Stored, in_threads, row_blocks
 from modeling.deltas import Adapter
 from modeling.towers import BLOCKS
 
@@ -134,7 +134,7 @@ def build_block(
     for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
             module.set_submodule(path, _Linear(f"{block}.{path}.weight", layer, tensors, adapter))
-    weights = {path: torch.cat(list(_weight(f"{block}.{path}", tensors, adapter))) for path in module.state_dict()}
+    weights = {path: _weight(f"{block}.{path}", tensors, adapter) for path in module.state_dict()}
     module.load_state_dict(weights, assign=True)
     return module.eval()
 
@@ -149,13 +149,13 @@ def _kind(block: str) -> str:
     return next(kind for kind, pattern in BLOCKS.items() if re.fullmatch(pattern, block))
 
 
-def _weight(name: str, tensors: Mapping[str, Rows], adapter: Adapter | None) -> Iterator[torch.Tensor]:
-    """Blocks of rows in fp32; of what the adapter replaces, in the precision that the merged model has it in."""
-    for start, stop in row_blocks(tensors[name].shape):
-        if adapter and name in adapter.replaced:
-            yield adapter.replaced[name][start:stop].to(tensors[name].dtype).float()
-        else:
-            yield tensors[name].rows(start, stop).float()
+def _weight(
+    name: str, tensors: Mapping[str, Rows], adapter: Adapter | None, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """Rows in fp32; of what the adapter replaces, in the precision that the merged model has it in."""
+    if adapter and name in adapter.replaced:
+        return adapter.replaced[name][start:stop].to(tensors[name].dtype).float()
+    return tensors[name].rows(start, stop).float()
 
 
 class _Linear(nn.Module):
@@ -166,24 +166,22 @@ class _Linear(nn.Module):
         self.name, self.tensors, self.adapter, self.bias = name, tensors, adapter, layer.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        blocks = _weight(self.name, self.tensors, self.adapter)
-        if self.adapter and self.name in self.adapter.lora:
-            out = self._adapted(x, blocks, self.adapter)
-        else:
-            out = torch.cat([linear(x, weight) for weight in blocks], dim=-1)
+        blocks = row_blocks(self.tensors[self.name].shape)
+        out = torch.cat(list(in_threads(lambda start, stop: self._outputs(x, start, stop), blocks)), dim=-1)
         return out if self.bias is None else out + self.bias
 
-    def _adapted(self, x: torch.Tensor, blocks: Iterator[torch.Tensor], adapter: Adapter) -> torch.Tensor:
-        factors = {key: tensor.float() for key, tensor in adapter.lora[self.name].items()}
-        lora_A, lora_B, scaling = factors["lora_A"], factors["lora_B"], adapter.scaling(self.name)
-        plain, norms, start = [], [], 0
-        for weight in blocks:
-            plain.append(linear(x, weight))
-            if "lora_magnitude_vector" in factors:
-                norms.append(torch.linalg.norm(weight + scaling * lora_B[start : start + len(weight)] @ lora_A, dim=1))
-            start += len(weight)
-        out = torch.cat(plain, dim=-1) + linear(linear(x, lora_A), lora_B) * scaling
-        return out * (factors["lora_magnitude_vector"] / torch.cat(norms)) if norms else out
+    def _outputs(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Those that rows start to stop of the weight make."""
+        weight = _weight(self.name, self.tensors, self.adapter, start, stop)
+        if self.adapter is None or self.name not in self.adapter.lora:
+            return linear(x, weight)
+        factors, scaling = self.adapter.lora[self.name], self.adapter.scaling(self.name)
+        lora_A, lora_B = factors["lora_A"].float(), factors["lora_B"][start:stop].float()
+        out = linear(x, weight) + linear(linear(x, lora_A), lora_B) * scaling
+        if "lora_magnitude_vector" in factors:
+            magnitudes = factors["lora_magnitude_vector"][start:stop].float()
+            out = out * (magnitudes / torch.linalg.norm(weight + scaling * lora_B @ lora_A, dim=1))
+        return out
 
 
 def _decoder(module: nn.Module, config: IdeficsConfig, rng: torch.Generator) -> torch.Tensor:

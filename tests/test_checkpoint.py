@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from modeling.checkpoint import (
     DTYPES,
     Planned,
     identity,
+    in_threads,
     plan_shards,
     read_checkpoint,
     read_header,
@@ -115,6 +117,42 @@ def test_blocks_cover_all_rows_once_within_the_limit_and_are_of_one_size(shape, 
 def test_blocks_of_true_matrices():
     assert list(row_blocks((11008, 4096)))[-2:] == [(10496, 10752), (10752, 11008)]
     assert {stop - start for start, stop in row_blocks((4096, 11008))} == {95, 96}
+
+
+def test_blocks_made_in_threads_come_in_order_a_few_ahead_and_leave_torch_s_threads_alone():
+    torch.set_num_threads(3)
+    made, release = [], threading.Event()
+
+    def work(start, stop):
+        if start == 0:
+            release.wait(10)  # the first is the last to be ready
+        made.append(start)
+        return torch.arange(start, stop)
+
+    blocks = in_threads(work, ((start, start + 2) for start in range(0, 100, 2)), threads=2)
+    threading.Timer(0.05, release.set).start()
+    assert next(blocks).tolist() == [0, 1]
+    assert made[0] == 2
+    assert len(made) <= 4
+    assert torch.cat(list(blocks)).tolist() == list(range(2, 100))
+    assert torch.get_num_threads() == 3
+    unfinished = in_threads(work, [(0, 2), (2, 4), (4, 6)], threads=1)
+    next(unfinished)
+    unfinished.close()
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+
+
+def test_a_block_that_fails_is_told_where_it_is_used():
+    def work(start, stop):
+        if start == 4:
+            raise UserError("no such block")
+        return torch.zeros(stop - start)
+
+    blocks = in_threads(work, [(0, 1), (1, 4), (4, 5), (5, 6)], threads=2)
+    assert [len(next(blocks)), len(next(blocks))] == [1, 3]
+    with pytest.raises(UserError, match="no such block"):
+        next(blocks)
 
 
 def test_tensors_written_in_blocks_and_copied_are_those_given(tmp_path):

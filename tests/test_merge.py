@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-import threading
 from dataclasses import asdict
 
 import peft
@@ -22,7 +21,6 @@ from finetune.proof import prove
 from modeling import checkpoint, loading
 from modeling.adapters import open_adapter
 from modeling.checkpoint import identity, read_checkpoint
-from modeling.deltas import in_threads
 from modeling.errors import UserError
 from modeling.forward import forward_arguments
 from modeling.quantize import dequantized, quantized_names
@@ -94,42 +92,6 @@ def test_it_is_peft_s_merge_bit_for_bit_in_whole_matrices_and_in_blocks(
     ours = load_file(tmp_path / "merged" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
-def test_blocks_made_in_threads_come_in_order_a_few_ahead_and_leave_torch_s_threads_alone():
-    torch.set_num_threads(3)
-    made, release = [], threading.Event()
-
-    def work(start, stop):
-        if start == 0:
-            release.wait(10)  # the first is the last to be ready
-        made.append(start)
-        return torch.arange(start, stop)
-
-    blocks = in_threads(work, ((start, start + 2) for start in range(0, 100, 2)), threads=2)
-    threading.Timer(0.05, release.set).start()
-    assert next(blocks).tolist() == [0, 1]
-    assert made[0] == 2
-    assert len(made) <= 4
-    assert torch.cat(list(blocks)).tolist() == list(range(2, 100))
-    assert torch.get_num_threads() == 3
-    unfinished = in_threads(work, [(0, 2), (2, 4), (4, 6)], threads=1)
-    next(unfinished)
-    unfinished.close()
-    assert torch.get_num_threads() == 3
-    torch.set_num_threads(1)
-
-
-def test_a_block_that_fails_is_told_where_it_is_used():
-    def work(start, stop):
-        if start == 4:
-            raise UserError("no such block")
-        return torch.zeros(stop - start)
-
-    blocks = in_threads(work, [(0, 1), (1, 4), (4, 5), (5, 6)], threads=2)
-    assert [len(next(blocks)), len(next(blocks))] == [1, 3]
-    with pytest.raises(UserError, match="no such block"):
-        next(blocks)
 
 
 def test_plain_transformers_loads_it_and_writes_the_same_tokens(base_folder, make_rows, tmp_path):
