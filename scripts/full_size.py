@@ -1,11 +1,16 @@
-"""A model of full size through the ordinary verbs, on a machine without a GPU: write, plan, train, merge, verify.
+"""Models of full size through the ordinary verbs, on a machine without a GPU.
 
     python scripts/full_size.py --shape 9b --out runs/full_size
 
-The checkpoint has the true names and shapes of idefics-9b (or of a 3B with the same towers) and random weights: about
-18 GB of disk, and as much again for the merged model. Training is QLoRA: NF4, two optimiser steps on packed dialogues
-of 512 tokens. Each stage is a process of its own, whose time and peak anonymous memory (RssAnon) are printed; one that
-is done is not done again, so an interrupted run goes on.
+`3b` and `9b` (the true names and shapes of idefics-9b; the 3B has its towers): write a checkpoint of random weights,
+prepare, plan, train in NF4 for two optimiser steps on packed dialogues of 512 tokens, merge, verify. The 9B takes
+18 GB of disk, as much again for the merged model, and 7 GB for the weights in 4 bits, which are kept.
+
+`80b`, as far as it goes without its weights: the plan of its recipe, every name and shape against transformers' own
+model, and a merge of 4 of its 80 layers in true shape, 11 GB of disk and as much again.
+
+Each stage is a process of its own, whose time and peak anonymous memory (RssAnon) are printed. One that is done is not
+done again, so an interrupted run goes on.
 """
 
 import argparse
@@ -14,109 +19,107 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
-import torch
 import yaml
 
-from modeling import loading, tiny
-from modeling.checkpoint import Planned, plan_shards, write_index, write_shard
-from modeling.shapes import IDEFICS_9B, Config, count_parameters, tensor_shapes
+from modeling.shapes import IDEFICS_9B, IDEFICS_80B, Config, count_parameters, tensor_shapes
 
-IDEFICS_3B: Config = {
-    **IDEFICS_9B,
-    "hidden_size": 3200,
-    "intermediate_size": 8640,
-    "num_hidden_layers": 26,
+SHAPES: dict[str, Config] = {
+    "3b": {**IDEFICS_9B, "hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26},
+    "9b": IDEFICS_9B,
+    "80b": IDEFICS_80B,
 }
-SHAPES = {"3b": IDEFICS_3B, "9b": IDEFICS_9B}
+SAMPLED_LAYERS = 4
+"""Of the 80B, with the cross-attention before them."""
+
 TEXT = "the image shows a small dog on green grass near an old house with two windows and a wooden table"
 WORDS = TEXT.split()
+DIALOGUES, ROW_TOKENS = 24, 512
+RECIPE_80B = Path("recipes/idefics-80b_qlora_8x80gb.yaml")
 
 
-def write_base(config: Config, folder: Path) -> None:
-    """Random weights, written a few rows at a time; norms are one, gates half open."""
-    folder.mkdir(parents=True, exist_ok=True)
-    noise = (0.02 * torch.randn(2**22, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
+def write(config: Config, base: Path) -> None:
+    from random_weights import write_base
 
-    def blocks(name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        count = 1
-        for size in shape:
-            count *= size
-        if "alpha_" in name or ("norm" in name and name.endswith(".weight")):
-            yield torch.full((count,), 0.5 if "alpha_" in name else 1.0, dtype=torch.bfloat16)
-            return
-        shift = hash_of(name) % len(noise)
-        rolled = torch.roll(noise, shift)
-        for start in range(0, count, len(noise)):
-            yield rolled[: min(len(noise), count - start)]
-
-    planned = {
-        name: Planned(torch.bfloat16, shape, lambda name=name, shape=shape: blocks(name, shape))
-        for name, shape in tensor_shapes(config).items()
-    }
-    shards = plan_shards(planned, 5 * 10**9)
-    for file, names in shards.items():
-        if not (folder / file).is_file():
-            write_shard(folder / file, {name: planned[name] for name in names})
-    write_index(folder, shards, planned)
-    texts = [f"User: Assistant: {' '.join(WORDS)}"] * 8
-    tokenizer = tiny.train_tokenizer(texts, vocab_size=config["vocab_size"])
-    loading.save_processor(tiny.build_processor(tokenizer, image_size=config["vision_config"]["image_size"]), folder)
-    content = {**config, "model_type": "idefics", "architectures": ["IdeficsForVisionText2Text"], "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_base(config, base, [*WORDS, "User:", "Assistant:"])
 
 
-def hash_of(name: str) -> int:
-    """The same in every process, unlike hash()."""
-    return int.from_bytes(name.encode()[-8:], "little")
+def write_sample(config: Config, out: Path) -> None:
+    from random_weights import write_adapter
+
+    sampled = {**config, "num_hidden_layers": SAMPLED_LAYERS}
+    write(sampled, out / "base")
+    write_adapter(sampled, out / "adapter", rank=16)
 
 
-def write_recipe(out: Path, base: Path) -> Path:
-    """A QLoRA recipe over sixteen dialogues about four plain images."""
+def check_names(config: Config) -> None:
+    """Every name and shape is that of transformers' model, made without memory."""
+    import torch
+    from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+    with torch.device("meta"):
+        model = IdeficsForVisionText2Text(IdeficsConfig(**config))
+    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    ours = dict(tensor_shapes(config))
+    if ours != theirs:
+        sys.exit(f"names or shapes differ: {sorted(ours.items() ^ theirs.items())[:5]}")
+    print(json.dumps({"tensors": len(theirs), "parameters": sum(one.numel() for one in model.parameters())}))
+
+
+def write_recipe(out: Path) -> str:
+    """QLoRA over dialogues about four plain images, two rows full."""
     for number in range(4):
         PIL.Image.new("RGB", (224, 224), (60 * number, 90, 200 - 40 * number)).save(out / f"{number}.png")
     lines = []
-    for number in range(16):
+    for number in range(DIALOGUES):
         content = [{"type": "image", "image": f"{number % 4}.png"}, {"type": "text", "text": " ".join(WORDS[:8])}]
-        answer = " ".join(WORDS[(number + place) % len(WORDS)] for place in range(20 + number))
+        answer = " ".join(WORDS[(number + place) % len(WORDS)] for place in range(20 + number % 8))
         lines.append({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]})
     (out / "dialogues.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = {
-        "model": {"base": str(base.resolve()), "quantize": "nf4"},
+        "model": {"base": str(out / "base"), "quantize": "nf4"},
         "adapter": {"rank": 16, "alpha": 32},
-        "data": {"sources": [{"path": "dialogues.jsonl"}], "max_length": 512, "prepared": str(out / "prepared")},
-        "training": {"steps": 2, "row_tokens": 512, "row_images": 4, "tokens_per_step": 512, "learning_rate": 2.0e-4},
+        "data": {
+            "sources": [{"path": "dialogues.jsonl", "format": "messages"}],
+            "max_length": ROW_TOKENS,
+            "prepared": str(out / "prepared"),
+        },
+        "training": {
+            "steps": 2,
+            "row_tokens": ROW_TOKENS,
+            "row_images": 4,
+            "tokens_per_step": ROW_TOKENS,
+            "learning_rate": 2.0e-4,
+            "checkpointing": True,
+        },
         "merge": False,
         "output": str(out / "run"),
     }
     path = out / "full_size.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
+    return str(path)
 
 
-def run_stage(name: str, command: list[str], out: Path, *, shown: bool = True) -> dict[str, Any]:
-    """Seconds and peak RssAnon of a command; remembered, so that it runs once."""
-    done = out / f"{name}.json"
+def run_stage(name: str, command: list[str], out: Path, *, planned: int | None = None) -> str:
+    """Print seconds and peak RssAnon of a command, beside what was `planned`; return what it printed. It runs once."""
+    done, log = out / f"{name}.json", out / f"{name}.log"
     if not done.is_file():
-        log = out / f"{name}.log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)  # noqa: S603
-            started, peak = time.perf_counter(), 0
+        started, peak = time.perf_counter(), 0
+        with log.open("wb") as file, (out / f"{name}.errors").open("wb") as errors:
+            process = subprocess.Popen(command, stdout=file, stderr=errors)  # noqa: S603
             while process.poll() is None:
                 peak = max(peak, anonymous(process.pid))
-                time.sleep(0.2)
+                time.sleep(0.05)
         if process.returncode:
-            sys.exit(f"{name} failed: {log}\n{log.read_text(errors='replace')[-3000:]}")
-        figures = {"seconds": round(time.perf_counter() - started, 1), "peak_gb": round(peak / 1e9, 2)}
-        done.write_text(json.dumps(figures) + "\n")
+            sys.exit(f"{name} failed:\n{(out / f'{name}.errors').read_text(errors='replace')[-3000:]}")
+        done.write_text(json.dumps({"seconds": time.perf_counter() - started, "peak": peak}) + "\n")
     figures = json.loads(done.read_text())
-    if shown:
-        print(f"{name:24}{figures['seconds']:10.1f} s{figures['peak_gb']:10.2f} GB", flush=True)
-    return figures
+    against = f"{planned / 1e9:12.2f} GB" if planned else ""
+    print(f"{name:12}{figures['seconds']:10.1f} s{figures['peak'] / 1e9:12.2f} GB{against}", flush=True)
+    return log.read_text(encoding="utf-8")
 
 
 def anonymous(process: int) -> int:
@@ -127,28 +130,68 @@ def anonymous(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
+def tell_plan(plan: dict[str, Any]) -> None:
+    row, size = plan["row"], plan["memory"].get("gpu") or plan["memory"]["resident"]
+    print(f"{'':12}{row['tokens']} tokens, {row['supervised']} of them supervised, {row['images']} images a row")
+    print(f"{'':12}{size / 1e9:.2f} GB of memory, {plan['disk']['total'] / 1e9:.1f} GB of disk, predicted")
+
+
+def tell_proof(proof: dict[str, Any]) -> None:
+    print(f"{'':12}{proof['tensors']} tensors, largest difference {proof['largest_tensor_difference']:.3f} of rounding")
+    print(f"{'':12}{proof['blocks']} blocks, largest difference {proof['largest_block_difference']:.1e} of the output")
+
+
+def whole(shape: str, out: Path, finetune: list[str], again: list[str]) -> None:
+    """Write, prepare, plan, train, merge, verify."""
+    run_stage("write", [*again, "--stage", "write"], out)
+    recipe = write_recipe(out)
+    run_stage("prepare", [*finetune, "prepare", recipe], out)
+    plan = json.loads(run_stage("plan", [*finetune, "plan", recipe, "--json"], out))
+    tell_plan(plan)
+    # Memory that importing takes comes on top of what is planned.
+    run_stage("imports", [sys.executable, "-c", "import finetune.run, finetune.train"], out)
+    imports = json.loads((out / "imports.json").read_text())["peak"]
+    run_stage("train", [*finetune, "train", recipe], out, planned=plan["memory"]["resident"] + imports)
+    merged = json.loads(run_stage("merge", [*finetune, "merge", str(out / "run"), "--onto", "full", "--json"], out))
+    tell_proof(merged["proof"])
+    tell_proof(
+        json.loads(run_stage("verify", [*finetune, "merge", str(out / "run/merged"), "--verify", "--json"], out))
+    )
+
+
+def sampled(shape: str, out: Path, finetune: list[str], again: list[str]) -> None:
+    """Plan, names, and a merge of some layers."""
+    tell_plan(json.loads(run_stage("plan", [*finetune, "plan", str(RECIPE_80B), "--gpu", "80GB", "--json"], out)))
+    print(f"{'':12}{run_stage('names', [*again, '--stage', 'names'], out).strip()}")
+    run_stage("write", [*again, "--stage", "sample"], out)
+    merge = [*finetune, "merge", str(out / "adapter"), "--base", str(out / "base"), "--out", str(out / "merged")]
+    tell_proof(json.loads(run_stage("merge", [*merge, "--json"], out))["proof"])
+    tell_proof(json.loads(run_stage("verify", [*finetune, "merge", str(out / "merged"), "--verify", "--json"], out)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="9b")
     parser.add_argument("--out", type=Path, default=Path("runs/full_size"))
-    parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=("write", "sample", "names"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    out, config = (arguments.out / arguments.shape).resolve(), SHAPES[arguments.shape]
-    base = out / "base"
+    shape, out, config = arguments.shape, (arguments.out / arguments.shape).resolve(), SHAPES[arguments.shape]
     out.mkdir(parents=True, exist_ok=True)
-    if arguments.write:
-        write_base(config, base)
-        return
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    finetune = [sys.executable, "-m", "finetune"]
-    print(f"{sum(count_parameters(config).values()):,} parameters\n{'stage':24}{'time':>12}{'peak RssAnon':>13}")
-    again = [sys.executable, __file__, "--shape", arguments.shape, "--out", str(arguments.out), "--write"]
-    run_stage("write", again, out)
-    recipe = str(write_recipe(out, base))
-    run_stage("plan", [*finetune, "plan", recipe, "--json"], out)
-    run_stage("train", [*finetune, "train", recipe], out)
-    run_stage("merge", [*finetune, "merge", str(out / "run"), "--onto", "full", "--json"], out)
-    run_stage("verify", [*finetune, "merge", str(out / "run" / "merged"), "--verify", "--json"], out)
+    match arguments.stage:
+        case "write":
+            write(config, out / "base")
+        case "sample":
+            write_sample(config, out)
+        case "names":
+            check_names(config)
+        case None:
+            # glibc otherwise keeps what was freed, up to twice what is in use
+            os.environ |= {"HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+            print(f"{sum(count_parameters(config).values()):,} parameters")
+            print(f"{'stage':12}{'time':>12}{'peak RssAnon':>15}{'planned':>15}")
+            finetune = [sys.executable, "-m", "finetune"]
+            again = [sys.executable, __file__, "--shape", shape, "--out", str(arguments.out)]
+            (sampled if shape == "80b" else whole)(shape, out, finetune, again)
 
 
 if __name__ == "__main__":

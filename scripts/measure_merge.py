@@ -11,7 +11,6 @@ that were just read (a warm page cache, as far as memory holds them).
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -24,62 +23,17 @@ from pathlib import Path
 from typing import Any
 
 RANK = 16
-CHUNK = 4 * 2**20
-"""Random values made once and repeated."""
 
 
 def make(folder: Path, layers: int) -> None:
     """base/ and adapter/ of true shapes."""
-    import torch
-    from peft import LoraConfig
-    from safetensors.torch import save_file
+    from random_weights import write_adapter, write_base
 
-    from modeling import loading, tiny
-    from modeling.adapters import PEFT_CONFIG
-    from modeling.checkpoint import Planned, plan_shards, write_index, write_shard
-    from modeling.shapes import IDEFICS_9B, tensor_shapes
-    from modeling.towers import lora_pattern
+    from modeling.shapes import IDEFICS_9B
 
-    base, adapter = folder / "base", folder / "adapter"
-    base.mkdir()
-    config = {**IDEFICS_9B, "num_hidden_layers": layers, "model_type": "idefics", "dtype": "bfloat16"}
-    (base / "config.json").write_text(json.dumps(config))
-    rng = torch.Generator().manual_seed(0)
-    values = (0.02 * torch.randn(CHUNK, generator=rng)).bfloat16()
-
-    def blocks(count: int) -> Iterator[torch.Tensor]:
-        for start in range(0, count, CHUNK):
-            yield values[: min(CHUNK, count - start)]
-
-    def planned(shape: tuple[int, ...]) -> Planned:
-        return Planned(torch.bfloat16, shape, lambda: blocks(math.prod(shape)))
-
-    tensors = {name: planned(shape) for name, shape in tensor_shapes(config).items()}
-    shards = plan_shards(tensors, 5 * 10**9)
-    for file, names in shards.items():
-        write_shard(base / file, {name: tensors[name] for name in names})
-    write_index(base, shards, tensors)
-    words = [f"what is number {number}?" for number in range(2000)]
-    tokenizer = tiny.train_tokenizer(words, vocab_size=config["vocab_size"])
-    loading.save_processor(tiny.build_processor(tokenizer, image_size=224), base)
-
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=lora_pattern(("cross_attention", "decoder")))
-    lora.save_pretrained(str(adapter))
-    assert (adapter / PEFT_CONFIG).is_file()
-    factors = {}
-    for name, (rows, columns) in _matrices(tensor_shapes(config), str(lora.target_modules)):
-        path = f"base_model.model.{name.removesuffix('.weight')}"
-        factors[f"{path}.lora_A.weight"] = 0.02 * torch.randn(RANK, columns, generator=rng)
-        factors[f"{path}.lora_B.weight"] = 0.02 * torch.randn(rows, RANK, generator=rng)
-    save_file(factors, adapter / "adapter_model.safetensors")
-
-
-def _matrices(shapes: dict[str, tuple[int, ...]], pattern: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    import re
-
-    for name, shape in shapes.items():
-        if name.endswith(".weight") and re.fullmatch(pattern, name.removesuffix(".weight")):
-            yield name, shape
+    config = {**IDEFICS_9B, "num_hidden_layers": layers}
+    write_base(config, folder / "base", [f"what is number {number}?" for number in range(2000)])
+    write_adapter(config, folder / "adapter", rank=RANK)
 
 
 class Stages:
