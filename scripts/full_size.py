@@ -90,7 +90,7 @@ def write_recipe(out: Path) -> str:
         "training": {
             "steps": 2,
             "row_tokens": ROW_TOKENS,
-            "row_images": 4,
+            "row_images": 16,
             "tokens_per_step": ROW_TOKENS,
             "learning_rate": 2.0e-4,
             "checkpointing": True,
