@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.fit import Limits, fitter
-from finetune.data.prepare import _key
+from finetune.data.prepare import place
 from finetune.data.prepared import ACCOUNT, Prepared, PreparedSet
 from finetune.data.schedule import build_schedule
 from finetune.data.sources import hold_dialogues
@@ -74,8 +74,7 @@ def _is_prepared(source: Source, encoder: Encoder, recipe: Recipe) -> bool:
     folder = Path(recipe.data.prepared)
     limits = Limits(recipe.data.max_length, recipe.training.row_images)
     how = fitter(source, encoder, limits, seed=recipe.training.seed)
-    key = _key(source, how, cache=folder / "fingerprints.json")
-    return any(PreparedSet.open(found) is not None for found in folder.glob(f"*-{key}"))
+    return PreparedSet.open(place(source, how, folder)) is not None
 
 
 def _lengths(recipe: Recipe, dataset: Dataset) -> Lengths:

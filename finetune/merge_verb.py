@@ -10,12 +10,12 @@ from huggingface_hub import ModelCardData
 from finetune.folder import read_json
 from finetune.merge import PROVENANCE, SHARD_BYTES, Origin, merge, verify
 from finetune.progress import console, say, table, track
+from finetune.sizes import parse_size
 from modeling.deltas import Onto
 from modeling.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ONTO: dict[str, Onto] = {"full": "full", "nf4": "nf4"}
-SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def merge_folder(
@@ -45,7 +45,7 @@ def merge_folder(
         onto=origin.onto if onto is None else _choose("--onto", onto, ONTO),
         trained_onto=origin.onto,
         dtype=None if dtype is None else _choose("--dtype", dtype, DTYPES),
-        shard_bytes=SHARD_BYTES if shard_size is None else parse_size(shard_size),
+        shard_bytes=SHARD_BYTES if shard_size is None else parse_size("--shard-size", shard_size),
         card=model_card(base or origin.base, out, run),
         track=track,
     )
@@ -66,15 +66,6 @@ def _choose(option: str, got: str, choices: dict[str, Any]) -> Any:
     if got not in choices:
         raise UserError(f"{option}: expected {' or '.join(choices)}, got {got!r}")
     return choices[got]
-
-
-def parse_size(text: str) -> int:
-    """ "5GB" -> 5_000_000_000; "2GiB" -> 2_147_483_648. Raises UserError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    size = int(float(match[1]) * SIZES.get(match[2].upper(), 0)) if match else 0
-    if not size:
-        raise UserError(f"--shard-size: expected a size such as 5GB or 2GiB, got {text!r}")
-    return size
 
 
 def model_card(base: str, out: Path, run: Path | None) -> str:

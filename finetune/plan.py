@@ -3,7 +3,6 @@
 From the recipe and the model's config alone, without torch; where the data is prepared already, from its lengths too.
 """
 
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -25,11 +24,9 @@ from finetune.memory import (
     optimizer_bytes,
 )
 from finetune.recipe import Recipe
+from finetune.sizes import parse_size
 from finetune.tape import FP32
-from modeling.errors import UserError
 from modeling.shapes import SHAPES, Config, read_config
-
-UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 CHECKPOINTS_KEPT = 2
 """The newest; the best one is kept besides where the run evaluates."""
@@ -40,7 +37,7 @@ UNCOUNTED = ("use_dora", "rank_pattern", "layers_to_transform", "exclude_modules
 
 def plan(recipe: Recipe, *, gpu: str | None = None, picture: Path | None = None, show: bool = False) -> dict[str, Any]:
     """The figures of a recipe, shown and drawn where asked. `gpu`: its memory, such as 24GiB. Raises UserError."""
-    budget = parse_size(gpu) if gpu else gpu_memory()
+    budget = parse_size("--gpu", gpu) if gpu else gpu_memory()
     made = Planner(recipe, on_gpu=budget is not None).result(budget)
     if show or picture:
         from finetune.plan_report import draw, show_plan
@@ -50,15 +47,6 @@ def plan(recipe: Recipe, *, gpu: str | None = None, picture: Path | None = None,
         if picture:
             draw(made, picture)
     return made
-
-
-def parse_size(text: str) -> int:
-    """ "24GiB" -> 25_769_803_776; "24GB" -> 24_000_000_000. Raises UserError."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
-    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
-    if not size:
-        raise UserError(f"--gpu: expected the memory of a GPU with its unit, such as 24GiB or 80GB, got {text!r}")
-    return size
 
 
 def gpu_memory() -> int | None:

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from finetune.memory import GIB
 from finetune.progress import console, say, table
+from finetune.sizes import show_size
 from modeling.errors import UserError
 
 COLORS = {
@@ -30,7 +31,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     columns = ("tower", "mode", "parameters", "trained", "in 4 bits")
     console.print(table(f"model: {plan['model']}", columns, [*towers, ("total", "", *plan["totals"].values())]))
     console.print(table(*_memory_table(plan)))
-    disk = [(name, _size(value)) for name, value in plan["disk"].items() if value]
+    disk = [(name, show_size(value)) for name, value in plan["disk"].items() if value]
     console.print(table("disk", ("", "size"), disk))
     row = plan["row"]
     say(
@@ -52,18 +53,18 @@ def _memory_table(plan: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[t
     if plan["gpu"] and plan["gpu"]["changed"]:
         memories.append(plan["gpu"]["changed"])
         columns.append("changed")
-    rows = [(part, *(_size(memory["parts"][part]) for memory in memories)) for part in plan["memory"]["parts"]]
-    rows.append(("tensors in all", *(_size(memory["tensors"]) for memory in memories)))
+    rows = [(part, *(show_size(memory["parts"][part]) for memory in memories)) for part in plan["memory"]["parts"]]
+    rows.append(("tensors in all", *(show_size(memory["tensors"]) for memory in memories)))
     for key, name in (("gpu", "with the GPU's own"), ("resident", "resident")):
         if key in plan["memory"]:
-            rows.append((name, *(_size(memory[key]) for memory in memories)))
+            rows.append((name, *(show_size(memory[key]) for memory in memories)))
     other = "off" if plan["memory"]["tensors"] == plan["checkpointing"]["on"] else "on"
-    rows.append((f"checkpointing {other}", _size(plan["checkpointing"][other]), *[""] * (len(memories) - 1)))
+    rows.append((f"checkpointing {other}", show_size(plan["checkpointing"][other]), *[""] * (len(memories) - 1)))
     return f"memory at its peak ({plan['memory']['moment']}), predicted", tuple(columns), rows
 
 
 def _show_verdict(gpu: Mapping[str, Any]) -> None:
-    needed = f"{_size(gpu['needed'])} needed, {_size(gpu['bytes'])} there"
+    needed = f"{show_size(gpu['needed'])} needed, {show_size(gpu['bytes'])} there"
     if gpu["fits"]:
         console.print(Text(f"fits: {needed}", style="green"))
     elif gpu["change"]:
@@ -103,8 +104,3 @@ def draw(plan: Mapping[str, Any], out: Path) -> None:
         raise UserError(f"--picture: {out}: {error}") from error
     finally:
         plt.close(figure)
-
-
-def _size(nbytes: int) -> str:
-    """Of at least a GiB in GiB, else in MiB."""
-    return f"{nbytes / GIB:,.2f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:,.1f} MiB"

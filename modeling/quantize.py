@@ -27,8 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from modeling.checkpoint import Planned, Stored, plan_shards, read_checkpoint, read_header, write_index
-from modeling.errors import UserError
+from modeling.checkpoint import Planned, Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
 from modeling.shapes import Config, read_config, tensor_shapes
 from modeling.towers import NOT_QUANTIZED, QUANTIZED_TOWERS, lora_pattern
 
@@ -132,21 +131,13 @@ def quantized_checkpoint(
     """
     stored = read_checkpoint(folder)
     config = read_config(str(folder))
-    _require_shapes(folder, stored, tensor_shapes(config))
+    require_shapes(folder, stored, tensor_shapes(config))
     made = cache / f"{name}-{_identity(folder, stored)}"
     made.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_name(f".{made.name}.lock")):
         if not (made / "config.json").is_file():
             _write(made, stored, config, track)
     return made
-
-
-def _require_shapes(folder: Path, stored: dict[str, Stored], expected: dict[str, tuple[int, ...]]) -> None:
-    if missing := sorted(expected.keys() - stored.keys()):
-        raise UserError(f"{folder}: lacks {len(missing)} tensors of its own config: {missing[:3]}")
-    for name, shape in expected.items():
-        if stored[name].shape != shape:
-            raise UserError(f"{stored[name].file}: {name} is {stored[name].shape}, its config says {shape}")
 
 
 def _identity(folder: Path, stored: dict[str, Stored]) -> str:

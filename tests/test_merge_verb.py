@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from finetune.cli import app
 from finetune.merge import Origin
-from finetune.merge_verb import merge_folder, model_card, parse_size
+from finetune.merge_verb import merge_folder, model_card
 from modeling.checkpoint import identity, read_checkpoint
-from modeling.errors import UserError
 
 RECIPE = "model:\n  base: some/base\n# ```\n# not the end of the recipe\n"
 EVALUATION = {"base": {"exact": 0.25, "loss": 3.5, "vqa": None}, "tuned": {"exact": 0.5, "loss": 1.25, "vqa": None}}
@@ -182,30 +181,6 @@ def test_a_full_disk_is_told_and_the_command_goes_on(run, monkeypatch):
         patch.setattr("finetune.merge.write_shard", write_shard)
         assert "No space left on device; what is complete is kept, and the same command goes on" in told(invoke(run))
     assert invoke(run).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("5GB", 5_000_000_000),
-        ("2GiB", 2_147_483_648),
-        ("1.5 gb", 1_500_000_000),
-        (" 700mib ", 734_003_200),
-        ("400kB", 400_000),
-        ("1KiB", 1024),
-        ("12345", 12345),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
-    "text", ["", "GB", "0GB", "0.0000000001GB", "-5GB", "5TB", "5 G B", "1e9", "5GB5", "nan", "١GB"]
-)
-def test_what_is_no_size(text):
-    with pytest.raises(UserError, match="--shard-size: expected a size such as 5GB or 2GiB, got"):
-        parse_size(text)
 
 
 def test_the_card_says_what_the_model_is_made_of_and_the_truth_about_licences(trained, tmp_path):

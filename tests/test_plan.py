@@ -18,12 +18,11 @@ from finetune.data.sources.source import Source
 from finetune.dataset import prepare_sources
 from finetune.footprint import RowSize, Setup
 from finetune.memory import count, estimate, fixed_parts
-from finetune.plan import Planner, parse_size, plan
+from finetune.plan import Planner, plan
 from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe
 from finetune.tape import Tape, peak
 from modeling.adapters import attach, expected_counts
-from modeling.errors import UserError
 from modeling.forward import packed_loss
 from modeling.loading import load_processor
 from modeling.shapes import IDEFICS_9B, IDEFICS_80B, TINY
@@ -273,18 +272,6 @@ def test_a_change_that_contradicts_the_recipe_is_none():
     full = recipe_of(model={"decoder": "full"})
     assert apply_change(full, Change(2, {"model.quantize": "nf4"})) is None
     assert apply_change(recipe_of(), Change(2, {"model.quantize": "nf4"})).model.quantize == "nf4"
-
-
-def test_sizes_with_their_units():
-    assert parse_size("24GiB") == 25_769_803_776
-    assert parse_size(" 80 gb ") == 80_000_000_000
-    assert parse_size("1.5GiB") == 1_610_612_736
-
-
-@pytest.mark.parametrize("text", ["24", "", "GiB", "-1GiB", "24XB", "0GiB", "nan GiB"])
-def test_a_size_that_is_none_is_told(text):
-    with pytest.raises(UserError, match="--gpu: expected the memory of a GPU with its unit"):
-        parse_size(text)
 
 
 @pytest.fixture

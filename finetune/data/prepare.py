@@ -66,8 +66,7 @@ def prepare_source(
 ) -> PreparedSet:
     """The set of one source. Its name holds a hash of its content, its settings, the tokenizer and this code."""
     folder.mkdir(parents=True, exist_ok=True)
-    label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
-    made = folder / f"{label}-{_key(source, fitter, cache=folder / 'fingerprints.json')}"
+    made = place(source, fitter, folder)
     with FileLock(made.with_name(f".{made.name}.lock")):
         if (found := PreparedSet.open(made)) is not None:
             return found
@@ -78,6 +77,12 @@ def prepare_source(
         if (found := PreparedSet.open(made)) is not None:
             return found
         raise UserError(f"{source.name}: its images changed while they were prepared; start again")
+
+
+def place(source: Source, fitter: Fitter, folder: Path) -> Path:
+    """Where the set of a source lies, or would."""
+    label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
+    return folder / f"{label}-{_key(source, fitter, cache=folder / 'fingerprints.json')}"
 
 
 def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[Prepared, Prepared]:
