@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from finetune.data.account import Account
@@ -249,6 +250,13 @@ def auto_dtype() -> torch.dtype:
 def device() -> torch.device:
     """Of several GPUs, the one of this process."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else loading.CPU
+
+
+def free_memory() -> int:
+    """Bytes that a model may take: of the GPU, or of main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device())[0]
+    return psutil.virtual_memory().available
 
 
 def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:

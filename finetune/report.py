@@ -25,7 +25,7 @@ def show(recipe: Recipe, result: dict[str, Any]) -> None:
         console.print(table("held out (blind: with the images exchanged)", ("", *models), rows))
         if forgetting := scores["documents"]:
             say(f"loss on held-out documents: {forgetting['before']:.3f} before, {forgetting['after']:.3f} after")
-    if proof := result.get("merge"):
+    if (proof := result.get("merge")) and "answers" in proof:
         console.print(
             table(
                 "merged against base + adapter",
@@ -37,6 +37,7 @@ def show(recipe: Recipe, result: dict[str, Any]) -> None:
                 ],
             )
         )
+    if proof:
         say(f"the model: {proof['merged']}")
     if recipe.evaluation and (predictions := folder / "predictions.jsonl").is_file():
         _show_answers(predictions)

@@ -22,7 +22,7 @@ from finetune.data.dialogue import Image
 from finetune.data.images import describe, open_image
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import open_folder, read_json, versions, write_json
-from finetune.materials import Materials, device
+from finetune.materials import Materials, device, free_memory
 from finetune.merge import Origin, merge
 from finetune.merge_verb import model_card
 from finetune.pages.predictions import predictions_page
@@ -30,10 +30,11 @@ from finetune.picture import draw
 from finetune.progress import say, track
 from finetune.proof import prove
 from finetune.recipe import Recipe
+from finetune.sizes import show_size
 from finetune.train import Plan, ProgressBar, last_checkpoint, tokens_trained, train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
-from modeling.checkpoint import identity, read_checkpoint
+from modeling.checkpoint import identity, read_checkpoint, weight_bytes
 from modeling.errors import UserError
 from modeling.shapes import read_config
 
@@ -176,17 +177,30 @@ def _merge(run: Run) -> dict[str, Any]:
         card=model_card(made.base, out, run.folder),
         track=track,
     )["proof"]
+    return {"merged": str(out), **_ask(run, adapter, out), "weights": comparison}
+
+
+def _ask(run: Run, adapter: Path, out: Path) -> dict[str, Any]:
+    """What the merged model says, against base + adapter; nothing where it is too large for this machine."""
+    made = run.materials
     training, held = made.dataset.training, made.dataset.held
+    needed = weight_bytes(read_checkpoint(out), made.dtype)
+    if needed > (free := free_memory()):
+        say(
+            f"{out}: not asked as a whole, which takes {show_size(needed)} and {show_size(free)} are free; "
+            f"it is proved tensor by tensor and block by block"
+        )
+        return {}
     rows, some = (made.held_rows, held) if len(held) else (made.train_rows, training)
     questions = draw_questions(some.dialogues[:PROOF_DIALOGUES], limit=PROOF_QUESTIONS, seed=run.recipe.training.seed)
     proof = prove(
         base=lambda: made.assistant(made.load().model),
         tuned=lambda: made.assistant(open_adapter(made.load().model, adapter)),
-        merged=lambda: made.assistant(loading.load(str(out), dtype=made.dtype, instruct=False).model.to(device())),
+        merged=lambda: made.assistant(loading.load(str(out), dtype=made.dtype, instruct=False, device=device()).model),
         batches=[rows.at(number) for number in range(min(PROOF_ROWS, len(rows)))],
         prompts=[prompt for prompt, _ in questions],
     )
-    return {"merged": str(out), **asdict(proof), "weights": comparison}
+    return asdict(proof)
 
 
 _FILES = {"train": "training.json", "evaluate": "evaluation.json", "merge": "merge.json"}

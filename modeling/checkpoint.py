@@ -221,6 +221,11 @@ def require_shapes(folder: Path, stored: Mapping[str, Stored], expected: Mapping
             raise UserError(f"{stored[name].file}: {name} is {stored[name].shape}, its config says {shape}")
 
 
+def weight_bytes(tensors: Mapping[str, Stored], dtype: torch.dtype) -> int:
+    """What they take in memory once they are converted."""
+    return dtype.itemsize * sum(math.prod(one.shape) for one in tensors.values())
+
+
 def identity(tensors: Mapping[str, Stored]) -> str:
     """A digest that tells one checkpoint from another without reading all of it: names, shapes, both ends of each."""
     digest = hashlib.sha256()

@@ -9,8 +9,9 @@ prepare, plan, train in NF4 for two optimiser steps on packed dialogues of 512 t
 `80b`, as far as it goes without its weights: the plan of its recipe, every name and shape against transformers' own
 model, and a merge of 4 of its 80 layers in true shape, 11 GB of disk and as much again.
 
-Each stage is a process of its own, whose time and peak anonymous memory (RssAnon) are printed. One that is done is not
-done again, so an interrupted run goes on.
+Each stage is a process of its own. Its time is printed, and the peak of its memory: anonymous (RssAnon), and in all
+(VmRSS), weights that are mapped from their files included; the plan counts those, too. A stage that is done is not done
+again, so an interrupted run goes on.
 """
 
 import argparse
@@ -104,30 +105,35 @@ def write_recipe(out: Path) -> str:
 
 
 def run_stage(name: str, command: list[str], out: Path, *, planned: int | None = None) -> str:
-    """Print seconds and peak RssAnon of a command, beside what was `planned`; return what it printed. It runs once."""
+    """Print seconds and peak memory of a command, beside what was `planned`; return what it printed. It runs once."""
     done, log = out / f"{name}.json", out / f"{name}.log"
     if not done.is_file():
-        started, peak = time.perf_counter(), 0
+        started, peaks = time.perf_counter(), (0, 0)
         with log.open("wb") as file, (out / f"{name}.errors").open("wb") as errors:
             process = subprocess.Popen(command, stdout=file, stderr=errors)  # noqa: S603
             while process.poll() is None:
-                peak = max(peak, anonymous(process.pid))
+                peaks = tuple(map(max, peaks, memory(process.pid)))
                 time.sleep(0.05)
         if process.returncode:
             sys.exit(f"{name} failed:\n{(out / f'{name}.errors').read_text(errors='replace')[-3000:]}")
-        done.write_text(json.dumps({"seconds": time.perf_counter() - started, "peak": peak}) + "\n")
+        done.write_text(
+            json.dumps({"seconds": time.perf_counter() - started, "anonymous": peaks[0], "all": peaks[1]}) + "\n"
+        )
     figures = json.loads(done.read_text())
     against = f"{planned / 1e9:12.2f} GB" if planned else ""
-    print(f"{name:12}{figures['seconds']:10.1f} s{figures['peak'] / 1e9:12.2f} GB{against}", flush=True)
+    sizes = "".join(f"{figures[kind] / 1e9:12.2f} GB" for kind in ("anonymous", "all"))
+    print(f"{name:12}{figures['seconds']:10.1f} s{sizes}{against}", flush=True)
     return log.read_text(encoding="utf-8")
 
 
-def anonymous(process: int) -> int:
+def memory(process: int) -> tuple[int, int]:
+    """Bytes: anonymous, in all."""
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+        return 0, 0
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
+    return sizes.get("RssAnon", 0), sizes.get("VmRSS", 0)
 
 
 def tell_plan(plan: dict[str, Any]) -> None:
@@ -150,7 +156,7 @@ def whole(shape: str, out: Path, finetune: list[str], again: list[str]) -> None:
     tell_plan(plan)
     # Memory that importing takes comes on top of what is planned.
     run_stage("imports", [sys.executable, "-c", "import finetune.run, finetune.train"], out)
-    imports = json.loads((out / "imports.json").read_text())["peak"]
+    imports = json.loads((out / "imports.json").read_text())["all"]
     run_stage("train", [*finetune, "train", recipe], out, planned=plan["memory"]["resident"] + imports)
     merged = json.loads(run_stage("merge", [*finetune, "merge", str(out / "run"), "--onto", "full", "--json"], out))
     tell_proof(merged["proof"])
@@ -188,7 +194,7 @@ def main() -> None:
             # glibc otherwise keeps what was freed, up to twice what is in use
             os.environ |= {"HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
             print(f"{sum(count_parameters(config).values()):,} parameters")
-            print(f"{'stage':12}{'time':>12}{'peak RssAnon':>15}{'planned':>15}")
+            print(f"{'stage':12}{'time':>12}{'anonymous':>15}{'in all':>15}{'planned':>15}")
             finetune = [sys.executable, "-m", "finetune"]
             again = [sys.executable, __file__, "--shape", shape, "--out", str(arguments.out)]
             (sampled if shape == "80b" else whole)(shape, out, finetune, again)

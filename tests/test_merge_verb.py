@@ -148,7 +148,7 @@ MISTAKES = {
     "onto": (["mine", "--onto", "nf5"], "--onto: expected full or nf4, got 'nf5'"),
     "size": (
         ["mine", "--shard-size", "5 bananas"],
-        "--shard-size: expected a size such as 5GB or 2GiB, got '5 bananas'",
+        "--shard-size: expected a size with its unit, such as 5GB or 24GiB, got '5 bananas'",
     ),
     "overrides": (["mine", "training.steps=3"], "training.steps=3: only a recipe has keys to change"),
     "options of a recipe": (["a.yaml", "--dtype", "bf16", "--out", "x"], "--out, --dtype: not with a recipe"),
