@@ -133,7 +133,10 @@ def exchange_images(
         ]
         return replace(dialogue, turns=tuple(turns))
 
-    return replace(rows, images=images), [(blind(prompt), references) for prompt, references in questions]
+    features = rows.features and rows.features.exchanged(other)
+    return replace(rows, images=images, features=features), [
+        (blind(prompt), references) for prompt, references in questions
+    ]
 
 
 @torch.no_grad()

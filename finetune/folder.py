@@ -13,7 +13,7 @@ import yaml
 from finetune.recipe import Recipe
 from modeling.errors import UserError
 
-ELSEWHERE = ("data.prepared", "data.workers")
+ELSEWHERE = ("data.prepared", "data.workers", "data.feature_cache_size")
 """Keys that say where and how fast the data is made ready, and nothing of what a run is."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")

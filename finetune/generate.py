@@ -1,6 +1,6 @@
 """Dialogue in, text out: the same template as in training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class Assistant:
     model: nn.Module
     tokenizer: Any
     preprocessing: Preprocessing
+    features: Callable[[Sequence[Image]], torch.Tensor] | None = None
+    """Of these images, [N, latents, D]: for a model without its image towers."""
 
     @property
     def idefics(self) -> IdeficsForVisionText2Text:
@@ -115,9 +117,16 @@ def _features(assistant: Assistant, images: Sequence[Sequence[Image]], width: in
     shape = (len(images), width, config.perceiver_config.resampler_n_latents, config.vision_config.embed_dim)
     features = torch.zeros(shape, dtype=model.dtype, device=model.device)
     if distinct:
-        pixels = np.stack([assistant.preprocessing.pixels(open_image(image)) for image in distinct])
-        computed = image_features(model, torch.from_numpy(pixels).to(model.device))
+        computed = _compute(assistant, list(distinct)).to(model.device)
         for row, shown in enumerate(images):
             for column, image in enumerate(shown):
                 features[row, column] = computed[distinct[image]]
     return features
+
+
+def _compute(assistant: Assistant, images: Sequence[Image]) -> torch.Tensor:
+    """[N, latents, D]"""
+    if assistant.features is not None:
+        return assistant.features(images)
+    pixels = np.stack([assistant.preprocessing.pixels(open_image(image)) for image in images])
+    return image_features(assistant.idefics, torch.from_numpy(pixels).to(assistant.idefics.device))

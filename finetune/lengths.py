@@ -29,6 +29,8 @@ class Lengths:
     steps: int
     largest: RowSize
     """No row of the first epoch has more of anything."""
+    images: int
+    """Distinct ones that training and held-out data show."""
 
 
 def prepared_lengths(recipe: Recipe) -> Lengths | None:
@@ -91,7 +93,8 @@ def _lengths(recipe: Recipe, dataset: Dataset) -> Lengths:
     sizes = np.stack([training.lengths, supervised_tokens(training), training.image_counts])
     largest = np.max([sizes[:, list(row.examples)].sum(axis=1) for row in rows], axis=0).tolist()
     steps = len(rows) // settings.packs_per_step * (settings.epochs or 1)
-    return Lengths(settings.steps or steps, RowSize(*largest))
+    shown = np.concatenate([prepared.shown_images()[1] for prepared in (training, dataset.held)])
+    return Lengths(settings.steps or steps, RowSize(*largest), len(np.unique(shown)))
 
 
 def supervised_tokens(prepared: Prepared) -> np.ndarray:

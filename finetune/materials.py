@@ -1,17 +1,20 @@
 """Recipe -> what its stages work with: base, tokenizer, prepared data, rows, models; each made when first asked."""
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
 from finetune.data.account import Account
-from finetune.data.collate import RowCollator, Rows
+from finetune.data.collate import Features, RowCollator, Rows
 from finetune.data.convert import read_dialogues
+from finetune.data.dialogue import Image
 from finetune.data.fit import Limits, fitter
 from finetune.data.images import Augmentation, Preprocessing
 from finetune.data.packing import pack_in_order
@@ -23,18 +26,22 @@ from finetune.data.sources.source import Source
 from finetune.data.stream import StreamedRows, downloads, prepared_pass, read_pass
 from finetune.data.tokens import Encoder
 from finetune.dataset import Dataset, make_dataset, prepare_sources, tell_losses
+from finetune.features import FeatureCache, ImageFeatures
 from finetune.folder import read_json, write_json
 from finetune.generate import Assistant
 from finetune.progress import track
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
+from finetune.sizes import parse_size
 from modeling import loading, tiny
 from modeling.errors import UserError
 from modeling.quantize import quantized_checkpoint
-from modeling.shapes import SHAPES, Config
+from modeling.shapes import SHAPES, Config, read_config
+from modeling.towers import IMAGE_TOWERS
+from modeling.vision import ImageTowers, feature_shape, image_towers_identity, load_image_towers
 
-QUANTIZED = "quantized"
-"""Folder of quantised weights, beside that of prepared sets."""
+QUANTIZED, FEATURES = "quantized", "features"
+"""Folders of quantised weights and of image features, beside that of prepared sets."""
 
 
 class Materials:
@@ -59,8 +66,11 @@ class Materials:
     def sources(self) -> list[Source]:
         return [to_source(source) for source in self.recipe.data.sources]
 
-    def load(self) -> loading.Idefics:
-        """The base as this recipe trains it, on its device; quantised weights are kept beside the prepared sets."""
+    def load(self, *, image_towers: bool | None = None) -> loading.Idefics:
+        """The base as this recipe trains it, on its device; quantised weights are kept beside the prepared sets.
+
+        `image_towers`: None leaves them out where features are cached.
+        """
         return load_model(
             self.base,
             revision=self.recipe.model.revision,
@@ -68,6 +78,7 @@ class Materials:
             instruct=self.instruct,
             quantize=self.recipe.model.quantize,
             cache=Path(self.recipe.data.prepared).with_name(QUANTIZED),
+            image_towers=not self.recipe.caches_features if image_towers is None else image_towers,
         )
 
     @property
@@ -105,7 +116,7 @@ class Materials:
     def train_rows(self) -> Rows:
         training, settings = self.dataset.training, self.recipe.training
         augmentation = Augmentation(**self.recipe.data.augment.model_dump())
-        blank = any(self.recipe.model.modes[tower] != "frozen" for tower in ("vision", "resampler"))
+        blank = any(self.recipe.model.modes[tower] != "frozen" for tower in IMAGE_TOWERS)
         common: dict[str, Any] = {"augmentation": augmentation, "seed": settings.seed, "blank_image": blank}
         if self.recipe.data.streams:
             return self._streamed_rows(training, **common)
@@ -181,14 +192,50 @@ class Materials:
             images=prepared.images,
             preprocessing=self.preprocessing,
             filler=self.processor.tokenizer.bos_token_id,
+            features=self._features(prepared) if self.recipe.caches_features else None,
         )
+
+    def _features(self, prepared: Prepared) -> ImageFeatures:
+        """Of the images that these examples show."""
+        _, shown = prepared.shown_images()
+        wanted = np.flatnonzero(np.isin(prepared.digests, shown))
+        return self._feature_cache.open(
+            prepared.images, prepared.digests, wanted, towers=self._image_towers, track=track
+        )
+
+    @cached_property
+    def _feature_cache(self) -> FeatureCache:
+        data = self.recipe.data
+        return FeatureCache(
+            Path(data.prepared).with_name(FEATURES),
+            image_towers_identity(self._base_folder),
+            self.preprocessing,
+            shape=feature_shape(read_config(str(self._base_folder))),
+            dtype=self.dtype,
+            limit=parse_size("data.feature_cache_size", data.feature_cache_size),
+        )
+
+    def _image_towers(self) -> ImageTowers:
+        return load_image_towers(self._base_folder, dtype=self.dtype, device=device())
+
+    @cached_property
+    def _base_folder(self) -> Path:
+        return loading.local_folder(self.base, revision=self.recipe.model.revision)
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
         return Preprocessing.of(self.processor.image_processor)
 
-    def assistant(self, model: Any) -> Assistant:
-        return Assistant(model, self.processor.tokenizer, self.preprocessing)
+    def assistant(self, model: Any, rows: RowCollator | None = None) -> Assistant:
+        """`rows`: has the features of the images that will be shown, where the model has no image towers."""
+        looked_up = _by_image(rows, rows.features) if rows is not None and rows.features is not None else None
+        return Assistant(model, self.processor.tokenizer, self.preprocessing, looked_up)
+
+
+def _by_image(rows: RowCollator, features: Features) -> Callable[[Sequence[Image]], torch.Tensor]:
+    """The features of the images that rows show, by image instead of by number."""
+    numbers = {rows.images[number]: number for images in rows.image_ids for number in images}
+    return lambda images: features([numbers[image] for image in images])
 
 
 def open_dataset(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
@@ -233,13 +280,22 @@ def load_model(
     instruct: bool,
     quantize: str | None,
     cache: Path,
+    image_towers: bool = True,
 ) -> loading.Idefics:
     """A model on the device that this machine has, in 4 bits where `quantize` says so; its NF4 is kept in `cache`."""
     quantized = None
     if quantize:
         folder = loading.local_folder(base, revision=revision)
         quantized = quantized_checkpoint(folder, cache, name=Path(base).name, track=track)
-    return loading.load(base, revision=revision, dtype=dtype, instruct=instruct, quantized=quantized, device=device())
+    return loading.load(
+        base,
+        revision=revision,
+        dtype=dtype,
+        instruct=instruct,
+        quantized=quantized,
+        device=device(),
+        image_towers=image_towers,
+    )
 
 
 def auto_dtype() -> torch.dtype:

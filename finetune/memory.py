@@ -11,7 +11,7 @@ from math import prod
 from finetune.footprint import INT64, NF4_GROUP, RowSize, Setup, record
 from finetune.tape import FP32, GRADIENTS, peak
 from modeling.shapes import count_lora, tensor_shapes
-from modeling.towers import LORA_TOWERS, QUANTIZED_TOWERS, TOWERS, lora_pattern, tower_of
+from modeling.towers import IMAGE_TOWERS, LORA_TOWERS, QUANTIZED_TOWERS, TOWERS, lora_pattern, tower_of
 
 NF4_BYTES = 0.5 + 1 / NF4_GROUP + 4 / (NF4_GROUP * 256)
 """Of a weight: 4 bits, one byte of scale a group, and a fp32 scale for 256 of those: 4.127 bits."""
@@ -121,7 +121,10 @@ def fixed_parts(setup: Setup) -> dict[str, int]:
 
 def weight_bytes(setup: Setup, parameters: Mapping[str, Parameters]) -> int:
     """The model as it lies in memory, before anything is adapted."""
-    plain = sum(setup.item_of(tower) * (one.total - one.quantized) for tower, one in parameters.items())
+    loaded = {tower for tower in parameters if not (setup.cached and tower in IMAGE_TOWERS)}
+    plain = sum(
+        setup.item_of(tower) * (one.total - one.quantized) for tower, one in parameters.items() if tower in loaded
+    )
     return plain + round(NF4_BYTES * sum(one.quantized for one in parameters.values()))
 
 
@@ -142,7 +145,24 @@ def _memory(parts: Mapping[str, int], moment: str) -> Memory:
 
 
 def _batches(setup: Setup, row: RowSize) -> int:
-    """The trainer collects all rows of a step before its first, and the loader reads one ahead."""
-    image = 3 * setup.config["vision_config"]["image_size"] ** 2
+    """The trainer collects all rows of a step before its first, and the loader reads one ahead.
+
+    Features of the row that runs are part of its forward.
+    """
     ids_labels_positions_images = 4
-    return (setup.rows_per_step + 1) * (row.tokens * ids_labels_positions_images * INT64 + row.images * image * FP32)
+    rows = setup.rows_per_step + 1
+    shown = (rows - setup.cached) * row.images * _image_bytes(setup)
+    return rows * row.tokens * ids_labels_positions_images * INT64 + shown
+
+
+def _image_bytes(setup: Setup) -> int:
+    """Of one image in a batch: its pixels, or its features."""
+    if setup.cached:
+        return feature_bytes(setup)
+    return FP32 * 3 * setup.config["vision_config"]["image_size"] ** 2
+
+
+def feature_bytes(setup: Setup) -> int:
+    """Of one image's features, in memory and on disk."""
+    latents, width = setup.config["perceiver_config"]["resampler_n_latents"], setup.config["vision_config"]["embed_dim"]
+    return latents * width * setup.item

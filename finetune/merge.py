@@ -77,17 +77,17 @@ class Origin:
         write_json(adapter / NOTE, asdict(self))
 
     @classmethod
-    def of(cls, adapter: Path) -> "Origin":
-        """As the note says; of an adapter made elsewhere, as PEFT's own file says. Raises UserError."""
+    def of(cls, adapter: Path, base: str | None = None) -> "Origin":
+        """As the note says; of an adapter made elsewhere, as PEFT's own file says, or `base`. Raises UserError."""
         if note := read_json(adapter / NOTE):
             return cls(**note)
         config = read_json(adapter / PEFT_CONFIG)
         if config is None:
             found = "a model" if (adapter / "config.json").is_file() else "neither"
             raise UserError(f"{adapter}: expected an adapter folder ({NOTE} or {PEFT_CONFIG}), found {found}")
-        if not config.get("base_model_name_or_path"):
+        if not (named := config.get("base_model_name_or_path") or base):
             raise UserError(f"{adapter}: does not say what base it was made for; name it: --base FOLDER_OR_HUB_ID")
-        return cls(config["base_model_name_or_path"], config.get("revision"))
+        return cls(named, config.get("revision"))
 
 
 @dataclass(frozen=True)

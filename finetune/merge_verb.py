@@ -33,7 +33,7 @@ def merge_folder(
     adapter = what / "adapter" if run else what
     if not adapter.is_dir():
         raise UserError(f"{adapter}: no such adapter folder" + ("; first: finetune train" if run else ""))
-    origin = Origin.of(adapter)
+    origin = Origin.of(adapter, base)
     out = out or (run or adapter.parent) / "merged"
     record = merge(
         adapter,

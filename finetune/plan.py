@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.afford import apply_change, cheapest_change
 from finetune.data.sources import FORMATS
@@ -20,13 +20,17 @@ from finetune.memory import (
     Parameters,
     count,
     estimate,
+    feature_bytes,
     fixed_parts,
     optimizer_bytes,
 )
 from finetune.recipe import Recipe
-from finetune.sizes import parse_size
+from finetune.sizes import parse_size, show_size
 from finetune.tape import FP32
 from modeling.shapes import SHAPES, Config, read_config
+
+if TYPE_CHECKING:  # it imports torch
+    from finetune.lengths import Lengths
 
 CHECKPOINTS_KEPT = 2
 """The newest; the best one is kept besides where the run evaluates."""
@@ -66,7 +70,9 @@ class Planner:
     def __init__(self, recipe: Recipe, *, on_gpu: bool):
         self.recipe, self.on_gpu = recipe, on_gpu
         self.config = _config(recipe)
-        self.steps, self.row, self.row_from = _rows(recipe)
+        lengths = _prepared(recipe)
+        self.steps, self.row, self.row_from = _rows(recipe, lengths)
+        self.images = lengths.images if lengths else None
 
     def result(self, budget: int | None) -> dict[str, Any]:
         """Everything there is to say; "gpu" is None without a `budget` in bytes."""
@@ -86,7 +92,7 @@ class Planner:
                 "off": self._with(checkpointing=False).total,
                 "on": self._with(checkpointing=True).total,
             },
-            "disk": _disk(self.recipe, setup, parameters),
+            "disk": _disk(self.recipe, setup, parameters, images=self.images),
             "gpu": None if budget is None else self._judge(budget),
             "notes": self._notes(),
         }
@@ -105,6 +111,7 @@ class Planner:
             optimizer=training.optimizer,
             rows_per_step=training.packs_per_step,
             gpu=self.on_gpu,
+            cached=recipe.caches_features,
         )
 
     def estimate(self, recipe: Recipe) -> Memory:
@@ -150,6 +157,9 @@ class Planner:
     def _notes(self) -> list[str]:
         used = [field for field in UNCOUNTED if (self.recipe.adapter.model_extra or {}).get(field)]
         notes = [f"adapter.{field} is not counted" for field in used]
+        if self.recipe.caches_features and self.images is None:
+            image = show_size(feature_bytes(self.setup(self.recipe)))
+            notes.append(f"cached features take {image} of disk an image; how many there are, the prepared data tells")
         notes.append("memory is that of one process which shares nothing with others")
         if self.on_gpu:
             notes.append(
@@ -171,14 +181,17 @@ def _config(recipe: Recipe) -> Config:
     return config if documents else {**config, "additional_vocab_size": 3}
 
 
-def _rows(recipe: Recipe) -> tuple[int | None, RowSize, str]:
+def _prepared(recipe: Recipe) -> "Lengths | None":
+    if not any(Path(recipe.data.prepared).glob("*/account.json")):
+        return None
+    from finetune.lengths import prepared_lengths
+
+    return prepared_lengths(recipe)
+
+
+def _rows(recipe: Recipe, lengths: "Lengths | None") -> tuple[int | None, RowSize, str]:
     """(steps where they are known, the largest row, where that is from)."""
     training = recipe.training
-    lengths = None
-    if any(Path(recipe.data.prepared).glob("*/account.json")):
-        from finetune.lengths import prepared_lengths
-
-        lengths = prepared_lengths(recipe)
     if lengths:
         return lengths.steps, lengths.largest, "prepared data"
     return training.steps, RowSize(training.row_tokens, training.row_tokens - 1, training.row_images), "full rows"
@@ -189,8 +202,11 @@ def _totals(parameters: Mapping[str, Parameters]) -> dict[str, int]:
     return {name: sum(getattr(one, name) for one in parameters.values()) for name in names}
 
 
-def _disk(recipe: Recipe, setup: Setup, parameters: Mapping[str, Parameters]) -> dict[str, int]:
-    """Bytes of what a run leaves; the base's own files are not counted, nor are prepared sets."""
+def _disk(recipe: Recipe, setup: Setup, parameters: Mapping[str, Parameters], *, images: int | None) -> dict[str, int]:
+    """Bytes of what a run leaves; not counted are the base's own files and prepared sets.
+
+    `images`: distinct ones, where they are known; else their features are not counted either.
+    """
     totals = _totals(parameters)
     adapter = FP32 * totals["trained"]
     checkpoint = adapter + optimizer_bytes(setup, parameters)
@@ -200,6 +216,7 @@ def _disk(recipe: Recipe, setup: Setup, parameters: Mapping[str, Parameters]) ->
     disk = {
         "base": stored * totals["total"] if recipe.model.init else 0,
         "quantized": quantized if recipe.model.quantize else 0,
+        "features": (images or 0) * feature_bytes(setup) if setup.cached else 0,
         "checkpoints": kept * checkpoint,
         "adapter": adapter,
         "merged": stored * totals["total"] if recipe.merge else 0,

@@ -4,9 +4,11 @@ import difflib
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from modeling.towers import EXACT_LORA, QUANTIZED_TOWERS
+from finetune.sizes import parse_size
+from modeling.errors import UserError
+from modeling.towers import EXACT_LORA, IMAGE_TOWERS, QUANTIZED_TOWERS
 
 Mode = Literal["frozen", "lora", "full"]
 Switch = Literal["frozen", "full"]
@@ -192,6 +194,14 @@ class HeldOut(Source):
         return self
 
 
+def _size(text: str) -> str:
+    try:
+        parse_size("feature_cache_size", text)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
 class Augment(Section):
     """Random changes to training images."""
 
@@ -224,6 +234,11 @@ class Data(Section):
     workers: Positive | None = None
     """Processes that prepare; without it, one a core."""
     augment: Augment = Augment()
+    cache_features: bool = True
+    """Keep what a frozen vision tower and resampler make of each image, beside the prepared sets; with `augment`, or
+    for streamed sources, they run live all the same."""
+    feature_cache_size: Annotated[str, AfterValidator(_size)] = "50GB"
+    """What all cached features may take on disk; those that no run has used for longest give way."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -341,6 +356,12 @@ class Recipe(Section):
             asker = "evaluation" if self.evaluation else "training.evaluate_every"
             raise ValueError(f"{asker} needs held-out data: set data.eval_sources or data.eval_split")
         return self
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether an image's features stay the same throughout the run, and are asked to be kept."""
+        frozen = all(self.model.modes[tower] == "frozen" for tower in IMAGE_TOWERS)
+        return self.data.cache_features and frozen and not self.data.streams and self.data.augment == Augment()
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""

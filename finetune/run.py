@@ -11,13 +11,14 @@ last checkpoint.
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
 
+from finetune.data.collate import RowCollator
 from finetune.data.dialogue import Image
 from finetune.data.images import describe, open_image
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
@@ -128,11 +129,11 @@ def _evaluate(run: Run) -> dict[str, Any]:
         "track": track,
     }
     model = made.load().model
-    base = made.assistant(model)
+    base = made.assistant(model, made.held_rows)
     figures: dict[str, Any] = {"base": evaluate(base, made.held_rows, questions, **options).to_json()}
     documents = made.documents
     forgetting = {"before": held_out_loss(base, documents, track=track)[0]} if documents else None
-    tuned = made.assistant(open_adapter(model, adapter))
+    tuned = made.assistant(open_adapter(model, adapter), made.held_rows)
     predictions = run.folder / "predictions.jsonl"
     figures["tuned"] = evaluate(tuned, made.held_rows, questions, predictions=predictions, **options).to_json()
     _write_page(run.folder, made.dataset.held.images)
@@ -192,10 +193,12 @@ def _ask(run: Run, adapter: Path, out: Path) -> dict[str, Any]:
         )
         return {}
     rows, some = (made.held_rows, held) if len(held) else (made.train_rows, training)
+    if isinstance(rows, RowCollator):
+        rows = replace(rows, features=None)  # the merged model looks with its own towers
     questions = draw_questions(some.dialogues[:PROOF_DIALOGUES], limit=PROOF_QUESTIONS, seed=run.recipe.training.seed)
     proof = prove(
-        base=lambda: made.assistant(made.load().model),
-        tuned=lambda: made.assistant(open_adapter(made.load().model, adapter)),
+        base=lambda: made.assistant(made.load(image_towers=True).model),
+        tuned=lambda: made.assistant(open_adapter(made.load(image_towers=True).model, adapter)),
         merged=lambda: made.assistant(loading.load(str(out), dtype=made.dtype, instruct=False, device=device()).model),
         batches=[rows.at(number) for number in range(min(PROOF_ROWS, len(rows)))],
         prompts=[prompt for prompt, _ in questions],

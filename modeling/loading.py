@@ -10,6 +10,7 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     GenerationConfig,
+    IdeficsConfig,
     IdeficsForVisionText2Text,
     IdeficsProcessor,
     PreTrainedTokenizerBase,
@@ -18,7 +19,7 @@ from transformers import (
 from modeling.attention import PACKED
 from modeling.errors import UserError
 from modeling.quantize import settle
-from modeling.shapes import read_config
+from modeling.shapes import Config, read_config
 from modeling.tiny import ADDED
 
 FAKE, IMAGE, END_OF_UTTERANCE = ADDED
@@ -45,11 +46,13 @@ def load(
     instruct: bool = True,
     quantized: Path | None = None,
     device: torch.device = CPU,
+    image_towers: bool = True,
 ) -> Idefics:
     """Load an IDEFICS with packed attention; to `instruct`, a base gains `<end_of_utterance>`. Raises UserError.
 
     `quantized` is the base's quantised checkpoint, to load the weights from: what it holds in NF4 stays in NF4, and
-    `dtype` is that of the rest.
+    `dtype` is that of the rest. Without `image_towers` (vision tower and resampler), which are then not read, the
+    model takes `image_features` alone.
     """
     config = read_config(base, revision=revision)
     model = IdeficsForVisionText2Text.from_pretrained(
@@ -59,7 +62,10 @@ def load(
         attn_implementation=PACKED,
         use_safetensors=True,
         device_map={"": device} if quantized else None,
+        **({} if image_towers else {"config": _towerless(str(quantized or base), None if quantized else revision)}),
     )
+    if not image_towers:
+        _remove_image_towers(model, config)
     if quantized:
         settle(model, config, dtype=dtype)
         model.name_or_path = base
@@ -69,6 +75,20 @@ def load(
     _require_agreement(model, processor.tokenizer)
     model.generation_config = generation_config(processor.tokenizer)
     return Idefics(model.to(device).eval(), processor)
+
+
+def _towerless(base: str, revision: str | None) -> IdeficsConfig:
+    """A configuration whose image towers have no layer: transformers passes over the weights of those there were."""
+    config = IdeficsConfig.from_pretrained(base, revision=revision)
+    config.vision_config.num_hidden_layers = config.perceiver_config.resampler_depth = 0
+    return config
+
+
+def _remove_image_towers(model: IdeficsForVisionText2Text, config: Config) -> None:
+    """What is left of them would make something of pixels; nothing says that it cannot."""
+    model.config.vision_config.num_hidden_layers = config["vision_config"]["num_hidden_layers"]
+    model.config.perceiver_config.resampler_depth = config["perceiver_config"]["resampler_depth"]
+    model.model.vision_model = model.model.perceiver_resampler = None
 
 
 def local_folder(base: str, *, revision: str | None = None) -> Path:

@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsDecoderLayer, IdeficsGatedCrossAttentionLayer
-from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.idefics.vision import IdeficsVisionEncoderLayer
 
 from modeling.checkpoint import Rows, Stored, in_threads, row_blocks
 from modeling.deltas import Adapter
 from modeling.towers import BLOCKS
+from modeling.vision import make_resampler
 
 SAMPLED_ROWS = 4
 SMALL = 2**16
@@ -206,22 +206,10 @@ def _resampler(module: nn.Module, config: IdeficsConfig, rng: torch.Generator) -
     return module(torch.randn(1, POSITIONS, config.vision_config.embed_dim, generator=rng))
 
 
-def _make_resampler(config: IdeficsConfig) -> nn.Module:
-    perceiver = config.perceiver_config
-    return IdeficsPerceiverResampler(
-        config,
-        config.vision_config.embed_dim,
-        perceiver.resampler_depth,
-        perceiver.resampler_n_heads,
-        perceiver.resampler_head_dim,
-        perceiver.resampler_n_latents,
-    )
-
-
 _MAKERS = {
     "decoder": lambda config: IdeficsDecoderLayer(config, 0),
     "cross_attention": lambda config: IdeficsGatedCrossAttentionLayer(config, 0),
     "vision": lambda config: IdeficsVisionEncoderLayer(config.vision_config),
-    "resampler": _make_resampler,
+    "resampler": make_resampler,
 }
 _CALLS = {"decoder": _decoder, "cross_attention": _cross_attention, "vision": _vision, "resampler": _resampler}

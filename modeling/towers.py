@@ -17,6 +17,9 @@ from collections.abc import Iterable, Mapping
 LORA_TOWERS = ("vision", "resampler", "cross_attention", "decoder")
 TOWERS = (*LORA_TOWERS, "gates", "added_tokens", "embeddings_and_head")
 
+IMAGE_TOWERS = ("vision", "resampler")
+"""What makes features of an image; where both are frozen, once and for all."""
+
 QUANTIZED_TOWERS = ("cross_attention", "decoder")
 """Whose linear layers `quantize: nf4` holds in 4 bits: nine tenths of the parameters."""
 

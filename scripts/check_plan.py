@@ -78,6 +78,8 @@ class Case:
     rows_per_step: int = 2
     sequence: int = 128
     """Tokens of each sequence of the row."""
+    cached: bool = False
+    """Image features come with the batch, and the model has no image towers."""
 
     def setup(self, *, gpu: bool) -> Setup:
         return Setup(
@@ -90,6 +92,7 @@ class Case:
             checkpointing=self.checkpointing,
             rows_per_step=self.rows_per_step,
             gpu=gpu,
+            cached=self.cached,
         )
 
 
@@ -102,6 +105,8 @@ CASES = (
     Case("lora in bf16", RowSize(1024, 400, 2), dtype="bfloat16", dropout=0.05),
     Case("all towers in full on bf16", RowSize(512, 200, 2), FULL, dtype="bfloat16"),
     Case("nf4 lora", RowSize(1024, 400, 2), quantize=True),
+    Case("lora, 8 cached images", RowSize(512, 200, 8), cached=True),
+    Case("nf4 lora, 8 cached images", RowSize(512, 200, 8), quantize=True, cached=True),
 )
 
 
@@ -172,7 +177,9 @@ def _model(case: Case) -> Any:
 
     from modeling.adapters import attach
 
-    model = _quantized_model() if case.quantize else _random_model(getattr(torch, case.dtype))
+    model = _quantized_model(case) if case.quantize else _random_model(getattr(torch, case.dtype))
+    if case.cached and not case.quantize:
+        model.model.vision_model = model.model.perceiver_resampler = None
     if torch.cuda.is_available():
         model.cuda()
     lora = {"r": 16, "lora_alpha": 32, "lora_dropout": case.dropout}
@@ -189,7 +196,7 @@ def _random_model(dtype: Any) -> Any:
     return model
 
 
-def _quantized_model() -> Any:
+def _quantized_model(case: Case) -> Any:
     """Written to a folder and loaded from its 4-bit copy, as a run does."""
     from modeling import loading, tiny
     from modeling.quantize import quantized_checkpoint
@@ -200,7 +207,7 @@ def _quantized_model() -> Any:
         tokenizer = tiny.train_tokenizer(["a b c"] * 4, vocab_size=MIDDLE["vocab_size"])
         loading.save_processor(tiny.build_processor(tokenizer, image_size=224), base)
         quantized = quantized_checkpoint(base, Path(folder) / "quantized", name="base")
-        model = loading.load(str(base), quantized=quantized).model
+        model = loading.load(str(base), quantized=quantized, image_towers=not case.cached).model
         gc.collect()
         _reset_highest_resident()
         return model
@@ -290,14 +297,16 @@ class _Rows:
         positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(starts)])
         labels = ids.clone()
         labels[0, : row.tokens - row.supervised] = -100
-        size = MIDDLE["vision_config"]["image_size"]
+        size, latents = MIDDLE["vision_config"]["image_size"], MIDDLE["perceiver_config"]["resampler_n_latents"]
+        features = torch.randn(row.images, latents, MIDDLE["vision_config"]["embed_dim"], generator=rng)
+        pixels = torch.randn(row.images, 3, size, size, generator=rng)
         return {
             "input_ids": ids,
             "labels": labels,
             "position_ids": positions[None],
             "sequence_starts": torch.tensor(starts, dtype=torch.int32),
             "image_index": (torch.arange(row.tokens) * row.images // row.tokens)[None],
-            "pixel_values": torch.randn(row.images, 3, size, size, generator=rng),
+            **({"image_features": features} if self.case.cached else {"pixel_values": pixels}),
         }
 
     def epoch(self, number: int) -> int:

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from finetune.data.collate import RowCollator, collate
+from finetune.data.collate import RowCollator, collate, stack_pixels
 from finetune.data.dialogue import Image
 from finetune.data.images import Augmentation, Preprocessing
 from finetune.data.schedule import Row
@@ -36,8 +36,12 @@ def pixels(image):
     return np.full((3, 2, 4), image, dtype=np.float32)
 
 
+def show(images):
+    return {"pixel_values": stack_pixels(images, pixels, size=(2, 4))}
+
+
 def batch(examples, image_ids):
-    return collate(examples, image_ids, pixels=pixels, image_size=(2, 4), filler=2)
+    return collate(examples, image_ids, show=show, filler=2)
 
 
 def test_a_batch_by_hand():
@@ -67,12 +71,12 @@ def test_an_image_shown_twice_in_one_example_is_there_once():
 def test_each_distinct_image_is_asked_for_once():
     asked = []
 
-    def counted(image):
-        asked.append(image)
-        return pixels(image)
+    def shown(images):
+        asked.append(images)
+        return show(images)
 
-    collate([ONE, TWO], [(7,), (7, 4)], pixels=counted, image_size=(2, 4), filler=2)
-    assert asked == [7, 4]
+    collate([ONE, TWO], [(7,), (7, 4)], show=shown, filler=2)
+    assert asked == [[7, 4]]
 
 
 def test_a_row_without_images_has_none_padded():

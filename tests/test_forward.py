@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import IdeficsForVisionText2Text
 
-from finetune.data.collate import collate
+from finetune.data.collate import collate, stack_pixels
 from finetune.data.dialogue import Dialogue, Image, Turn, assistant, user
 from finetune.data.template import render
 from finetune.data.tokens import tokenize
@@ -47,12 +47,16 @@ def pixels(number, size=64):
     return np.random.default_rng(number).standard_normal((3, size, size)).astype(np.float32)
 
 
+def show(pixels, **options):
+    return lambda images: {"pixel_values": stack_pixels(images, pixels, size=(64, 64), **options)}
+
+
 def lay(dialogues, tokenizer, pixels=pixels, **options):
     """(examples, images of each, the packed batch)."""
     rendered = [render(dialogue) for dialogue in dialogues]
     examples = [tokenize(text, tokenizer) for text in rendered]
     ids = [[image.source[0] for image in text.images] for text in rendered]
-    return examples, ids, collate(examples, ids, pixels=pixels, image_size=(64, 64), filler=0, **options)
+    return examples, ids, collate(examples, ids, show=show(pixels, **options), filler=0)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +145,7 @@ def test_every_parameter_of_decoder_and_cross_attention_has_a_gradient_without_i
 def test_a_tower_of_the_image_side_has_a_gradient_in_a_row_with_only_a_blank_image(pair, tower):
     idefics, _, model = pair
     model.zero_grad()
-    batch = lay((PLAIN,), idefics.tokenizer, blank_image=True)[2]
+    batch = lay((PLAIN,), idefics.tokenizer, blank=True)[2]
     loss = packed_loss(model, batch, config=model.config)
     loss.backward()
     # the last norm of the vision tower plays no part in IDEFICS
@@ -225,7 +229,7 @@ def test_text_sees_only_the_last_image_before_it_and_none_before_the_first(pair)
 def test_a_row_with_nothing_supervised_gives_zero_and_zero_gradients(pair):
     _, _, model = pair
     model.zero_grad()
-    batch = collate([], [], pixels=pixels, image_size=(64, 64), filler=0)
+    batch = collate([], [], show=show(pixels), filler=0)
     loss = packed_loss(model, batch, config=model.config)
     assert loss.item() == 0.0
     loss.backward()

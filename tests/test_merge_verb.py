@@ -85,10 +85,13 @@ def test_what_was_proved_is_shown(run):
     assert "blocks run: base + adapter against merged" in verified.stderr
 
 
-def test_an_adapter_is_merged_onto_the_base_that_is_named_into_the_folder_that_is_named(run, base_folder, tmp_path):
+@pytest.mark.parametrize("named", ["HuggingFaceM4/idefics-9b", None])
+def test_an_adapter_is_merged_onto_the_base_that_is_named_into_the_folder_that_is_named(
+    run, base_folder, tmp_path, named
+):
     (run / "adapter" / "finetune.json").unlink()
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "HuggingFaceM4/idefics-9b"
+    config["base_model_name_or_path"] = named
     (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     options = ("--dtype", "bf16", "--shard-size", "500KB", "--json")
     outcome = invoke(run / "adapter", "--base", base_folder, "--out", tmp_path / "a" / "b", *options)

@@ -319,6 +319,7 @@ def test_disk_of_the_9b(tmp_path):
     assert disk == {
         "base": 0,
         "quantized": 4_080_760_832 + 2 * 1_019_230_480,
+        "features": 0,
         "checkpoints": 2 * 12 * 49_274_896,
         "adapter": 4 * 49_274_896,
         "merged": 2 * 8_929_687_824,
@@ -356,7 +357,7 @@ def test_the_verb_prints_tables_json_and_a_picture(recipe_file, tmp_path):
 
 def test_a_wrong_option_is_told(recipe_file, tmp_path):
     size = invoke("plan", recipe_file, "--gpu", "lots")
-    assert (size.exit_code, "expected the memory of a GPU" in " ".join(size.output.split())) == (1, True)
+    assert (size.exit_code, "--gpu: expected a size with its unit" in " ".join(size.output.split())) == (1, True)
     picture = invoke("plan", recipe_file, "--gpu", "1GiB", "--picture", tmp_path / "plan.wrong")
     assert (picture.exit_code, "--picture" in picture.output) == (1, True)
 
@@ -381,7 +382,7 @@ def test_a_plan_from_the_config_alone_needs_no_torch(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_predicted_is_what_the_allocator_counts():
-    script = [sys.executable, "scripts/check_plan.py", "lora, checkpointing"]
+    script = [sys.executable, "scripts/check_plan.py", "lora, checkpointing", "lora, 8 cached images"]
     checked = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
-    assert "1 recipes, 0 bounds missed" in checked.stdout, checked.stdout + checked.stderr
+    assert "2 recipes, 0 bounds missed" in checked.stdout, checked.stdout + checked.stderr
     assert checked.returncode == 0

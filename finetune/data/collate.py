@@ -1,6 +1,6 @@
 """Examples -> Batch. The only file that builds batch tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypedDict
 
@@ -13,13 +13,17 @@ from finetune.data.schedule import Row
 from finetune.data.tokens import IGNORED, Example
 
 
-class Batch(TypedDict):
+class Batch(TypedDict, total=False):
     """One packed row of T tokens, S sequences and N distinct images.
 
     input_ids, labels, position_ids   int64 [1, T]    position_ids restart at 0 in every sequence
     sequence_starts                   int32 [S + 1]   cumulative lengths
     image_index                       int64 [1, T]    index into this batch's images, -1 = none
-    pixel_values                      float32 [N, 3, H, W]   real images only, none padded (but see `blank_image`)
+
+    and what is shown, real images only, none padded (but see `stack_pixels`): either of
+
+    pixel_values                      float32 [N, 3, H, W]
+    image_features                    [N, latents, D], in the model's dtype
     """
 
     input_ids: torch.Tensor
@@ -28,25 +32,23 @@ class Batch(TypedDict):
     sequence_starts: torch.Tensor
     image_index: torch.Tensor
     pixel_values: torch.Tensor
+    image_features: torch.Tensor
 
 
 def collate(
     examples: Sequence[Example],
     image_ids: Sequence[Sequence[int]],
     *,
-    pixels: Callable[[int], np.ndarray],
-    image_size: tuple[int, int],
+    show: Callable[[Sequence[int]], Batch],
     filler: int,
-    blank_image: bool = False,
 ) -> Batch:
     """Lay examples end to end. `image_ids[i]` names the images of example i; an image used twice is there once.
 
     Two examples of 3 and 2 tokens, the second one seeing image 7:
 
-    position_ids 0 1 2 0 1    sequence_starts 0 3 5    image_index -1 -1 -1 0 0    pixel_values of 7
+    position_ids 0 1 2 0 1    sequence_starts 0 3 5    image_index -1 -1 -1 0 0    and what `show` makes of [7]
 
-    With no examples, a row of the one unsupervised token `filler`. With `blank_image`, a row without images carries a
-    black one that no token sees: a vision tower that is trained then has a gradient (of zero) in every row.
+    With no examples, a row of the one unsupervised token `filler`.
     """
     if not examples:
         one = np.zeros(1, dtype=np.int64)
@@ -59,15 +61,27 @@ def collate(
         for example, images in zip(examples, image_ids, strict=True)
     ]
     lengths = [len(example) for example in examples]
-    empty = np.zeros((int(blank_image), 3, *image_size), dtype=np.float32)
     return {
         "input_ids": _row([example.input_ids for example in examples]),
         "labels": _row([example.labels for example in examples]),
         "position_ids": _row([np.arange(length) for length in lengths]),
         "sequence_starts": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         "image_index": _row(seen),
-        "pixel_values": torch.from_numpy(np.stack([pixels(image) for image in distinct]) if distinct else empty),
+        **show(distinct),
     }
+
+
+def stack_pixels(
+    images: Sequence[int], pixels: Callable[[int], np.ndarray], *, size: tuple[int, int], blank: bool = False
+) -> torch.Tensor:
+    """float32 [N, 3, H, W] of images of `size` (height, width).
+
+    With `blank`, no images make a black one, which no token sees: a vision tower that is trained then has a gradient
+    (of zero) in every row.
+    """
+    if not images:
+        return torch.zeros(int(blank), 3, *size)
+    return torch.from_numpy(np.stack([pixels(image) for image in images]))
 
 
 def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:
@@ -91,6 +105,16 @@ class Rows(Protocol):
         """How many tokens of examples a row holds."""
 
 
+class Features(Protocol):
+    """What a vision tower and a resampler made of numbered images."""
+
+    def __call__(self, images: Sequence[int]) -> torch.Tensor:
+        """[N, latents, D] of these images, in the model's dtype."""
+
+    def exchanged(self, other: Mapping[int, int]) -> "Features":
+        """Image `one` has the features of `other[one]`."""
+
+
 @dataclass(frozen=True)
 class RowCollator:
     """The rows of a schedule over prepared examples. Plain data, so workers can have it."""
@@ -104,6 +128,8 @@ class RowCollator:
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
     blank_image: bool = False
+    features: Features | None = None
+    """Instead of pixels."""
 
     def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
         (feature,) = features
@@ -125,11 +151,15 @@ class RowCollator:
         return collate(
             [self.examples[index] for index in row.examples],
             [self.image_ids[index] for index in row.examples],
-            pixels=lambda image: self._pixels(image, row.epoch),
-            image_size=self.preprocessing.size,
+            show=lambda images: self._show(images, row.epoch),
             filler=self.filler,
-            blank_image=self.blank_image,
         )
+
+    def _show(self, images: Sequence[int], epoch: int) -> Batch:
+        if self.features is not None:
+            return {"image_features": self.features(images)}
+        size, blank = self.preprocessing.size, self.blank_image
+        return {"pixel_values": stack_pixels(images, lambda image: self._pixels(image, epoch), size=size, blank=blank)}
 
     def _pixels(self, image: int, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch, image]) if self.augmentation != Augmentation() else None

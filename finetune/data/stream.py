@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.account import Account, why_nothing_is_left
-from finetune.data.collate import Batch, collate
+from finetune.data.collate import Batch, collate, stack_pixels
 from finetune.data.convert import read_dialogues
 from finetune.data.dialogue import Dialogue, Image, RecordError, Remote
 from finetune.data.fit import Fates, Fitter
@@ -113,14 +113,14 @@ class StreamedRows:
         row, pixels = self._opened(self._go_on(number), number)
         self._tokens[number] = sum(len(drawn.example) for drawn in row)
         numbers = {image: index for index, image in enumerate(pixels)}
-        levels = list(pixels.values())
+        levels, size = list(pixels.values()), self.preprocessing.size
         return collate(
             [drawn.example for drawn in row],
             [[numbers[image] for image in drawn.images] for drawn in row],
-            pixels=lambda index: levels[index],
-            image_size=self.preprocessing.size,
+            show=lambda images: {
+                "pixel_values": stack_pixels(images, lambda image: levels[image], size=size, blank=self.blank_image)
+            },
             filler=self.filler,
-            blank_image=self.blank_image,
         )
 
     def _go_on(self, number: int) -> list[Drawn]:

@@ -1,0 +1,74 @@
+"""Vision tower and resampler by themselves: what a run with cached image features needs of them, once."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import IdeficsConfig
+from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
+from transformers.models.idefics.vision import IdeficsVisionTransformer
+
+from modeling.attention import PACKED
+from modeling.checkpoint import Stored, identity, read_checkpoint, require_shapes
+from modeling.shapes import Config, read_config, tensor_shapes
+from modeling.towers import IMAGE_TOWERS, is_computed, tower_of
+
+
+class ImageTowers(nn.Module):
+    """pixel_values float [N, 3, H, W] -> features [N, latents, D] in the dtype of the weights."""
+
+    def __init__(self, config: IdeficsConfig):
+        super().__init__()
+        self.vision_model = IdeficsVisionTransformer(config.vision_config)
+        self.perceiver_resampler = make_resampler(config)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        like = next(self.parameters())
+        hidden = self.vision_model(pixel_values=pixel_values.to(like.device, like.dtype)).last_hidden_state
+        return self.perceiver_resampler(hidden)
+
+
+def load_image_towers(folder: Path, *, dtype: torch.dtype, device: torch.device) -> ImageTowers:
+    """From a checkpoint's folder; nothing else of it is read. Raises UserError."""
+    config = IdeficsConfig(**read_config(str(folder)))
+    config._attn_implementation = config.vision_config._attn_implementation = PACKED
+    with init_empty_weights(include_buffers=False):
+        towers = ImageTowers(config)
+    weights = {
+        name.removeprefix("model."): stored.rows().to(device, dtype) for name, stored in _tower_tensors(folder).items()
+    }
+    towers.load_state_dict(weights, assign=True)
+    return towers.to(device).eval()
+
+
+def image_towers_identity(folder: Path) -> str:
+    """Tells towers apart: their weights, and the configuration that computes with them. Raises UserError."""
+    config = read_config(str(folder))
+    settings = [sorted(config[part].items()) for part in ("vision_config", "perceiver_config")]
+    return hashlib.sha256(f"{identity(_tower_tensors(folder))} {settings}".encode()).hexdigest()
+
+
+def feature_shape(config: Config) -> tuple[int, int]:
+    """(latents, D) of an image."""
+    return config["perceiver_config"]["resampler_n_latents"], config["vision_config"]["embed_dim"]
+
+
+def make_resampler(config: IdeficsConfig) -> IdeficsPerceiverResampler:
+    perceiver = config.perceiver_config
+    return IdeficsPerceiverResampler(
+        config,
+        config.vision_config.embed_dim,
+        perceiver.resampler_depth,
+        perceiver.resampler_n_heads,
+        perceiver.resampler_head_dim,
+        perceiver.resampler_n_latents,
+    )
+
+
+def _tower_tensors(folder: Path) -> dict[str, Stored]:
+    stored = read_checkpoint(folder)
+    require_shapes(folder, stored, tensor_shapes(read_config(str(folder))))
+    return {name: one for name, one in stored.items() if not is_computed(name) and tower_of(name) in IMAGE_TOWERS}
