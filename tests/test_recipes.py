@@ -10,6 +10,7 @@ from mixture_files import beside_files
 from typer.testing import CliRunner
 
 from finetune.cli import app
+from finetune.plan import plan
 from finetune.recipe_file import load_recipe
 from modeling import loading, tiny
 from modeling.shapes import SHAPES, read_config, stand_in
@@ -38,6 +39,36 @@ def test_what_was_not_run_here_says_so(name):
 def test_the_folder_s_readme_lists_them_all():
     listed = re.findall(r"^\| `([\w.-]+\.yaml)`", (FOLDER / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == RECIPES
+
+
+PLANNED = {
+    "idefics-9b_qlora_1x16gb.yaml": "16GiB",
+    "idefics-9b_qlora_1x24gb.yaml": "24GiB",
+    "idefics-9b_lora_1x80gb.yaml": "80GB",
+    "idefics-80b_qlora_8x80gb.yaml": "80GB",
+}
+
+
+def plan_line(name, gpu):
+    """The line of a recipe in the folder's README."""
+    made = plan(load_recipe(FOLDER / name), gpu=gpu)
+    parts = dict(made["memory"]["parts"])
+    fixed = (parts.pop("weights"), sum(parts.pop(part) for part in ("adapters", "optimizer", "gradients")))
+    sizes = (*fixed, sum(parts.values()), made["gpu"]["needed"])
+    assert made["gpu"]["fits"]
+    trained, disk = made["totals"]["trained"], made["disk"]["total"]
+    cells = (f"`{name.removesuffix('.yaml')}`", f"{trained:,}", *map(gib, sizes), gpu, gib(disk))
+    return f"| {' | '.join(cells)} |"
+
+
+def gib(nbytes):
+    return f"{nbytes / 2**30:.1f}"
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plan_in_the_folder_s_readme_is_what_finetune_plan_says(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing is prepared here
+    assert plan_line(name, PLANNED[name]) in (FOLDER / "README.md").read_text().splitlines()
 
 
 @pytest.fixture(scope="session")

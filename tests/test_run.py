@@ -109,6 +109,47 @@ def assert_same_training(one, other):
     ]
 
 
+def test_cached_features_give_what_live_images_give_and_the_towers_are_asked_once(recipe_file, tmp_path, monkeypatch):
+    changes = {"live": "data.cache_features=false", "cached": "data.cache_features=true"}
+    results = {}
+    for name, change in changes.items():
+        recipe = load_recipe(recipe_file, [f"output={tmp_path / name}", change, "adapter.dropout=0"])
+        results[name] = Run(recipe).do("train", "evaluate")
+        assert (tmp_path / "features").exists() == (name == "cached")
+    # Adam's first steps are signs of gradients, and rounding decides the sign of a gradient near zero.
+    for live, cached in zip(metrics(tmp_path / "live"), metrics(tmp_path / "cached"), strict=True):
+        assert cached["loss"] == pytest.approx(live["loss"], rel=1e-3), live["step"]
+    for name in ("base", "tuned"):
+        live, cached = (results[which]["evaluate"][name] for which in changes)
+        assert cached["loss"] == pytest.approx(live["loss"], rel=1e-3)
+        assert cached["questions"] == live["questions"]
+    assert results["live"]["evaluate"]["base"]["exact"] == results["cached"]["evaluate"]["base"]["exact"]
+    monkeypatch.setattr("finetune.materials.load_image_towers", None)  # a call would fail
+    again = load_recipe(recipe_file, [f"output={tmp_path / 'again'}", "adapter.dropout=0"])
+    Run(again).do("train", "evaluate")
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "cached")
+
+
+@pytest.mark.parametrize("change", ["data.augment.flip=true", "model.resampler=lora"])
+def test_images_that_change_or_towers_that_learn_run_live(recipe_file, tmp_path, change):
+    recipe = load_recipe(recipe_file, [change, "training.steps=1"])
+    assert not recipe.caches_features
+    Run(recipe).do("train")
+    assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.parametrize(("free", "asked"), [(10**12, True), (10, False)])
+def test_a_merged_model_too_large_for_this_machine_is_proved_by_blocks_alone(recipe_file, monkeypatch, free, asked):
+    monkeypatch.setattr(run_module, "free_memory", lambda: free)
+    recipe = load_recipe(recipe_file, ["training.steps=1"])
+    proof = Run(recipe).do("train", "merge")["merge"]
+    assert ("answers" in proof) == asked
+    assert proof["weights"]["blocks"] > 0
+    shown = invoke("run", recipe_file, "training.steps=1").output
+    assert ("equal answers" in shown) == asked
+    assert "the model:" in shown
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
