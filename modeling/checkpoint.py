@@ -39,11 +39,14 @@ MAX_HEADER = 100_000_000
 IDENTITY_BYTES = 4096
 """Of each tensor that `identity` looks at, at its beginning and at its end."""
 
+SYNC_BYTES = 128 * 2**20
+"""Written, before the system is asked to bring them to the disk."""
+
 COPY_BYTES = 2**20
 """Copied at once."""
 
-BLOCK_ELEMENTS = 2**20
-"""Of a tensor that are worked on at once: few enough for the processor's caches."""
+BLOCK_ELEMENTS = 2**18
+"""Of a tensor that are worked on at once: few enough for the caches, and for memory to be reused, not mapped anew."""
 
 
 class Rows(Protocol):
@@ -288,10 +291,20 @@ def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:  # buffered: it writes on where the system wrote a part
+    with (
+        partial.open("wb") as file,
+        ThreadPoolExecutor(1) as pool,
+    ):  # buffered: it writes on where the system wrote a part
         file.write(len(content).to_bytes(8, "little") + content)
+        waiting, synced = 0, pool.submit(int)
         for name, planned in tensors.items():
-            written = sum(file.write(block) for block in _bytes_of(planned))
+            written = 0
+            for block in _bytes_of(planned):
+                written += file.write(block)
+                waiting += len(block)
+                if waiting >= SYNC_BYTES and synced.done():
+                    # The disk works while the next blocks are made.
+                    synced, waiting = pool.submit(os.fdatasync, file.fileno()), 0
             assert written == planned.nbytes, f"{name}: {written} bytes written, {planned.nbytes} planned"
         file.flush()
         os.fsync(file.fileno())
