@@ -15,7 +15,7 @@ from finetune.data.template import Rendered, render
 from finetune.data.tokens import Example, tokenize
 from finetune.data.tracking import Track, silently
 from modeling.forward import image_features
-from modeling.generation import remembered_images
+from modeling.generation import growing_cache, remembered_images
 from modeling.loading import generation_config
 
 PADDING = 32
@@ -72,7 +72,7 @@ def _continue(assistant: Assistant, inputs: dict[str, torch.Tensor], max_new_tok
     config.max_new_tokens = max_new_tokens
     model = assistant.idefics.eval()
     with remembered_images(model):
-        output = model.generate(**inputs, generation_config=config)
+        output = model.generate(**inputs, past_key_values=growing_cache(), generation_config=config)
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 

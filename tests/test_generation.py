@@ -1,12 +1,13 @@
-"""Images projected once per generated text: the same answers, the model afterwards as it was."""
+"""Keys and values of images computed once, those of text seldom copied: the same answers, the model as it was."""
 
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
 from modeling import tiny
 from modeling.adapters import attach
-from modeling.generation import Remembered, remembered_images
+from modeling.generation import ROOM, GrowingLayer, Remembered, growing_cache, remembered_images
 from modeling.loading import load
 from modeling.shapes import IDEFICS_9B, stand_in
 
@@ -199,3 +200,58 @@ def test_memory_that_is_used_again_is_not_the_tensor_that_was():
             tensor = torch.full((1000,), float(value))
             assert remembered(tensor)[0] == 2 * value
             del tensor
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_growing_cache_changes_no_logit(model, inputs, beams):
+    def logits(**cache):
+        length = {"min_new_tokens": ROOM + 4, "max_new_tokens": ROOM + 4, "do_sample": False, "num_beams": beams}
+        with torch.no_grad():
+            output = model.generate(**inputs, **cache, **length, return_dict_in_generate=True, output_logits=True)
+        return output.sequences, torch.stack(output.logits)
+
+    tokens, expected = logits()
+    cache = growing_cache()
+    with remembered_images(model):
+        ours, found = logits(past_key_values=cache)
+    assert torch.equal(ours, tokens)
+    assert torch.equal(found, expected)
+    assert [type(layer) for layer in cache.layers] == [GrowingLayer] * model.config.num_hidden_layers
+
+
+def test_a_growing_layer_is_a_dynamic_layer():
+    """Through everything that the stock layer may be asked for between two tokens."""
+    make = torch.Generator().manual_seed(0)
+    ours, stock = GrowingLayer(), DynamicLayer()
+
+    def append(batch, tokens):
+        keys, values = torch.randn(2, batch, 2, tokens, 4, generator=make)
+        found, expected = ours.update(keys, values), stock.update(keys, values)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert ours.get_seq_length() == stock.get_seq_length()
+        assert ours.get_mask_sizes(1) == stock.get_mask_sizes(1)
+
+    append(3, 5)
+    for step, change in enumerate(
+        [
+            lambda layer: layer.crop(-2),
+            lambda layer: layer.reorder_cache(torch.tensor([2, 2, 0])),
+            lambda layer: layer.crop(-layer.get_seq_length()),
+            lambda layer: layer.batch_repeat_interleave(2),
+            lambda layer: layer.batch_select_indices(torch.arange(3)),
+            lambda layer: layer.reset(),
+        ]
+    ):
+        change(ours), change(stock)
+        for tokens in (1, 1, ROOM + 1, 1):
+            append(6 if step == 3 else 3, tokens)
+
+
+def test_a_growing_layer_keeps_its_memory_until_it_is_full():
+    layer, places = GrowingLayer(), set()
+    for tokens in [5, *[1] * ROOM]:
+        keys, _ = layer.update(torch.ones(1, 2, tokens, 4), torch.ones(1, 2, tokens, 4))
+        places.add(keys.data_ptr())
+    assert len(places) == 1
+    layer.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    assert layer.keys.data_ptr() not in places
