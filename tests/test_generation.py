@@ -1,5 +1,10 @@
 """Keys and values of images computed once, those of text seldom copied: the same answers, the model as it was."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +16,7 @@ from modeling.generation import ROOM, GrowingLayer, Remembered, growing_cache, r
 from modeling.loading import load
 from modeling.shapes import IDEFICS_9B, stand_in
 
+ROOT = Path(__file__).parent.parent
 TOKENS = 12
 
 
@@ -255,3 +261,13 @@ def test_a_growing_layer_keeps_its_memory_until_it_is_full():
     assert len(places) == 1
     layer.update(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
     assert layer.keys.data_ptr() not in places
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_the_tokens_of_both_sides():
+    small = "--images 2 --tokens 3 --batch 2 --repeats 1 --hidden 128 --image-width 32 --vocab 300 --json"
+    script = [sys.executable, "scripts/benchmark_generation.py", *small.split()]
+    ran = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, check=True)
+    figures = json.loads(ran.stdout)
+    assert figures["tokens"] == 3
+    assert figures["ratio"] == pytest.approx(figures["stock"] / figures["ours"])
