@@ -15,6 +15,7 @@ from finetune.data.template import Rendered, render
 from finetune.data.tokens import Example, tokenize
 from finetune.data.tracking import Track, silently
 from modeling.forward import image_features
+from modeling.generation import growing_cache, remembered_images
 from modeling.loading import generation_config
 
 PADDING = 32
@@ -71,7 +72,9 @@ def generate(
 def _continue(assistant: Assistant, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[list[int]]:
     config = generation_config(assistant.tokenizer)
     config.max_new_tokens = max_new_tokens
-    output = assistant.idefics.eval().generate(**inputs, generation_config=config)
+    model = assistant.idefics.eval()
+    with remembered_images(model):
+        output = model.generate(**inputs, past_key_values=growing_cache(), generation_config=config)
     return output[:, inputs["input_ids"].shape[1] :].tolist()
 
 

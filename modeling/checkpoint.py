@@ -291,21 +291,22 @@ def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     partial = path.with_name(f"{path.name}.partial")
-    with (
-        partial.open("wb") as file,
-        ThreadPoolExecutor(1) as pool,
-    ):  # buffered: it writes on where the system wrote a part
+    # Buffered: it writes on where the system wrote a part.
+    with partial.open("wb") as file, ThreadPoolExecutor(1) as pool:
         file.write(len(content).to_bytes(8, "little") + content)
-        waiting, synced = 0, pool.submit(int)
+        waiting = 0
+        synced: Future[Any] = pool.submit(int)
         for name, planned in tensors.items():
             written = 0
             for block in _bytes_of(planned):
                 written += file.write(block)
                 waiting += len(block)
                 if waiting >= SYNC_BYTES and synced.done():
-                    # The disk works while the next blocks are made.
+                    synced.result()  # a disk tells of an error once
+                    # It works while the next blocks are made.
                     synced, waiting = pool.submit(os.fdatasync, file.fileno()), 0
             assert written == planned.nbytes, f"{name}: {written} bytes written, {planned.nbytes} planned"
+        synced.result()
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -7,8 +7,9 @@ import torch
 from finetune.data.dialogue import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
 from finetune.data.template import render
+from finetune.data.tokens import tokenize
 from finetune.evaluate import draw_questions, exchange_images, held_out_loss
-from finetune.generate import Answer, Assistant, generate
+from finetune.generate import Answer, Assistant, _answer, _continue, _inputs, generate
 from modeling import loading
 from modeling.adapters import attach, open_adapter, save_adapter
 from modeling.forward import packed_loss
@@ -48,6 +49,34 @@ def test_it_is_the_stock_processor_and_model(asked, idefics, prompts):
     assert render(prompts[0]).text == idefics.tokenizer.decode(inputs["input_ids"][0]).replace("<s> ", "<s>").replace(
         "> ", ">"
     )
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_batch_is_answered_as_the_stock_generate_does_with_images_projected_once(asked, prompts, lora):
+    if lora:
+        wrapped = attach(asked.model, {"cross_attention": "lora", "decoder": "lora"}, lora={"r": 2}, base="")
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+        asked = Assistant(wrapped.eval(), asked.tokenizer, asked.preprocessing)
+    rendered = [render(prompt) for prompt in prompts]
+    assert {len(text.images) for text in rendered} == {0, 1, 2}
+    inputs = _inputs(asked, [tokenize(text, asked.tokenizer) for text in rendered], rendered)
+    config = loading.generation_config(asked.tokenizer)
+    config.max_new_tokens = 10
+    expected = asked.idefics.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
+    modules, calls = list(asked.model.named_modules()), []
+    blocks = asked.idefics.model.gated_cross_attn_layers
+    for block in blocks:
+        block.cross_attn.k_proj.register_forward_hook(lambda *_: calls.append("k"))
+        block.cross_attn.v_proj.register_forward_hook(lambda *_: calls.append("v"))
+    assert _continue(asked, inputs, 10) == expected
+    assert sorted(calls) == ["k"] * len(blocks) + ["v"] * len(blocks)
+    assert list(asked.model.named_modules()) == modules
+    assert [answer.text for answer in generate(asked, prompts, max_new_tokens=10)] == [
+        _answer(asked.tokenizer, ids).text for ids in expected
+    ]
 
 
 def test_an_answer_that_stops_is_cut_there_and_one_that_does_not_says_so(asked, prompts, monkeypatch):
