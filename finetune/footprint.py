@@ -217,7 +217,7 @@ class _Forward:
         key, value = self._linear(images, width, tower), self._linear(images, width, tower)
         if self.config["qk_layer_norms"]:
             query, key = self._rms_norm(query, tower, heads), self._rms_norm(key, tower, heads)
-        attended = self.tape.like(self._packed_attention(query, key, value, heads))
+        attended = self._packed_attention(query, key, value, heads)
         seen = self.tape.like(self._linear(attended, width, tower))  # zero where a token sees no image
         hidden = self.tape.add(hidden, self._gated(seen))
         return self.tape.add(hidden, self._gated(self._mlp(self._rms_norm(hidden, tower), tower)))
@@ -238,17 +238,16 @@ class _Forward:
         return self._linear(self.tape.like(active, up, saves=(active, up)), hidden.width, tower)
 
     def _packed_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-        """Each sequence's (or image's) result is joined to a row, and its heads are put side by side."""
-        attended = self._attention(query, key, value, heads)
-        return self.tape.like(self.tape.like(attended, hands_on=True), hands_on=True)
+        """Each sequence's (or image's) result is joined to a row; all parts' gradients live when they are joined."""
+        joining = query.nbytes + key.nbytes + value.nbytes + max(query.nbytes, key.nbytes)
+        return self.tape.like(self._attention(query, key, value, heads, scratch=joining), hands_on=True)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int, *, scratch: int = 0) -> Tensor:
         """Fused: no scores are kept, but a logarithm for each query and head."""
         output = self.tape.new(query.rows, query.width, query.item)
         sums = self.tape.new(query.rows, heads, FP32)
-        return self.tape.run(
-            (query, key, value), output, saves=(query, key, value, output, sums), scratch=2 * query.nbytes
-        )
+        saves, scratch = (query, key, value, output, sums), max(scratch, 2 * query.nbytes)
+        return self.tape.run((query, key, value), output, saves=saves, scratch=scratch)
 
     # Head and loss
 
