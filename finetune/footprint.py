@@ -13,6 +13,9 @@ from finetune.tape import FP32, Operation, Tape, Tensor
 from modeling.shapes import Config
 from modeling.towers import QUANTIZED_TOWERS
 
+ROWS = 16
+"""Of logits, whose losses are computed at a time (modeling/forward.py)."""
+
 NF4_GROUP = 64
 """Weights that share a scale; matrices whose rows are no whole groups are not quantised."""
 
@@ -264,9 +267,8 @@ class _Forward:
             gradients=self._if_full("added_tokens", added * hidden.width),
         )
         logits = tape.run((large, small), tape.new(supervised, vocabulary + added, large.item), hands_on=True)
-        shares = tape.new(supervised, logits.width, FP32)
-        tape.run((tape.cast(logits, FP32),), shares, saves=(shares,))
-        losses = tape.run((shares,), tape.new(supervised, 1, FP32))
+        some = 2 * FP32 * min(supervised, ROWS) * logits.width
+        losses = tape.run((logits,), tape.new(supervised, 1, FP32), saves=(logits,), scratch=some)
         tape.touch(logits)
         tape.run((losses,), tape.new(1, 1, FP32))
 
@@ -312,7 +314,10 @@ class _Forward:
         low = tape.new(hidden.rows, setup.rank, source.item)
         tape.run((source,), low, saves=(source,), gradients=FP32 * setup.rank * hidden.width)
         high = tape.new(hidden.rows, output.width, source.item)
-        tape.run((low,), high, saves=(low,), gradients=FP32 * setup.rank * output.width)
+        gradients = FP32 * setup.rank * output.width
+        if setup.item == FP32 and not setup.quantize:  # one operation, modeling/lora.py
+            return tape.run((output, low), high, saves=(low,), gradients=gradients, hands_on=True)
+        tape.run((low,), high, saves=(low,), gradients=gradients)
         return tape.cast(tape.add(output, tape.like(high)), output.item)
 
     def _dropped(self, hidden: Tensor) -> Tensor:

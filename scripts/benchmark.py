@@ -1,15 +1,14 @@
 #!/usr/bin/env python
-"""Training here against training with transformers, TRL's PEFT and padded batches at their honest best, side by side.
+"""Training here against transformers' Trainer with PEFT and padded batches, at its honest best, side by side.
 
     .venv/bin/python scripts/benchmark.py --mix llava
     .venv/bin/python scripts/benchmark.py --mix short llava pages text --examples 64 --picture benchmark.png
 
 See scripts/benchmark_sides.py for the two sides and scripts/benchmark_mixes.py for the data. Each line is a process of
 its own, one after the other, so that memory is its own; loss and gradients are compared in further processes, on the
-first dialogues and equal weights. Tokens and prepared images files are there on our side (as after `finetune prepare`),
-images are decoded on both sides. Rates are those of the second epoch on, and once more of the first one with the time
-that filling the cached features took. Memory is the highest resident size beyond what imports took, the model
-included.
+first dialogues and equal weights. On our side tokens are there, as after `finetune prepare`; images are decoded on
+both. Rates are those of the second epoch on, and once more of the first one with the time that filling the cached
+features took. Memory is the highest resident size beyond what imports took, the model included.
 """
 
 import argparse
@@ -46,6 +45,7 @@ def main() -> None:
             arguments.features,
             arguments.checkpointing,
             arguments.seed,
+            arguments.busy,
         )
         found[mix] = compare(settings, arguments.lines)
         _show(mix, found[mix])
@@ -228,6 +228,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on both sides")
     parser.add_argument("--lines", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--busy", action="store_true", help="one thread, and its own seconds: others use the machine")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)

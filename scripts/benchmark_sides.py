@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -93,6 +93,12 @@ class Settings:
     """live: pixels go through the vision tower every time. cached: once, before training. Of our side alone."""
     checkpointing: bool
     seed: int = 0
+    busy: bool = False
+    """Other programs run on this machine: one thread, and seconds that its processor spent on us."""
+
+    @property
+    def now(self) -> Callable[[], float]:
+        return time.process_time if self.busy else time.perf_counter
 
     @classmethod
     def read(cls, text: str) -> "Settings":
@@ -202,10 +208,10 @@ def fill(model: nn.Module, rows: RowCollator) -> torch.Tensor:
 def our_run(settings: Settings, data: Data, model: nn.Module, folder: Path, clock: "Clock") -> dict[str, Any]:
     rows, filling = our_rows(data, settings), 0.0
     if settings.features == "cached" and rows.images:
-        started = time.perf_counter()
+        started = settings.now()
         fields = {name: getattr(rows, name) for name in RowCollator.__dataclass_fields__}
         rows = FeatureRows(**fields, features=fill(model, rows))
-        filling = time.perf_counter() - started
+        filling = settings.now() - started
     plan = Plan(1, RATE, weight_decay=0.0, checkpoint_every=10**6, checkpointing=settings.checkpointing)
     tokenizer = data.processor.tokenizer
     train(model, tokenizer, folder, train_rows=clock.reading(rows), eval_rows=None, plan=plan, callbacks=[clock])
@@ -308,7 +314,8 @@ class Clock(TrainerCallback):
     there to the optimiser, so the loss, the backward and the clipping. optimiser: the step.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, now: Callable[[], float]):
+        self.now = now
         self.spent: Counter[str] = Counter()
         self.history: list[tuple[float, dict[str, float]]] = []
         self.tokens = 0
@@ -324,10 +331,10 @@ class Clock(TrainerCallback):
         return _Timed(collator, self)
 
     def _start(self, part: str) -> None:
-        self.started[part] = time.perf_counter()
+        self.started[part] = self.now()
 
     def stop(self, part: str) -> float:
-        seconds = time.perf_counter() - self.started.pop(part)
+        seconds = self.now() - self.started.pop(part)
         self.spent[part] += seconds
         return seconds
 
@@ -339,7 +346,7 @@ class Clock(TrainerCallback):
         self._start("backward")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.history.append((time.perf_counter(), {}))
+        self.history.append((self.now(), {}))
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop("backward")
@@ -350,7 +357,7 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop("optimiser")
-        self.history.append((time.perf_counter(), dict(self.spent)))
+        self.history.append((self.now(), dict(self.spent)))
 
     def epochs(self, ends: Sequence[int]) -> list[dict[str, float]]:
         """Seconds of each epoch, and of its parts; ends: optimiser steps at the end of each."""
@@ -370,9 +377,9 @@ class _Timed:
     clock: Clock
 
     def __call__(self, features: Sequence[dict[str, int]]) -> Any:
-        started = time.perf_counter()
+        started = self.clock.now()
         batch = self.collator(features)
-        self.clock.spent["data"] += time.perf_counter() - started
+        self.clock.spent["data"] += self.clock.now() - started
         self.clock.tokens += batch["input_ids"].numel()
         return batch
 
@@ -391,16 +398,18 @@ class _Timed:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """One side's run: seconds by epoch and part, memory, what it read."""
+    if settings.busy:
+        torch.set_num_threads(1)
     imported = _status("VmRSS")
     data, model = Data.make(settings), make_model(settings)
-    rates = [multiplying_rate()]
-    clock = Clock(model)
+    rates = [multiplying_rate(settings.now)]
+    clock = Clock(model, settings.now)
     _reset_highest_resident()
     run = our_run if settings.side == "ours" else stock_run
     with TemporaryDirectory() as folder:
         found = run(settings, data, model, Path(folder), clock)
     memory = _status("VmHWM") - imported
-    rates.append(multiplying_rate())
+    rates.append(multiplying_rate(settings.now))
     return {
         **found,
         "epochs": clock.epochs(found["epoch_ends"]),
@@ -415,14 +424,14 @@ def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
-def multiplying_rate() -> float:
+def multiplying_rate(now: Callable[[], float]) -> float:
     """Floating-point operations a second of this machine's fp32 matrix products, right now: the median of twenty."""
     left, right = torch.ones(1024, 1024), torch.ones(1024, 4096)
     seconds = []
     for _ in range(20):
-        started = time.perf_counter()
+        started = now()
         left @ right
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now() - started)
     return 2 * 1024 * 1024 * 4096 / statistics.median(seconds)
 
 

@@ -293,6 +293,20 @@ def test_token_losses_are_those_of_the_definition_in_fp32():
     assert losses.tolist() == pytest.approx([1.3862943611198906, 100.0], rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_losses_and_their_gradient_are_those_of_torch(rows, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    logits = (5 * torch.randn(rows, 37, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(37, (rows,), generator=generator)
+    weights = torch.rand(rows, generator=generator)
+    ours = token_losses(logits, targets)
+    theirs = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    torch.testing.assert_close(ours, theirs)
+    (got,), (expected,) = (torch.autograd.grad((one * weights).sum(), logits) for one in (ours, theirs))
+    torch.testing.assert_close(got, expected)
+
+
 def test_generation_with_packed_attention_equals_sdpa_on_a_left_padded_batch(pair):
     idefics, stock, model = pair
     image = [picture(number) for number in (1, 2)]
