@@ -2,7 +2,8 @@
 
     ours      this toolkit: packed rows, its attention, head and loss, through finetune.train.train
     random    transformers' Trainer and IdeficsProcessor, padded batches in random order
-    grouped   the same, batches of like lengths
+    grouped   the same, batches of like lengths, sorted over the whole set: the least padding there can be. The
+              trainer's own group_by_length sorts within 50 batches, or less in a small set, and pads more.
 
 The stock side is given what it lacks: the loss over the whole decoupled vocabulary (its own crashes), labels of the
 answers alone, ready-made.
@@ -267,11 +268,13 @@ def whole_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
 
 def stock_run(settings: Settings, data: Data, model: nn.Module, folder: Path, clock: "Clock") -> dict[str, Any]:
     lengths = [len(example) for example in data.examples]
+    grouped = settings.side == "grouped"
+    order = by_length(lengths, settings.batch, seed=settings.seed) if grouped else list(range(len(lengths)))
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch,
-        train_sampling_strategy="group_by_length" if settings.side == "grouped" else "random",
+        train_sampling_strategy="sequential" if grouped else "random",
         learning_rate=RATE,
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -289,7 +292,7 @@ def stock_run(settings: Settings, data: Data, model: nn.Module, folder: Path, cl
         model=model,
         args=arguments,
         data_collator=clock.reading(StockCollator(data)),
-        train_dataset=datasets.Dataset.from_dict({"dialogue": range(len(lengths)), "length": lengths}),
+        train_dataset=datasets.Dataset.from_dict({"dialogue": order}),
         compute_loss_func=whole_loss,
         callbacks=[clock],
     )
@@ -302,6 +305,14 @@ def stock_run(settings: Settings, data: Data, model: nn.Module, folder: Path, cl
         "tokens": tokens,
         "padding": 1 - tokens / multiplied,
     }
+
+
+def by_length(lengths: Sequence[int], batch: int, *, seed: int) -> list[int]:
+    """All numbers, so that batches are of like lengths and come in any order, what is left over last."""
+    order = np.argsort(lengths, kind="stable")
+    whole = len(order) // batch * batch
+    batches = np.random.default_rng(seed).permutation(order[:whole].reshape(-1, batch))
+    return [*batches.flatten().tolist(), *order[whole:].tolist()]
 
 
 # Measuring
