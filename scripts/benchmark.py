@@ -22,8 +22,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-SIDES = ("ours", "random", "grouped")
-NAMES = {"ours": "ours", "random": "stock, random order", "grouped": "stock, grouped by length"}
+NAMES = {
+    "ours": "ours",
+    "random": "stock, random order",
+    "grouped": "stock, grouped by length",
+    "alone": "stock, one by one",
+}
+SIDES = tuple(NAMES)
 
 
 def main() -> None:

@@ -4,6 +4,8 @@
     random    transformers' Trainer and IdeficsProcessor, padded batches in random order
     grouped   the same, batches of like lengths, sorted over the whole set: the least padding there can be. The
               trainer's own group_by_length sorts within 50 batches, or less in a small set, and pads more.
+    alone     the same, one dialogue a batch and as many batches a step: no padding at all. A CPU, whose products are
+              fast at a hundred tokens already, is best off so; a GPU worst.
 
 The stock side is given what it lacks: the loss over the whole decoupled vocabulary (its own crashes), labels of the
 answers alone, ready-made.
@@ -83,7 +85,7 @@ class Settings:
     """Of one measurement."""
 
     side: str
-    """ours, random or grouped."""
+    """ours, random, grouped or alone."""
     model: str
     mix: str
     examples: int
@@ -273,7 +275,8 @@ def stock_run(settings: Settings, data: Data, model: nn.Module, folder: Path, cl
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch,
+        per_device_train_batch_size=1 if settings.side == "alone" else settings.batch,
+        gradient_accumulation_steps=settings.batch if settings.side == "alone" else 1,
         train_sampling_strategy="sequential" if grouped else "random",
         learning_rate=RATE,
         lr_scheduler_type="constant",
