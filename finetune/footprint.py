@@ -13,6 +13,9 @@ from finetune.tape import FP32, Operation, Tape, Tensor
 from modeling.shapes import Config
 from modeling.towers import QUANTIZED_TOWERS
 
+ROWS = 16
+"""Of logits, whose losses are computed at a time (modeling/forward.py)."""
+
 NF4_GROUP = 64
 """Weights that share a scale; matrices whose rows are no whole groups are not quantised."""
 
@@ -230,7 +233,7 @@ class _Forward:
         key, value = self._linear(images, width, tower), self._linear(images, width, tower)
         if self.config["qk_layer_norms"]:
             query, key = self._rms_norm(query, tower, heads), self._rms_norm(key, tower, heads)
-        attended = self.tape.like(self._packed_attention(query, key, value, heads))
+        attended = self._packed_attention(query, key, value, heads)
         seen = self.tape.like(self._linear(attended, width, tower))  # zero where a token sees no image
         hidden = self.tape.add(hidden, self._gated(seen))
         return self.tape.add(hidden, self._gated(self._mlp(self._rms_norm(hidden, tower), tower)))
@@ -251,17 +254,16 @@ class _Forward:
         return self._linear(self.tape.like(active, up, saves=(active, up)), hidden.width, tower)
 
     def _packed_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-        """Each sequence's (or image's) result is joined to a row, and its heads are put side by side."""
-        attended = self._attention(query, key, value, heads)
-        return self.tape.like(self.tape.like(attended, hands_on=True), hands_on=True)
+        """Each sequence's (or image's) result is joined to a row; all parts' gradients live when they are joined."""
+        joining = query.nbytes + key.nbytes + value.nbytes + max(query.nbytes, key.nbytes)
+        return self.tape.like(self._attention(query, key, value, heads, scratch=joining), hands_on=True)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int, *, scratch: int = 0) -> Tensor:
         """Fused: no scores are kept, but a logarithm for each query and head."""
         output = self.tape.new(query.rows, query.width, query.item)
         sums = self.tape.new(query.rows, heads, FP32)
-        return self.tape.run(
-            (query, key, value), output, saves=(query, key, value, output, sums), scratch=2 * query.nbytes
-        )
+        saves, scratch = (query, key, value, output, sums), max(scratch, 2 * query.nbytes)
+        return self.tape.run((query, key, value), output, saves=saves, scratch=scratch)
 
     # Head and loss
 
@@ -278,9 +280,8 @@ class _Forward:
             gradients=self._if_full("added_tokens", added * hidden.width),
         )
         logits = tape.run((large, small), tape.new(supervised, vocabulary + added, large.item), hands_on=True)
-        shares = tape.new(supervised, logits.width, FP32)
-        tape.run((tape.cast(logits, FP32),), shares, saves=(shares,))
-        losses = tape.run((shares,), tape.new(supervised, 1, FP32))
+        some = 2 * FP32 * min(supervised, ROWS) * logits.width
+        losses = tape.run((logits,), tape.new(supervised, 1, FP32), saves=(logits,), scratch=some)
         tape.touch(logits)
         tape.run((losses,), tape.new(1, 1, FP32))
 
@@ -326,7 +327,10 @@ class _Forward:
         low = tape.new(hidden.rows, setup.rank, source.item)
         tape.run((source,), low, saves=(source,), gradients=FP32 * setup.rank * hidden.width)
         high = tape.new(hidden.rows, output.width, source.item)
-        tape.run((low,), high, saves=(low,), gradients=FP32 * setup.rank * output.width)
+        gradients = FP32 * setup.rank * output.width
+        if setup.item == FP32 and not setup.quantize:  # one operation, modeling/lora.py
+            return tape.run((output, low), high, saves=(low,), gradients=gradients, hands_on=True)
+        tape.run((low,), high, saves=(low,), gradients=gradients)
         return tape.cast(tape.add(output, tape.like(high)), output.item)
 
     def _dropped(self, hidden: Tensor) -> Tensor:

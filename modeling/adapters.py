@@ -25,6 +25,7 @@ from transformers import IdeficsForVisionText2Text
 
 from modeling import gates
 from modeling.errors import UserError
+from modeling.lora import fuse_linears
 from modeling.quantize import quantized_layers
 from modeling.shapes import Config, count_lora, count_parameters
 from modeling.towers import ADDED_ROWS, LORA_TOWERS, TOWERS, is_lora, lora_pattern, stock_name, tower_of
@@ -105,6 +106,8 @@ def _hold_in_fp32(model: IdeficsForVisionText2Text, full: Collection[str]) -> No
 def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraConfig | None) -> nn.Module:
     """Freeze all, put LoRA where its config says, and let the towers in `full` require gradients."""
     model.requires_grad_(False)
+    if lora is not None and not quantized_layers(model):
+        fuse_linears(lora)
     wrapped = model if lora is None else get_peft_model(model, lora)  # PEFT freezes whatever it does not own
     for name, parameter in wrapped.named_parameters():
         if tower_of(stock_name(name)) in full and not is_lora(name) and ".original_module." not in name:

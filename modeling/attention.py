@@ -59,7 +59,7 @@ def packed_attention(
         output = _attend_images(query_BHTD, key_BHSD, value_BHSD, image_runs, image_latents, scaling, dropout)
     else:
         output = _attend_sequences(query_BHTD, key_BHSD, value_BHSD, sequence_starts, scaling, dropout)
-    return output.transpose(1, 2), None
+    return output, None
 
 
 def _attend_sequences(
@@ -70,19 +70,15 @@ def _attend_sequences(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Causal attention inside each sequence. [1, H, T, D] -> [1, H, T, D]."""
-    outputs = [
-        scaled_dot_product_attention(
-            query[:, :, start:stop],
-            key[:, :, start:stop],
-            value[:, :, start:stop],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-        )
-        for start, stop in pairwise(starts)
-    ]
-    return torch.cat(outputs, dim=2)
+    """Causal attention inside each sequence. [1, H, T, D] -> [1, T, H, D]."""
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    sequences = zip(*(_split(tensor, lengths) for tensor in (query, key, value)), strict=True)
+    return _join(
+        [
+            scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=True, scale=scaling)
+            for queries, keys, values in sequences
+        ]
+    )
 
 
 def _attend_images(
@@ -96,24 +92,33 @@ def _attend_images(
 ) -> torch.Tensor:
     """Each run of tokens attends to the latents of its one image; tokens that see none get zeros.
 
-    query [1, H, T, D], key and value [1, H, N * L, D]. Everything is reached by the graph even when nothing is
-    attended to, so that a rank whose row has no image still has a gradient (of zero) for every parameter: without it
-    DistributedDataParallel waits for ever.
+    query [1, H, T, D], key and value [1, H, N * L, D] -> [1, T, H, D]. Everything is reached by the graph even when
+    nothing is attended to, so that a rank whose row has no image still has a gradient (of zero) for every parameter:
+    without it DistributedDataParallel waits for ever.
     """
-    outputs, done = [], 0
-    for start, stop, image in runs:
-        if done < start:
-            outputs.append(query[:, :, done:start] * 0)
-        span = slice(image * latents, (image + 1) * latents)
-        outputs.append(
-            scaled_dot_product_attention(
-                query[:, :, start:stop], key[:, :, span], value[:, :, span], dropout_p=dropout, scale=scaling
-            )
-        )
-        done = stop
-    if done < query.shape[2]:
-        outputs.append(query[:, :, done:] * 0)
-    return torch.cat(outputs, dim=2) + 0 * (key.sum() + value.sum())
+    if not runs:
+        return (query * 0 + 0 * (key.sum() + value.sum())).transpose(1, 2)
+    bounds = [0, *(bound for start, stop, _ in runs for bound in (start, stop)), query.shape[2]]
+    parts = _split(query, [stop - start for start, stop in pairwise(bounds)])  # gap, run, gap, ..., run, gap
+    keys, values = (_split(tensor, [latents] * (tensor.shape[2] // latents)) for tensor in (key, value))
+    outputs = [torch.zeros_like(parts[0])]
+    for part, gap, (_, _, image) in zip(parts[1::2], parts[2::2], runs, strict=True):
+        seen = scaled_dot_product_attention(part, keys[image], values[image], dropout_p=dropout, scale=scaling)
+        outputs += [seen, torch.zeros_like(gap)]
+    return _join(outputs)
+
+
+def _split(tensor_BHTD: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """[1, H, T, D] -> views [1, H, t, D]. The backward is one concatenation, where slices would each make T zeros.
+
+    Split as [1, T, H, D], the order in which projections leave it in memory, so that joining copies whole blocks.
+    """
+    return [part.transpose(1, 2) for part in tensor_BHTD.transpose(1, 2).split(list(lengths), dim=1)]
+
+
+def _join(parts_BHTD: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[1, H, t, D] of all -> [1, T, H, D], contiguous."""
+    return torch.cat([part.transpose(1, 2) for part in parts_BHTD], dim=1)
 
 
 AttentionInterface.register(PACKED, packed_attention)

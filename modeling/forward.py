@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from modeling.attention import ImageRun
 
 IGNORED = -100
 """The label of a token that is not supervised."""
+
+ROWS = 16
+"""Of the head's logits, handled at a time: those of 32,000 words then fit a processor's cache."""
 
 
 def packed_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], *, config: IdeficsConfig) -> torch.Tensor:
@@ -28,7 +30,7 @@ def packed_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], *, config: 
     """
     positions, targets = supervised_positions(batch["labels"])
     logits = model(**forward_arguments(batch, config), logits_to_keep=positions).logits
-    return token_losses(logits[0], targets).sum()
+    return token_losses(logits.squeeze(0), targets).sum()
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +46,29 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihoods in fp32 over the whole decoupled vocabulary: [K, V + added], [K] -> [K]."""
-    return cross_entropy(logits.float(), targets, reduction="none")
+    return _TokenLosses.apply(logits, targets)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy a few rows at a time: beside the logits and their gradient, nothing is as large as the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        sums = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(ROWS)])
+        ctx.save_for_backward(logits, targets, sums)
+        return sums - logits.gather(1, targets[:, None])[:, 0].float()
+
+    @staticmethod
+    def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """softmax - one-hot, weighted."""
+        logits, targets, sums = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        parts = (tensor.split(ROWS) for tensor in (gradient, logits, targets, sums, weights))
+        for made, row, target, total, weight in zip(*parts, strict=True):
+            shares = (row.float() - total[:, None]).exp_()
+            shares.scatter_add_(1, target[:, None], shares.new_full((len(target), 1), -1.0))
+            torch.mul(shares, weight[:, None], out=made)
+        return gradient, None
 
 
 def forward_arguments(batch: Mapping[str, torch.Tensor], config: IdeficsConfig) -> dict[str, Any]:

@@ -152,14 +152,26 @@ def rows(draw):
 def test_any_row_equals_the_dense_reference(row):
     lengths, images, seen = row
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    query, key, value = tensors(starts[-1], starts[-1], starts[-1])
-    torch.testing.assert_close(
-        attend(query, key, value, sequence_starts=starts), naive(query, key, value, causal_inside(starts)), **CLOSE
-    )
+    inputs = tensors(starts[-1], starts[-1], starts[-1])
+    same_with_gradients(attend(*inputs, sequence_starts=starts), naive(*inputs, causal_inside(starts)), inputs)
     runs = [(index, index + 1, image) for index, image in enumerate(seen) if image >= 0]
-    query, key, value = tensors(starts[-1], images * LATENTS, images * LATENTS)
-    ours = attend(query, key, value, cross=True, sequence_starts=starts, image_runs=runs, image_latents=LATENTS)
-    torch.testing.assert_close(ours, naive(query, key, value, seen_latents(starts[-1], images, runs)), **CLOSE)
+    inputs = tensors(starts[-1], images * LATENTS, images * LATENTS)
+    ours = attend(*inputs, cross=True, sequence_starts=starts, image_runs=runs, image_latents=LATENTS)
+    same_with_gradients(ours, naive(*inputs, seen_latents(starts[-1], images, runs)), inputs)
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["sequences", "images"])
+def test_the_backward_joins_the_gradients_of_all_parts_at_once(cross):
+    """A slice's own backward would write as many zeros as the row is long, for every slice."""
+    inputs = tensors(9, 9, 9)
+    runs = [(0, 2, 0), (2, 5, 2), (6, 9, 0)]
+    output = attend(*inputs, cross=cross, sequence_starts=[0, 4, 9], image_runs=runs, image_latents=LATENTS)
+    steps, names = [output.grad_fn], []
+    for step in steps:
+        names.append(step.name())
+        steps += [earlier for earlier, _ in step.next_functions if earlier is not None and earlier not in steps]
+    assert names.count("SplitWithSizesBackward0") == 3
+    assert "SliceBackward0" not in names
 
 
 @pytest.mark.parametrize("masked", [False, True])

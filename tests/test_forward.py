@@ -28,6 +28,9 @@ ONE = Dialogue((user(A, "What is this?"), assistant("A small dog.")))
 SEVERAL = Dialogue((user(A, B, "Which is red?"), assistant("The ball."), user(C, "And here?"), assistant("The fox.")))
 LATE = Dialogue((user("Hello?"), assistant("Hello to you."), user("See", B, "this?"), assistant("A red ball.")))
 DOCUMENT = Dialogue((Turn("document", ("The quick brown fox", A, "jumps over", C, "the lazy dog.")),))
+SHORTEST = Dialogue((Turn("document", ("a",)),))
+IMAGE_ALONE = Dialogue((Turn("document", (A,)),))
+IMAGE_LAST = Dialogue((Turn("document", ("The quick brown fox", B)),))
 
 ROWS = {
     "one dialogue": (ONE,),
@@ -36,6 +39,9 @@ ROWS = {
     "image in a late turn": (LATE, ONE),
     "text before the first image": (DOCUMENT,),
     "shared image": (ONE, ONE, Dialogue((user(A, B, "Which?"), assistant("Both.")))),
+    "shortest": (SHORTEST,),
+    "an image and no text": (IMAGE_ALONE,),
+    "image at the very end": (SHORTEST, IMAGE_LAST),
     "mixture": (PLAIN, SEVERAL, DOCUMENT, LATE, PLAIN, ONE),
 }
 
@@ -129,8 +135,9 @@ def test_loss_and_gradients_equal_the_dialogues_one_by_one(pair, name):
         assert (got - want).norm() <= RELATIVE * max(want.norm(), floor), parameter
         compared += bool(want.any())
     # The stand-in has 177 tensors. The vision tower's last norm (2) is unused, and 4 biases of keys may be just zero.
-    # Without images: the decoder's 73, the gated blocks' 2 x 5 behind the image gate, 4 of embeddings and head.
-    assert compared in (range(171, 176) if any(ids) else [87])
+    # Without images: the decoder's 73, the gated blocks' 2 x 5 behind the image gate, 4 of embeddings and head; of them
+    # the embedding of the added tokens only where the text has one.
+    assert compared in (range(171, 176) if any(ids) else [86 + (name != "shortest")])
 
 
 def test_every_parameter_of_decoder_and_cross_attention_has_a_gradient_without_images(pair):
@@ -288,6 +295,20 @@ def test_token_losses_are_those_of_the_definition_in_fp32():
     assert losses.dtype == torch.float32
     # ln 4 and 100 + ln(1 + 3 e^-100): exact to fp32's last digit.
     assert losses.tolist() == pytest.approx([1.3862943611198906, 100.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_losses_and_their_gradient_are_those_of_torch(rows, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    logits = (5 * torch.randn(rows, 37, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(37, (rows,), generator=generator)
+    weights = torch.rand(rows, generator=generator)
+    ours = token_losses(logits, targets)
+    theirs = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    torch.testing.assert_close(ours, theirs)
+    (got,), (expected,) = (torch.autograd.grad((one * weights).sum(), logits) for one in (ours, theirs))
+    torch.testing.assert_close(got, expected)
 
 
 def test_generation_with_packed_attention_equals_sdpa_on_a_left_padded_batch(pair):

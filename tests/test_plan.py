@@ -338,6 +338,13 @@ def test_documents_alone_leave_the_base_two_added_tokens():
     assert plan(recipe_of(), gpu="80GiB")["totals"]["total"] == 8_929_687_824
 
 
+def test_losses_are_planned_in_as_many_rows_as_they_are_computed():
+    from finetune import footprint
+    from modeling import forward
+
+    assert footprint.ROWS == forward.ROWS
+
+
 def test_what_is_not_counted_is_said():
     notes = plan(recipe_of(adapter={"use_dora": True}), gpu="80GiB")["notes"]
     assert "adapter.use_dora is not counted" in notes

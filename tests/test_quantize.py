@@ -291,6 +291,13 @@ def test_files_that_are_not_their_config_s_are_told(bf16_folder, tmp_path, missi
 # The arithmetic
 
 
+@pytest.fixture
+def layers_of_peft(monkeypatch):
+    """The reference adds LoRA in the order in which PEFT's 4-bit layers do, not in place (modeling/lora.py)."""
+    monkeypatch.setattr("modeling.adapters.fuse_linears", lambda config: None)
+
+
+@pytest.mark.usefixtures("layers_of_peft")
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}])
 def test_forward_and_every_gradient_equal_the_dequantised_reference(load_nf4, load_reference, make_rows, lora):
     modes = {**MODES, "vision": "lora"}
@@ -357,6 +364,7 @@ def test_bitsandbytes_loses_gradients_after_inference():
 # Training
 
 
+@pytest.mark.usefixtures("layers_of_peft")
 def test_training_equals_training_the_dequantised_reference_bit_for_bit(
     bf16_folder, load_nf4, load_reference, make_rows, tmp_path
 ):
