@@ -32,12 +32,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from finetune.data.collate import Batch, RowCollator, collate
+from finetune.data.collate import RowCollator
 from finetune.data.dialogue import Dialogue, Image
-from finetune.data.images import Preprocessing, open_image
-from finetune.data.schedule import Mix, Row, build_schedule
+from finetune.data.images import Preprocessing, digest
+from finetune.data.schedule import Mix, build_schedule
 from finetune.data.template import FAKE, IMAGE, Rendered, Text, render
 from finetune.data.tokens import IGNORED, Encoder, Example, tokenize_all
+from finetune.features import FeatureCache
 from finetune.train import Plan, train
 from modeling import tiny
 from modeling.adapters import attach
@@ -152,26 +153,6 @@ def make_model(settings: Settings) -> nn.Module:
 # Ours
 
 
-@dataclass(frozen=True)
-class FeatureRows(RowCollator):
-    """Rows with the features of their images instead of pixels."""
-
-    features: torch.Tensor | None = None
-    """fp32 [images, latents, D]."""
-
-    def batch(self, row: Row) -> Batch:
-        made: Any = collate(
-            [self.examples[index] for index in row.examples],
-            [self.image_ids[index] for index in row.examples],
-            pixels=lambda image: np.int64(image),
-            image_size=self.preprocessing.size,
-            filler=self.filler,
-        )
-        assert self.features is not None
-        made["image_features"] = self.features[made.pop("pixel_values").flatten().long()]
-        return made
-
-
 def our_rows(data: Data, settings: Settings) -> RowCollator:
     lengths = np.array([len(example) for example in data.examples])
     place = {image: number for number, image in enumerate(data.images)}
@@ -195,25 +176,34 @@ def row_tokens(lengths: np.ndarray, batch: int) -> int:
     return int(max(lengths.max(), np.ceil(batch * lengths.mean())))
 
 
-def fill(model: nn.Module, rows: RowCollator) -> torch.Tensor:
-    """Features of every image of the run, eight at a time: fp32 [images, latents, D]."""
+def with_features(model: nn.Module, rows: RowCollator, folder: Path) -> RowCollator:
+    """Rows with the features of their images, from an empty cache; the model goes on without its image towers."""
     base = model.get_base_model()
-    latents, width = base.config.perceiver_config.resampler_n_latents, base.config.vision_config.embed_dim
-    features = torch.empty(len(rows.images), latents, width)
-    with torch.no_grad():
-        for start in range(0, len(rows.images), 8):
-            opened = [open_image(image) for image in rows.images[start : start + 8]]
-            pixels = np.stack([rows.preprocessing.pixels(image) for image in opened])
-            features[start : start + 8] = image_features(base, torch.from_numpy(pixels))
-    return features
+    config = base.config
+    cache = FeatureCache(
+        folder / "features",
+        "random",
+        rows.preprocessing,
+        (config.perceiver_config.resampler_n_latents, config.vision_config.embed_dim),
+        torch.float32,
+        limit=10**11,
+    )
+    digests = np.array([digest(image) for image in rows.images], dtype="S32")
+
+    @torch.no_grad()
+    def towers(pixels: torch.Tensor) -> torch.Tensor:
+        return image_features(base, pixels)
+
+    features = cache.open(rows.images, digests, np.arange(len(rows.images)), towers=lambda: towers)
+    base.model.vision_model = base.model.perceiver_resampler = None
+    return replace(rows, features=features)
 
 
 def our_run(settings: Settings, data: Data, model: nn.Module, folder: Path, clock: "Clock") -> dict[str, Any]:
     rows, filling = our_rows(data, settings), 0.0
     if settings.features == "cached" and rows.images:
         started = settings.now()
-        fields = {name: getattr(rows, name) for name in RowCollator.__dataclass_fields__}
-        rows = FeatureRows(**fields, features=fill(model, rows))
+        rows = with_features(model, rows, folder)
         filling = settings.now() - started
     plan = Plan(1, RATE, weight_decay=0.0, checkpoint_every=10**6, checkpointing=settings.checkpointing)
     tokenizer = data.processor.tokenizer
@@ -504,11 +494,11 @@ def gradients(settings: Settings) -> tuple[float, dict[str, torch.Tensor]]:
 
 def _our_losses(settings: Settings, data: Data, model: nn.Module) -> Any:
     rows = our_rows(data, settings)
-    if settings.features == "cached" and rows.images:
-        fields = {name: getattr(rows, name) for name in RowCollator.__dataclass_fields__}
-        rows = FeatureRows(**fields, features=fill(model, rows))
-    for number in range(len(rows)):
-        yield packed_loss(model, rows.at(number), config=model.config)
+    with TemporaryDirectory() as folder:
+        if settings.features == "cached" and rows.images:
+            rows = with_features(model, rows, Path(folder))
+        for number in range(len(rows)):
+            yield packed_loss(model, rows.at(number), config=model.config)
 
 
 def _stock_losses(settings: Settings, data: Data, model: nn.Module) -> Any:
