@@ -224,7 +224,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="85m", choices=["26m", "85m", "336m"])
+    parser.add_argument("--model", default="89m", choices=["27m", "89m", "354m"])
     parser.add_argument("--mix", nargs="+", default=["llava"], choices=["short", "llava", "pages", "text"])
     parser.add_argument("--examples", type=int, default=96)
     parser.add_argument("--batch", type=int, default=8, help="dialogues of a step")

@@ -53,7 +53,7 @@ RATE = 1e-4
 PARTS = ("data", "images", "forward", "backward", "optimiser")
 
 MODELS: dict[str, Config] = {
-    "26m": {
+    "27m": {
         **MIDDLE,
         "hidden_size": 256,
         "intermediate_size": 688,
@@ -62,8 +62,8 @@ MODELS: dict[str, Config] = {
         "vision_config": {**MIDDLE["vision_config"], "embed_dim": 192, "intermediate_size": 768},
         "perceiver_config": {**MIDDLE["perceiver_config"], "resampler_n_heads": 3},
     },
-    "85m": MIDDLE,
-    "336m": {
+    "89m": MIDDLE,
+    "354m": {
         **MIDDLE,
         "hidden_size": 1024,
         "intermediate_size": 2752,
@@ -78,7 +78,7 @@ MODELS: dict[str, Config] = {
         "perceiver_config": {**MIDDLE["perceiver_config"], "resampler_n_heads": 12},
     },
 }
-"""Named by their parameters; all have a vision tower of 12 layers that reads 224 pixels."""
+"""Named by their millions of parameters; all have a vision tower of 12 layers that reads 224 pixels."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(("mix", "features"), [("llava", "cached"), ("llava", "live"), ("text", "cached")])
 def test_both_sides_learn_the_same(mix, features, tmp_path):
     out, picture = tmp_path / "benchmark.json", tmp_path / "benchmark.png"
-    options = ["--mix", mix, "--features", features, "--model", "26m", "--examples", "4", "--batch", "2"]
+    options = ["--mix", mix, "--features", features, "--model", "27m", "--examples", "4", "--batch", "2"]
     script = [sys.executable, "scripts/benchmark.py", *options, "--lines", "ours", "random"]
     done = subprocess.run([*script, "--json", out, "--picture", picture], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
