@@ -86,6 +86,7 @@ def write_recipe(out: Path) -> str:
         "data": {
             "sources": [{"path": "dialogues.jsonl", "format": "messages"}],
             "max_length": ROW_TOKENS,
+            "cache_features": False,  # all of the model is there
             "prepared": str(out / "prepared"),
         },
         "training": {
