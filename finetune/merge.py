@@ -10,7 +10,7 @@ base's, the added tokens' rows bring the vocabulary to three. A tensor of the ad
 import hashlib
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from modeling.checkpoint import (
     plan_shards,
     read_checkpoint,
     require_shapes,
-    row_blocks,
     write_index,
     write_shard,
 )
@@ -364,17 +363,15 @@ def _planned(
 ) -> Planned:
     base = weights[name]
     if name in adapter.replaced:
-        return Planned(dtype, shape, lambda: adapter.replaced_blocks(name, dtype))
+        return Planned(dtype, shape, lambda start, stop: rounded(name, adapter.replaced[name][start:stop], dtype))
     if name in adapter.lora:
-        return Planned(dtype, shape, lambda: adapter.merged_blocks(name, base, dtype))
+        return Planned(
+            dtype,
+            shape,
+            lambda start, stop: rounded(name, adapter.merge_rows(name, base.rows(start, stop), start), dtype),
+        )
     if base.shape != shape:  # `<end_of_utterance>` starts as `</s>`, in training as here
         owner, end = weights[name.removesuffix(".weight").rpartition(".")[0] + ".weight"], config["eos_token_id"]
-        return Planned(dtype, shape, lambda: [rounded(name, torch.cat([base.rows(), owner.rows(end, end + 1)]), dtype)])
-    if isinstance(base, Stored) and dtype == base.dtype:
-        return Planned(dtype, shape, base)
-    return Planned(dtype, shape, lambda: _converted(name, base, dtype))
-
-
-def _converted(name: str, base: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    for start, stop in row_blocks(base.shape):
-        yield rounded(name, base.rows(start, stop), dtype)
+        grown = torch.cat([base.rows(), owner.rows(end, end + 1)])
+        return Planned(dtype, shape, lambda start, stop: rounded(name, grown[start:stop], dtype))
+    return Planned(dtype, shape, lambda start, stop: rounded(name, base.rows(start, stop), dtype))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 import torch
 
@@ -40,10 +40,14 @@ IDENTITY_BYTES = 4096
 """Of each tensor that `identity` looks at, at its beginning and at its end."""
 
 PIECE_BYTES = 2**18
-"""Read or written at once: Linux takes larger pieces into its page cache at less than half the speed."""
+"""Written at once: Linux takes larger pieces into its page cache at less than half the speed."""
 
-BLOCK_ELEMENTS = 2**18
-"""Of a tensor that are worked on at once: few enough for the caches, and for memory to be reused, not mapped anew."""
+BLOCK_ELEMENTS = 2**20
+"""Of a tensor that are worked on at once: enough for threads to meet seldom, few megabytes in memory."""
+
+
+Block = TypeVarTuple("Block")
+Result = TypeVar("Result")
 
 
 class Rows(Protocol):
@@ -70,19 +74,19 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def in_threads(
-    work: Callable[[int, int], torch.Tensor], blocks: Iterable[tuple[int, int]], *, threads: int = os.cpu_count() or 1
-) -> Iterator[torch.Tensor]:
-    """`work(start, stop)` of every block, in order, made a few blocks ahead of whoever uses them.
+    work: Callable[[*Block], Result], blocks: Iterable[tuple[*Block]], *, threads: int = os.cpu_count() or 1
+) -> Iterator[Result]:
+    """`work(*block)` of every block, in order, made a few blocks ahead of whoever uses them.
 
     A block is one thread's from beginning to end: where other programs run, too, threads that share one wait for each
     other far longer than they work.
     """
-    before, waiting = torch.get_num_threads(), deque[Future[torch.Tensor]]()
+    before, waiting = torch.get_num_threads(), deque[Future[Result]]()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for block in blocks:
                 waiting.append(pool.submit(work, *block))
-                if len(waiting) > threads:
+                if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
             yield from (one.result() for one in waiting)
     finally:
@@ -130,6 +134,11 @@ def _fill(file: Any, buffer: memoryview) -> int:
     while got < len(buffer) and (count := file.readinto(buffer[got:])):
         got += count
     return got
+
+
+def _drain(file: Any, content: memoryview) -> None:
+    while content:
+        content = content[file.write(content[:PIECE_BYTES]) :]
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -246,12 +255,16 @@ class Planned:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    blocks: Callable[[], Iterable[torch.Tensor]] | Stored
-    """Blocks of rows, in order; or a stored tensor to copy as it is."""
+    rows: Callable[[int, int], torch.Tensor]
+    """rows(start, stop) -> those rows (of a scalar: itself); called from several threads."""
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def plan_shards(tensors: Mapping[str, Planned], shard_bytes: int) -> dict[str, list[str]]:
@@ -278,44 +291,38 @@ def write_index(folder: Path, shards: Mapping[str, list[str]], tensors: Mapping[
 
 
 def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
-    """One file, whole or not there."""
+    """One file, whole or not there. Threads make and write its blocks, each at its own place."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    size = 0
     for name, planned in tensors.items():
         entry = {"dtype": CODES[planned.dtype], "shape": list(planned.shape)}
-        header[name] = {**entry, "data_offsets": [place, place + planned.nbytes]}
-        place += planned.nbytes
+        header[name] = {**entry, "data_offsets": [size, size + planned.nbytes]}
+        size += planned.nbytes
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:  # buffered: it writes on where the system wrote a part
+    with partial.open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
-        for name, planned in tensors.items():
-            written = sum(file.write(piece) for piece in _bytes_of(planned))
-            assert written == planned.nbytes, f"{name}: {written} bytes written, {planned.nbytes} planned"
-        file.flush()
-        os.fsync(file.fileno())
+        start = file.tell()
+        file.truncate(start + size)
+
+    def write(planned: Planned, start: int, stop: int, place: int) -> None:
+        rows = planned.rows(start, stop)
+        assert (rows.dtype, rows.nbytes) == (planned.dtype, (stop - start) * planned.row_bytes), rows.shape
+        with partial.open("rb+", buffering=0) as file:
+            file.seek(place)
+            _drain(file, memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    for _ in in_threads(write, _blocks(tensors, start)):
+        pass
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
     partial.replace(path)
 
 
-def _bytes_of(planned: Planned) -> Iterator[memoryview | bytes]:
-    if isinstance(planned.blocks, Stored):
-        yield from _copy(planned.blocks)
-        return
-    for block in planned.blocks():
-        assert block.dtype == planned.dtype
-        content = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
-        for start in range(0, len(content), PIECE_BYTES):
-            yield content[start : start + PIECE_BYTES]
-
-
-def _copy(stored: Stored) -> Iterator[bytes]:
-    with stored.file.open("rb", buffering=0) as file:
-        file.seek(stored.offset)
-        left = stored.nbytes
-        while left:
-            content = file.read(min(left, PIECE_BYTES))
-            if not content:
-                raise UserError(f"{stored.file}: ends in the middle of a tensor: {left} bytes are missing")
-            left -= len(content)
-            yield content
+def _blocks(tensors: Mapping[str, Planned], place: int) -> Iterator[tuple[Planned, int, int, int]]:
+    """(tensor, start, stop, place in the file) of each block of rows of tensors that lie one behind the other."""
+    for planned in tensors.values():
+        for start, stop in row_blocks(planned.shape):
+            yield planned, start, stop, place + start * planned.row_bytes
+        place += planned.nbytes

@@ -1,7 +1,7 @@
 """What an adapter changes, and onto what: base tensor in, merged tensor out, in blocks of rows."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
 from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
-from modeling.checkpoint import Rows, Stored, in_threads, row_blocks
+from modeling.checkpoint import Rows, Stored
 from modeling.errors import UserError
 from modeling.quantize import Nf4, quantized_names
 from modeling.shapes import Config
@@ -54,7 +54,7 @@ _ONE_AT_A_TIME = Lock()
 """A matrix is quantised once, however many threads ask for its rows."""
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # of the matrix before, threads may still ask for the last rows
 def _quantized(stored: Stored) -> Nf4:
     return Nf4.of(stored.rows, stored.shape)
 
@@ -144,19 +144,6 @@ class Adapter:
             magnitude = factors["lora_magnitude_vector"][rows].float()
             merged.mul_((magnitude / torch.linalg.norm(merged, dim=1)).view(-1, 1))
         return merged
-
-    def merged_blocks(self, name: str, base: Rows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """A LoRA-adapted matrix, merged, block by block of its rows."""
-
-        def merge(start: int, stop: int) -> torch.Tensor:
-            return rounded(name, self.merge_rows(name, base.rows(start, stop), start), dtype)
-
-        return in_threads(merge, row_blocks(base.shape))
-
-    def replaced_blocks(self, name: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """A tensor that was trained in full, block by block of its rows."""
-        for start, stop in row_blocks(tuple(self.replaced[name].shape)):
-            yield rounded(name, self.replaced[name][start:stop], dtype)
 
 
 def _require_factors(folder: Path, name: str, factors: dict[str, torch.Tensor]) -> None:

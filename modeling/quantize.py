@@ -157,7 +157,7 @@ def _write(
 ) -> None:
     names, quantized = tensor_shapes(config), quantized_names(config)
     uneven = _matrices(config).keys() - quantized
-    copies = {name: Planned(one.dtype, one.shape, one) for name, one in stored.items() if name in names}
+    copies = {name: Planned(one.dtype, one.shape, one.rows) for name, one in stored.items() if name in names}
     shards = plan_shards(copies, SHARD_BYTES)
     for file, members in track(list(shards.items()), "quantise"):
         if not (made / file).is_file():
@@ -167,7 +167,9 @@ def _write(
             save_file(tensors, made / f"{file}.partial", metadata={"format": "pt"})
             (made / f"{file}.partial").replace(made / file)
     written = {file: read_header(made / file) for file in shards}
-    tensors_of = {name: Planned(one.dtype, one.shape, one) for part in written.values() for name, one in part.items()}
+    tensors_of = {
+        name: Planned(one.dtype, one.shape, one.rows) for part in written.values() for name, one in part.items()
+    }
     write_index(made, {file: list(part) for file, part in written.items()}, tensors_of)
     method = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,19 +23,18 @@ CHUNK = 2**22
 def write_base(config: Config, folder: Path, words: list[str]) -> None:
     """A bf16 checkpoint with a tokenizer of these words: norms are one, gates half open. Interrupted, it goes on."""
     folder.mkdir(parents=True, exist_ok=True)
-    noise = (0.02 * torch.randn(CHUNK, generator=torch.Generator().manual_seed(0))).bfloat16()
+    noise = (0.02 * torch.randn(CHUNK, generator=torch.Generator().manual_seed(0))).bfloat16().repeat(2)
 
-    def blocks(name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        count = math.prod(shape)
+    def rows(name: str, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        width = math.prod(shape[1:])
+        count = (stop - start) * width
         if "alpha_" in name or ("norm" in name and name.endswith(".weight")):
-            yield torch.full((count,), 0.5 if "alpha_" in name else 1.0, dtype=torch.bfloat16)
-            return
-        rolled = torch.roll(noise, int.from_bytes(name.encode()[-8:], "little") % CHUNK)
-        for start in range(0, count, CHUNK):
-            yield rolled[: min(CHUNK, count - start)]
+            return torch.full((count,), 0.5 if "alpha_" in name else 1.0, dtype=torch.bfloat16)
+        first = (int.from_bytes(name.encode()[-8:], "little") + start * width) % CHUNK
+        return noise[first : first + count]
 
     planned = {
-        name: Planned(torch.bfloat16, shape, lambda name=name, shape=shape: blocks(name, shape))
+        name: Planned(torch.bfloat16, shape, partial(rows, name, shape))
         for name, shape in tensor_shapes(config).items()
     }
     shards = plan_shards(planned, SHARD_BYTES)
