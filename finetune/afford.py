@@ -1,5 +1,6 @@
 """Recipe -> the least change that makes it fit: candidates are tried, in the order of what they cost the result."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from finetune.recipe import Recipe
 from modeling.towers import LORA_TOWERS, TOWERS
 
+CHECKPOINTING = "training.checkpointing"
 SMALLEST_RANK = 4
 SMALLEST_ROW = 128
 """Tokens."""
@@ -29,8 +31,11 @@ class Change:
         return [f"{key}={str(value).lower()}" for key, value in self.values.items()]
 
 
-def cheapest_change(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Change | None:
-    """The cheapest change, or pair of changes, with which the recipe is valid and `fits`; None where there is none."""
+def cheapest_change(recipe: Recipe, fits: Callable[[Recipe], bool], *, layers: int) -> Change | None:
+    """The cheapest change, or pair of changes, with which the recipe is valid and `fits`; None where there is none.
+
+    Checkpointing is asked of as few of the decoder's `layers` as will do.
+    """
     singles = list(_changes(recipe))
     pairs = [
         Change(one.price + other.price, {**one.values, **other.values})
@@ -40,8 +45,23 @@ def cheapest_change(recipe: Recipe, fits: Callable[[Recipe], bool]) -> Change | 
     for change in sorted([*singles, *pairs], key=lambda change: (change.price, len(change.values))):
         changed = apply_change(recipe, change)
         if changed is not None and fits(changed):
-            return change
+            return _with_fewest_layers(recipe, change, fits, layers)
     return None
+
+
+def _with_fewest_layers(recipe: Recipe, change: Change, fits: Callable[[Recipe], bool], layers: int) -> Change:
+    if CHECKPOINTING not in change.values:
+        return change
+
+    def of(number: int) -> Change:
+        return Change(change.price, {**change.values, CHECKPOINTING: number})
+
+    def enough(number: int) -> bool:
+        changed = apply_change(recipe, of(number))
+        return changed is not None and fits(changed)
+
+    fewest = bisect_left(range(1, layers), True, key=enough) + 1
+    return of(fewest) if fewest < layers else change
 
 
 def apply_change(recipe: Recipe, change: Change) -> Recipe | None:
@@ -58,8 +78,8 @@ def apply_change(recipe: Recipe, change: Change) -> Recipe | None:
 
 def _changes(recipe: Recipe) -> Iterator[Change]:
     training, model = recipe.training, recipe.model
-    if not training.checkpointing:
-        yield Change(1, {"training.checkpointing": True})
+    if training.checkpointing is not True:
+        yield Change(1, {CHECKPOINTING: True})
     if training.optimizer == "adamw":
         yield Change(1.5, {"training.optimizer": "adamw_8bit"})
     if model.dtype == "fp32":

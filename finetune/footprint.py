@@ -13,8 +13,8 @@ from finetune.tape import FP32, Operation, Tape, Tensor
 from modeling.shapes import Config
 from modeling.towers import QUANTIZED_TOWERS
 
-ROWS = 16
-"""Of logits, whose losses are computed at a time (modeling/forward.py)."""
+HEAD_ROWS, ROWS = 128, 16
+"""Rows of logits that exist at once, and whose losses are computed at once (modeling/forward.py)."""
 
 NF4_GROUP = 64
 """Weights that share a scale; matrices whose rows are no whole groups are not quantised."""
@@ -35,7 +35,8 @@ class Setup:
     item: int = FP32
     """Bytes of a number that is neither trained nor quantised: 4 in fp32, 2 in bf16."""
     quantize: bool = False
-    checkpointing: bool = False
+    checkpointing: int = 0
+    """Layers of the decoder of which only inputs are kept, and of the cross-attention before them."""
     optimizer: str = "adamw"
     rows_per_step: int = 1
     gpu: bool = False
@@ -95,11 +96,12 @@ class _Forward:
         self.held += [hidden, images]
         interval = self.config["cross_layer_interval"]
         for layer in range(self.config["num_hidden_layers"]):
+            brief = layer < self.setup.checkpointing
             if layer % interval == 0:
                 with self.tape.of("cross_attention"):
-                    hidden = self._layer(lambda x: self._cross_layer(x, images), hidden, images)
+                    hidden = self._layer(brief, lambda x: self._cross_layer(x, images), hidden, images)
             with self.tape.of("decoder"):
-                hidden = self._layer(self._decoder_layer, hidden)
+                hidden = self._layer(brief, self._decoder_layer, hidden)
         with self.tape.of("decoder"):
             hidden = self._rms_norm(hidden, "decoder")
         self.tape.touch(*self.held)
@@ -150,7 +152,7 @@ class _Forward:
         )
         hidden = self._layer_norm(placed, "vision")
         for _ in range(vision["num_hidden_layers"]):
-            hidden = self._layer(self._vision_layer, hidden)
+            hidden = self._layer(self.setup.checkpointing > 0, self._vision_layer, hidden)
         return hidden
 
     def _vision_layer(self, hidden: Tensor) -> Tensor:
@@ -210,8 +212,6 @@ class _Forward:
         added = self._if_full("added_tokens", config["additional_vocab_size"] * hidden)
         output = tape.new(tokens, hidden, self.setup.item_of("embeddings_and_head"))
         tape.run((), output, gradients=rows + added, scratch=output.nbytes)
-        # Checkpointing needs an input that requires gradients, so TRL makes it require them.
-        output.needs_grad |= self.setup.checkpointing and self.setup.has_lora
         return output
 
     def _decoder_layer(self, hidden: Tensor) -> Tensor:
@@ -268,27 +268,28 @@ class _Forward:
     # Head and loss
 
     def _head(self, hidden: Tensor, supervised: int) -> None:
-        config, tape = self.config, self.tape
+        """Its gradients are made in the forward, a few rows of logits at a time, and wait for the backward."""
+        config, tape, setup = self.config, self.tape, self.setup
         chosen = tape.run((hidden,), tape.new(supervised, hidden.width, hidden.item))
         vocabulary, added = config["vocab_size"], config["additional_vocab_size"]
-        large = self._linear(chosen, vocabulary, "embeddings_and_head")
-        exact = tape.cast(chosen, self.setup.item_of("added_tokens"))
-        small = tape.run(
-            (exact,),
-            tape.new(supervised, added, large.item),
-            saves=(exact,) if self.setup.is_full("added_tokens") else (),
-            gradients=self._if_full("added_tokens", added * hidden.width),
-        )
-        logits = tape.run((large, small), tape.new(supervised, vocabulary + added, large.item), hands_on=True)
-        some = 2 * FP32 * min(supervised, ROWS) * logits.width
-        losses = tape.run((logits,), tape.new(supervised, 1, FP32), saves=(logits,), scratch=some)
-        tape.touch(logits)
-        tape.run((losses,), tape.new(1, 1, FP32))
+        waiting = [tape.new(supervised, hidden.width, hidden.item)]
+        for tower, rows in (("embeddings_and_head", vocabulary), ("added_tokens", added)):
+            if setup.is_full(tower):
+                waiting.append(tape.new(rows, hidden.width, FP32))
+        if setup.autocast and setup.is_full("embeddings_and_head"):
+            self._weight_in_bf16(hidden.width, vocabulary)
+        item, width = setup.item if setup.autocast else hidden.item, vocabulary + added
+        some = 2 * min(supervised, HEAD_ROWS) * width * item + 2 * FP32 * min(supervised, ROWS) * width
+        if setup.is_full("embeddings_and_head"):  # those of a few rows, before they are added to the others'
+            some += vocabulary * hidden.width * (FP32 + item * setup.autocast)
+        gradients = sum(one.nbytes for one in waiting[1:])
+        tape.run((chosen,), tape.new(1, 1, FP32), saves=waiting, gradients=gradients, scratch=some)
 
     # What all of them are made of
 
-    def _layer(self, layer: Callable[[Tensor], Tensor], hidden: Tensor, *others: Tensor) -> Tensor:
-        return self.tape.checkpoint(layer, hidden, *others) if self.setup.checkpointing else layer(hidden)
+    def _layer(self, brief: bool, layer: Callable[[Tensor], Tensor], hidden: Tensor, *others: Tensor) -> Tensor:
+        """`brief`: of which only the inputs are kept."""
+        return self.tape.checkpoint(layer, hidden, *others) if brief else layer(hidden)
 
     def _if_full(self, tower: str, parameters: int) -> int:
         """Bytes of the gradients of these parameters."""

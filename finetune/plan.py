@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ class Planner:
     def __init__(self, recipe: Recipe, *, on_gpu: bool):
         self.recipe, self.on_gpu = recipe, on_gpu
         self.config = _config(recipe)
+        self.layers: int = self.config["num_hidden_layers"]
         lengths = _prepared(recipe)
         self.steps, self.row, self.row_from = _rows(recipe, lengths)
         self.images = lengths.images if lengths else None
@@ -89,8 +91,8 @@ class Planner:
             "tokens_per_step": training.packs_per_step * training.row_tokens,
             "memory": self._memory(self.recipe),
             "checkpointing": {
-                "off": self._with(checkpointing=False).total,
-                "on": self._with(checkpointing=True).total,
+                "off": self._with(checkpointing=0).total,
+                "on": self._with(checkpointing=self.layers).total,
             },
             "disk": _disk(self.recipe, setup, parameters, images=self.images),
             "gpu": None if budget is None else self._judge(budget),
@@ -107,7 +109,7 @@ class Planner:
             dropout=recipe.adapter.dropout,
             item=FP32 // 2 if bf16 else FP32,
             quantize=model.quantize is not None,
-            checkpointing=training.checkpointing,
+            checkpointing=self.layers if training.checkpointing is True else int(training.checkpointing),
             optimizer=training.optimizer,
             rows_per_step=training.packs_per_step,
             gpu=self.on_gpu,
@@ -128,7 +130,7 @@ class Planner:
         fixed = sum(fixed_parts(self.setup(recipe)).values())
         return fixed <= budget and self.estimate(recipe).on_gpu <= budget
 
-    def _with(self, *, checkpointing: bool) -> Memory:
+    def _with(self, *, checkpointing: int) -> Memory:
         return estimate(replace(self.setup(self.recipe), checkpointing=checkpointing), self.row)
 
     def _memory(self, recipe: Recipe) -> dict[str, Any]:
@@ -143,7 +145,8 @@ class Planner:
 
     def _judge(self, budget: int) -> dict[str, Any]:
         fits = self.fits(self.recipe, budget)
-        change = None if fits else cheapest_change(self.recipe, lambda changed: self.fits(changed, budget))
+        fit = partial(self.fits, budget=budget)
+        change = None if fits else cheapest_change(self.recipe, fit, layers=self.layers)
         changed = change and apply_change(self.recipe, change)
         return {
             "bytes": budget,

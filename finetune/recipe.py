@@ -285,8 +285,9 @@ class Training(Section):
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest gradient norm; 0 does not clip."""
-    checkpointing: bool = False
-    """Keep only each layer's input for the backward, and compute the rest again: less memory, a third more work."""
+    checkpointing: bool | Positive = False
+    """Keep only each layer's input for the backward, and compute the rest again: less memory, a third more work. A
+    number: in as many of the decoder's layers, and in the cross-attention before them."""
     gates_learning_rate: Rate | None = None
     added_tokens_learning_rate: Rate | None = None
     seed: Annotated[int, Field(ge=0)] = 0

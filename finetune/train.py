@@ -19,6 +19,7 @@ from typing import Any
 
 import datasets
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl
 from transformers.integrations import get_available_reporting_integrations
@@ -59,8 +60,8 @@ class Plan:
     """Some trained parameters play no part, like the last norm of the vision tower: DDP must look for them."""
     autocast: bool = False
     """Multiply in bf16 although some trained matrices are fp32: for towers trained in full on a bf16 base."""
-    checkpointing: bool = False
-    """Keep only each layer's input for the backward, and compute the rest again."""
+    checkpointing: bool | int = False
+    """Keep only each layer's input for the backward, and compute the rest again; a number: in as many layers."""
 
 
 def train(
@@ -79,6 +80,7 @@ def train(
     Checkpoints go to `folder`/checkpoint-*; `resume_from` is one of them. The best one by held-out loss becomes the
     adapter where `plan` evaluates, else the last state.
     """
+    checkpoint_layers(model, plan.checkpointing)
     half = any(layer.compute_dtype == torch.float16 for layer in quantized_layers(model).values())
     arguments = _arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
     trainer = IdeficsTrainer(
@@ -226,6 +228,24 @@ class ProgressBar(TrainerCallback):
         self.progress.stop()
 
 
+def checkpoint_layers(model: nn.Module, layers: bool | int) -> None:
+    """Keep only the inputs of the first `layers` of the decoder (True: of all), and of the cross-attention before them.
+
+    Layers of the vision tower, which are few and small, follow as soon as there are any. Reentrant checkpointing would
+    lose the gradients of a layer whose inputs need none.
+    """
+    idefics = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not layers:
+        idefics.gradient_checkpointing_disable()
+        return
+    idefics.gradient_checkpointing_enable({"use_reentrant": False})
+    if layers is not True:
+        interval = idefics.config.cross_layer_interval
+        for kept in (idefics.model.layers[layers:], idefics.model.gated_cross_attn_layers[-(-layers // interval) :]):
+            for layer in kept:
+                layer.gradient_checkpointing = False
+
+
 def gate_openings(model: nn.Module) -> dict[str, list[float]]:
     """tanh of every trained gate, layer by layer: {"alpha_cross_attn": [0.1, ...], "alpha_dense": [0.2, ...]}.
 
@@ -297,9 +317,7 @@ def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConf
         bf16=plan.autocast,
         fp16=scaled and not plan.autocast,
         use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=plan.checkpointing,
-        # Reentrant checkpointing loses the gradients of a layer whose inputs need none.
-        activation_checkpointing_kwargs={"use_reentrant": False} if plan.checkpointing else None,
+        activation_checkpointing=False,  # see checkpoint_layers
         dataloader_pin_memory=torch.cuda.is_available(),
         # Packed attention reaches every parameter it can, so that DDP seldom needs to search.
         ddp_find_unused_parameters=plan.unused_parameters,

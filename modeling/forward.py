@@ -2,6 +2,7 @@
 
 The loss is ours because transformers 5.23 reshapes to `vocab_size` logits where IDEFICS has
 `vocab_size + additional_vocab_size`, and because TRL's fused head leaves the added rows out of the normaliser.
+It belongs to the model's forward, so that PEFT, DDP and FSDP see one.
 """
 
 from collections.abc import Mapping
@@ -10,27 +11,44 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from transformers.models.idefics.modeling_idefics import IdeficsCausalLMOutputWithPast
 
 from modeling.attention import ImageRun
 
 IGNORED = -100
 """The label of a token that is not supervised."""
 
+HEAD_ROWS = 128
+"""Supervised tokens whose logits exist at once: enough for a fast product."""
+
 ROWS = 16
-"""Of the head's logits, handled at a time: those of 32,000 words then fit a processor's cache."""
+"""Of logits, whose losses are computed at once: those of 32,000 words then fit a processor's cache."""
+
+FP16_SCALE = 2.0**12
+"""Of gradients on their way through a head in fp16, which would lose probabilities below 6e-8."""
+
+
+class PackedIdefics(IdeficsForVisionText2Text):
+    """The stock model, which asked with `targets` answers with their loss alone and never holds all logits."""
+
+    def forward(self, *args: Any, targets: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """`targets` int64 [K] follow the K positions that `logits_to_keep` names, of the only row."""
+        if targets is None:
+            return super().forward(*args, **kwargs)
+        positions = kwargs.pop("logits_to_keep")
+        hidden = self.model(*args, **kwargs).last_hidden_state[0, positions]
+        return IdeficsCausalLMOutputWithPast(loss=head_loss(self.lm_head, hidden, targets))
 
 
 def packed_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], *, config: IdeficsConfig) -> torch.Tensor:
     """Sum of the token losses of one packed row: fp32 scalar, 0 with gradients when nothing is supervised.
 
-    `model` may be wrapped by PEFT, DDP or FSDP; `config` is the plain model's. `batch` holds input_ids, labels,
-    position_ids, image_index int64 [1, T], sequence_starts int32 [S + 1], and pixel_values [N, 3, H, W] or
-    image_features [N, latents, D] in the model's dtype.
-    The loss goes through the wrapped model's forward, so that DDP and FSDP see it.
+    `model` is a `PackedIdefics` that PEFT, DDP or FSDP may have wrapped; `config` is the plain model's. `batch` holds
+    input_ids, labels, position_ids, image_index int64 [1, T], sequence_starts int32 [S + 1], and pixel_values
+    [N, 3, H, W] or image_features [N, latents, D] in the model's dtype.
     """
     positions, targets = supervised_positions(batch["labels"])
-    logits = model(**forward_arguments(batch, config), logits_to_keep=positions).logits
-    return token_losses(logits.squeeze(0), targets).sum()
+    return model(**forward_arguments(batch, config), logits_to_keep=positions, targets=targets).loss
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,6 +60,44 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     targets = labels[0, 1:]
     positions = (targets != IGNORED).nonzero()[:, 0]
     return positions, targets[positions]
+
+
+def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the token losses of `head(hidden)`: [K, D], [K] -> fp32 scalar. Logits of `HEAD_ROWS` rows exist at once.
+
+    The loss is a sum, so gradients of `hidden` and of what is trained in the head are made on the way, and the backward
+    only scales them.
+    """
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    learning = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
+    return _HeadLoss.apply(head, targets, learning, hidden, *trained)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, head: nn.Module, targets: torch.Tensor, learning: bool, hidden: torch.Tensor, *trained: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradients = [torch.zeros_like(one) for one in (hidden, *trained)] if learning else []
+        for start in range(0, len(hidden), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            with torch.set_grad_enabled(learning):
+                rows = hidden[part].detach().requires_grad_(learning)
+                losses = token_losses(head(rows), targets[part])
+            total += losses.detach().sum()
+            if learning:
+                weights = torch.full_like(losses, ctx.scale)
+                made = torch.autograd.grad(losses, (rows, *trained), weights, materialize_grads=True)
+                for place, gradient in zip((gradients[0][part], *gradients[1:]), made, strict=True):
+                    place += gradient
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, weight: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, None, *(gradient * (weight / ctx.scale) for gradient in ctx.saved_tensors)
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from transformers import (
 
 from modeling.attention import PACKED
 from modeling.errors import UserError
+from modeling.forward import PackedIdefics
 from modeling.quantize import settle
 from modeling.shapes import Config, read_config
 from modeling.tiny import ADDED
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 class Idefics:
     """A model ready to be trained or asked, and its processor."""
 
-    model: IdeficsForVisionText2Text
+    model: PackedIdefics
     processor: IdeficsProcessor
 
     @property
@@ -55,7 +56,7 @@ def load(
     model takes `image_features` alone.
     """
     config = read_config(base, revision=revision)
-    model = IdeficsForVisionText2Text.from_pretrained(
+    model = PackedIdefics.from_pretrained(
         str(quantized or base),
         revision=None if quantized else revision,
         dtype=dtype,

@@ -16,7 +16,9 @@ from transformers import (
 )
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
+from modeling.attention import PACKED
 from modeling.errors import UserError
+from modeling.forward import PackedIdefics
 from modeling.shapes import Config
 
 CONTROL = ("<unk>", "<s>", "</s>")
@@ -47,14 +49,16 @@ def build_processor(tokenizer: LlamaTokenizer, *, image_size: int) -> IdeficsPro
     return IdeficsProcessor(IdeficsImageProcessorPil(image_size=image_size), tokenizer)
 
 
-def build_model(config: Config, *, seed: int, attn_implementation: str = "sdpa") -> IdeficsForVisionText2Text:
-    """A freshly initialised model, in fp32; the same seed gives the same weights."""
+def build_model(config: Config, *, seed: int, packed: bool = False) -> IdeficsForVisionText2Text:
+    """A freshly initialised model, in fp32, stock or for packed rows; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(
-            IdeficsConfig(**config), attn_implementation=attn_implementation, dtype=torch.float32
+        if packed:
+            return PackedIdefics(IdeficsConfig(**config, attn_implementation=PACKED)).eval()
+        stock = AutoModelForImageTextToText.from_config(
+            IdeficsConfig(**config), attn_implementation="sdpa", dtype=torch.float32
         )
-    return model.eval()
+        return stock.eval()
 
 
 def _merges(learner: Tokenizer, vocab: dict[str, int]) -> list[tuple[str, str]]:

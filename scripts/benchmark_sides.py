@@ -42,7 +42,6 @@ from finetune.features import FeatureCache
 from finetune.train import Plan, train
 from modeling import tiny
 from modeling.adapters import attach
-from modeling.attention import PACKED
 from modeling.forward import image_features, packed_loss
 from modeling.loading import extend_vocabulary
 from modeling.shapes import Config
@@ -139,8 +138,7 @@ class Data:
 
 def make_model(settings: Settings) -> nn.Module:
     """The model with LoRA, equal on both sides: the factors that begin with zeros do not, so that all learn."""
-    implementation = PACKED if settings.side == "ours" else "sdpa"
-    model = tiny.build_model(MODELS[settings.model], seed=settings.seed, attn_implementation=implementation)
+    model = tiny.build_model(MODELS[settings.model], seed=settings.seed, packed=settings.side == "ours")
     extend_vocabulary(model)
     torch.manual_seed(settings.seed)
     wrapped = attach(model, MODES, lora={"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0}, base="random")

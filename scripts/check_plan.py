@@ -74,7 +74,8 @@ class Case:
     dropout: float = 0.0
     dtype: str = "float32"
     quantize: bool = False
-    checkpointing: bool = False
+    checkpointing: int = 0
+    """Layers of the decoder."""
     rows_per_step: int = 2
     sequence: int = 128
     """Tokens of each sequence of the row."""
@@ -98,7 +99,8 @@ class Case:
 
 CASES = (
     Case("lora", RowSize(1024, 400, 2)),
-    Case("lora, checkpointing", RowSize(1024, 400, 2), checkpointing=True),
+    Case("lora, checkpointing", RowSize(1024, 400, 2), checkpointing=8),
+    Case("lora, checkpointing in 3 of 8 layers", RowSize(1024, 400, 2), checkpointing=3),
     Case("lora, long rows", RowSize(4096, 3000, 4), sequence=2048, dropout=0.05),
     Case("lora on all towers, 8 live images", RowSize(512, 200, 8), {**LORA, "vision": "lora", "resampler": "lora"}),
     Case("all towers in full", RowSize(512, 200, 2), FULL, rows_per_step=1),
@@ -188,10 +190,9 @@ def _model(case: Case) -> Any:
 
 def _random_model(dtype: Any) -> Any:
     from modeling import tiny
-    from modeling.attention import PACKED
     from modeling.loading import extend_vocabulary
 
-    model = tiny.build_model(MIDDLE, seed=0, attn_implementation=PACKED).to(dtype)
+    model = tiny.build_model(MIDDLE, seed=0, packed=True).to(dtype)
     extend_vocabulary(model)
     return model
 

@@ -1,5 +1,8 @@
 """The heart: a packed row equals its dialogues run one by one through the stock model, loss and every gradient."""
 
+import copy
+import math
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -10,9 +13,10 @@ from finetune.data.collate import collate, stack_pixels
 from finetune.data.dialogue import Dialogue, Image, Turn, assistant, user
 from finetune.data.template import render
 from finetune.data.tokens import tokenize
-from modeling import loading
+from modeling import forward, loading
 from modeling.forward import (
     forward_arguments,
+    head_loss,
     image_features,
     image_runs,
     packed_loss,
@@ -245,7 +249,9 @@ def test_a_row_with_nothing_supervised_gives_zero_and_zero_gradients(pair):
     assert not any(gradient.any() for gradient in gradients)  # NaN counts as any
 
 
-def test_the_head_is_called_on_supervised_rows_only(pair):
+@pytest.mark.parametrize("limit", [forward.HEAD_ROWS, 7])
+def test_the_head_is_called_on_supervised_rows_only_and_on_few_at_once(pair, monkeypatch, limit):
+    monkeypatch.setattr(forward, "HEAD_ROWS", limit)
     idefics, _, model = pair
     examples, _, batch = lay(ROWS["mixture"], idefics.tokenizer)
     rows = []
@@ -254,8 +260,44 @@ def test_the_head_is_called_on_supervised_rows_only(pair):
         packed_loss(model, batch, config=model.config)
     handle.remove()
     supervised = sum(example.supervised for example in examples)
-    assert rows == [(1, supervised, 64)]
+    assert sum(count for count, _ in rows) == supervised
+    assert max(rows) == (min(supervised, limit), 64)
+    assert len(rows) == -(-supervised // limit)
     assert 0 < supervised < batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("supervised", [0, 1, 6, 7, 8, 30])
+@pytest.mark.parametrize("trained", [("additional_fc",), ("additional_fc", ""), ()], ids=["added", "all", "none"])
+def test_the_head_s_loss_and_gradients_are_those_of_all_logits_at_once(pair, monkeypatch, supervised, trained):
+    monkeypatch.setattr(forward, "HEAD_ROWS", 7)
+    head = copy.deepcopy(pair[2].lm_head).requires_grad_(False)
+    for name in trained:
+        for parameter in head.get_submodule(name).parameters(recurse=False):
+            parameter.requires_grad_(True)
+    generator = torch.Generator().manual_seed(supervised)
+    hidden = torch.randn(supervised, 64, generator=generator, requires_grad=True)
+    targets = torch.randint(303, (supervised,), generator=generator)
+    inputs = [hidden, *(parameter for parameter in head.parameters() if parameter.requires_grad)]
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    loss = head_loss(head, hidden, targets)
+    torch.testing.assert_close(loss, expected)
+    got, wanted = (torch.autograd.grad(3 * one, inputs) for one in (loss, expected))
+    torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        assert torch.equal(head_loss(head, hidden, targets), loss)
+
+
+def test_a_head_in_fp16_keeps_the_gradient_of_many_unlikely_words():
+    """Each has a probability of 1.5e-8, which is zero in fp16; all of them have 5e-4."""
+    words = 2**15
+    head = torch.nn.Linear(2, words, bias=False, dtype=torch.float16).requires_grad_(False)
+    head.weight[:] = torch.tensor([0.0, 1.0])
+    head.weight[0] = torch.tensor([18.0, 0.0])
+    hidden = torch.tensor([[1.0, 0.0]], dtype=torch.float16, requires_grad=True)
+    head_loss(head, hidden, torch.tensor([0])).backward()
+    others = (words - 1) / (math.exp(18) + words - 1)
+    # Half a step of fp32 at the sum's logarithm, 18, is 2e-3 of 5e-4; one of fp16 in the result, 5e-4.
+    assert hidden.grad[0].tolist() == pytest.approx([-18 * others, others], rel=3e-3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from finetune.plan import Planner, plan
 from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe
 from finetune.tape import Tape, peak
+from finetune.train import checkpoint_layers
 from modeling.adapters import attach, expected_counts
 from modeling.forward import packed_loss
 from modeling.loading import load_processor
@@ -159,7 +161,7 @@ SETUPS = st.builds(
     dropout=st.sampled_from([0.0, 0.1]),
     item=st.sampled_from([2, 4]),
     quantize=st.booleans(),
-    checkpointing=st.booleans(),
+    checkpointing=st.integers(0, 3),
     rows_per_step=st.integers(1, 3),
     gpu=st.booleans(),
 )
@@ -192,14 +194,17 @@ def test_quantising_and_freezing_never_cost_more(setup, row):
 
 def test_checkpointing_leaves_a_layer_s_input_of_its_activations():
     setup, row = Setup(INSTRUCT_9B, LORA, item=2), RowSize(2048, 500, 4)
-    off, on = (estimate(replace(setup, checkpointing=checkpointing), row).parts for checkpointing in (False, True))
+    layers = setup.config["num_hidden_layers"]
+    off, on = (estimate(replace(setup, checkpointing=checkpointing), row).parts for checkpointing in (0, layers))
     assert on["decoder"] + on["cross_attention"] < (off["decoder"] + off["cross_attention"]) / 10
     assert [on[part] for part in ("weights", "adapters", "optimizer")] == [
         off[part] for part in ("weights", "adapters", "optimizer")
     ]
 
 
-def test_checkpointing_changes_no_gradient(idefics, make_rows):
+@pytest.mark.parametrize(("layers", "kept"), [(True, (0, 0)), (1, (7, 1)), (4, (4, 1)), (5, (3, 0)), (9, (0, 0))])
+def test_checkpointing_changes_no_gradient(idefics, make_rows, layers, kept):
+    """kept: layers of the decoder and blocks of cross-attention that keep all; of the stand-in's eight and two."""
     batch = make_rows().at(0)
     model = attach(idefics.model, {**LORA, "vision": "lora"}, lora={"r": 4, "lora_alpha": 8}, base="x").train()
 
@@ -210,29 +215,30 @@ def test_checkpointing_changes_no_gradient(idefics, make_rows):
         return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
 
     plain_loss, plain = gradients()
-    model.base_model.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    checkpoint_layers(model, layers)
+    inner = idefics.model.model
+    parts = inner.layers, inner.gated_cross_attn_layers, inner.vision_model.encoder.layers
+    keeping = [[not layer.gradient_checkpointing for layer in part] for part in parts]
+    assert tuple(map(sum, keeping)) == (*kept, 0)
+    assert all(part == sorted(part) for part in keeping)
     loss, checkpointed = gradients()
     assert loss == plain_loss
     assert plain.keys() == checkpointed.keys()
     assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in plain.values()) > 50
     for name, gradient in plain.items():
         assert torch.equal(gradient, checkpointed[name]), name
-
-
-def test_a_recipe_s_checkpointing_reaches_the_trainer(tmp_path):
-    from finetune.train import Plan, _arguments
-
-    for checkpointing, kwargs in ((True, {"use_reentrant": False}), (False, None)):
-        made = _arguments(tmp_path, steps=1, plan=Plan(1, 1e-3, checkpointing=checkpointing), scaled=False)
-        assert made.activation_checkpointing is checkpointing
-        assert made.activation_checkpointing_kwargs == kwargs
+    checkpoint_layers(model, False)
+    assert not any(layer.gradient_checkpointing for part in parts for layer in part)
 
 
 def test_a_9b_in_24_gib_needs_checkpointing_and_nothing_else():
     gpu = plan(recipe_of(), gpu="24GiB")["gpu"]
-    assert (gpu["bytes"], gpu["fits"], gpu["change"]) == (24 * GIB, False, ["training.checkpointing=true"])
+    assert (gpu["bytes"], gpu["fits"]) == (24 * GIB, False)
+    ((key, layers),) = (change.split("=") for change in gpu["change"])
+    assert key == "training.checkpointing"
     assert gpu["changed"]["gpu"] <= 24 * GIB < gpu["needed"]
+    fewer = recipe_of(training={"checkpointing": int(layers) - 1})
+    assert not plan(fewer, gpu="24GiB")["gpu"]["fits"]
 
 
 def test_what_fits_is_left_alone():
@@ -256,15 +262,26 @@ def test_no_change_is_offered_where_none_helps():
 
 def test_the_cheapest_is_tried_first_and_pairs_when_no_single_one_helps():
     recipe = recipe_of()
-    assert cheapest_change(recipe, lambda changed: True).overrides == ["training.row_tokens=1024"]
-    pair = cheapest_change(recipe, lambda changed: changed.training.checkpointing and changed.model.quantize == "nf4")
+    cheapest = partial(cheapest_change, recipe, layers=32)
+    assert cheapest(lambda changed: True).overrides == ["training.row_tokens=1024"]
+    pair = cheapest(lambda changed: changed.training.checkpointing is True and changed.model.quantize == "nf4")
     assert pair.overrides == ["training.checkpointing=true", "model.quantize=nf4"]
-    assert cheapest_change(recipe, lambda changed: False) is None
+    assert cheapest(lambda changed: False) is None
+
+
+@pytest.mark.parametrize("needed", [1, 7, 31, 32])
+def test_no_more_layers_are_checkpointed_than_must_be(needed):
+    def fits(changed):
+        kept = changed.training.checkpointing
+        return kept is True or kept >= needed
+
+    change = cheapest_change(recipe_of(training={"row_tokens": 128}, data={"max_length": 128}), fits, layers=32)
+    assert change.overrides == [f"training.checkpointing={'true' if needed == 32 else needed}"]
 
 
 def test_rows_shorter_than_an_example_shorten_the_examples():
     recipe = recipe_of(data={"max_length": 2048})
-    change = cheapest_change(recipe, lambda changed: changed.training.row_tokens == 512)
+    change = cheapest_change(recipe, lambda changed: changed.training.row_tokens == 512, layers=32)
     assert change.overrides == ["training.row_tokens=512", "data.max_length=512"]
 
 
@@ -342,7 +359,7 @@ def test_losses_are_planned_in_as_many_rows_as_they_are_computed():
     from finetune import footprint
     from modeling import forward
 
-    assert footprint.ROWS == forward.ROWS
+    assert (footprint.HEAD_ROWS, footprint.ROWS) == (forward.HEAD_ROWS, forward.ROWS)
 
 
 def test_what_is_not_counted_is_said():
