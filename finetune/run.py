@@ -104,6 +104,7 @@ def _train(run: Run) -> dict[str, Any]:
         resume_from=resume_from,
         callbacks=[ProgressBar()],
     )
+    say(f"train: waited for data {trainer.waiting:.1%} of the time")
     origin = Origin(made.base, recipe.model.revision, made.instruct, recipe.model.quantize, base_identity)
     origin.write(run.folder / "adapter")
     return {
@@ -114,6 +115,7 @@ def _train(run: Run) -> dict[str, Any]:
         "best_step": trainer.state.best_global_step if plan.evaluate_every else None,
         "streamed": made.streamed(rows),
         "seconds": round(time.perf_counter() - started, 1),
+        "waiting_for_data": round(trainer.waiting, 4),
     }
 
 

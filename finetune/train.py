@@ -12,6 +12,7 @@
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
+from finetune.data.ahead import RowsAhead
 from finetune.data.collate import Batch, RowCollator, Rows
 from finetune.data.schedule import Row
 from finetune.progress import bar, say
@@ -83,17 +86,23 @@ def train(
     checkpoint_layers(model, plan.checkpointing)
     half = any(layer.compute_dtype == torch.float16 for layer in quantized_layers(model).values())
     arguments = _arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
+    ahead = RowsAhead(train_rows, stride=PartialState().num_processes)
     trainer = IdeficsTrainer(
         model=model,
         args=arguments,
         processing_class=tokenizer,
         plan=plan,
-        train_rows=train_rows,
+        train_rows=ahead,
         eval_rows=eval_rows,
         callbacks=[MetricsFile(folder / "metrics.jsonl", train_rows, plan.packs_per_step), *callbacks],
     )
     count_trained(model)  # asserts that TRL left every trained parameter in fp32
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        ahead.close()
+    trainer.waiting = ahead.waited / (time.perf_counter() - started)
     if plan.evaluate_every and trainer.state.best_model_checkpoint:
         load_adapter_weights(model, Path(trainer.state.best_model_checkpoint))
     if trainer.is_world_process_zero():
@@ -107,7 +116,12 @@ class IdeficsTrainer(SFTTrainer):
     # Our loss is a sum over tokens divided by the tokens of the whole step, so accumulation must not divide it again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *, plan: Plan, train_rows: Rows, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any):
+    waiting: float = 0.0
+    """Share of the training's time that went by without a row to train on."""
+
+    def __init__(
+        self, *, plan: Plan, train_rows: RowsAhead, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any
+    ):
         self.plan, self.eval_rows = plan, eval_rows
         self.idefics_config = model.config
         held_out = _row_numbers(len(eval_rows)) if eval_rows and plan.evaluate_every else None
@@ -115,7 +129,7 @@ class IdeficsTrainer(SFTTrainer):
         super().__init__(
             model=model,
             data_collator=train_rows,
-            train_dataset=_row_numbers(len(train_rows)),
+            train_dataset=_row_numbers(len(train_rows.rows)),
             eval_dataset=held_out,
             **kwargs,
         )
@@ -345,8 +359,6 @@ def _schedule(plan: Plan) -> dict[str, Any]:
 
 def _accumulation(packs_per_step: int) -> int:
     """Rows each rank runs before a step: ranks x accumulation = packs per step, or an error that names the nearest."""
-    from accelerate import PartialState
-
     ranks = PartialState().num_processes
     if packs_per_step % ranks:
         nearest = max(1, round(packs_per_step / ranks)) * ranks

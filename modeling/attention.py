@@ -9,7 +9,8 @@ A row of three sequences, two images (a, b); `.` marks tokens that have seen no 
     self-attention    [0,5) [5,8) [8,12)          causal, each slice alone
     cross-attention   [1,5) -> a   [9,12) -> b    `image_runs`; the rest is zero
 
-No padding and no neighbour is ever multiplied, so no mask exists. Without `sequence_starts` (generation, the vision
+No padding and no neighbour is ever multiplied, so no mask exists. On GPUs that have them, variable-length kernels
+compute the same (`modeling.flash`). Without `sequence_starts` (generation, the vision
 tower) the function is transformers' own sdpa. Axes: B batch (1 when packed), H heads, T tokens, D head size,
 N images, L latents of an image.
 """
@@ -24,6 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from modeling import flash
 
 PACKED = "packed"
 """The name to pass as `attn_implementation`."""
@@ -55,8 +58,13 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query_BHTD, key_BHSD, value_BHSD, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    if module.is_cross_attention:
+    fast = flash.serves(query_BHTD, dropout)
+    if module.is_cross_attention and fast and image_runs:
+        output = flash.attend_images(query_BHTD, key_BHSD, value_BHSD, image_runs, image_latents, scaling)
+    elif module.is_cross_attention:
         output = _attend_images(query_BHTD, key_BHSD, value_BHSD, image_runs, image_latents, scaling, dropout)
+    elif fast:
+        output = flash.attend_sequences(query_BHTD, key_BHSD, value_BHSD, sequence_starts, scaling)
     else:
         output = _attend_sequences(query_BHTD, key_BHSD, value_BHSD, sequence_starts, scaling, dropout)
     return output, None

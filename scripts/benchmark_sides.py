@@ -32,6 +32,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from finetune.data.ahead import RowsAhead
 from finetune.data.collate import RowCollator
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import Preprocessing, digest
@@ -205,7 +206,7 @@ def our_run(settings: Settings, data: Data, model: nn.Module, folder: Path, cloc
         filling = settings.now() - started
     plan = Plan(1, RATE, weight_decay=0.0, checkpoint_every=10**6, checkpointing=settings.checkpointing)
     tokenizer = data.processor.tokenizer
-    train(model, tokenizer, folder, train_rows=clock.reading(rows), eval_rows=None, plan=plan, callbacks=[clock])
+    train(model, tokenizer, folder, train_rows=rows, eval_rows=None, plan=plan, callbacks=[clock])
     ends = [sum(row.epoch <= epoch for row in rows.rows) for epoch in range(settings.epochs)]
     return {"filling": filling, "epoch_ends": ends, "tokens": sum(map(rows.tokens, range(ends[0]))), "padding": 0.0}
 
@@ -312,8 +313,9 @@ def by_length(lengths: Sequence[int], batch: int, *, seed: int) -> list[int]:
 class Clock(TrainerCallback):
     """Where the time of training goes, by the same hooks on both sides.
 
-    data: the collator. images: vision tower and resampler. forward: the rest of the model's forward. backward: from
-    there to the optimiser, so the loss, the backward and the clipping. optimiser: the step.
+    data: waiting for it: the collator, or what our thread has not done in time. images: vision tower and resampler.
+    forward: the rest of the model's forward; on our side, the loss and the head's backward are part of it. backward:
+    from there to the optimiser, so the loss, the backward and the clipping. optimiser: the step.
     """
 
     def __init__(self, model: nn.Module, now: Callable[[], float]):
@@ -359,6 +361,9 @@ class Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop("optimiser")
+        collator = kwargs["train_dataloader"].collate_fn
+        if isinstance(collator, RowsAhead):
+            self.spent["data"] = collator.waited
         self.history.append((self.now(), dict(self.spent)))
 
     def epochs(self, ends: Sequence[int]) -> list[dict[str, float]]:
@@ -373,7 +378,7 @@ class Clock(TrainerCallback):
 
 @dataclass(frozen=True)
 class _Timed:
-    """A collator with its clock; what else a trainer asks of it, it asks of the collator."""
+    """The stock side's collator, with its clock."""
 
     collator: Any
     clock: Clock
@@ -384,18 +389,6 @@ class _Timed:
         self.clock.spent["data"] += self.clock.now() - started
         self.clock.tokens += batch["input_ids"].numel()
         return batch
-
-    def __len__(self) -> int:
-        return len(self.collator)
-
-    def at(self, number: int) -> Any:
-        return self.collator.at(number)
-
-    def epoch(self, number: int) -> int:
-        return self.collator.epoch(number)
-
-    def tokens(self, number: int) -> int:
-        return self.collator.tokens(number)
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -286,9 +286,6 @@ class _Rows:
     def __len__(self) -> int:
         return 4 * self.case.rows_per_step
 
-    def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, Any]:
-        return self.at(features[0]["row"])
-
     def at(self, number: int) -> dict[str, Any]:
         import torch
 

@@ -1,14 +1,17 @@
 """Attention over a packed row equals every sequence and every image run alone."""
 
+import inspect
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from modeling import flash
 from modeling.attention import packed_attention
 
 HEADS, SIZE, LATENTS, SCALE = 2, 8, 3, 0.3
@@ -17,14 +20,40 @@ HEADS, SIZE, LATENTS, SCALE = 2, 8, 3, 0.3
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
+@pytest.fixture(params=["slices", "kernels"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways to compute it; a kernel of torch's signature, spelt out, stands in for the GPU's."""
+    if request.param == "kernels":
+        monkeypatch.setattr(flash, "serves", lambda query, dropout: True)
+        monkeypatch.setattr(flash, "varlen_attn", stand_in_kernel)
+    return request.param
+
+
+def stand_in_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1)):
+    """[T, H, D] -> [T, H, D], sequence by sequence."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (cu_seq_q[-1], cu_seq_k[-1], len(key)) == (len(query), len(key), len(value))
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    assert len(cu_seq_q) == len(cu_seq_k)
+    outputs = []
+    for (start, stop), (first, last) in zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True):
+        seen = torch.ones(stop - start, last - first, dtype=torch.bool)
+        if window_size == (-1, 0):
+            assert stop - start == last - first
+            seen = seen.tril()
+        parts = (query[start:stop], key[first:last], value[first:last])
+        outputs.append(naive(*(part.transpose(0, 1)[None] for part in parts), seen, scale)[0])
+    return torch.cat(outputs)
+
+
 def attend(query, key, value, *, cross=False, **kwargs):
     module = SimpleNamespace(is_cross_attention=cross, is_causal=True, training=False)
     return packed_attention(module, query, key, value, None, scaling=SCALE, **kwargs)[0]
 
 
-def naive(query, key, value, seen_TS):
+def naive(query, key, value, seen_TS, scale=SCALE):
     """Attention spelt out: [1, H, T, D] and a mask of who sees whom -> [1, T, H, D]; who sees nothing gets zeros."""
-    scores = SCALE * query @ key.transpose(-1, -2)
+    scores = scale * query @ key.transpose(-1, -2)
     weights = torch.where(seen_TS, torch.exp(scores), 0.0)
     total = weights.sum(-1, keepdim=True)
     return (weights / torch.where(total > 0, total, 1.0) @ value).transpose(1, 2)
@@ -147,7 +176,8 @@ def rows(draw):
     return lengths, images, seen
 
 
-@settings(max_examples=40, deadline=None)
+# The two ways are the same for every example.
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows())
 def test_any_row_equals_the_dense_reference(row):
     lengths, images, seen = row
@@ -160,6 +190,7 @@ def test_any_row_equals_the_dense_reference(row):
     same_with_gradients(ours, naive(*inputs, seen_latents(starts[-1], images, runs)), inputs)
 
 
+@pytest.mark.parametrize("way", ["slices"], indirect=True)
 @pytest.mark.parametrize("cross", [False, True], ids=["sequences", "images"])
 def test_the_backward_joins_the_gradients_of_all_parts_at_once(cross):
     """A slice's own backward would write as many zeros as the row is long, for every slice."""
@@ -183,3 +214,50 @@ def test_without_sequences_it_is_the_sdpa_of_transformers(masked):
     theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=SCALE)
     assert weights is None
     assert torch.equal(ours, theirs)
+
+
+def test_the_stand_in_has_the_signature_of_torch_s_kernel():
+    theirs = inspect.signature(varlen_attn).parameters
+    for name, parameter in inspect.signature(stand_in_kernel).parameters.items():
+        assert parameter.kind == theirs[name].kind
+    assert theirs["window_size"].default == (-1, -1)
+
+
+CASES = {
+    "an A100 in bf16": ((8, 0), torch.bfloat16, 128, 0.0, True),
+    "an H100 in fp16": ((9, 0), torch.float16, 64, 0.0, True),
+    "a T4": ((7, 5), torch.float16, 64, 0.0, False),
+    "fp32": ((9, 0), torch.float32, 64, 0.0, False),
+    "a head too large": ((9, 0), torch.float16, 264, 0.0, False),
+    "a head of an odd size": ((9, 0), torch.float16, 20, 0.0, False),
+    "dropout": ((9, 0), torch.float16, 64, 0.1, False),
+}
+
+
+@pytest.mark.parametrize("way", ["slices"], indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_chosen_by_what_the_gpu_can(name, monkeypatch):
+    capability, dtype, size, dropout, expected = CASES[name]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query = SimpleNamespace(shape=(1, 2, 5, size), dtype=dtype, is_cuda=True, device="cuda:0")
+    assert flash.serves(query, dropout) is expected
+    query.is_cuda = False
+    assert not flash.serves(query, dropout)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("way", ["slices"], indirect=True)
+@pytest.mark.parametrize("cross", [False, True], ids=["sequences", "images"])
+def test_the_gpu_s_kernels_give_what_the_slices_give(cross, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, length, 64) for length in (40, 40, 40)]
+    inputs = [torch.randn(s, generator=generator).to("cuda", torch.bfloat16).requires_grad_() for s in shapes]
+    options = {"cross": cross, "sequence_starts": [0, 7, 40], "image_runs": [(2, 9, 1), (12, 40, 0)]}
+    outputs = []
+    for fast in (True, False):
+        if not fast:
+            monkeypatch.setattr(flash, "serves", lambda query, dropout: False)
+        output = attend(*inputs, image_latents=20, **options)
+        outputs.append([output, *torch.autograd.grad(output.float().square().sum(), inputs)])
+    # bf16 has 8 bits, and sums are taken in another order.
+    torch.testing.assert_close(*outputs, rtol=2**-6, atol=2**-6)

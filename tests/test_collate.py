@@ -117,26 +117,21 @@ def collator():
 
 
 def test_the_collator_builds_the_row_it_is_asked_for(collator):
-    row = collator([{"row": 0}])
+    row = collator.at(0)
     assert row["input_ids"].tolist() == [[1, 7, 1, 5, 6]]
     assert row["sequence_starts"].tolist() == [0, 2, 5]
     assert (row["pixel_values"] * 255).round()[0, :, 0, 0].tolist() == [0, 1, 2]
-    assert collator([{"row": 1}])["input_ids"].tolist() == [[2]]
-
-
-def test_a_micro_batch_is_one_row(collator):
-    with pytest.raises(ValueError, match="too many values"):
-        collator([{"row": 0}, {"row": 1}])
+    assert collator.at(1)["input_ids"].tolist() == [[2]]
 
 
 def test_without_augmentation_every_epoch_has_the_same_pixels(collator):
-    assert torch.equal(collator([{"row": 0}])["pixel_values"], collator([{"row": 2}])["pixel_values"])
+    assert torch.equal(collator.at(0)["pixel_values"], collator.at(2)["pixel_values"])
 
 
 def test_augmented_pixels_depend_on_seed_epoch_and_image_alone(collator):
     def augmented(row, seed):
         changes = {"augmentation": Augmentation(shift=3), "seed": seed}
-        return RowCollator(**{**vars(collator), **changes})([{"row": row}])["pixel_values"]
+        return RowCollator(**{**vars(collator), **changes}).at(row)["pixel_values"]
 
     assert torch.equal(augmented(0, 5), augmented(0, 5))
     assert len({augmented(row, seed).numpy().tobytes() for row in (0, 2) for seed in (5, 6, 7)}) > 3
@@ -146,10 +141,10 @@ def test_augmented_pixels_depend_on_seed_epoch_and_image_alone(collator):
 def test_two_images_of_a_row_are_moved_apart(collator):
     twins = {"images": [gradient(0), gradient(0)], "image_ids": [(0,), (1,)], "examples": [ONE, ONE]}
     changed = RowCollator(**{**vars(collator), **twins, "augmentation": Augmentation(shift=3)})
-    first, second = changed([{"row": 0}])["pixel_values"]
+    first, second = changed.at(0)["pixel_values"]
     assert not torch.equal(first, second)
 
 
 def test_workers_can_have_the_collator(collator):
     again = pickle.loads(pickle.dumps(collator))
-    assert torch.equal(again([{"row": 0}])["pixel_values"], collator([{"row": 0}])["pixel_values"])
+    assert torch.equal(again.at(0)["pixel_values"], collator.at(0)["pixel_values"])

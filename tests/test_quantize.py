@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from finetune.chat import open_assistant
 from finetune.cli import app
+from finetune.data.ahead import RowsAhead
 from finetune.picture import draw
 from finetune.recipe import Model
 from finetune.recipe_file import load_recipe
@@ -389,7 +390,7 @@ def test_trl_casts_what_is_trained_on_a_4_bit_base(load_nf4, make_rows, bf16_fol
         "processing_class": loading.load_processor(str(bf16_folder)).tokenizer,
     }
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    IdeficsTrainer(**options, plan=Plan(1, 1e-3), train_rows=make_rows(), eval_rows=None)
+    IdeficsTrainer(**options, plan=Plan(1, 1e-3), train_rows=RowsAhead(make_rows()), eval_rows=None)
     after = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)

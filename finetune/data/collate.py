@@ -89,10 +89,7 @@ def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 class Rows(Protocol):
-    """The rows of a run by number, as a DataLoader and a trainer use them."""
-
-    def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
-        """`features` is one `{"row": number}`: a micro-batch is one pack."""
+    """The rows of a run by number."""
 
     def __len__(self) -> int: ...
 
@@ -130,10 +127,6 @@ class RowCollator:
     blank_image: bool = False
     features: Features | None = None
     """Instead of pixels."""
-
-    def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
-        (feature,) = features
-        return self.at(feature["row"])
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ Pass = Callable[[int, Account], Iterator[Drawn]]
 
 @dataclass
 class StreamedRows:
-    """The rows of a run, made on the way: what a DataLoader calls with a row's number to get its Batch."""
+    """The rows of a run, made on the way: in order; asking for an earlier one begins again."""
 
     passes: Sequence[Pass]
     """For each source, how to go through it once."""
@@ -81,6 +82,7 @@ class StreamedRows:
     blank_image: bool = False
 
     def __post_init__(self) -> None:
+        self._reading = RLock()  # rows are made in a thread, and who logs asks for their sizes
         self._tokens: dict[int, int] = {}
         self._epochs: dict[int, int] = {}
         self._begin()
@@ -94,23 +96,21 @@ class StreamedRows:
     def __len__(self) -> int:
         return self.rows
 
-    def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
-        """`features` is one `{"row": number}`: a micro-batch is one pack."""
-        (feature,) = features
-        return self.at(feature["row"])
-
     def tokens(self, number: int) -> int:
-        if number not in self._tokens:
-            self._go_on(number)
+        with self._reading:
+            if number not in self._tokens:
+                self._go_on(number)
         return self._tokens[number]
 
     def epoch(self, number: int) -> int:
-        if number not in self._epochs:
-            self._go_on(number)
+        with self._reading:
+            if number not in self._epochs:
+                self._go_on(number)
         return self._epochs[number]
 
     def at(self, number: int) -> Batch:
-        row, pixels = self._opened(self._go_on(number), number)
+        with self._reading:
+            row, pixels = self._opened(self._go_on(number), number)
         self._tokens[number] = sum(len(drawn.example) for drawn in row)
         numbers = {image: index for index, image in enumerate(pixels)}
         levels, size = list(pixels.values()), self.preprocessing.size

@@ -1,0 +1,39 @@
+"""Rows made in a thread before a trainer asks for them, and how long it had to wait all the same."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from finetune.data.collate import Batch, Rows
+
+ROWS_AHEAD = 2
+"""That are made, or ready, beyond the one that was asked for last."""
+
+
+class RowsAhead:
+    """A trainer's rows, as a DataLoader collates them: while one is trained on, the next ones are decoded.
+
+    One thread makes them, in order, as streams must. Rows are asked for in steps of `stride`, the number of processes.
+    A row's own errors are raised where it is asked for.
+    """
+
+    def __init__(self, rows: Rows, *, stride: int = 1):
+        self.rows, self.stride = rows, stride
+        self.waited = 0.0
+        """Seconds that whoever asked has waited, since the beginning."""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rows-ahead")
+        self._coming: dict[int, Future[Batch]] = {}
+
+    def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
+        (feature,) = features
+        number, started = feature["row"], time.perf_counter()
+        wanted = [number + ahead * self.stride for ahead in range(ROWS_AHEAD + 1)]
+        self._coming = {
+            row: self._coming.get(row) or self._pool.submit(self.rows.at, row) for row in wanted if row < len(self.rows)
+        }
+        batch = self._coming.pop(number).result()
+        self.waited += time.perf_counter() - started
+        return batch
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
