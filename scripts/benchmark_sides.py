@@ -26,6 +26,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
+from arithmetic import Arithmetic, Sizes, products_of_an_image
 from benchmark_mixes import make_mix, vocabulary
 from check_plan import MIDDLE
 from torch import nn
@@ -433,41 +434,16 @@ def multiplying_rate(now: Callable[[], float]) -> float:
 def necessary(settings: Settings, data: Data) -> float:
     """Floating-point operations that an epoch cannot do without, whoever runs it; matrix products alone.
 
-    Each token of a dialogue once through decoder and cross-attention, forward and the gradient back through the frozen
-    matrices (no gradient of those), the factors of LoRA with both their gradients, causal attention as a triangle; the
-    head on supervised positions; keys and values of every image shown, forward alone. With live features, every
-    distinct image once through the vision tower. With cached ones, no image.
+    With live features, every distinct image goes once through the vision tower; with cached ones, none.
     """
-    config = MODELS[settings.model]
-    hidden, inner, width = config["hidden_size"], config["intermediate_size"], config["vision_config"]["embed_dim"]
-    layers, latents = config["num_hidden_layers"], config["perceiver_config"]["resampler_n_latents"]
-    blocks = -(-layers // config["cross_layer_interval"])
-    mlp, mlp_lora = 3 * hidden * inner, 3 * RANK * (hidden + inner)
-    per_token = layers * (4 * hidden**2 + mlp) + blocks * (2 * hidden**2 + mlp)
-    lora_per_token = (layers * 4 + blocks * 2) * 2 * RANK * hidden + (layers + blocks) * mlp_lora
-    per_latent, lora_per_latent = blocks * 2 * width * hidden, blocks * 2 * RANK * (width + hidden)
+    arithmetic = Arithmetic(MODELS[settings.model], RANK)
     products = 0.0
     for example, rendered in zip(data.examples, data.rendered, strict=True):
-        tokens, seeing = len(example), int((example.image_index >= 0).sum())
-        shown = latents * len(rendered.images)
-        products += tokens * (2 * per_token + 3 * lora_per_token) + shown * (per_latent + 3 * lora_per_latent)
-        products += 3 * hidden * (layers * tokens**2 + blocks * 2 * seeing * latents)
-        products += 2 * example.supervised * hidden * (config["vocab_size"] + 3)
+        seeing = int((example.image_index >= 0).sum())
+        products += arithmetic.products(Sizes(len(example), example.supervised, len(rendered.images), seeing))
     if settings.features == "live":
-        products += len(data.images) * _products_of_an_image(config)
+        products += len(data.images) * products_of_an_image(arithmetic.config)
     return 2 * products
-
-
-def _products_of_an_image(config: Config) -> int:
-    vision, resampler = config["vision_config"], config["perceiver_config"]
-    width, patches = vision["embed_dim"], (vision["image_size"] // vision["patch_size"]) ** 2
-    tower = patches * width * 3 * vision["patch_size"] ** 2
-    layer = 4 * width**2 + 2 * width * vision["intermediate_size"]
-    tower += vision["num_hidden_layers"] * (patches + 1) * (layer + 2 * (patches + 1) * width)
-    latents, heads = resampler["resampler_n_latents"], resampler["resampler_n_heads"] * resampler["resampler_head_dim"]
-    columns = patches + 1 + latents
-    block = 2 * (latents + columns) * width * heads + 2 * latents * columns * heads + latents * 8 * width**2
-    return tower + resampler["resampler_depth"] * block
 
 
 def gradients(settings: Settings) -> tuple[float, dict[str, torch.Tensor]]:

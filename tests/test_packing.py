@@ -2,11 +2,12 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.packing import pack, pack_in_order
+from finetune.data.packing import arrange, pack, pack_in_order
 
 ROW_TOKENS, ROW_IMAGES = 12, 3
 LENGTHS = st.lists(st.tuples(st.integers(1, ROW_TOKENS), st.integers(0, ROW_IMAGES)), max_size=40)
@@ -15,8 +16,7 @@ LENGTHS = st.lists(st.tuples(st.integers(1, ROW_TOKENS), st.integers(0, ROW_IMAG
 def naive(tokens, images, *, row_tokens, row_images):
     """Best fit by looking at every row; of rows that fit as well, the one with least room for images."""
     rows = []
-    sizes = [max(token / row_tokens, image / row_images) for token, image in zip(tokens, images, strict=True)]
-    for index in sorted(range(len(tokens)), key=lambda index: -sizes[index]):
+    for index in arrange(tokens, images, row_tokens=row_tokens, row_images=row_images):
         rooms = [
             (row_tokens - sum(tokens[i] for i in row), row_images - sum(images[i] for i in row), row) for row in rows
         ]
@@ -74,6 +74,34 @@ def test_rows_are_as_full_as_those_of_a_naive_best_fit(lengths):
     rows = pack(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES)
     expected = naive(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES)
     assert filling(rows, tokens, images) == filling(expected, tokens, images)
+
+
+def test_sequences_are_laid_large_ones_first_and_small_ones_last():
+    tokens = [50, 10, 400, 30, 300, 1, 40, 20, 60, 2]
+    assert arrange(tokens, [0] * 10, row_tokens=1000, row_images=4) == [2, 4, 0, 1, 3, 6, 7, 8, 9, 5]
+
+
+def test_between_them_many_tokens_and_many_images_take_turns():
+    tokens, images = [90, 90, 90, 10, 10, 10, 5], [1, 1, 1, 3, 3, 3, 0]
+    assert arrange(tokens, images, row_tokens=1000, row_images=40) == [0, 3, 1, 4, 2, 5, 6]
+
+
+@given(LENGTHS)
+@settings(deadline=None)
+def test_an_arrangement_has_every_sequence_once(lengths):
+    tokens, images = [token for token, _ in lengths], [image for _, image in lengths]
+    laid = arrange(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES)
+    assert sorted(laid) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("row_images", [16, 32, 38, 48, 100])
+def test_like_dialogues_fill_the_scarcer_budget(row_images):
+    """Log-normal lengths, 1 to 3 images; 38 images in 2,048 tokens are just as scarce as the tokens."""
+    rng = np.random.default_rng(0)
+    tokens = np.clip(rng.lognormal(np.log(90), 0.6, 5000), 16, 2048).astype(int).tolist()
+    images = rng.integers(1, 4, 5000).tolist()
+    rows = pack(tokens, images, row_tokens=2048, row_images=row_images)
+    assert max(sum(tokens) / 2048, sum(images) / row_images) / len(rows) > 0.97
 
 
 @pytest.mark.parametrize(("tokens", "images"), [([3, 13], [0, 0]), ([3, 3], [0, 4])])

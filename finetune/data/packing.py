@@ -1,29 +1,33 @@
 """Lengths -> packs under two budgets, tokens and images. Pure integers; packs are a function of the lengths' order."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+
+LARGE = 1 / 4
+"""Of a row: sequences that are laid first, the largest first, as little else fits beside them."""
+
+LAST = 1 / 10
+"""Of all sequences: the smallest, which come last, to fill what is left over."""
 
 
 def pack(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_images: int) -> list[list[int]]:
-    """Best-fit-decreasing: largest first, each into the row that will have the fewest tokens to spare.
+    """Best fit: each sequence into the row that will have the fewest tokens to spare, in the order of `arrange`.
 
     tokens (5, 3, 4), images (1, 0, 1), row_tokens 8, row_images 1 -> [[0, 1], [2]]
 
-    Size is the larger share of the two budgets. Room for tokens is an integer up to `row_tokens`, so the rooms in use
-    among the rows that can take so many images are the bits of one integer, and the best fit is a shift and a lowest
-    set bit. Raises ValueError for a sequence that no row can hold.
+    Room for tokens is an integer up to `row_tokens`, so the rooms in use among the rows that can take so many images
+    are the bits of one integer, and the best fit is a shift and a lowest set bit. Raises ValueError for a sequence that
+    no row can hold.
     """
     rows: list[list[int]] = []
     rooms = [0] * (row_images + 1)  # for each room for images: the set of rooms for tokens, as bits
     rows_with: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-
-    def size(index: int) -> float:
-        return max(tokens[index] / row_tokens, images[index] / row_images if row_images else 0)
-
-    for index in sorted(range(len(tokens)), key=size, reverse=True):
-        length, pictures = tokens[index], images[index]
+    for index, (length, pictures) in enumerate(zip(tokens, images, strict=True)):
         if length > row_tokens or pictures > row_images:
             raise ValueError(f"sequence {index}: {length} tokens, {pictures} images; {row_tokens}, {row_images} fit")
+    for index in arrange(tokens, images, row_tokens=row_tokens, row_images=row_images):
+        length, pictures = tokens[index], images[index]
         room, image_room = _best_fit(rooms, length, pictures, row_tokens)
         if room < 0:
             room, image_room, row = row_tokens, row_images, len(rows)
@@ -37,6 +41,38 @@ def pack(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_i
         rows_with[room, image_room].append(row)
         rooms[image_room] |= 1 << room
     return rows
+
+
+def arrange(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_images: int) -> list[int]:
+    """The order in which sequences are laid: the large ones, the others, the smallest tenth.
+
+    The size of a sequence is the larger of its shares of the two budgets. Those between come as they are, but so that
+    some with many tokens and few images follow some with few tokens and many images: neighbours share a row, and a row
+    then comes to the end of both budgets together. Sorted by size they would leave a quarter of one of them empty.
+    """
+    sizes = [
+        max(length / row_tokens, pictures / row_images if row_images else 0.0)
+        for length, pictures in zip(tokens, images, strict=True)
+    ]
+    by_size = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+    large = [index for index in by_size if sizes[index] > LARGE]
+    last = by_size[max(len(large), math.ceil(len(sizes) * (1 - LAST))) :]
+    between = sorted({*by_size} - {*large} - {*last})
+    return [*large, *_in_turn(between, tokens, images), *last]
+
+
+def _in_turn(indices: Sequence[int], tokens: Sequence[int], images: Sequence[int]) -> Iterator[int]:
+    """Those with more than their share of tokens and those with more than their share of images, kept in balance."""
+    all_tokens, all_images = (max(1, sum(counts[index] for index in indices)) for counts in (tokens, images))
+    excess = {index: tokens[index] / all_tokens - images[index] / all_images for index in indices}
+    many_tokens, many_images = (
+        deque(index for index in indices if (excess[index] > 0) is more) for more in (True, False)
+    )
+    balance = 0.0
+    while many_tokens or many_images:
+        source = many_tokens if many_tokens and (balance <= 0 or not many_images) else many_images
+        balance += excess[source[0]]
+        yield source.popleft()
 
 
 def pack_in_order(
