@@ -398,6 +398,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         torch.set_num_threads(1)
     imported = _status("VmRSS")
     data, model = Data.make(settings), make_model(settings)
+    parameters = sum(one.numel() for one in model.parameters() if not one.requires_grad)
     rates = [multiplying_rate(settings.now)]
     clock = Clock(model, settings.now)
     _reset_highest_resident()
@@ -416,7 +417,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "images": len(data.images),
         "supervised": sum(example.supervised for example in data.examples),
         "median_tokens": float(np.median([len(example) for example in data.examples])),
-        "parameters": sum(one.numel() for one in model.get_base_model().parameters() if not one.requires_grad),
+        "parameters": parameters,
     }
 
 

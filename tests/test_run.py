@@ -168,7 +168,7 @@ def streaming_recipe(recipe_file):
         "[{format: messages, path: dialogues.jsonl}]",
         "[{path: streamed.jsonl, stream: true, weight: 1}, {path: prepared.jsonl, weight: 3}]",
     )
-    text = text.replace("  eval_split: 0.2\n", "  weigh: tokens\n  shuffle_buffer: 3\n")
+    text = text.replace("  eval_split: 0.2\n", "  weigh: tokens\n  shuffle_buffer: 3\n").replace("steps: 4", "steps: 6")
     path = folder / "streaming.yaml"
     path.write_text(text.replace("evaluation: {max_new_tokens: 4}\n", ""))
     return path
@@ -202,7 +202,7 @@ def test_a_streamed_run_interrupted_ends_as_if_nothing_had_happened_and_accounts
     assert account["source"].endswith("streamed.jsonl[train]")
     assert {key: account[key] for key in STREAMED} == STREAMED
     assert account["first_rejected"]["corrupt image"].startswith("streamed.jsonl:8: ")
-    assert training["steps"] == 4
+    assert training["steps"] == 6
     assert training["tokens_trained"] == sum(line["tokens"] for line in metrics(tmp_path / "whole") if "loss" in line)
     (prepared,) = json.loads((tmp_path / "whole" / "data.json").read_text())["sources"]
     assert prepared["source"].endswith("prepared.jsonl[train]")
