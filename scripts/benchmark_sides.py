@@ -29,6 +29,7 @@ import torch
 from arithmetic import Arithmetic, Sizes, products_of_an_image
 from benchmark_mixes import make_mix, vocabulary
 from check_plan import MIDDLE
+from process_memory import memory, reset_highest
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -396,21 +397,21 @@ def measure(settings: Settings) -> dict[str, Any]:
     """One side's run: seconds by epoch and part, memory, what it read."""
     if settings.busy:
         torch.set_num_threads(1)
-    imported = _status("VmRSS")
+    imported = memory()["VmRSS"]
     data, model = Data.make(settings), make_model(settings)
     parameters = sum(one.numel() for one in model.parameters() if not one.requires_grad)
     rates = [multiplying_rate(settings.now)]
     clock = Clock(model, settings.now)
-    _reset_highest_resident()
+    reset_highest()
     run = our_run if settings.side == "ours" else stock_run
     with TemporaryDirectory() as folder:
         found = run(settings, data, model, Path(folder), clock)
-    memory = _status("VmHWM") - imported
+    highest = memory()["VmHWM"] - imported
     rates.append(multiplying_rate(settings.now))
     return {
         **found,
         "epochs": clock.epochs(found["epoch_ends"]),
-        "memory": memory,
+        "memory": highest,
         "rates": rates,
         "necessary": necessary(settings, data),
         "dialogues": len(data.dialogues),
@@ -478,14 +479,3 @@ def _stock_losses(settings: Settings, data: Data, model: nn.Module) -> Any:
             ids = batch["input_ids"][place][batch["attention_mask"][place].bool()].tolist()
             assert ids == data.examples[number].input_ids.tolist(), "the two sides do not read the same tokens"
         yield whole_loss(model(**{**batch, "labels": None}), batch["labels"], torch.tensor(1.0))
-
-
-def _status(key: str) -> int:
-    """A line of this process's status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (value,) = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return int(value) * 1024
-
-
-def _reset_highest_resident() -> None:
-    Path("/proc/self/clear_refs").write_text("5")

@@ -19,9 +19,10 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from process_memory import memory, reset_highest
 
 from finetune.footprint import RowSize, Setup
 from finetune.memory import Memory, estimate
@@ -165,8 +166,8 @@ def measure(case: Case, out: Path) -> None:
 
     import finetune.train  # noqa: F401 - its imports are not what is measured
 
-    _reset_highest_resident()
-    imported = _status("VmRSS")
+    reset_highest()
+    imported = memory()["VmRSS"]
     gpu = torch.cuda.is_available()
     model = _model(case)
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +211,7 @@ def _quantized_model(case: Case) -> Any:
         quantized = quantized_checkpoint(base, Path(folder) / "quantized", name="base")
         model = loading.load(str(base), quantized=quantized, image_towers=not case.cached).model
         gc.collect()
-        _reset_highest_resident()
+        reset_highest()
         return model
 
 
@@ -233,7 +234,7 @@ def _train(case: Case, model: Any, folder: Path) -> dict[str, Any]:
             if state.global_step != 2:
                 return
             gc.collect()
-            found["resident"] = _status("VmHWM")
+            found["resident"] = memory()["VmHWM"]
             found["weights"], found["adapters"] = 0, 0
             for name, parameter in model.named_parameters():
                 trained_copy = is_lora(name) or ".modules_to_save." in name
@@ -287,25 +288,10 @@ class _Rows:
         return 4 * self.case.rows_per_step
 
     def at(self, number: int) -> dict[str, Any]:
-        import torch
+        from random_rows import make_row
 
-        row, rng = self.case.row, torch.Generator().manual_seed(number)
-        ids = torch.randint(3, 300, (1, row.tokens), generator=rng)
-        starts = [*range(0, row.tokens, self.case.sequence), row.tokens]
-        positions = torch.cat([torch.arange(stop - start) for start, stop in pairwise(starts)])
-        labels = ids.clone()
-        labels[0, : row.tokens - row.supervised] = -100
-        size, latents = MIDDLE["vision_config"]["image_size"], MIDDLE["perceiver_config"]["resampler_n_latents"]
-        features = torch.randn(row.images, latents, MIDDLE["vision_config"]["embed_dim"], generator=rng)
-        pixels = torch.randn(row.images, 3, size, size, generator=rng)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "position_ids": positions[None],
-            "sequence_starts": torch.tensor(starts, dtype=torch.int32),
-            "image_index": (torch.arange(row.tokens) * row.images // row.tokens)[None],
-            **({"image_features": features} if self.case.cached else {"pixel_values": pixels}),
-        }
+        case = self.case
+        return make_row(MIDDLE, case.row, sequence=case.sequence, cached=case.cached, seed=number)
 
     def epoch(self, number: int) -> int:
         return 0
@@ -339,17 +325,6 @@ def _changes(profiler: Any) -> Iterator[int]:
     assert events, "the profiler saw no allocation"
     for one in sorted(events, key=lambda event: event.start_ns()):
         yield one.nbytes()
-
-
-def _status(key: str) -> int:
-    """A line of this process's status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (value,) = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return int(value) * 1024
-
-
-def _reset_highest_resident() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

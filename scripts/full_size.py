@@ -25,6 +25,7 @@ from typing import Any
 
 import PIL.Image
 import yaml
+from process_memory import memory
 
 from modeling.shapes import IDEFICS_9B, IDEFICS_80B, Config, count_parameters, tensor_shapes
 
@@ -109,32 +110,22 @@ def run_stage(name: str, command: list[str], out: Path, *, planned: int | None =
     """Print seconds and peak memory of a command, beside what was `planned`; return what it printed. It runs once."""
     done, log = out / f"{name}.json", out / f"{name}.log"
     if not done.is_file():
-        started, peaks = time.perf_counter(), (0, 0)
+        started, anonymous, everything = time.perf_counter(), 0, 0
         with log.open("wb") as file, (out / f"{name}.errors").open("wb") as errors:
             process = subprocess.Popen(command, stdout=file, stderr=errors)  # noqa: S603
             while process.poll() is None:
-                peaks = tuple(map(max, peaks, memory(process.pid)))
+                seen = memory(process.pid)
+                anonymous, everything = max(anonymous, seen["RssAnon"]), max(everything, seen["VmRSS"])
                 time.sleep(0.05)
         if process.returncode:
             sys.exit(f"{name} failed:\n{(out / f'{name}.errors').read_text(errors='replace')[-3000:]}")
-        done.write_text(
-            json.dumps({"seconds": time.perf_counter() - started, "anonymous": peaks[0], "all": peaks[1]}) + "\n"
-        )
+        seconds = time.perf_counter() - started
+        done.write_text(json.dumps({"seconds": seconds, "anonymous": anonymous, "all": everything}) + "\n")
     figures = json.loads(done.read_text())
     against = f"{planned / 1e9:12.2f} GB" if planned else ""
     sizes = "".join(f"{figures[kind] / 1e9:12.2f} GB" for kind in ("anonymous", "all"))
     print(f"{name:12}{figures['seconds']:10.1f} s{sizes}{against}", flush=True)
     return log.read_text(encoding="utf-8")
-
-
-def memory(process: int) -> tuple[int, int]:
-    """Bytes: anonymous, in all."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
-    return sizes.get("RssAnon", 0), sizes.get("VmRSS", 0)
 
 
 def tell_plan(plan: dict[str, Any]) -> None:

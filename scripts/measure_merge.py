@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from process_memory import memory
+
 RANK, ROUNDS = 16, 3
 
 
@@ -60,20 +62,14 @@ class Stages:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            self.peaks[self._stage] = max(self.peaks.get(self._stage, 0), anonymous())
-
-
-def anonymous() -> int:
-    """Bytes of anonymous memory of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+            self.peaks[self._stage] = max(self.peaks.get(self._stage, 0), memory()["RssAnon"])
 
 
 def merge_here(folder: Path) -> dict[str, Any]:
     """In a process of its own: what importing takes, then merging and copying in turn."""
     from finetune.merge import merge
 
-    imported, rounds, peaks = anonymous(), [], {}
+    imported, rounds, peaks = memory()["RssAnon"], [], {}
     copy(folder)  # not measured: what it frees, the first merge writes into
     for _ in range(ROUNDS):
         warm(folder)

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +147,12 @@ def lay_out(count: str) -> dict[str, Any]:
 
 def step(model: str, tokens: str, sequence: str, images: str) -> dict[str, Any]:
     """Seconds of a row's forward and backward, and what they hold."""
-    import torch
     from benchmark_sides import MODELS as CONFIGS
-    from benchmark_sides import MODES, _reset_highest_resident, _status
+    from benchmark_sides import MODES, multiplying_rate
+    from process_memory import memory, reset_highest
+    from random_rows import make_row
 
+    from finetune.footprint import RowSize
     from modeling import tiny
     from modeling.adapters import attach
     from modeling.forward import packed_loss
@@ -162,52 +163,28 @@ def step(model: str, tokens: str, sequence: str, images: str) -> dict[str, Any]:
     idefics.model.vision_model = idefics.model.perceiver_resampler = None
     extend_vocabulary(idefics)
     tuned = attach(idefics, MODES, lora={"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0}, base="x").train()
-    row = make_row(config, int(tokens), int(sequence), int(images))
+    sequences = int(tokens) // int(sequence)
+    one = Sizes(int(sequence), int(SUPERVISED * int(sequence)), 0, int(sequence) * (int(images) > 0))
+    size = RowSize(int(tokens), sequences * one.supervised, int(images))
+    row = make_row(config, size, sequence=one.tokens)
 
     def run() -> float:
         started = time.perf_counter()
         packed_loss(tuned, row, config=idefics.config).backward()
         return time.perf_counter() - started
 
-    _reset_highest_resident()
-    before = _status("VmRSS")
+    reset_highest()
+    before = memory()["VmRSS"]
     run()
     seconds = statistics.median(run() for _ in range(STEPS))
-    left, right = torch.ones(1024, 1024), torch.ones(1024, 4096)
-    started = time.perf_counter()
-    for _ in range(20):
-        left @ right
-    rate = 20 * 2 * 1024 * 1024 * 4096 / (time.perf_counter() - started)
-    one = Sizes(int(sequence), int(SUPERVISED * int(sequence)), 0, int(sequence) * (int(images) > 0))
     arithmetic = Arithmetic(config, RANK)
-    products = int(tokens) // int(sequence) * arithmetic.products(one)
-    products += arithmetic.products(Sizes(0, 0, int(images), 0))
+    products = sequences * arithmetic.products(one) + arithmetic.products(Sizes(0, 0, int(images), 0))
     return {
         "tokens": int(tokens),
         "seconds": seconds,
         "per_token": seconds / int(tokens),
-        "memory": _status("VmHWM") - before,
-        "of_multiplying_rate": 2 * products / seconds / rate,
-    }
-
-
-def make_row(config: Mapping[str, Any], tokens: int, sequence: int, images: int) -> dict[str, Any]:
-    """Random ids; the sequences share out the images, and each token sees one of its own."""
-    import torch
-
-    rng = torch.Generator().manual_seed(0)
-    starts = [*range(0, tokens, sequence), tokens]
-    ids = torch.randint(3, 300, (1, tokens), generator=rng)
-    places = torch.cat([torch.arange(stop - start) for start, stop in pairwise(starts)])
-    labels = torch.where(places >= (1 - SUPERVISED) * sequence, ids[0], -100)[None]
-    shape = config["perceiver_config"]["resampler_n_latents"], config["vision_config"]["embed_dim"]
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": places[None],
-        "sequence_starts": torch.tensor(starts, dtype=torch.int32),
-        "image_index": (torch.arange(tokens) * images // tokens if images else torch.full((tokens,), -1))[None],
-        "image_features": torch.randn(images, *shape, generator=rng),
+        "memory": memory()["VmHWM"] - before,
+        "of_multiplying_rate": 2 * products / seconds / multiplying_rate(time.perf_counter),
     }
 
 

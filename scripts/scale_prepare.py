@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from process_memory import memory
+
 TEXT, IMAGES = (10_000, 100_000, 1_000_000), (1_000, 10_000, 100_000)
 SHARD = 10_000
 """Images in one tar."""
@@ -113,16 +115,7 @@ class Watch:
 
         while not self._stop.wait(0.2):
             processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-            self.peak = max(self.peak, sum(_anonymous(process.pid) for process in processes))
-
-
-def _anonymous(process: int) -> int:
-    """Bytes of anonymous memory; a process that has just ended has none."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+            self.peak = max(self.peak, sum(memory(process.pid)["RssAnon"] for process in processes))
 
 
 def draw(results: list[dict[str, Any]], out: Path) -> None:

@@ -10,21 +10,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from finetune.footprint import RowSize
 from modeling import tiny
 from modeling.adapters import attach
 from modeling.forward import packed_loss
 from modeling.shapes import TINY
 
 ROOT = Path(__file__).parent.parent
-RANK, SEQUENCE, SEQUENCES, IMAGES = 4, 32, 4, 4
+RANK, SEQUENCE, SEQUENCES, SUPERVISED, IMAGES = 4, 32, 4, 52, 4
 
 
 @pytest.fixture(scope="module")
 def scripts():
-    """scripts/arithmetic.py and scripts/scale.py, imported by path."""
+    """arithmetic.py, scale.py and random_rows.py of scripts/, imported by path."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        yield tuple(importlib.import_module(name) for name in ("arithmetic", "scale"))
+        yield tuple(importlib.import_module(name) for name in ("arithmetic", "scale", "random_rows"))
     finally:
         sys.path.remove(str(ROOT / "scripts"))
 
@@ -45,16 +46,16 @@ class Products(TorchDispatchMode):
 
 def test_products_are_those_that_torch_counts(scripts):
     """In matrix products; attention is left out on both sides."""
-    arithmetic, scale = scripts
+    arithmetic, _, rows = scripts
     config = {**TINY, "additional_vocab_size": 3}
     model = tiny.build_model(config, seed=0, packed=True)
     modes = {"cross_attention": "lora", "decoder": "lora"}
     tuned = attach(model, modes, lora={"r": RANK, "lora_alpha": 8}, base="x").train()
-    row = scale.make_row(TINY, SEQUENCE * SEQUENCES, SEQUENCE, IMAGES)
+    size = RowSize(SEQUENCE * SEQUENCES, SUPERVISED, IMAGES)
+    row = rows.make_row(TINY, size, sequence=SEQUENCE)
     with Products() as counter:
         packed_loss(tuned, row, config=model.config).backward()
-    supervised = int((row["labels"] >= 0).sum())
-    whole = arithmetic.Sizes(SEQUENCE * SEQUENCES, supervised, IMAGES, 0)
+    whole = arithmetic.Sizes(size.tokens, size.supervised, size.images, 0)
     expected = arithmetic.Arithmetic(TINY, RANK).products(whole)
     hidden, layers = TINY["hidden_size"], TINY["num_hidden_layers"]
     expected -= 3 * hidden * layers * whole.tokens**2  # attention
@@ -64,7 +65,7 @@ def test_products_are_those_that_torch_counts(scripts):
 
 
 def test_a_layer_that_is_recomputed_costs_its_forward_again(scripts):
-    arithmetic, _ = scripts
+    arithmetic, _, _ = scripts
     one = arithmetic.Arithmetic(TINY, RANK)
     sizes = arithmetic.Sizes(100, 40, 3, 70)
     plain, half, whole = (one.products(sizes, recomputed=share) for share in (0, 0.5, 1))
@@ -94,7 +95,7 @@ def test_predictions_are_of_the_recipes_plans(tmp_path):
 
 @pytest.mark.slow
 def test_rows_are_measured_and_drawn(tmp_path, scripts, monkeypatch):
-    _, scale = scripts
+    _, scale, _ = scripts
     monkeypatch.setattr(scale, "ROW_TOKENS", (256, 512))
     monkeypatch.setattr(scale, "STEPS", 1)
     monkeypatch.chdir(ROOT)
@@ -110,7 +111,7 @@ def test_rows_are_measured_and_drawn(tmp_path, scripts, monkeypatch):
 
 def test_a_million_lengths_fill_their_rows(scripts):
     """Both budgets are there to be filled; the one that is reached first is."""
-    _, scale = scripts
+    _, scale, _ = scripts
     laid = scale.lay_out("20000")
     assert max(laid["tokens_filled"], laid["images_filled"]) > 0.97
     assert torch.tensor([laid["tokens_filled"], laid["images_filled"]]).le(1).all()
