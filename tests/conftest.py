@@ -75,6 +75,22 @@ def base_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def bf16_folder(base_folder, tmp_path_factory):
+    """A stand-in as the released models are: bf16 files, every width a whole number of groups."""
+    folder = tmp_path_factory.mktemp("bf16")
+    config = stand_in(IDEFICS_9B)
+    config |= {"intermediate_size": 128, "vision_config": {**config["vision_config"], "embed_dim": 128}}
+    model = tiny.build_model(config, seed=0)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and "alpha" not in name:
+            parameter.data *= 3
+    processor = loading.load_processor(str(base_folder), instruct=False)
+    loading.save_processor(processor, folder)
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def idefics(base_folder):
     """The stand-in, loaded afresh in fp32 and extended to instruct."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
@@ -14,6 +15,7 @@ from modeling import tiny
 from modeling.adapters import attach
 from modeling.generation import ROOM, GrowingLayer, Remembered, growing_cache, remembered_images
 from modeling.loading import load
+from modeling.quantize import quantized_checkpoint
 from modeling.shapes import IDEFICS_9B, stand_in
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +146,20 @@ def test_adapters_are_part_of_what_is_remembered(model, inputs):
     assert torch.equal(ours, tokens)
     assert torch.equal(our_logits, logits)
     assert len(calls) == 3 * len(model.model.gated_cross_attn_layers)
+
+
+def test_4_bit_projections_are_remembered_like_others(bf16_folder, inputs, tmp_path):
+    quantized = quantized_checkpoint(bf16_folder, tmp_path, name="base")
+    model = load(str(bf16_folder), quantized=quantized).model.eval()
+    projected = [layer.cross_attn.get_submodule("k_proj") for layer in model.model.gated_cross_attn_layers]
+    assert {type(module) for module in projected} == {Linear4bit}
+    tokens, logits = write(model, inputs)
+    calls = count_calls(model, ["k_proj", "v_proj"])
+    with remembered_images(model):
+        ours, our_logits = write(model, inputs)
+    assert torch.equal(ours, tokens)
+    assert torch.equal(our_logits, logits)
+    assert len(calls) == 2 * len(projected)
 
 
 def test_afterwards_the_model_is_as_it_was_even_after_an_error(model, inputs):

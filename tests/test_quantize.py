@@ -23,12 +23,12 @@ from finetune.recipe import Model
 from finetune.recipe_file import load_recipe
 from finetune.run import Run
 from finetune.train import IdeficsTrainer, Plan, _arguments, _row_numbers, gate_openings, last_checkpoint, train
-from modeling import loading, quantize, tiny
+from modeling import loading, quantize
 from modeling.adapters import attach, count_trained, open_adapter, save_adapter, trained_parameters
 from modeling.errors import UserError
 from modeling.forward import packed_loss
 from modeling.quantize import Nf4, compute_dtype, dequantized, quantized_checkpoint, quantized_layers, quantized_names
-from modeling.shapes import IDEFICS_9B, IDEFICS_80B, read_config, stand_in, tensor_shapes
+from modeling.shapes import IDEFICS_9B, IDEFICS_80B, read_config, tensor_shapes
 from modeling.towers import stock_name
 
 MODES = {"cross_attention": "lora", "decoder": "lora", "resampler": "full", "gates": "full", "added_tokens": "full"}
@@ -43,22 +43,6 @@ EXPECTED = {
     *(f"model.gated_cross_attn_layers.{layer}.mlp.{linear}.weight" for layer in (0, 1) for linear in MLP),
 }
 """Of a stand-in of the 9B: eight layers, a gated block before every fourth."""
-
-
-@pytest.fixture(scope="module")
-def bf16_folder(base_folder, tmp_path_factory):
-    """A stand-in as the released models are: bf16 files, every width a whole number of groups."""
-    folder = tmp_path_factory.mktemp("bf16")
-    config = stand_in(IDEFICS_9B)
-    config |= {"intermediate_size": 128, "vision_config": {**config["vision_config"], "embed_dim": 128}}
-    model = tiny.build_model(config, seed=0)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name and "alpha" not in name:
-            parameter.data *= 3
-    processor = loading.load_processor(str(base_folder), instruct=False)
-    loading.save_processor(processor, folder)
-    model.bfloat16().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
