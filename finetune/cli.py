@@ -56,7 +56,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a recipe will cost in memory, disk and steps, before anything is loaded; and what would make it fit."""
-    from finetune.plan import plan as plan_recipe
+    from finetune.planning.plan import plan as plan_recipe
     from finetune.recipe_file import load_recipe
 
     def work() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from finetune.callbacks import ProgressBar, tokens_trained
 from finetune.data.collate import RowCollator
 from finetune.data.dialogue import Image
 from finetune.data.images import describe, open_image
@@ -32,7 +33,7 @@ from finetune.progress import say, track
 from finetune.proof import prove
 from finetune.recipe import Recipe
 from finetune.sizes import show_size
-from finetune.train import Plan, ProgressBar, last_checkpoint, tokens_trained, train
+from finetune.train import Plan, last_checkpoint, train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.checkpoint import identity, read_checkpoint, weight_bytes

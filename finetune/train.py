@@ -11,7 +11,6 @@
     create_model_card      TRL's says nothing true about this model
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
+from finetune.callbacks import MetricsFile
 from finetune.data.ahead import RowsAhead
 from finetune.data.collate import Batch, RowCollator, Rows
 from finetune.data.schedule import Row
-from finetune.progress import bar, say
+from finetune.progress import say
 from modeling.adapters import count_trained, load_adapter_weights, save_adapter
 from modeling.errors import UserError
 from modeling.forward import packed_loss
@@ -195,53 +195,6 @@ class IdeficsTrainer(SFTTrainer):
         return is_new_best
 
 
-class MetricsFile(TrainerCallback):
-    """Writes each log of the trainer as a line of metrics.jsonl, with the step's epoch and tokens from the schedule.
-
-    The line of a step that is saved or evaluated, and of the last one, has the gates as well.
-    """
-
-    def __init__(self, path: Path, rows: Rows, packs_per_step: int):
-        self.path, self.rows, self.packs = path, rows, packs_per_step
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Going on from a checkpoint, lines of later steps are of a run that was lost."""
-        if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        step = range(max(state.global_step - 1, 0) * self.packs, state.global_step * self.packs)
-        tokens = sum(self.rows.tokens(row) for row in step)
-        place = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}
-        line = {**place, **{key: value for key, value in logs.items() if key != "epoch"}, "tokens": tokens}
-        milestone = control.should_save or control.should_evaluate or state.global_step == state.max_steps
-        if milestone and "loss" in logs and (gates := gate_openings(kwargs["model"])):
-            line["gates"] = gates
-        with self.path.open("a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps(line) + "\n")
-
-
-class ProgressBar(TrainerCallback):
-    """One bar over all steps, with the last loss."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress = bar()
-        self.progress.disable = not state.is_world_process_zero
-        self.progress.start()
-        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, note="")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.progress.update(self.task, completed=state.global_step, note=f"loss {logs['loss']:.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()
-
-
 def checkpoint_layers(model: nn.Module, layers: bool | int) -> None:
     """Keep only the inputs of the first `layers` of the decoder (True: of all), and of the cross-attention before them.
 
@@ -260,18 +213,6 @@ def checkpoint_layers(model: nn.Module, layers: bool | int) -> None:
                 layer.gradient_checkpointing = False
 
 
-def gate_openings(model: nn.Module) -> dict[str, list[float]]:
-    """tanh of every trained gate, layer by layer: {"alpha_cross_attn": [0.1, ...], "alpha_dense": [0.2, ...]}.
-
-    0 is shut. Of a gate with a value for each channel, the mean.
-    """
-    openings: dict[str, list[float]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and tower_of(stock_name(name)) == "gates":
-            openings.setdefault(name.rpartition(".")[2], []).append(float(parameter.detach().tanh().mean()))
-    return openings
-
-
 def parameter_groups(model: nn.Module, *, plan: Plan) -> list[dict[str, Any]]:
     """Trained parameters grouped by (learning rate, weight decay), in a stable order."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -283,12 +224,6 @@ def parameter_groups(model: nn.Module, *, plan: Plan) -> list[dict[str, Any]]:
             decay = plan.weight_decay if is_lora(name) or not no_decay(stock) else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-
-
-def tokens_trained(metrics: Path) -> int:
-    """Of all steps so far, by metrics.jsonl."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return sum(line["tokens"] for line in lines if "loss" in line)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

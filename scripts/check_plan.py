@@ -24,8 +24,8 @@ from typing import Any
 
 from process_memory import memory, reset_highest
 
-from finetune.footprint import RowSize, Setup
-from finetune.memory import Memory, estimate
+from finetune.planning.footprint import RowSize, Setup
+from finetune.planning.memory import Memory, estimate
 from modeling.shapes import TINY, Config
 
 TENSORS, RESIDENT = 0.10, 0.20

@@ -88,7 +88,7 @@ def measure_models(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def predict(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """At `--share` of the peak. A row is full: sequences of 128 tokens, all of which see an image."""
-    from finetune.plan import Planner
+    from finetune.planning.plan import Planner
     from finetune.recipe_file import load_recipe
 
     lines = []
@@ -152,7 +152,7 @@ def step(model: str, tokens: str, sequence: str, images: str) -> dict[str, Any]:
     from process_memory import memory, reset_highest
     from random_rows import make_row
 
-    from finetune.footprint import RowSize
+    from finetune.planning.footprint import RowSize
     from modeling import tiny
     from modeling.adapters import attach
     from modeling.forward import packed_loss

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from finetune.afford import Change, apply_change, cheapest_change
 from finetune.cli import app
 from finetune.data.sources.source import Source
 from finetune.dataset import prepare_sources
-from finetune.footprint import RowSize, Setup
-from finetune.memory import count, estimate, fixed_parts
-from finetune.plan import Planner, plan
+from finetune.planning.afford import Change, apply_change, cheapest_change
+from finetune.planning.footprint import RowSize, Setup
+from finetune.planning.memory import count, estimate, fixed_parts
+from finetune.planning.plan import Planner, plan
+from finetune.planning.tape import Tape, peak
 from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe
-from finetune.tape import Tape, peak
 from finetune.train import checkpoint_layers
 from modeling.adapters import attach, expected_counts
 from modeling.forward import packed_loss
@@ -355,11 +355,13 @@ def test_documents_alone_leave_the_base_two_added_tokens():
     assert plan(recipe_of(), gpu="80GiB")["totals"]["total"] == 8_929_687_824
 
 
-def test_losses_are_planned_in_as_many_rows_as_they_are_computed():
-    from finetune import footprint
+def test_rows_are_planned_as_they_are_computed_and_made_ahead():
+    from finetune.data import ahead
+    from finetune.planning import footprint, memory
     from modeling import forward
 
     assert (footprint.HEAD_ROWS, footprint.ROWS) == (forward.HEAD_ROWS, forward.ROWS)
+    assert memory.ROWS_AHEAD == ahead.ROWS_AHEAD
 
 
 def test_what_is_not_counted_is_said():
@@ -396,7 +398,7 @@ def test_a_plan_from_the_config_alone_needs_no_torch(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_of(data={"prepared": str(tmp_path / "prepared")}).to_yaml())
     script = (
-        "import sys\nfrom pathlib import Path\nfrom finetune.plan import plan\n"
+        "import sys\nfrom pathlib import Path\nfrom finetune.planning.plan import plan\n"
         f"from finetune.recipe_file import load_recipe\nplan(load_recipe(Path({str(path)!r})), gpu='24GiB')\n"
         "print(*[name for name in 'torch transformers peft trl'.split() if name in sys.modules])"
     )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
+from finetune.callbacks import gate_openings
 from finetune.chat import open_assistant
 from finetune.cli import app
 from finetune.data.ahead import RowsAhead
@@ -22,7 +23,7 @@ from finetune.picture import draw
 from finetune.recipe import Model
 from finetune.recipe_file import load_recipe
 from finetune.run import Run
-from finetune.train import IdeficsTrainer, Plan, _arguments, _row_numbers, gate_openings, last_checkpoint, train
+from finetune.train import IdeficsTrainer, Plan, _arguments, _row_numbers, last_checkpoint, train
 from modeling import loading, quantize
 from modeling.adapters import attach, count_trained, open_adapter, save_adapter, trained_parameters
 from modeling.errors import UserError

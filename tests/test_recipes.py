@@ -10,7 +10,7 @@ from mixture_files import beside_files
 from typer.testing import CliRunner
 
 from finetune.cli import app
-from finetune.plan import plan
+from finetune.planning.plan import plan
 from finetune.recipe_file import load_recipe
 from modeling import loading, tiny
 from modeling.shapes import SHAPES, read_config, stand_in

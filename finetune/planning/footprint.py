@@ -9,7 +9,7 @@ Letters: T tokens of a row, K supervised ones, N images, P patches of an image (
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from finetune.tape import FP32, Operation, Tape, Tensor
+from finetune.planning.tape import FP32, Operation, Tape, Tensor
 from modeling.shapes import Config
 from modeling.towers import QUANTIZED_TOWERS
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
-from finetune.memory import GIB
+from finetune.planning.memory import GIB
 from finetune.progress import console, say, table
 from finetune.sizes import show_size
 from modeling.errors import UserError

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.afford import apply_change, cheapest_change
 from finetune.data.sources import FORMATS
-from finetune.footprint import RowSize, Setup
-from finetune.memory import (
+from finetune.planning.afford import apply_change, cheapest_change
+from finetune.planning.footprint import RowSize, Setup
+from finetune.planning.memory import (
     GPU_RESERVE,
     NF4_BYTES,
     Memory,
@@ -25,13 +25,13 @@ from finetune.memory import (
     fixed_parts,
     optimizer_bytes,
 )
+from finetune.planning.tape import FP32
 from finetune.recipe import Recipe
 from finetune.sizes import parse_size, show_size
-from finetune.tape import FP32
 from modeling.shapes import SHAPES, Config, read_config
 
 if TYPE_CHECKING:  # it imports torch
-    from finetune.lengths import Lengths
+    from finetune.planning.lengths import Lengths
 
 CHECKPOINTS_KEPT = 2
 """The newest; the best one is kept besides where the run evaluates."""
@@ -45,7 +45,7 @@ def plan(recipe: Recipe, *, gpu: str | None = None, picture: Path | None = None,
     budget = parse_size("--gpu", gpu) if gpu else gpu_memory()
     made = Planner(recipe, on_gpu=budget is not None).result(budget)
     if show or picture:
-        from finetune.plan_report import draw, show_plan
+        from finetune.planning.report import draw, show_plan
 
         if show:
             show_plan(made)
@@ -187,7 +187,7 @@ def _config(recipe: Recipe) -> Config:
 def _prepared(recipe: Recipe) -> "Lengths | None":
     if not any(Path(recipe.data.prepared).glob("*/account.json")):
         return None
-    from finetune.lengths import prepared_lengths
+    from finetune.planning.lengths import prepared_lengths
 
     return prepared_lengths(recipe)
 
