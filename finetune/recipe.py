@@ -299,6 +299,8 @@ class Training(Section):
     """Stop after so many held-out losses without a better one."""
     trackers: list[str] = []
     """The trainer's own: tensorboard, wandb, trackio, mlflow, ..."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """Over several processes, each holds the whole model (ddp), or a share of each layer (fsdp2)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -352,6 +354,11 @@ class Recipe(Section):
             raise ValueError("a streamed source has no epochs: set training.steps instead of training.epochs")
         if self.data.streams and self.model.init:
             raise ValueError("model.init learns a vocabulary from whole sources, and one is streamed: set model.base")
+        if self.training.parallel == "fsdp2" and self.model.quantize:
+            raise ValueError(
+                "training.parallel: fsdp2 divides matrices over processes, and those of model.quantize: nf4 are packed "
+                "in blocks that cannot be divided: set training.parallel: ddp, or leave model.quantize out"
+            )
         held_out = self.data.eval_sources or self.data.eval_split
         if not held_out and (self.evaluation or self.training.evaluate_every):
             asker = "evaluation" if self.evaluation else "training.evaluate_every"
