@@ -1,7 +1,7 @@
 """Which of a run's processes this is, and what they do together. With one process, everything here is nothing.
 
-Launchers (`accelerate launch`, torchrun, `finetune run --processes`) set RANK, WORLD_SIZE and LOCAL_RANK; accelerate makes
-the process group of them: nccl on GPUs, gloo without.
+Launchers (`accelerate launch`, torchrun, `finetune run --processes`) set RANK, WORLD_SIZE and LOCAL_RANK; accelerate
+makes the process group of them: nccl on GPUs, gloo without.
 """
 
 from datetime import timedelta
