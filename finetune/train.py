@@ -19,13 +19,13 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
+from finetune import ranks
 from finetune.callbacks import MetricsFile
 from finetune.data.ahead import RowsAhead
 from finetune.data.collate import Batch, RowCollator, Rows
@@ -86,7 +86,7 @@ def train(
     checkpoint_layers(model, plan.checkpointing)
     half = any(layer.compute_dtype == torch.float16 for layer in quantized_layers(model).values())
     arguments = _arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
-    ahead = RowsAhead(train_rows, stride=PartialState().num_processes)
+    ahead = RowsAhead(train_rows, stride=ranks.count())
     trainer = IdeficsTrainer(
         model=model,
         args=arguments,
@@ -158,9 +158,8 @@ class IdeficsTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """Held-out loss per supervised token, over all rows and ranks."""
         assert self.eval_rows is not None
-        ranks = self.accelerator.num_processes
-        rows = [*self.eval_rows.rows, *[Row(0)] * (-len(self.eval_rows.rows) % ranks)]
-        mine = range(self.accelerator.process_index, len(rows), ranks)
+        rows = [*self.eval_rows.rows, *[Row(0)] * (-len(self.eval_rows.rows) % ranks.count())]
+        mine = range(ranks.rank(), len(rows), ranks.count())
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -294,11 +293,11 @@ def _schedule(plan: Plan) -> dict[str, Any]:
 
 def _accumulation(packs_per_step: int) -> int:
     """Rows each rank runs before a step: ranks x accumulation = packs per step, or an error that names the nearest."""
-    ranks = PartialState().num_processes
-    if packs_per_step % ranks:
-        nearest = max(1, round(packs_per_step / ranks)) * ranks
+    processes = ranks.count()
+    if packs_per_step % processes:
+        nearest = max(1, round(packs_per_step / processes)) * processes
         raise UserError(
-            f"tokens_per_step / row_tokens gives {packs_per_step} packs a step, which {ranks} processes cannot share "
+            f"tokens_per_step / row_tokens gives {packs_per_step} packs a step, which {processes} processes cannot share "
             f"out evenly; the nearest is {nearest}: set training.tokens_per_step to {nearest} x row_tokens"
         )
-    return packs_per_step // ranks
+    return packs_per_step // processes

@@ -175,10 +175,7 @@ def test_groups_have_their_own_rates_and_decay_pulls_at_no_scale(base_folder):
 
 
 def test_a_step_that_processes_cannot_share_names_the_nearest(base_folder, make_rows, tmp_path, monkeypatch):
-    class FourProcesses:
-        num_processes = 4
-
-    monkeypatch.setattr("finetune.train.PartialState", FourProcesses)
+    monkeypatch.setattr("finetune.ranks.count", lambda: 4)
     with pytest.raises(UserError, match="6 packs a step, which 4 processes cannot share out evenly; the nearest is 8"):
         run(base_folder, tmp_path, make_rows(packs_per_step=6), packs_per_step=6)
 
