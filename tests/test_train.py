@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 
+from finetune.checkpoints import last_checkpoint
 from finetune.data.images import Augmentation
 from finetune.data.schedule import Row
-from finetune.train import IdeficsTrainer, Plan, last_checkpoint, parameter_groups, train
+from finetune.train import IdeficsTrainer, Plan, parameter_groups, train
 from modeling import loading
-from modeling.adapters import attach
+from modeling.adapters import attach, load_adapter_weights
 from modeling.errors import UserError
 from modeling.forward import packed_loss
 
@@ -139,6 +140,7 @@ def test_the_held_out_loss_weighs_tokens_and_the_best_checkpoint_becomes_the_ada
     assert all(torch.equal(kept[name], adapter[name]) for name in kept)
     total = supervised = 0
     model = trainer.model.eval()
+    load_adapter_weights(model, tmp_path / "adapter")
     with torch.no_grad():
         for index in range(12):
             batch = held.batch(Row(0, (index,)))
