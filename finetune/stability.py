@@ -35,30 +35,34 @@ class Watch:
     """How many robust standard deviations above the median of the last steps' losses; None: only what is not finite."""
     rollbacks: int = 3
 
+    def limit(self, before: Sequence[float]) -> float:
+        """The largest loss that is no spike, after the losses `before`, of which the last ones count."""
+        recent = before[-WINDOW:]
+        if self.spike is None or len(recent) < FEWEST:
+            return math.inf
+        median = statistics.median(recent)
+        deviation = NORMAL * statistics.median(abs(value - median) for value in recent)
+        return median + max(self.spike * deviation, LEAST_RISE)
+
     def reason(self, loss: float, norm: float, before: Sequence[float]) -> str | None:
-        """Why a step must not be taken, or None. `before`: the losses of the steps before it, the last ones last."""
+        """Why a step must not be taken, or None."""
         if not math.isfinite(loss):
             return f"loss {loss}"
         if not math.isfinite(norm):
             return f"gradient norm {norm}"
-        recent = before[-WINDOW:]
-        if self.spike is None or len(recent) < FEWEST:
-            return None
-        median = statistics.median(recent)
-        deviation = NORMAL * statistics.median(abs(value - median) for value in recent)
-        if loss > median + max(self.spike * deviation, LEAST_RISE):
-            return f"loss {loss:.4g}, after {len(recent)} steps with a median of {median:.4g}"
+        if loss > self.limit(before):
+            recent = before[-WINDOW:]
+            return f"loss {loss:.4g}, after {len(recent)} steps with a median of {statistics.median(recent):.4g}"
         return None
 
-    def suspects(self, losses: Sequence[float]) -> list[bool]:
-        """Which dialogues of a step are to blame, by their own losses a token; all where none stands out."""
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        limit = math.inf
-        if self.spike is not None and len(finite) > 2:
-            median = statistics.median(finite)
-            deviation = NORMAL * statistics.median(abs(loss - median) for loss in finite)
-            limit = median + max(self.spike * deviation, LEAST_RISE)
-        blamed = [not math.isfinite(loss) or loss > limit for loss in losses]
+    def suspects(self, losses: Sequence[float], before: Sequence[float]) -> list[bool]:
+        """Which dialogues of a step are to blame, by their own losses a token; all where none stands out.
+
+        Those whose loss is not finite; else those that would be a spike by themselves.
+        """
+        blamed = [not math.isfinite(loss) for loss in losses]
+        if not any(blamed):
+            blamed = [loss > self.limit(before) for loss in losses]
         return blamed if any(blamed) else [True] * len(losses)
 
 

@@ -174,7 +174,8 @@ class IdeficsTrainer(SFTTrainer):
         for parameter, data in in_fp32.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data
-        assert self.accelerator.num_processes == ranks.count(), "rows are shared out over other processes than these"
+        rows_of_a_step = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        assert rows_of_a_step == plan.packs_per_step, f"{rows_of_a_step} rows a step, not {plan.packs_per_step}"
         if plan.parallel == "fsdp2" and ranks.count() > 1 and not self.is_fsdp_enabled:
             raise UserError(
                 "training.parallel: fsdp2: accelerate divides models over GPUs alone, and the processes run on "
@@ -238,10 +239,10 @@ class IdeficsTrainer(SFTTrainer):
         """A checkpoint holds the rates of its own next step, which may have been cut since."""
         super()._load_optimizer_and_scheduler(checkpoint)
         scheduler = self.lr_scheduler
-        for group, base, rate in zip(
-            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * rate(scheduler.last_epoch)
+        factors = [rate(scheduler.last_epoch) for rate in scheduler.lr_lambdas]
+        scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once a step, after its last row and before it is taken. Raises UnstableError, on all processes."""
@@ -252,28 +253,26 @@ class IdeficsTrainer(SFTTrainer):
         before = [line["loss"] for line in self.state.log_history if "loss" in line]
         checked = float(norm) if self.accelerator.scaler is None else 0.0  # which passes over infinite ones itself
         if reason := self.plan.watch.reason(float(told[:, 0].mean()), checked, before):
-            raise UnstableError(self.state.global_step + 1, reason, self._dialogues_of_this_step())
+            raise UnstableError(self.state.global_step + 1, reason, self._dialogues_of_this_step(before))
         return norm
 
     @torch.no_grad()
-    def _dialogues_of_this_step(self) -> list[Seen]:
+    def _dialogues_of_this_step(self, before: Sequence[float]) -> list[Seen]:
         """Each with its own loss; those of all processes."""
         self.model.eval()
         first = self.state.global_step * self.plan.packs_per_step
         mine = range(first + ranks.rank(), first + self.plan.packs_per_step, ranks.count())
         alone = [named for row in mine for named in self.rows.dialogues(row)]
         most = max(ranks.gather([len(alone)]))
+        fillers = [(("", ""), self.rows.empty())] * (most - len(alone))  # with FSDP every forward is a common one
         measured = []
-        for origin, batch in [
-            *alone,
-            *[(("", ""), self.rows.empty())] * (most - len(alone)),
-        ]:  # FSDP forwards are collective
+        for origin, batch in [*alone, *fillers]:
             prepared = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
                 loss = packed_loss(self.model_wrapped, prepared, config=self.idefics_config)
             measured.append((*origin, float(loss) / max(int((batch["labels"] >= 0).sum()), 1)))
         found = ranks.gather(measured[: len(alone)])
-        blamed = self.plan.watch.suspects([loss for *_, loss in found])
+        blamed = self.plan.watch.suspects([loss for *_, loss in found], before)
         return [
             Seen(source, place, loss if math.isfinite(loss) else None, blame)
             for (source, place, loss), blame in zip(found, blamed, strict=True)

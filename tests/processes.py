@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.state import AcceleratorState
+
 CONTEXT = multiprocessing.get_context("fork")
 
 TIMEOUT = 120
@@ -49,6 +51,7 @@ def start_processes(count: int, work: Callable[..., Any], *arguments: Any, resul
 def _begin(
     rank: int, count: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...], results: Any
 ) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # the test's own is that of one process
     if count > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")
