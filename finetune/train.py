@@ -28,6 +28,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.models.idefics.modeling_idefics import IdeficsDecoderLayer, IdeficsGatedCrossAttentionLayer
@@ -215,6 +216,9 @@ class IdeficsTrainer(SFTTrainer):
                 batch = self._prepare_inputs(self.eval_rows.batch(rows[number]))
                 loss = packed_loss(self.model_wrapped, batch, config=self.idefics_config)
                 sums += torch.stack([loss.double(), (batch["labels"] >= 0).sum().double()])
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # which only a backward does for the last ones: a checkpoint would find no weights
         loss, supervised = self.accelerator.reduce(sums, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": loss / max(supervised, 1)}
         self.log(metrics)

@@ -1,8 +1,10 @@
 """One, two and four processes, DDP and FSDP2: the same losses, gradients and adapters."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
+import test_train
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -76,7 +78,20 @@ class Sgd(IdeficsTrainer):
         return self.optimizer
 
 
-def work(base_folder, folder, rows, *, kind="ddp", sgd=True, given=None, record=True, monkeypatch):
+def work(
+    base_folder,
+    folder,
+    rows,
+    *,
+    kind="ddp",
+    sgd=True,
+    given=None,
+    record=True,
+    every=100,
+    resume_from=None,
+    held=None,
+    monkeypatch,
+):
     """Training in one process of several; returns what accelerate made of the model."""
     bases = (*([OnGpus] if kind == "fsdp2" else []), *([Sgd] if sgd else []), IdeficsTrainer)
     monkeypatch.setattr("finetune.train.IdeficsTrainer", type("Trainer", bases, {}))
@@ -86,14 +101,22 @@ def work(base_folder, folder, rows, *, kind="ddp", sgd=True, given=None, record=
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # else the gradients of A would be zero
                 parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    plan = Plan(PACKS, RATE if sgd else 1e-3, clip=0.0, parallel=kind, checkpoint_every=100)
+    plan = Plan(
+        PACKS,
+        RATE if sgd else 1e-3,
+        clip=0.0,
+        parallel=kind,
+        checkpoint_every=every,
+        evaluate_every=1 if held else None,
+    )
     trainer = train(
         model,
         loading.load_processor(str(base_folder)).tokenizer,
         folder,
         train_rows=rows,
-        eval_rows=None,
+        eval_rows=held,
         plan=plan,
+        resume_from=resume_from,
         callbacks=[Recorder(folder, given)] if record else [],
     )
     divided = sum(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
@@ -160,3 +183,50 @@ def test_the_adapter_in_the_end(groups):
             bound = 1e-5 if sgd else 2 * 1e-3 * len(GROUPS) / PACKS
             for name, tensor in reference.items():
                 torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=bound)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_resumed_equals_whole_bit_for_bit(groups, kind, tmp_path):
+    options = {"kind": kind, "sgd": False, "record": False, "every": 2}
+    whole, _ = groups(2, "whole", **options)
+    checkpoint = tmp_path / "resumed" / "checkpoint-2"
+    shutil.copytree(whole / "checkpoint-2", checkpoint)
+    shutil.copy(whole / "metrics.jsonl", tmp_path / "resumed")
+    resumed, _ = groups(2, "resumed", resume_from=checkpoint, **options)
+    reference, got = trained(whole), trained(resumed)
+    assert reference.keys() == got.keys()
+    assert all(torch.equal(got[name], reference[name]) for name in reference)
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    assert len(logged(whole, "loss")) == len(GROUPS) / PACKS
+
+
+def test_only_the_first_process_needs_the_weights(groups, monkeypatch):
+    """As transformers loads for FSDP: on the others a model is only room for weights."""
+    expected, _ = groups(2, "all", kind="fsdp2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+
+    def without_weights(base_folder):
+        model = test_train.attached(base_folder)
+        if not ranks.is_main():
+            for parameter in model.parameters():
+                parameter.data.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(f"{__name__}.attached", without_weights)
+    folder, _ = groups(2, "one", kind="fsdp2")
+    assert logged(folder, "loss") == logged(expected, "loss")
+    assert all(torch.equal(one, trained(expected)[name]) for name, one in trained(folder).items())
+
+
+def test_held_out_losses_and_the_best_adapter(groups, make_rows):
+    held = replace(make_rows(row_tokens=192), blank_image=True)
+    assert len(held.rows) % 2  # one process has a row more
+    alone, _ = groups(1, "alone", record=False, held=held)
+    losses = logged(alone, "eval_loss")
+    assert len(losses) == len(GROUPS) / PACKS
+    for processes, kind in [(2, "ddp"), (2, "fsdp2")]:
+        folder, _ = groups(processes, f"{processes}-{kind}", kind=kind, record=False, held=held)
+        assert logged(folder, "eval_loss") == pytest.approx(losses, rel=1e-5)
+        assert relative_error(trained(folder), trained(alone)) < 1e-5
+        best = load_file(folder / f"checkpoint-{losses.index(min(losses)) + 1}" / "trained.safetensors")
+        assert all(torch.equal(one, trained(folder)[f"trained.safetensors:{name}"]) for name, one in best.items())

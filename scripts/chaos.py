@@ -1,0 +1,150 @@
+"""Kills a run again and again, and shows that it ends as if nothing had happened.
+
+    python scripts/chaos.py --kills 20
+    python scripts/chaos.py --kills 20 --processes 2
+
+A small IDEFICS is trained on drawn shapes: once in peace, once with kill -9 at random moments, some of them while a
+checkpoint or the feature cache is being written. Then adapters, losses and accounts are compared, byte by byte. With
+several processes one of them is killed, by chance, and the launcher has to end the others.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+STEPS = 12
+POLL = 0.002
+
+RECIPE = """
+model: {{init: tiny, cross_attention: lora, decoder: lora, gates: full, added_tokens: full}}
+adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
+data:
+  sources: [{{format: easy_vqa, turns: 10, limit: 400}}]
+  max_length: 256
+  prepared: {folder}/prepared
+training:
+  {{steps: {steps}, row_tokens: 256, tokens_per_step: 1024, learning_rate: 1e-3, checkpoint_every: 1}}
+merge: false
+output: {folder}/run
+"""
+
+
+def command(folder: Path, processes: int) -> list[str]:
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(RECIPE.format(folder=folder, steps=STEPS), encoding="utf-8")
+    return [sys.executable, "-m", "finetune", "train", str(recipe), "--processes", str(processes)]
+
+
+def start(folder: Path, processes: int) -> "subprocess.Popen[bytes]":
+    log = (folder.parent / "chaos.log").open("ab")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = command(folder, processes)
+    return subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)  # noqa: S603
+
+
+def run_whole(folder: Path, processes: int) -> float:
+    started = time.monotonic()
+    if start(folder, processes).wait() != 0:
+        sys.exit(f"the run itself fails: see {folder.parent / 'chaos.log'}")
+    return time.monotonic() - started
+
+
+def writes_checkpoint(folder: Path) -> bool:
+    """One has been begun and is not sealed."""
+    checkpoints = (folder / "run").glob("checkpoint-*")
+    return any(not (checkpoint / "sealed.json").is_file() for checkpoint in checkpoints)
+
+
+def writes_features(folder: Path) -> bool:
+    return any((folder / "features").glob("*/*.partial"))
+
+
+MOMENTS: dict[str, Callable[[Path], bool]] = {"checkpoint": writes_checkpoint, "features": writes_features}
+
+
+def kill_once(folder: Path, processes: int, moment: str, seconds: float, chance: random.Random) -> str:
+    """Start, kill at a moment, and say when it was and what had been reached."""
+    if moment == "features":
+        shutil.rmtree(folder / "features", ignore_errors=True)  # else there would be nothing to write
+    started = time.monotonic()
+    run = start(folder, processes)
+    at = chance.uniform(0.1, 1.0) * seconds
+    while run.poll() is None:
+        now = time.monotonic() - started
+        if now > at if moment == "any" else MOMENTS[moment](folder):
+            break
+        time.sleep(POLL)
+    ended = run.poll() is not None
+    workers = [] if ended else psutil.Process(run.pid).children(recursive=True)
+    victim = chance.choice(workers).pid if workers and processes > 1 else run.pid
+    if not ended:
+        os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    run.wait()
+    ends = time.monotonic() - killed
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)  # what a dead launcher has left
+    sealed = [int(one.parent.name.split("-")[1]) for one in (folder / "run").glob("checkpoint-*/sealed.json")]
+    what = "had ended before" if ended else f"after {killed - started:5.1f} s, all had ended {ends:4.1f} s later"
+    return f"{what}; newest checkpoint {max(sealed, default=0)}"
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    found = []
+    for name in ("adapter/adapter_model.safetensors", "adapter/trained.safetensors", "data.json"):
+        if (one / "run" / name).read_bytes() != (other / "run" / name).read_bytes():
+            found.append(name)
+    keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens")
+    lines = [
+        [
+            [json.loads(line).get(key) for key in keys]
+            for line in (folder / "run/metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (one, other)
+    ]
+    if lines[0] != lines[1] or len(lines[0]) != STEPS:
+        found.append("metrics.jsonl")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)  # noqa: S311
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        whole, chaos = Path(temporary) / "whole", Path(temporary) / "chaos"
+        seconds = run_whole(whole, arguments.processes)
+        print(f"in peace: {seconds:.1f} s, {STEPS} steps, {arguments.processes} processes", flush=True)
+        for number in range(arguments.kills):
+            moment = ("any", "checkpoint", "any", "features")[number % 4]
+            told = kill_once(chaos, arguments.processes, moment, seconds, chance)
+            print(f"kill {number + 1:2}, {moment:10}: {told}", flush=True)
+            if (chaos / "run" / "training.json").is_file():  # it got to its end: another one begins
+                found = differences(whole, chaos)
+                print(f"         it had reached its end: {found or 'the same'}", flush=True)
+                shutil.rmtree(chaos / "run")
+        run_whole(chaos, arguments.processes)
+        found = differences(whole, chaos)
+    print("in the end: adapter, losses and accounts are " + ("the same" if not found else f"different: {found}"))
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
