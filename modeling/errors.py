@@ -1,5 +1,13 @@
-"""The one exception that stands for the user's mistakes: its message is the whole story, no traceback needed."""
+"""Exceptions whose message is the whole story, no traceback needed: the user's mistakes, and being told to stop."""
 
 
 class UserError(ValueError):
     """What was got, what was expected, where, and how to repair it."""
+
+
+class Interrupted(Exception):
+    """Training was told to stop, and has saved its state."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
