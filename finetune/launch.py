@@ -15,6 +15,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +48,7 @@ def launch(
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    with TemporaryDirectory(prefix="finetune-") as logs, patch_environment(**_environment(processes)), _alone():
+    with TemporaryDirectory(prefix="finetune-") as logs, patch_environment(**_environment(processes)), _quietly():
         options = ["--config_file", str(CONFIGS / f"{parallel}.yaml"), "--num_processes", str(processes)]
         options += ["--max_restarts", str(restarts), "--log_dir", logs, "--module", module, *arguments]
         try:
@@ -92,21 +94,27 @@ def _environment(processes: int) -> dict[str, str]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _quietly() -> Iterator[None]:
     """Without torchrun's own log lines, and with this process's own signal handlers again afterwards."""
-    log = logging.getLogger("torch.distributed")
-    propagate, handled = log.propagate, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers = {number: signal.getsignal(number) for number in handled}
+    logs = [logging.getLogger(f"torch.distributed.{name}") for name in ("elastic", "launcher", "run")]
+    propagating = [log.propagate for log in logs]
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
     silent = logging.NullHandler()
-    log.addHandler(silent)
-    log.propagate = False
+    for log in logs:
+        log.addHandler(silent)
+        log.propagate = False
     try:
         yield
     finally:
-        log.propagate = propagate
-        log.removeHandler(silent)
+        for log, propagate in zip(logs, propagating, strict=True):
+            log.removeHandler(silent)
+            log.propagate = propagate
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that torchrun passes on to its processes."""
 
 
 def _told(logs: Path) -> int | None:
@@ -200,15 +208,13 @@ def _start_folder() -> Path | None:
 
 
 def _end_with_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the launcher dies: nobody else would end this process, and a new run would meet
-    it in the run's folder. Linux alone can."""
-    if sys.platform == "linux":
-        import ctypes
+    """Have this process told to stop when the launcher is gone. Nobody else would, and the same command given again
+    would meet it in the run's folder."""
+    launcher = os.getppid()
 
-        launcher = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != launcher:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-
-_PR_SET_PDEATHSIG = 1
+    threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
