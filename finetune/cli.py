@@ -326,6 +326,8 @@ def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if launch.lost_another(error) or not launch.tells(final=False):
             raise typer.Exit(1) from error
         raise
+    finally:
+        launch.leave()
 
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)

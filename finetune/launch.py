@@ -201,6 +201,15 @@ def lost_another(error: Exception) -> bool:
     return True
 
 
+def leave() -> None:
+    """Out of the group, if this process made one: threads that still serve it at exit make some processes abort."""
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
 def _start_folder() -> Path | None:
     """What the processes that torchrun started here at once have in common; None where it did not start this one."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -1,4 +1,4 @@
-"""Exceptions whose message is the whole story, no traceback needed: the user's mistakes, and being told to stop."""
+"""The exceptions whose message is the whole story, no traceback needed."""
 
 
 class UserError(ValueError):
