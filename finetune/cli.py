@@ -323,9 +323,10 @@ def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             what = error.filename or "writing"
             _fail(f"{what}: {error.strerror}; what is complete is kept, and the same command goes on")
-        if launch.lost_another(error) or not launch.tells(final=False):
-            raise typer.Exit(1) from error
-        raise
+        if not launch.is_started():
+            raise
+        launch.tell_unforeseen(error)
+        raise typer.Exit(1) from error
     finally:
         launch.leave()
 
@@ -338,9 +339,11 @@ def _fail(message: str, status: int = 1) -> NoReturn:
 
     from finetune.progress import console
 
-    if launch.tells(status, final=True):
+    def show() -> None:
         console.quiet = False
         console.print(Text(message, style="red"))
+
+    launch.tell(show, status, final=True)
     raise typer.Exit(status)
 
 

@@ -4,10 +4,11 @@
     accelerate launch, torchrun         -> the same processes, started by hand
 
 Of several processes that fail, the first one says why and the others are silent. They find out in the folder that
-torchrun makes for each start of its processes, where each is told its error file:
+torchrun makes for each start of its processes, in which it gives each of them an error file:
 
-    LOGS/RUN_*/final                    every start after this one ends at once, with the status in here
-    LOGS/RUN_*/attempt_0/told           the status of the process that has said why
+    LOGS/RUN_*/final                      every start after this one ends at once, with the status in here
+    LOGS/RUN_*/attempt_0/first            made by the first process that failed
+    LOGS/RUN_*/attempt_0/told             its status; it has said why
     LOGS/RUN_*/attempt_0/RANK/error.json  an error that some other process caused, in torchrun's form
 """
 
@@ -17,7 +18,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +32,9 @@ CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 
 SECONDS_TO_SAVE = 600
 """What processes that are told to stop have to save their state, before they are killed."""
+
+SECONDS_TO_TELL = 5
+"""How long a process that has nothing to say waits for the one that has: when it ends, torchrun ends that one, too."""
 
 GOES_ON = "what is complete is kept, and the same command goes on from the last checkpoint"
 
@@ -119,10 +124,9 @@ _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 def _told(logs: Path) -> int | None:
     """The status of the process that has said why all ended, in the last start; None where none has."""
-    final = list(logs.glob("*/final"))
     starts = sorted(logs.glob("*/attempt_*"), key=lambda path: int(path.name.rpartition("_")[2]))
-    told = final or [path / "told" for path in starts[-1:] if (path / "told").is_file()]
-    return int(told[0].read_text() or 1) if told else None
+    told = [*logs.glob("*/final"), *(path / "told" for path in starts[-1:] if (path / "told").is_file())]
+    return int(told[0].read_text()) if told else None
 
 
 def _tell_failure(failures: Mapping[int, Any], processes: int) -> int:
@@ -134,7 +138,7 @@ def _tell_failure(failures: Mapping[int, Any], processes: int) -> int:
         return 128 - failure.exitcode
     message = failure.error_file_data["message"]
     if isinstance(message, dict):
-        say(message["extraInfo"]["py_callstack"].rstrip())
+        sys.stderr.write(message["extraInfo"]["py_callstack"])
     say(f"process {rank} of {processes} ended with status {failure.exitcode}; {GOES_ON}")
     return failure.exitcode
 
@@ -156,6 +160,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_started() -> bool:
+    """Whether torchrun started this process."""
+    return _start_folder() is not None
+
+
 def begin() -> None:
     """In a process of several: end at once if an earlier start's end was final, and whenever the launcher dies."""
     folder = _start_folder()
@@ -164,41 +173,60 @@ def begin() -> None:
     _end_with_launcher()
     final = folder.parent / "final"
     if final.is_file():
-        raise SystemExit(int(final.read_text() or 1))
+        raise SystemExit(int(final.read_text()))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if is_first() and restarts != "0":
         say(f"a process died; all were started again ({restarts} of at most {os.environ['TORCHELASTIC_MAX_RESTARTS']})")
 
 
-def tells(status: int = 1, *, final: bool) -> bool:
-    """Whether this process, which ends with `status`, is the first to fail and the one to say why.
+def tell(show: Callable[[], None], status: int, *, final: bool) -> None:
+    """Show why this process ends with `status`, if it is the first to fail; else wait until that one has done so.
 
     `final`: starting again would end the same way.
     """
     folder = _start_folder()
     if folder is None:
-        return True
+        show()
+        return
     try:
-        with (folder / "told").open("x") as file:
-            file.write(str(status))
+        (folder / "first").touch(exist_ok=False)
     except FileExistsError:
-        return False
+        _wait_for(folder / "told")
+        return
+    show()
     if final:
         (folder.parent / "final").write_text(str(status))
-    return True
+    (folder / "told").write_text(str(status))
 
 
-def lost_another(error: Exception) -> bool:
-    """Whether this process only noticed that another one is gone. Then the launcher knows more, and tells."""
-    if _start_folder() is None or "torch" not in sys.modules:
+def tell_unforeseen(error: Exception) -> None:
+    """Show the traceback of what is no mistake of the user's, in a process that torchrun started.
+
+    That another process is gone is only a consequence: the launcher knows more, and shows this if nobody explains it.
+    """
+    if _lost_another(error):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+        folder = _start_folder()
+        assert folder is not None
+        _wait_for(folder / "told")
+    else:
+        tell(traceback.print_exc, 1, final=False)
+
+
+def _lost_another(error: Exception) -> bool:
+    if "torch" not in sys.modules:
         return False
     from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    if not isinstance(error, DistError) and "/gloo/" not in str(error):
-        return False
-    get_error_handler().record_exception(error)
-    return True
+    return isinstance(error, DistError) or "/gloo/" in str(error)
+
+
+def _wait_for(told: Path) -> None:
+    deadline = time.monotonic() + SECONDS_TO_TELL
+    while not told.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def leave() -> None:

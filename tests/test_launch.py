@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -43,6 +44,16 @@ def start(*arguments, start_new_session=False, **environment):
         env={**ENVIRONMENT, **environment},
         start_new_session=start_new_session,
     )
+
+
+def line(process, stream):
+    """Its next line, within a minute; else it is ended, with all it started in its process group."""
+    timer = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    try:
+        return stream.readline()
+    finally:
+        timer.cancel()
 
 
 def end(process):
@@ -144,7 +155,7 @@ def test_a_lost_connection_that_nobody_explains_is_shown():
     status, stdout, stderr = launched("peer_gone_without_failing")
     assert (status, stdout) == (1, "")
     assert stderr.startswith("Traceback (most recent call last)")
-    assert stderr.count("Connection closed by peer") == 1
+    assert len(re.findall(r"RuntimeError: .*/gloo/.* by peer", stderr)) == 1
     assert stderr.endswith("process 0 of 2 ended with status 1; " + GOES_ON)
 
 
@@ -173,9 +184,9 @@ def begun(case, *options, **environment):
     process = start("-m", "launched", "launch", case, *options, start_new_session=True, **environment)
     pids = []
     while len(pids) < 2:
-        line = process.stderr.readline()
-        assert line.startswith("ready "), line
-        pids.append(int(line.split()[1]))
+        said = line(process, process.stderr)
+        assert said.startswith("ready "), said
+        pids.append(int(said.split()[1]))
     return process, pids
 
 
@@ -315,6 +326,7 @@ for SLURM_NODEID in 0 1; do
     export SLURM_NODEID
     bash -c 'echo $$ >"task.$SLURM_NODEID"; exec "$@"' _ "$@" &
     tasks="${tasks:-} $!"
+    sleep 2  # the first listens before the second asks; on one machine, accelerate takes the second's port for taken
 done
 for task in $tasks; do wait "$task" || failed=1; done
 exit "${failed:-0}" """,
@@ -336,9 +348,8 @@ def slurm(tmp_path):
     variables |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": 8, "OMP_NUM_THREADS": 1}
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     script = ["bash", str(ROOT / "scripts" / "train.slurm"), "a recipe.yaml", "training.steps=3"]
-    return lambda **more: subprocess.Popen(
-        script, env={**environment, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return lambda **more: subprocess.Popen(script, env={**environment, **more}, start_new_session=True, **streams)
 
 
 def test_slurm_s_script_is_bash_and_accelerate_s_parser_takes_its_command(slurm, tmp_path):
@@ -383,10 +394,11 @@ sys.exit(143)
 
 def test_slurm_s_script_makes_one_group_of_two_machines_saves_before_the_limit_and_queues_again(slurm, tmp_path):
     (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "__init__.py").touch()
     (tmp_path / "finetune" / "__main__.py").write_text(STAND_IN)
     job = slurm(SLURM_GPUS_ON_NODE="1")
     arguments = ["run", "a recipe.yaml", "training.steps=3"]
-    assert job.stdout.readline() == f"{[(rank, rank, arguments) for rank in range(2)]}\n"
+    assert line(job, job.stdout) == f"{[(rank, rank, arguments) for rank in range(2)]}\n"
     job.send_signal(signal.SIGUSR1)
     status, stdout, stderr = end(job)
     assert (status, stdout) == (1, "saved\nsaved\n"), stderr
