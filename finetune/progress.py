@@ -1,5 +1,6 @@
 """What a person watches while work goes on: bars and tables on the terminal, results on stdout left clean."""
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+"""Of several processes, the first one speaks."""
 
 
 def bar() -> Progress:

@@ -54,6 +54,8 @@ def test_every_command_is_known_here():
         "finetune prepare recipes/own_data.yaml",  # test_prepare
         "finetune inspect recipes/own_data.yaml --html own_data.html",  # test_inspect
         "finetune run recipes/own_data.yaml",  # own_data
+        # test_launch.py: the verb is started, and so many processes run
+        "finetune run recipes/own_data.yaml --processes 2",
         "scripts/test.sh",  # this is running
     ]
 
