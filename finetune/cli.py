@@ -280,16 +280,16 @@ def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
-    from rich.text import Text
+    from finetune.progress import tell_mistake
 
-    from finetune.progress import console
-
-    console.print(Text(message, style="red"))
+    tell_mistake(message)
     raise typer.Exit(status)
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
+    from finetune.progress import talks
+
+    if as_json and talks():
         json.dump(result, sys.stdout, indent=2, ensure_ascii=False)
         sys.stdout.write("\n")
 
