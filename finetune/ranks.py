@@ -90,10 +90,10 @@ def on_main(step: str, work: Callable[[], Item]) -> Item:
     """What the main process makes of `work`, on every one."""
     if count() == 1:
         return work()
-    outcome = _try(work) if is_main() else None
-    named, value, told = broadcast((step, outcome[0], _told(outcome[1])) if outcome else (step, None, None))
+    outcome: tuple[Any, Exception | None] = _try(work) if is_main() else (None, None)
+    named, *told = broadcast((step, outcome[0], _told(outcome[1])))
     _require_same({named, step})
-    value, error = outcome or (value, told)
+    value, error = outcome if is_main() else told
     if error:
         raise error
     return value
