@@ -8,6 +8,7 @@ each, `share_out` in shares. A user's mistake (UserError) or a full disk (OSErro
 all, so that none waits for one that has given up. Inside a step a process is alone: it waits for nobody.
 """
 
+import atexit
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,13 @@ ends them all."""
 def state() -> PartialState:
     """accelerate's, which all share; the group is made when it is first asked for."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+@atexit.register
+def _leave() -> None:
+    """A process that ends while gloo's threads live may abort. nccl ends by itself; asked to, it waits for the dead."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def rank() -> int:
@@ -67,14 +75,14 @@ def broadcast(value: Item) -> Item:
     return broadcast_object_list([value])[0] if count() > 1 else value
 
 
-def largest(values: list[float]) -> list[float]:
-    """The largest of each value over the processes; not a number where any is not."""
+def gather_numbers(values: list[float]) -> torch.Tensor:
+    """float64 [processes, values], on the CPU: a small tensor, for every step."""
+    mine = torch.tensor(values, dtype=torch.float64, device=state().device)
     if count() == 1:
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=state().device)
-    gathered: Any = [torch.empty_like(tensor) for _ in range(count())]
-    torch.distributed.all_gather(gathered, tensor)
-    return torch.stack(gathered).amax(0).tolist()
+        return mine.cpu()[None]
+    gathered = [torch.empty_like(mine) for _ in range(count())]
+    torch.distributed.all_gather(gathered, mine)
+    return torch.stack(gathered).cpu()
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
