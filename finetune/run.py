@@ -128,10 +128,8 @@ def _go_back(run: Run, step: int, reason: str, dialogues: list[Seen]) -> None:
             f"step {step}: {reason}; training.instability {said}\n"
             f"  {folder / FILE} names the dialogues; leave them out, or lower training.learning_rate"
         )
-    say(
-        f"  going back to step {events[-1].back_to}, "
-        + ("without them" if watch.action == "skip" else "with half the rates")
-    )
+    change = "without them" if watch.action == "skip" else "with half the rates"
+    say(f"  going back to step {events[-1].back_to}, {change}")
     run.materials.forget_rows()
 
 
