@@ -393,6 +393,7 @@ def test_torchrun_makes_a_fresh_base_quantises_it_trains_evaluates_and_merges(wa
     assert outcome.stderr.count("train: waited for data") == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_that_all_meet_is_told_once_and_ends_all(watched, recipe_of, tmp_path):
     outcome = torchrun(watched, "run", recipe_of(tmp_path), "data.max_length=8", "--json")
     assert outcome.returncode == 1
