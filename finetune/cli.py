@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from modeling.errors import UserError
+from finetune import launch
+from modeling.errors import Interrupted, UserError
 
 app = typer.Typer(
     help="Instruction fine-tuning for IDEFICS: a recipe in, a merged instruct model out.",
@@ -28,6 +29,12 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: training.steps=10", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
+Processes = Annotated[
+    int, typer.Option("--processes", help="Share the work between so many, one a GPU; without GPUs, on the CPU.", min=1)
+]
+Restarts = Annotated[
+    int, typer.Option("--restarts", help="With --processes: start all again so often after one died.", min=0)
+]
 
 
 @app.command(epilog="Example: `finetune check recipes/quickstart.yaml`")
@@ -91,21 +98,39 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command(epilog="Example: `finetune run recipes/quickstart.yaml training.steps=50`")
-def run(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    processes: Processes = 1,
+    restarts: Restarts = 0,
+    as_json: AsJson = False,
+) -> None:
     """Prepare, train, evaluate and merge, as far as the recipe asks. Interrupted, the same command goes on."""
-    _stages(recipe, overrides, as_json, None)
+    _stages(recipe, overrides, as_json, None, processes=processes, restarts=restarts)
 
 
 @app.command(epilog="Example: `finetune train recipes/quickstart.yaml`")
-def train(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    processes: Processes = 1,
+    restarts: Restarts = 0,
+    as_json: AsJson = False,
+) -> None:
     """Train the adapter of a recipe; interrupted, go on from the last checkpoint."""
-    _stages(recipe, overrides, as_json, "train")
+    _stages(recipe, overrides, as_json, "train", processes=processes, restarts=restarts)
 
 
 @app.command(epilog="Example: `finetune evaluate recipes/quickstart.yaml`")
-def evaluate(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def evaluate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    processes: Processes = 1,
+    restarts: Restarts = 0,
+    as_json: AsJson = False,
+) -> None:
     """Ask the base and the tuned model the held-out questions."""
-    _stages(recipe, overrides, as_json, "evaluate")
+    _stages(recipe, overrides, as_json, "evaluate", processes=processes, restarts=restarts)
 
 
 @app.command(epilog="Example: `finetune merge runs/mine/adapter --base HuggingFaceM4/idefics-9b --out merged`")
@@ -246,50 +271,81 @@ def generate(
     _finish(_guarded(work), as_json)
 
 
-def _stages(recipe: Path, overrides: list[str] | None, as_json: bool, stage: str | None) -> None:
+def _stages(
+    recipe: Path,
+    overrides: list[str] | None,
+    as_json: bool,
+    stage: str | None,
+    *,
+    processes: int = 1,
+    restarts: int = 0,
+) -> None:
     from finetune.recipe_file import load_recipe
+
+    if restarts and processes == 1:
+        _fail(f"--restarts {restarts}: one process has none to start it again; expected --processes 2 or more with it")
 
     def work() -> dict[str, Any]:
         loaded = load_recipe(recipe, overrides)
+        if processes > 1:
+            arguments = [stage or "run", str(recipe), *(overrides or []), *(["--json"] if as_json else [])]
+            parallel = loaded.training.parallel
+            raise typer.Exit(launch.launch(arguments, processes=processes, parallel=parallel, restarts=restarts))
         _quiet()
         from finetune.report import show
         from finetune.run import Run, stages_of
 
         result = Run(loaded).do(*((stage,) if stage else stages_of(loaded)))
-        if not as_json:
+        if launch.is_first() and not as_json:
             show(loaded, result)
         return result
 
-    _finish(_guarded(work), as_json)
+    _finish(_guarded(work), as_json and launch.is_first())
 
 
 def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do the work; a user's mistake ends with its message and status 1, an interruption with 130."""
+    """Do the work; a user's mistake ends with its message and status 1, an interruption with 128 + its signal.
+
+    Of several processes that fail, one says why.
+    """
     try:
+        launch.begin()
         return work()
     except UserError as error:
         _fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        _fail(
-            f"{error.filename or 'writing'}: {error.strerror}; what is complete is kept, and the same command goes on"
-        )
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from the last checkpoint", status=130)
+    except Interrupted as error:
+        _fail(str(error), status=128 + error.signal)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            what = error.filename or "writing"
+            _fail(f"{what}: {error.strerror}; what is complete is kept, and the same command goes on")
+        if launch.lost_another(error) or not launch.tells(final=False):
+            raise typer.Exit(1) from error
+        raise
+    finally:
+        launch.leave()
+
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 def _fail(message: str, status: int = 1) -> NoReturn:
-    from finetune.progress import tell_mistake
+    from rich.text import Text
 
-    tell_mistake(message)
+    from finetune.progress import console
+
+    if launch.tells(status, final=True):
+        console.quiet = False
+        console.print(Text(message, style="red"))
     raise typer.Exit(status)
 
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
-    from finetune.progress import talks
-
-    if as_json and talks():
+    if as_json:
         json.dump(result, sys.stdout, indent=2, ensure_ascii=False)
         sys.stdout.write("\n")
 

@@ -1,31 +1,15 @@
-"""What a person watches while work goes on: bars and tables on the terminal, results on stdout left clean.
-
-Of several processes, which launchers number in RANK, the first one talks.
-"""
+"""What a person watches while work goes on: bars and tables on the terminal, results on stdout left clean."""
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-RANK = os.environ.get("RANK", "0")
-
-FIRST_WORD = 5.0
-"""Seconds for which a process that ends by a mistake leaves the word to the first one, whose mistake it mostly is, too:
-once that one has told it, the launcher ends all."""
-
-
-def talks() -> bool:
-    """Whether this is the process that people and scripts hear."""
-    return RANK == "0"
-
-
-console = Console(stderr=True, highlight=False, quiet=not talks())
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+"""Of several processes, the first one speaks."""
 
 
 def bar() -> Progress:
@@ -37,7 +21,7 @@ def bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, disable=not talks())
+    return Progress(*columns, console=console, disable=console.quiet)
 
 
 def track(items: Iterable[Any], description: str) -> Iterable[Any]:
@@ -53,15 +37,6 @@ def track(items: Iterable[Any], description: str) -> Iterable[Any]:
 def say(message: str) -> None:
     """Plain text: brackets in a file's name are no markup."""
     console.print(message, markup=False)
-
-
-def tell_mistake(message: str) -> None:
-    """In red, whichever process it is: a mistake that one meets alone would not be heard of otherwise."""
-    if talks():
-        console.print(Text(message, style="red"))
-    else:
-        time.sleep(FIRST_WORD)
-        Console(stderr=True, highlight=False).print(Text(f"process {RANK}: {message}", style="red"))
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:

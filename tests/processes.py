@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from accelerate import PartialState
+
 TIMEOUT = 120
 """Seconds after which a group is taken to hang."""
 
@@ -41,6 +43,7 @@ def run_processes(count: int, work: Callable[..., Any], *arguments: Any, timeout
 def _begin(
     rank: int, count: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...], results: Any
 ) -> None:
+    PartialState._reset_state()  # of the test's own process, which is one alone
     if count > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1")

@@ -1,0 +1,163 @@
+"""What tests start in several processes instead of `finetune`: `python -m launched launch CASE`, which starts
+`python -m launched work CASE`. A worker ends as a verb of finetune does."""
+
+import os
+import signal
+import sys
+import time
+
+import typer
+
+from finetune.cli import _finish, _guarded
+from finetune.launch import is_first, launch
+from finetune.progress import say
+from modeling.errors import Interrupted, UserError
+
+app = typer.Typer(pretty_exceptions_show_locals=False)
+RANK = int(os.environ.get("RANK", 0))
+
+
+@app.command("launch")
+def start(case: str, processes: int = 2, restarts: int = 0, parallel: str = "ddp") -> None:
+    def begin():
+        arguments = ["work", case]
+        raise typer.Exit(
+            launch(arguments, processes=processes, restarts=restarts, parallel=parallel, module="launched")
+        )
+
+    _guarded(begin)
+
+
+@app.command("work")
+def work(case: str) -> None:
+    result = _guarded(CASES[case])
+    if "torch" in sys.modules:
+        from torch import distributed
+
+        assert not distributed.is_initialized()  # else one process in ten aborts at exit
+    _finish(result, as_json=is_first())
+
+
+def group():
+    """What each process knows of the others, by way of them."""
+    from finetune import ranks
+
+    names = ("OMP_NUM_THREADS", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_MIXED_PRECISION")
+    said = {"rank": ranks.rank(), "of": ranks.count(), "pid": os.getpid(), "backend": ranks.state().backend}
+    said |= {name: os.environ[name] for name in names if name in os.environ}
+    say(f"rank {RANK} speaks")
+    return {"processes": ranks.gather([said])}
+
+
+def all_mistaken():
+    raise UserError("model.base: nothing is there")
+
+
+def second_mistaken():
+    if RANK == 1:
+        time.sleep(0.5)
+        raise UserError("data: the second process alone knows")
+    collective()
+
+
+def second_crashes():
+    if RANK == 1:
+        time.sleep(0.5)
+        raise KeyError("unforeseen")
+    collective()
+
+
+def second_killed():
+    collective()
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    collective()
+
+
+def first_exits():
+    if RANK == 0:
+        sys.exit(5)
+    time.sleep(60)
+
+
+def second_killed_and_first_asleep():
+    """The first ends by nothing but torchrun's SIGTERM."""
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(60)
+
+
+def killed_once():
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if start == 0 and RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    collective()
+    return {"start": start}
+
+
+def crashes_twice():
+    start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if start < 2:
+        raise KeyError(f"start {start}")
+    return {"start": start}
+
+
+def starts_count():
+    """A mistake; with the number of starts on stderr."""
+    print(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", file=sys.stderr)
+    raise UserError("once is enough")
+
+
+def saves_when_told():
+    """As training does: the signal is noted, the state saved within two seconds, and the end told."""
+    told = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _: told.append(got))
+    ready()
+    while not told:
+        time.sleep(0.05)
+    for _ in range(20):
+        time.sleep(0.1)
+    print(f"rank {RANK} saved after {len(told)} signal", file=sys.stderr)
+    raise Interrupted("stopped; saved at step 7", told[0])
+
+
+def never_saves():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    asleep()
+
+
+def peer_gone_without_failing():
+    collective()
+    if RANK == 1:
+        os._exit(0)
+    collective()
+
+
+def asleep():
+    ready()
+    time.sleep(60)
+    return {}
+
+
+def ready():
+    print(f"ready {os.getpid()}", file=sys.stderr, flush=True)
+
+
+def collective():
+    from finetune import ranks
+
+    ranks.wait()
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        *(group, all_mistaken, second_mistaken, second_crashes, second_killed, first_exits, killed_once, crashes_twice),
+        *(second_killed_and_first_asleep, starts_count, saves_when_told, asleep, never_saves),
+        *(peer_gone_without_failing,),
+    )
+}
+
+if __name__ == "__main__":
+    app()
