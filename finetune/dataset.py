@@ -14,6 +14,7 @@ from finetune.data.prepare import prepare, require_examples, split_by_image
 from finetune.data.prepared import Prepared
 from finetune.data.schedule import Mix
 from finetune.data.sources.source import Source
+from finetune.data.team import ALONE, Team
 from finetune.progress import say, track
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
@@ -34,10 +35,12 @@ class Dataset:
     """data.json."""
 
 
-def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any) -> Dataset:
+def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, team: Team = ALONE) -> Dataset:
     """Prepare, or open what is prepared already. `sources`: the recipe's training sources, their formats known."""
-    training, accounts = prepare_sources(recipe, [source for source in sources if not source.stream], tokenizer)
-    held, held_accounts = prepare_sources(recipe, [to_source(source) for source in recipe.data.eval_sources], tokenizer)
+    prepared = [source for source in sources if not source.stream]
+    training, accounts = prepare_sources(recipe, prepared, tokenizer, team=team)
+    apart = [to_source(source) for source in recipe.data.eval_sources]
+    held, held_accounts = prepare_sources(recipe, apart, tokenizer, team=team)
     if not recipe.data.streams:
         require_examples(training, accounts)
     if recipe.data.eval_split:
@@ -60,7 +63,9 @@ def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any) -> D
     return Dataset(training, held, mix, [*accounts, *held_accounts], report)
 
 
-def prepare_sources(recipe: Recipe, sources: Sequence[Source], tokenizer: Any) -> tuple[Prepared, list[Account]]:
+def prepare_sources(
+    recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, team: Team = ALONE
+) -> tuple[Prepared, list[Account]]:
     return prepare(
         sources,
         tokenizer,
@@ -70,6 +75,7 @@ def prepare_sources(recipe: Recipe, sources: Sequence[Source], tokenizer: Any) -
         folder=Path(recipe.data.prepared),
         workers=recipe.data.workers or os.cpu_count() or 1,
         track=track,
+        team=team,
     )
 
 

@@ -1,4 +1,8 @@
-"""Held-out dialogues -> figures: loss per supervised token, marks of answers, stop rate; and the test for blindness."""
+"""Held-out dialogues -> figures: loss per supervised token, marks of answers, stop rate; and the test for blindness.
+
+Of several processes all call `evaluate` or `held_out_loss` alike: each does its share, and all get the same figures,
+which are those of one process.
+"""
 
 import json
 import re
@@ -12,9 +16,11 @@ import numpy as np
 import PIL.Image
 import torch
 
+from finetune import ranks
 from finetune.data.collate import RowCollator
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import describe
+from finetune.data.schedule import Row
 from finetune.data.tracking import Track, silently
 from finetune.generate import Answer, Assistant, generate
 from finetune.metrics import is_yes_no, mark, most_common
@@ -66,11 +72,12 @@ def evaluate(
     """Score one model. `predictions` gets a JSON line per question."""
     loss, supervised = held_out_loss(assistant, rows, track=track)
     prompts, references = [prompt for prompt, _ in questions], [given for _, given in questions]
-    answers = generate(assistant, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, track=track)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "track": track}
+    answers = generate(assistant, prompts, together=True, **options)
     marks = mark([answer.text for answer in answers], references)
     open_ended = [figures for figures, given in zip(marks, references, strict=True) if not is_yes_no(given)]
     if predictions:
-        _write_predictions(predictions, questions, answers, marks)
+        ranks.on_main("write predictions", lambda: _write_predictions(predictions, questions, answers, marks))
     return Scores(
         loss=loss,
         supervised_tokens=supervised,
@@ -144,12 +151,15 @@ def held_out_loss(assistant: Assistant, rows: RowCollator, *, track: Track = sil
     """(mean loss in nats, supervised tokens): every token weighs the same, whatever row it is in."""
     model = assistant.model.eval()
     device = assistant.idefics.device
-    total, supervised = 0.0, 0
-    for row in track(rows.rows, "held-out loss"):
+
+    def measure(row: Row) -> tuple[float, int]:
         batch = {name: tensor.to(device) for name, tensor in rows.batch(row).items()}  # type: ignore[attr-defined]
-        total += float(packed_loss(model, batch, config=assistant.idefics.config))
-        supervised += int((batch["labels"] >= 0).sum())
-    return total / max(supervised, 1), supervised
+        loss = float(packed_loss(model, batch, config=assistant.idefics.config))
+        return loss, int((batch["labels"] >= 0).sum())
+
+    measured = ranks.share_out("held-out loss", rows.rows, measure, track=track)
+    supervised = sum(tokens for _, tokens in measured)
+    return sum(loss for loss, _ in measured) / max(supervised, 1), supervised
 
 
 def draw_questions(dialogues: Sequence[Dialogue], *, limit: int | None, seed: int) -> list[Question]:

@@ -7,15 +7,17 @@ is needed, and mapped from disk from then on; the run itself then does without t
       *.safetensors      images uint8 [n, 32]: SHA-256 of each one's bytes; features [n, latents, D]
 
 A file is written aside and renamed, so it is whole or not there: a writer that is killed loses one file's work. Files
-are never changed, so runs may share a cache, and fill it one after the other.
+are never changed, so runs may share a cache, and fill it one after the other. The processes of one run fill it
+together, each with files of its own.
 """
 
 import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -26,6 +28,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import nn
 
+from finetune import ranks
 from finetune.data.dialogue import Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.tracking import Track, silently
@@ -113,20 +116,28 @@ class FeatureCache:
 
         digests: S32, of every one of `images`. `towers` makes [N, latents, D] of pixel values [N, 3, H, W]; it is
         loaded only if something is missing. Raises UserError: the limit or the disk is too small, or an image that was
-        there is gone.
+        there is gone. Of several processes every one asks for the same images, and computes its share of the batches.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-            places, files = self._find(digests, wanted)
+        ranks.on_main("make the feature cache", lambda: self.path.mkdir(parents=True, exist_ok=True))
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")) if ranks.is_main() else nullcontext():
+            places, files = ranks.on_main("find features", lambda: self._find_or_make_room(digests, wanted))
             missing = wanted[places[wanted, 0] < 0]
             if len(missing):
-                self._make_room(len(wanted), len(missing), used={one.file for one in files})
-                self._fill(images, digests, missing, towers(), track)
-                places, files = self._find(digests, wanted)
-        used = np.unique(places[wanted, 0])
-        for file in used.tolist():
-            os.utime(files[file].file)
+                batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
+                mine = batches[ranks.rank() :: ranks.count()]
+                ranks.each("compute features", lambda: self._fill(images, digests, mine, towers, track))
+                places, files = ranks.on_main("find features", lambda: self._find(digests, wanted))
+        ranks.on_main("touch features", lambda: _touch(files[file].file for file in np.unique(places[wanted, 0])))
         return ImageFeatures(files, places, self.shape, self.dtype)
+
+    def _find_or_make_room(self, digests: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[Stored]]:
+        """As `_find`. Where something is missing, there is room for it, and nothing is left of a killed writer."""
+        places, files = self._find(digests, wanted)
+        if missing := int((places[wanted, 0] < 0).sum()):
+            self._make_room(len(wanted), missing, used={one.file for one in files})
+            for leftover in self.path.glob("*.partial"):  # whoever writes does so while the lock is held
+                leftover.unlink()
+        return places, files
 
     def _find(self, digests: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[Stored]]:
         """(places, files) as `ImageFeatures` has them. Files that are no longer whole are deleted."""
@@ -168,20 +179,25 @@ class FeatureCache:
             )
 
     def _fill(
-        self, images: Sequence[Image], digests: np.ndarray, missing: np.ndarray, towers: nn.Module, track: Track
+        self,
+        images: Sequence[Image],
+        digests: np.ndarray,
+        batches: Sequence[np.ndarray],
+        towers: Callable[[], nn.Module],
+        track: Track,
     ) -> None:
-        for leftover in self.path.glob("*.partial"):  # of a killed writer: whoever writes holds the lock
-            leftover.unlink()
-        batches = [missing[start : start + BATCH].tolist() for start in range(0, len(missing), BATCH)]
-        per_file = max(1, FILE_BYTES // (BATCH * self.image_bytes))
+        """Compute and write these batches of images, given by number."""
+        if not batches:
+            return
+        model, per_file = towers(), max(1, FILE_BYTES // (BATCH * self.image_bytes))
         done: list[torch.Tensor] = []
-        first = 0
-        for number, pixels in enumerate(track(_Ahead(batches, lambda image: self._pixels(images[image])), "features")):
-            done.append(towers(pixels).to("cpu", self.dtype))
-            if len(done) == per_file or number + 1 == len(batches):
-                numbers = missing[first : first + sum(map(len, done))]
+        ahead = _Ahead([batch.tolist() for batch in batches], lambda image: self._pixels(images[image]))
+        for number, pixels in enumerate(track(ahead, "features"), start=1):
+            done.append(model(pixels).to("cpu", self.dtype))
+            if len(done) == per_file or number == len(batches):
+                numbers = np.concatenate(batches[number - len(done) : number])
                 self._write(torch.cat(done), digests[numbers])
-                first, done = first + len(numbers), []
+                done = []
 
     def _pixels(self, image: Image) -> np.ndarray:
         return self.preprocessing.pixels(open_image(image))
@@ -192,6 +208,11 @@ class FeatureCache:
         partial = path.with_suffix(".partial")
         save_file({"images": held, "features": features.contiguous()}, partial)
         partial.rename(path)
+
+
+def _touch(files: Iterable[Path]) -> None:
+    for file in files:
+        os.utime(file)
 
 
 class _Ahead(Sequence[torch.Tensor]):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import IdeficsForVisionText2Text
 
+from finetune import ranks
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.template import Rendered, render
@@ -52,20 +54,29 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
+    together: bool = False,
     track: Track = silently,
 ) -> list[Answer]:
-    """Answer each prompt (a dialogue that ends with the user), greedily; answers in the order of the prompts."""
+    """Answer each prompt (a dialogue that ends with the user), greedily; answers in the order of the prompts.
+
+    `together`: all processes ask the same, answer their share of the batches, and get all answers.
+    """
     rendered = [render(prompt) for prompt in prompts]
     examples = [tokenize(text, assistant.tokenizer) for text in rendered]
     # Similar lengths together, so that little is padded; else in order, so that neighbours share an image's features.
     order = sorted(range(len(prompts)), key=lambda index: len(examples[index]) // PADDING)
-    answers: dict[int, Answer] = {}
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for batch in track(batches, "answer"):
+
+    def answer(batch: list[int]) -> list[Answer]:
         inputs = _inputs(assistant, [examples[index] for index in batch], [rendered[index] for index in batch])
-        for index, ids in zip(batch, _continue(assistant, inputs, max_new_tokens), strict=True):
-            answers[index] = _answer(assistant.tokenizer, ids)
-    return [answers[index] for index in range(len(prompts))]
+        return [_answer(assistant.tokenizer, ids) for ids in _continue(assistant, inputs, max_new_tokens)]
+
+    if together:
+        answered = ranks.share_out("answer", batches, answer, track=track)
+    else:
+        answered = [answer(batch) for batch in track(batches, "answer")]
+    by_prompt = dict(zip(order, chain.from_iterable(answered), strict=True))
+    return [by_prompt[index] for index in range(len(prompts))]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import torch
 
+from finetune import ranks
 from finetune.data.account import Account
 from finetune.data.collate import Features, RowCollator, Rows
 from finetune.data.convert import read_dialogues
@@ -46,7 +47,10 @@ QUANTIZED, FEATURES = "quantized", "features"
 
 
 class Materials:
-    """What the stages of one recipe share. A fresh base and data.json are left in the run folder."""
+    """What the stages of one recipe share. A fresh base and data.json are left in the run folder.
+
+    Of several processes, all ask for the same things in the same order: they make them together.
+    """
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.recipe, self.folder = recipe, folder
@@ -57,10 +61,15 @@ class Materials:
         model = self.recipe.model
         if model.base:
             return model.base
-        assert model.init
-        folder = self.folder / "base"
-        if not (folder / "config.json").is_file():
-            _make_base(model.init, self.sources, folder, seed=self.recipe.training.seed)
+        shape, folder = model.init, self.folder / "base"
+        assert shape
+
+        def make() -> None:
+            if not (folder / "config.json").is_file():
+                _make_base(shape, self.sources, folder, seed=self.recipe.training.seed)
+
+        _require_all_here()
+        ranks.on_main("make the base", make)
         return str(folder)
 
     @cached_property
@@ -99,8 +108,12 @@ class Materials:
     @cached_property
     def dataset(self) -> Dataset:
         """Writes data.json."""
-        made = make_dataset(self.recipe, self.sources, self.processor.tokenizer)
-        self._write_report(made.report)
+        _require_all_here()
+        prepared = Path(self.recipe.data.prepared)
+        ranks.on_main("make the folder of prepared sets", lambda: prepared.mkdir(parents=True, exist_ok=True))
+        ranks.require_shared("data.prepared", prepared)
+        made = make_dataset(self.recipe, self.sources, self.processor.tokenizer, team=ranks.nodes())
+        ranks.on_main("write data.json", lambda: self._write_report(made.report))
         tell_losses(made, self.folder / "data.json")
         return made
 
@@ -154,7 +167,8 @@ class Materials:
         if not evaluation or not evaluation.documents:
             return None
         sources = [to_source(source) for source in evaluation.documents]
-        prepared, accounts = prepare_sources(self.recipe, sources, self.processor.tokenizer)
+        _require_all_here()
+        prepared, accounts = prepare_sources(self.recipe, sources, self.processor.tokenizer, team=ranks.nodes())
         require_examples(prepared, accounts)
         return self._held_rows(prepared)
 
@@ -210,6 +224,7 @@ class Materials:
 
     def _features(self, prepared: Prepared) -> ImageFeatures:
         """Of the images that these examples show."""
+        _require_all_here()
         _, shown = prepared.shown_images()
         wanted = np.flatnonzero(np.isin(prepared.digests, shown))
         return self._feature_cache.open(
@@ -233,7 +248,7 @@ class Materials:
 
     @cached_property
     def _base_folder(self) -> Path:
-        return loading.local_folder(self.base, revision=self.recipe.model.revision)
+        return local_base(self.base, revision=self.recipe.model.revision)
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
@@ -243,6 +258,10 @@ class Materials:
         """`rows`: has the features of the images that will be shown, where the model has no image towers."""
         looked_up = _by_image(rows, rows.features) if rows is not None and rows.features is not None else None
         return Assistant(model, self.processor.tokenizer, self.preprocessing, looked_up)
+
+
+def _require_all_here() -> None:
+    assert ranks.all_here(), "made together by all processes, and asked for by one alone"
 
 
 def _by_image(rows: RowCollator, features: Features) -> Callable[[Sequence[Image]], torch.Tensor]:
@@ -296,10 +315,10 @@ def load_model(
     image_towers: bool = True,
 ) -> loading.Idefics:
     """A model on the device that this machine has, in 4 bits where `quantize` says so; its NF4 is kept in `cache`."""
-    quantized = None
+    quantized, folder = None, local_base(base, revision=revision)
     if quantize:
-        folder = loading.local_folder(base, revision=revision)
-        quantized = quantized_checkpoint(folder, cache, name=Path(base).name, track=track)
+        name = Path(base).name
+        quantized = ranks.on_main("quantise", lambda: quantized_checkpoint(folder, cache, name=name, track=track))
     return loading.load(
         base,
         revision=revision,
@@ -309,6 +328,11 @@ def load_model(
         device=device(),
         image_towers=image_towers,
     )
+
+
+def local_base(base: str, *, revision: str | None) -> Path:
+    """Folder of a base; a hub id is fetched, by the main process first: the others find what it fetched."""
+    return ranks.main_first("fetch the base", lambda: loading.local_folder(base, revision=revision))
 
 
 def auto_dtype() -> torch.dtype:

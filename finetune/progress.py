@@ -21,7 +21,7 @@ def bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=console.quiet)
 
 
 def track(items: Iterable[Any], description: str) -> Iterable[Any]:

@@ -6,6 +6,9 @@
 
 A stage leaves its .json last, so a stage that was interrupted has none and is done again: training goes on from its
 last checkpoint.
+
+Of several processes, all do the same stages: they prepare, train and evaluate together; the main one writes, and
+merges.
 """
 
 import gc
@@ -23,12 +26,12 @@ from transformers import set_seed
 from finetune import ranks
 from finetune.callbacks import ProgressBar, tokens_trained
 from finetune.checkpoints import last_checkpoint, step_of
-from finetune.data.collate import RowCollator
-from finetune.data.dialogue import Image
+from finetune.data.collate import RowCollator, Rows
+from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import describe, open_image
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import open_folder, read_json, versions, write_json
-from finetune.materials import Materials, device, free_memory
+from finetune.materials import Materials, device, free_memory, local_base
 from finetune.merge import Origin, merge
 from finetune.merge_verb import model_card
 from finetune.pages.predictions import predictions_page
@@ -58,25 +61,30 @@ class Run:
         self.recipe = recipe
         if recipe.model.base:
             read_config(recipe.model.base, revision=recipe.model.revision)  # a wrong base leaves no folder behind
-        self.folder = open_folder(recipe)
+        self.folder = ranks.on_main("open the run folder", lambda: open_folder(recipe))
+        ranks.require_shared("output", self.folder)
         self.materials = Materials(recipe, self.folder)
 
     def do(self, *stages: str) -> dict[str, Any]:
         """Do these stages, those already done excepted, and return all figures there are. Raises UserError."""
         for stage in stages:
             if self._figures(_FILES[stage]) is None:
-                write_json(self.folder / _FILES[stage], _DOES[stage](self))
+                self._write(_FILES[stage], _DOES[stage](self))
             else:
                 say(f"{stage}: done before, see {self.folder / _FILES[stage]}")
         files = {"data": "data.json", **_FILES}
         result = {name: figures for name, file in files.items() if (figures := self._figures(file)) is not None}
-        write_json(self.folder / "result.json", result)
+        self._write("result.json", result)
         if "train" in result:
-            draw(self.folder / "metrics.jsonl", result.get("evaluate"), self.folder / "curves.png")
+            curves = self.folder / "curves.png"
+            ranks.on_main("draw", lambda: draw(self.folder / "metrics.jsonl", result.get("evaluate"), curves))
         return result
 
     def _figures(self, file: str) -> dict[str, Any] | None:
-        return read_json(self.folder / file)
+        return ranks.on_main(f"read {file}", lambda: read_json(self.folder / file))
+
+    def _write(self, file: str, figures: dict[str, Any]) -> None:
+        ranks.on_main(f"write {file}", lambda: write_json(self.folder / file, figures))
 
     def require_adapter(self) -> Path:
         if self._figures(_FILES["train"]) is None:
@@ -99,17 +107,18 @@ def _train(run: Run) -> dict[str, Any]:
 def _go_back(run: Run, step: int, reason: str, dialogues: list[Seen]) -> None:
     """Write down what happened, so that the next attempt does otherwise. Raises UserError when there is none."""
     folder, watch = run.folder, _watch(run.recipe)
-    events, checkpoint = read_events(folder), last_checkpoint(folder)
-    if events and checkpoint and step_of(checkpoint) == events[-1].back_to:  # it was not good enough the last time
-        if ranks.is_main():
+
+    def write_down() -> list[Event]:
+        events, checkpoint = read_events(folder), last_checkpoint(folder)
+        if events and checkpoint and step_of(checkpoint) == events[-1].back_to:  # it was not good enough the last time
             shutil.rmtree(checkpoint)
-        ranks.wait()
-        checkpoint = last_checkpoint(folder)
-    back_to = step_of(checkpoint) if checkpoint else 0
-    events.append(Event(step, reason, watch.action, back_to, tuple(dialogues)))
-    if ranks.is_main():
+            checkpoint = last_checkpoint(folder)
+        back_to = step_of(checkpoint) if checkpoint else 0
+        events.append(Event(step, reason, watch.action, back_to, tuple(dialogues)))
         write_events(folder, events)
-    ranks.wait()
+        return events
+
+    events = ranks.on_main("go back", write_down)
     blamed = [one for one in dialogues if one.blamed]
     say(f"step {step}: {reason}; to blame: {', '.join(f'{one.source} {one.place}' for one in blamed[:5])}")
     say(f"  {len(blamed)} of the step's {len(dialogues)} dialogues, see {folder / FILE}")
@@ -119,7 +128,8 @@ def _go_back(run: Run, step: int, reason: str, dialogues: list[Seen]) -> None:
             f"step {step}: {reason}; training.instability {said}\n"
             f"  {folder / FILE} names the dialogues; leave them out, or lower training.learning_rate"
         )
-    say(f"  going back to step {back_to}, " + ("without them" if watch.action == "skip" else "with half the rates"))
+    change = "without them" if watch.action == "skip" else "with half the rates"
+    say(f"  going back to step {events[-1].back_to}, {change}")
     run.materials.forget_rows()
 
 
@@ -130,7 +140,8 @@ def _watch(recipe: Recipe) -> Watch:
 def _train_once(run: Run) -> dict[str, Any]:
     recipe, made = run.recipe, run.materials
     rows = made.train_rows
-    base_identity = identity(read_checkpoint(loading.local_folder(made.base, revision=recipe.model.revision)))
+    base = local_base(made.base, revision=recipe.model.revision)
+    base_identity = ranks.on_main("identify the base", lambda: identity(read_checkpoint(base)))
     idefics = made.load().model
     set_seed(recipe.training.seed)  # LoRA factors start at random
     model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=made.base)
@@ -142,7 +153,8 @@ def _train_once(run: Run) -> dict[str, Any]:
         load_adapter_weights(model, Path(recipe.model.continue_from))
     cuts = [event.back_to for event in read_events(run.folder) if event.action == "lower_rate"]
     plan = _plan(recipe, len(rows), autocast=_autocast(recipe, made.dtype), rate_cuts=cuts)
-    resume_from, started = last_checkpoint(run.folder), time.perf_counter()
+    resume_from = ranks.on_main("look for a checkpoint", lambda: last_checkpoint(run.folder))
+    started = time.perf_counter()
     say(f"train: {counts.total:,} parameters" + (f", going on from {resume_from.name}" if resume_from else ""))
     trainer = train(
         model,
@@ -156,11 +168,11 @@ def _train_once(run: Run) -> dict[str, Any]:
     )
     say(f"train: waited for data {trainer.waiting:.1%} of the time")
     origin = Origin(made.base, recipe.model.revision, made.instruct, recipe.model.quantize, base_identity)
-    origin.write(run.folder / "adapter")
+    ranks.on_main("write the origin", lambda: origin.write(run.folder / "adapter"))
     return {
         "steps": trainer.state.global_step,
         "epochs": rows.epoch(trainer.state.global_step * plan.packs_per_step - 1) + 1,
-        "tokens_trained": tokens_trained(run.folder / "metrics.jsonl"),
+        "tokens_trained": ranks.on_main("count tokens", lambda: tokens_trained(run.folder / "metrics.jsonl")),
         "parameters_trained": asdict(counts),
         "best_step": trainer.state.best_global_step if plan.evaluate_every else None,
         "streamed": made.streamed(rows),
@@ -189,7 +201,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     tuned = made.assistant(open_adapter(model, adapter), made.held_rows)
     predictions = run.folder / "predictions.jsonl"
     figures["tuned"] = evaluate(tuned, made.held_rows, questions, predictions=predictions, **options).to_json()
-    _write_page(run.folder, made.dataset.held.images)
+    ranks.on_main("write the page", lambda: _write_page(run.folder, made.dataset.held.images))
     figures["blind"] = None
     if len({image for images in made.held_rows.image_ids for image in images}) > 1:
         rows, swapped = exchange_images(
@@ -210,7 +222,15 @@ def _write_page(folder: Path, images: Sequence[Image]) -> None:
 
 
 def _merge(run: Run) -> dict[str, Any]:
-    adapter, out, made = run.require_adapter(), run.folder / "merged", run.materials
+    adapter, made = run.require_adapter(), run.materials
+    training, held = made.dataset.training, made.dataset.held
+    rows, some = (made.held_rows, held) if len(held) else (made.train_rows, training)
+    return ranks.on_main("merge", lambda: _merge_and_ask(run, adapter, rows, some.dialogues[:PROOF_DIALOGUES]))
+
+
+def _merge_and_ask(run: Run, adapter: Path, rows: Rows, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+    """`rows` and `dialogues`: what the merged model is asked."""
+    out, made = run.folder / "merged", run.materials
     provenance = {
         "base": run.recipe.model.base or f"init: {run.recipe.model.init}",
         "revision": run.recipe.model.revision,
@@ -231,13 +251,12 @@ def _merge(run: Run) -> dict[str, Any]:
         card=model_card(made.base, out, run.folder),
         track=track,
     )["proof"]
-    return {"merged": str(out), **_ask(run, adapter, out), "weights": comparison}
+    return {"merged": str(out), **_ask(run, adapter, out, rows, dialogues), "weights": comparison}
 
 
-def _ask(run: Run, adapter: Path, out: Path) -> dict[str, Any]:
+def _ask(run: Run, adapter: Path, out: Path, rows: Rows, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     """What the merged model says, against base + adapter; nothing where it is too large for this machine."""
     made = run.materials
-    training, held = made.dataset.training, made.dataset.held
     needed = weight_bytes(read_checkpoint(out), made.dtype)
     if needed > (free := free_memory()):
         say(
@@ -245,10 +264,9 @@ def _ask(run: Run, adapter: Path, out: Path) -> dict[str, Any]:
             f"it is proved tensor by tensor and block by block"
         )
         return {}
-    rows, some = (made.held_rows, held) if len(held) else (made.train_rows, training)
     if isinstance(rows, RowCollator):
         rows = replace(rows, features=None)  # the merged model looks with its own towers
-    questions = draw_questions(some.dialogues[:PROOF_DIALOGUES], limit=PROOF_QUESTIONS, seed=run.recipe.training.seed)
+    questions = draw_questions(dialogues, limit=PROOF_QUESTIONS, seed=run.recipe.training.seed)
     proof = prove(
         base=lambda: made.assistant(made.load(image_towers=True).model),
         tuned=lambda: made.assistant(open_adapter(made.load(image_towers=True).model, adapter)),

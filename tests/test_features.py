@@ -144,6 +144,15 @@ def test_what_a_killed_writer_left_is_no_feature(cache, towers, images):
     assert features([0, 1, 2]).isfinite().all()
 
 
+def test_what_another_process_of_the_run_is_writing_is_left_alone(cache, towers, images):
+    def loaded():
+        (cache.path / "another.partial").write_bytes(b"begun")
+        return towers
+
+    opened(cache, images, [0, 1], loaded)
+    assert (cache.path / "another.partial").read_bytes() == b"begun"
+
+
 def test_interrupted_it_goes_on_with_what_is_missing(cache, towers, images, monkeypatch):
     monkeypatch.setattr("finetune.features.FILE_BYTES", 1)  # a file for each batch
     computed = []

@@ -37,6 +37,7 @@ from finetune.data.prepared import (
     image_from_row,
 )
 from finetune.data.sources.source import Source
+from finetune.data.team import Team
 from finetune.data.template import IMAGE
 from finetune.data.tokens import IGNORED, Example
 from finetune.data.tracking import Track
@@ -51,14 +52,25 @@ def assemble(
     *,
     workers: int,
     track: Track,
+    team: Team,
 ) -> None:
     """dialogues.arrow -> examples.arrow and account.json."""
     parts = made / "assemble"
-    parts.mkdir(exist_ok=True)
-    groups = _Groups(Rows(made / DIALOGUES), join=source.turns is not None)
-    tasks = Unfinished(parts, track(groups, f"tokenise {source.label}"))
-    run_all(tasks, _Assemble(made, fitter), workers=workers)
-    paths = [part_path(parts, number) for number in range(tasks.count)]
+
+    def share() -> int:
+        groups = _Groups(Rows(made / DIALOGUES), join=source.turns is not None)
+        tasks = Unfinished(parts, track(groups, f"tokenise {source.label}"), team)
+        run_all(tasks, _Assemble(made, fitter), workers=workers)
+        return tasks.count
+
+    team.on_main("make room for parts", lambda: parts.mkdir(exist_ok=True))
+    count = team.each(f"tokenise {source.label}", share)[0]
+    team.on_main(f"finish {source.label}", lambda: _finish(made, parts, count, fitter, account))
+
+
+def _finish(made: Path, parts: Path, count: int, fitter: Fitter, account: Account) -> None:
+    """All parts -> examples.arrow and account.json."""
+    paths = [part_path(parts, number) for number in range(count)]
     for path in paths:
         account.add(account_of(Rows(path)))
     batches = (batch for path in paths for batch in Rows(path).batches)

@@ -1,6 +1,5 @@
 """Records -> dialogues, the first pass of preparing: converted, their images opened, and named by content."""
 
-import json
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +42,7 @@ from finetune.data.sources import FORMATS
 from finetune.data.sources.download import Downloader
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
+from finetune.data.team import Team
 from finetune.data.tracking import Track, silently
 from finetune.data.turns import opening_images, without_images
 
@@ -61,17 +61,30 @@ def read_dialogues(source: Source, account: Account, *, track: Track = silently)
             yield place, dialogue
 
 
-def convert(source: Source, made: Path, *, downloads: Path, workers: int, track: Track) -> Account:
-    """Records -> dialogues.arrow and images.arrow. Returns the account so far: read, not taken, not converted."""
-    if not (made / DIALOGUES).is_file():
-        parts = made / "convert"
+def convert(source: Source, made: Path, *, downloads: Path, workers: int, track: Track, team: Team) -> Account:
+    """Records -> dialogues.arrow and images.arrow. Returns the account so far: read, not taken, not converted.
+
+    Every process of the team that takes part reads all records, and converts those of its parts.
+    """
+    parts = made / "convert"
+
+    def converted() -> bool:
+        if (made / DIALOGUES).is_file():
+            return True
         parts.mkdir(parents=True, exist_ok=True)
+        return False
+
+    def share() -> tuple[int, Account]:
         whole = Account(source.name)
         records = track(_taken(source, whole), f"convert {source.label}")
-        tasks = Unfinished(parts, _in_parts(records))
+        tasks = Unfinished(parts, _in_parts(records), team)
         run_all(tasks, _Convert(source, made, downloads), workers=workers)
-        _merge_converted(made, tasks.count, whole)
-    return Account.from_json(json.loads(Rows(made / DIALOGUES).schema.metadata[b"account"]))
+        return tasks.count, whole
+
+    if not team.on_main("look for dialogues", converted):
+        count, whole = team.each(f"convert {source.label}", share)[0]
+        team.on_main(f"join {source.label}", lambda: _merge_converted(made, count, whole))
+    return team.on_main("read the account", lambda: account_of(Rows(made / DIALOGUES)))
 
 
 def _taken(source: Source, account: Account) -> Iterator[Record]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from finetune.data.account import Account
 from finetune.data.prepared import Rows
+from finetune.data.team import Team
 
 PART_RECORDS = 512
 """Most records of a part."""
@@ -21,15 +22,15 @@ DIALOGUE_SCHEMA = pa.schema(
 
 
 class Unfinished:
-    """Numbered tasks, without those whose part is there already; counts all."""
+    """Numbered tasks of one share of a team's, without those whose part is there already; counts all."""
 
-    def __init__(self, parts: Path, tasks: Iterable[Any]):
-        self.parts, self.tasks, self.count = parts, tasks, 0
+    def __init__(self, parts: Path, tasks: Iterable[Any], team: Team):
+        self.parts, self.tasks, self.team, self.count = parts, tasks, team, 0
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for number, task in enumerate(self.tasks):
             self.count = number + 1
-            if not part_path(self.parts, number).is_file():
+            if number % self.team.of == self.team.which and not part_path(self.parts, number).is_file():
                 yield number, task
 
 

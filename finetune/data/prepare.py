@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
 from finetune.data.account import Account, why_nothing_is_left
 from finetune.data.assemble import assemble
@@ -28,6 +27,7 @@ from finetune.data.fit import Fitter, Limits, fitter
 from finetune.data.prepared import ACCOUNT, Prepared, PreparedSet
 from finetune.data.sources.files import fingerprint
 from finetune.data.sources.source import Source
+from finetune.data.team import ALONE, Team
 from finetune.data.tokens import Encoder
 from finetune.data.tracking import Track, silently
 from modeling.errors import UserError
@@ -43,16 +43,15 @@ def prepare(
     folder: Path,
     workers: int = 1,
     track: Track = silently,
+    team: Team = ALONE,
 ) -> tuple[Prepared, list[Account]]:
     """Prepare each source in a folder below `folder`, or open the set that is already there for all that makes it.
 
-    A record that cannot be used is counted under its reason, never skipped.
+    A record that cannot be used is counted under its reason, never skipped. `workers`: of each process that takes part.
     """
     encoder, limits = Encoder(tokenizer), Limits(max_length, max_images)
-    sets = [
-        prepare_source(source, fitter(source, encoder, limits, seed=seed), folder=folder, workers=workers, track=track)
-        for source in sources
-    ]
+    options: dict[str, Any] = {"folder": folder, "workers": workers, "track": track, "team": team}
+    sets = [prepare_source(source, fitter(source, encoder, limits, seed=seed), **options) for source in sources]
     return Prepared(sets), [one.account for one in sets]
 
 
@@ -63,18 +62,28 @@ def prepare_source(
     folder: Path,
     workers: int,
     track: Track = silently,
+    team: Team = ALONE,
 ) -> PreparedSet:
     """The set of one source. Its name holds a hash of its content, its settings, the tokenizer and this code."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = place(source, fitter, folder)
-    with FileLock(made.with_name(f".{made.name}.lock")):
-        if (found := PreparedSet.open(made)) is not None:
-            return found
-        if (made / ACCOUNT).is_file():  # whole, but an image has changed
+
+    def name() -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        return place(source, fitter, folder)
+
+    def open_finished() -> PreparedSet | None:
+        found = PreparedSet.open(made)
+        if found is None and (made / ACCOUNT).is_file():  # whole, but an image has changed
             shutil.rmtree(made)
-        account = convert(source, made, downloads=folder / "downloads", workers=workers, track=track)
-        assemble(source, made, fitter, account, workers=workers, track=track)
-        if (found := PreparedSet.open(made)) is not None:
+        return found
+
+    made = team.on_main(f"name {source.label}", name)
+    with team.lock(made.with_name(f".{made.name}.lock")):
+        if (found := team.on_main(f"open {source.label}", open_finished)) is not None:
+            return found
+        options: dict[str, Any] = {"workers": workers, "track": track, "team": team}
+        account = convert(source, made, downloads=folder / "downloads", **options)
+        assemble(source, made, fitter, account, **options)
+        if (found := team.on_main(f"open {source.label}", lambda: PreparedSet.open(made))) is not None:
             return found
         raise UserError(f"{source.name}: its images changed while they were prepared; start again")
 
