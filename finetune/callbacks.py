@@ -1,6 +1,7 @@
 """What is written down while a trainer trains: a line a step, and a bar to look at."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import TrainerCallback
 
 from finetune.data.collate import Rows
 from finetune.progress import bar
+from modeling.adapters import whole
 from modeling.towers import stock_name, tower_of
 
 
@@ -26,20 +28,36 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            partial = self.path.with_name(f"{self.path.name}.partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(self.path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not logs or "train_runtime" in logs:
+            return
+        milestone = control.should_save or control.should_evaluate or state.global_step == state.max_steps
+        gates = gate_openings(kwargs["model"]) if milestone and "loss" in logs else {}
+        if not state.is_world_process_zero:
             return
         step = range(max(state.global_step - 1, 0) * self.packs, state.global_step * self.packs)
         tokens = sum(self.rows.tokens(row) for row in step)
         place = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}
         line = {**place, **{key: value for key, value in logs.items() if key != "epoch"}, "tokens": tokens}
-        milestone = control.should_save or control.should_evaluate or state.global_step == state.max_steps
-        if milestone and "loss" in logs and (gates := gate_openings(kwargs["model"])):
+        if gates:
             line["gates"] = gates
         with self.path.open("a", encoding="utf-8") as metrics:
             metrics.write(json.dumps(line) + "\n")
+
+
+class Stopping(TrainerCallback):
+    """Ends the training after a step, saved, once `asked` says so on any process."""
+
+    def __init__(self, asked: Callable[[], bool]):
+        self.asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked() and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
 
 
 class ProgressBar(TrainerCallback):
@@ -62,12 +80,13 @@ class ProgressBar(TrainerCallback):
 def gate_openings(model: nn.Module) -> dict[str, list[float]]:
     """tanh of every trained gate, layer by layer: {"alpha_cross_attn": [0.1, ...], "alpha_dense": [0.2, ...]}.
 
-    0 is shut. Of a gate with a value for each channel, the mean.
+    0 is shut. Of a gate with a value for each channel, the mean. Where parameters are divided over processes, all must
+    ask.
     """
     openings: dict[str, list[float]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and tower_of(stock_name(name)) == "gates":
-            openings.setdefault(name.rpartition(".")[2], []).append(float(parameter.detach().tanh().mean()))
+            openings.setdefault(name.rpartition(".")[2], []).append(float(whole(parameter).tanh().mean()))
     return openings
 
 

@@ -33,6 +33,7 @@ from finetune.progress import track
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
 from finetune.sizes import parse_size
+from finetune.stability import read_events
 from modeling import loading, tiny
 from modeling.errors import UserError
 from modeling.quantize import quantized_checkpoint
@@ -117,7 +118,13 @@ class Materials:
         training, settings = self.dataset.training, self.recipe.training
         augmentation = Augmentation(**self.recipe.data.augment.model_dump())
         blank = any(self.recipe.model.modes[tower] != "frozen" for tower in IMAGE_TOWERS)
-        common: dict[str, Any] = {"augmentation": augmentation, "seed": settings.seed, "blank_image": blank}
+        skipped = frozenset().union(*(event.skipped for event in read_events(self.folder)))
+        common: dict[str, Any] = {
+            "augmentation": augmentation,
+            "seed": settings.seed,
+            "blank_image": blank,
+            "skipped": skipped,
+        }
         if self.recipe.data.streams:
             return self._streamed_rows(training, **common)
         rows = build_schedule(
@@ -131,6 +138,10 @@ class Materials:
             steps=settings.steps,
         )
         return replace(self._rows(training), rows=rows, **common)
+
+    def forget_rows(self) -> None:
+        """Rows for training are made anew when they are next asked for: without what unstable.jsonl says by then."""
+        self.__dict__.pop("train_rows", None)
 
     @cached_property
     def held_rows(self) -> RowCollator:
@@ -171,6 +182,7 @@ class Materials:
             row_tokens=settings.row_tokens,
             row_images=settings.row_images,
             buffer=data.shuffle_buffer,
+            remembered=4 * settings.packs_per_step,  # a step's, and those that are made ahead
             preprocessing=self.preprocessing,
             filler=self.processor.tokenizer.bos_token_id,
             downloader=downloads(Path(data.prepared) / "downloads", self.sources),
@@ -190,6 +202,7 @@ class Materials:
             examples=prepared.examples,
             image_ids=prepared.image_ids,
             images=prepared.images,
+            origins=prepared.origins,
             preprocessing=self.preprocessing,
             filler=self.processor.tokenizer.bos_token_id,
             features=self._features(prepared) if self.recipe.caches_features else None,

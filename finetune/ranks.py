@@ -5,7 +5,7 @@ makes the process group of them: nccl on GPUs, gloo without.
 """
 
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -51,11 +51,11 @@ def broadcast(value: Item) -> Item:
     return broadcast_object_list([value])[0] if count() > 1 else value
 
 
-def largest(values: list[float]) -> list[float]:
-    """The largest of each value over the processes; not a number where any is not."""
+def gather_numbers(values: list[float]) -> torch.Tensor:
+    """float64 [processes, values], on the CPU: a small tensor, for every step."""
+    mine = torch.tensor(values, dtype=torch.float64, device=state().device)
     if count() == 1:
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=state().device)
-    gathered: Any = [torch.empty_like(tensor) for _ in range(count())]
-    torch.distributed.all_gather(gathered, tensor)
-    return torch.stack(gathered).amax(0).tolist()
+        return mine.cpu()[None]
+    gathered = [torch.empty_like(mine) for _ in range(count())]
+    torch.distributed.all_gather(gathered, mine)
+    return torch.stack(gathered).cpu()

@@ -264,6 +264,20 @@ class Data(Section):
             raise ValueError("overlap: a streamed source cannot be compared with the held-out data before the run")
 
 
+class Instability(Section):
+    """What is done about a loss or a gradient that is not finite, and a loss far above those before it.
+
+    Such a step is never taken. The run goes back to its last checkpoint, and `unstable.jsonl` names the dialogues.
+    """
+
+    action: Literal["skip", "lower_rate", "stop"] = "skip"
+    """skip: do without the dialogues to blame from there on; lower_rate: halve the rates; stop: tell, and end."""
+    spike: Rate | None = 20.0
+    """A spike is so many robust standard deviations (and a nat) above the median of the last 64 losses; null: none is."""
+    rollbacks: Annotated[int, Field(ge=0)] = 3
+    """How often the run may go back before it ends with the reason."""
+
+
 class Training(Section):
     """How long, how much at once, and how fast."""
 
@@ -299,6 +313,7 @@ class Training(Section):
     """Stop after so many held-out losses without a better one."""
     trackers: list[str] = []
     """The trainer's own: tensorboard, wandb, trackio, mlflow, ..."""
+    instability: Instability = Instability()
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """Over several processes, each holds the whole model (ddp), or a share of each layer (fsdp2)."""
     auto_fit: bool = False

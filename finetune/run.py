@@ -8,7 +8,9 @@ A stage leaves its .json last, so a stage that was interrupted has none and is d
 last checkpoint.
 """
 
+import gc
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -18,7 +20,9 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from finetune import ranks
 from finetune.callbacks import ProgressBar, tokens_trained
+from finetune.checkpoints import last_checkpoint, step_of
 from finetune.data.collate import RowCollator
 from finetune.data.dialogue import Image
 from finetune.data.images import describe, open_image
@@ -33,7 +37,8 @@ from finetune.progress import say, track
 from finetune.proof import prove
 from finetune.recipe import Recipe
 from finetune.sizes import show_size
-from finetune.train import Plan, last_checkpoint, train
+from finetune.stability import FILE, Event, Seen, UnstableError, Watch, read_events, write_events
+from finetune.train import Plan, train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.checkpoint import identity, read_checkpoint, weight_bytes
@@ -80,6 +85,49 @@ class Run:
 
 
 def _train(run: Run) -> dict[str, Any]:
+    """As often as the run has to go back: each time from what is on the disk, as if it had been interrupted."""
+    while True:
+        try:
+            return _train_once(run)
+        except UnstableError as error:
+            unstable = (error.step, error.reason, error.dialogues)
+        _go_back(run, *unstable)
+        gc.collect()  # of the attempt's model
+        torch.cuda.empty_cache()
+
+
+def _go_back(run: Run, step: int, reason: str, dialogues: list[Seen]) -> None:
+    """Write down what happened, so that the next attempt does otherwise. Raises UserError when there is none."""
+    folder, watch = run.folder, _watch(run.recipe)
+    events, checkpoint = read_events(folder), last_checkpoint(folder)
+    if events and checkpoint and step_of(checkpoint) == events[-1].back_to:  # it was not good enough the last time
+        if ranks.is_main():
+            shutil.rmtree(checkpoint)
+        ranks.wait()
+        checkpoint = last_checkpoint(folder)
+    back_to = step_of(checkpoint) if checkpoint else 0
+    events.append(Event(step, reason, watch.action, back_to, tuple(dialogues)))
+    if ranks.is_main():
+        write_events(folder, events)
+    ranks.wait()
+    blamed = [one for one in dialogues if one.blamed]
+    say(f"step {step}: {reason}; to blame: {', '.join(f'{one.source} {one.place}' for one in blamed[:5])}")
+    say(f"  {len(blamed)} of the step's {len(dialogues)} dialogues, see {folder / FILE}")
+    if watch.action == "stop" or len(events) > watch.rollbacks:
+        said = "says stop" if watch.action == "stop" else f"allows {watch.rollbacks} rollbacks, and that was one more"
+        raise UserError(
+            f"step {step}: {reason}; training.instability {said}\n"
+            f"  {folder / FILE} names the dialogues; leave them out, or lower training.learning_rate"
+        )
+    say(f"  going back to step {back_to}, " + ("without them" if watch.action == "skip" else "with half the rates"))
+    run.materials.forget_rows()
+
+
+def _watch(recipe: Recipe) -> Watch:
+    return Watch(**recipe.training.instability.model_dump())
+
+
+def _train_once(run: Run) -> dict[str, Any]:
     recipe, made = run.recipe, run.materials
     rows = made.train_rows
     base_identity = identity(read_checkpoint(loading.local_folder(made.base, revision=recipe.model.revision)))
@@ -92,7 +140,8 @@ def _train(run: Run) -> dict[str, Any]:
         assert counts == expected, f"trained {counts}, expected {expected}"
     if recipe.model.continue_from:
         load_adapter_weights(model, Path(recipe.model.continue_from))
-    plan = _plan(recipe, len(rows), autocast=_autocast(recipe, made.dtype))
+    cuts = [event.back_to for event in read_events(run.folder) if event.action == "lower_rate"]
+    plan = _plan(recipe, len(rows), autocast=_autocast(recipe, made.dtype), rate_cuts=cuts)
     resume_from, started = last_checkpoint(run.folder), time.perf_counter()
     say(f"train: {counts.total:,} parameters" + (f", going on from {resume_from.name}" if resume_from else ""))
     trainer = train(
@@ -117,6 +166,7 @@ def _train(run: Run) -> dict[str, Any]:
         "streamed": made.streamed(rows),
         "seconds": round(time.perf_counter() - started, 1),
         "waiting_for_data": round(trainer.waiting, 4),
+        "rollbacks": len(read_events(run.folder)),
     }
 
 
@@ -219,7 +269,7 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if asked[stage])
 
 
-def _plan(recipe: Recipe, rows: int, *, autocast: bool) -> Plan:
+def _plan(recipe: Recipe, rows: int, *, autocast: bool, rate_cuts: Sequence[int]) -> Plan:
     settings = recipe.training
     steps = rows // settings.packs_per_step
     return Plan(
@@ -241,6 +291,9 @@ def _plan(recipe: Recipe, rows: int, *, autocast: bool) -> Plan:
         checkpointing=settings.checkpointing,
         unused_parameters=recipe.model.vision == "full",
         autocast=autocast,
+        parallel=settings.parallel,
+        watch=_watch(recipe),
+        rate_cuts=rate_cuts,
     )
 
 

@@ -6,33 +6,44 @@
     compute_loss           the whole decoupled vocabulary; TRL's fused head leaves the added rows out
     evaluate               sums over tokens; TRL averages packs
     get_optimizer_cls_...  own rates for gates and added tokens, no decay where it would pull at a scale
+    create_scheduler       rates that are lower from a step on, after the run went back
+    _get_grad_norm         loss and gradient are looked at before a step is taken
     _determine_best_metric a new best is always a checkpoint, whatever the interval
-    _save, _load_from_*    the adapter folder, which holds more than PEFT knows of, and no pickles
+    _save_checkpoint       whole or not there, whoever is killed meanwhile
+    save_model, _load_...  the adapter folder, which holds more than PEFT knows of, and no pickles
     create_model_card      TRL's says nothing true about this model
 """
 
+import math
+import os
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
-from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, set_seed
 from transformers.integrations import get_available_reporting_integrations
+from transformers.models.idefics.modeling_idefics import IdeficsDecoderLayer, IdeficsGatedCrossAttentionLayer
 from trl import SFTConfig, SFTTrainer
 
-from finetune.callbacks import MetricsFile
+from finetune import ranks
+from finetune.callbacks import MetricsFile, Stopping
+from finetune.checkpoints import require_room, seal, sweep
 from finetune.data.ahead import RowsAhead
 from finetune.data.collate import Batch, RowCollator, Rows
 from finetune.data.schedule import Row
 from finetune.progress import say
-from modeling.adapters import count_trained, load_adapter_weights, save_adapter
-from modeling.errors import UserError
+from finetune.signals import Heard, listening
+from finetune.stability import DEFAULT_WATCH, Seen, UnstableError, Watch
+from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter
+from modeling.errors import Interrupted, UserError
 from modeling.forward import packed_loss
 from modeling.quantize import quantized_layers
 from modeling.towers import is_lora, no_decay, stock_name, tower_of
@@ -65,6 +76,10 @@ class Plan:
     """Multiply in bf16 although some trained matrices are fp32: for towers trained in full on a bf16 base."""
     checkpointing: bool | int = False
     """Keep only each layer's input for the backward, and compute the rest again; a number: in as many layers."""
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    watch: Watch = DEFAULT_WATCH
+    rate_cuts: Sequence[int] = ()
+    """From each of these steps on, all rates are half of what they would be."""
 
 
 def train(
@@ -81,12 +96,20 @@ def train(
     """Train an attached `model` on every row of `train_rows`, and leave `folder`/adapter and `folder`/metrics.jsonl.
 
     Checkpoints go to `folder`/checkpoint-*; `resume_from` is one of them. The best one by held-out loss becomes the
-    adapter where `plan` evaluates, else the last state.
+    adapter where `plan` evaluates, else the last state. Every process of a group calls this; the first one writes.
+
+    Raises Interrupted after SIGTERM or SIGINT, saved; UnstableError before a step that must not be taken; UserError.
     """
+    if ranks.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+    ranks.wait()
+    if resume_from:  # before FSDP divides the model
+        load_adapter_weights(model, resume_from)
     checkpoint_layers(model, plan.checkpointing)
     half = any(layer.compute_dtype == torch.float16 for layer in quantized_layers(model).values())
     arguments = _arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
-    ahead = RowsAhead(train_rows, stride=PartialState().num_processes)
+    ahead = RowsAhead(train_rows, stride=ranks.count())
     trainer = IdeficsTrainer(
         model=model,
         args=arguments,
@@ -97,16 +120,26 @@ def train(
         callbacks=[MetricsFile(folder / "metrics.jsonl", train_rows, plan.packs_per_step), *callbacks],
     )
     count_trained(model)  # asserts that TRL left every trained parameter in fp32
+    if ranks.count() > 1:
+        set_seed(plan.seed + ranks.rank())  # else dropout would be the same in all; a checkpoint has its own states
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        with listening() as heard:
+            trainer.heard = heard
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         ahead.close()
+    if trainer.state.global_step < trainer.state.max_steps and trainer.told_to_stop:
+        saved = folder / f"checkpoint-{trainer.state.global_step}"
+        name = signal.Signals(trainer.told_to_stop).name
+        raise Interrupted(f"{name}: saved as {saved}; the same command goes on from there", trainer.told_to_stop)
     trainer.waiting = ahead.waited / (time.perf_counter() - started)
-    if plan.evaluate_every and trainer.state.best_model_checkpoint:
-        load_adapter_weights(model, Path(trainer.state.best_model_checkpoint))
-    if trainer.is_world_process_zero():
-        save_adapter(model, folder / "adapter")
+    best = trainer.state.best_model_checkpoint if plan.evaluate_every else None
+    if best is None:
+        trainer.save_model(str(folder / "adapter"))
+    elif ranks.is_main():
+        copy_adapter(Path(best), folder / "adapter")
+    ranks.wait()
     return trainer
 
 
@@ -118,11 +151,16 @@ class IdeficsTrainer(SFTTrainer):
 
     waiting: float = 0.0
     """Share of the training's time that went by without a row to train on."""
+    heard: Heard
+    """What this process was told meanwhile."""
+    told_to_stop: int = 0
+    """The signal that any process heard."""
 
     def __init__(
         self, *, plan: Plan, train_rows: RowsAhead, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any
     ):
-        self.plan, self.eval_rows = plan, eval_rows
+        self.plan, self.rows, self.eval_rows = plan, train_rows.rows, eval_rows
+        self.heard, self._losses = Heard(), list[torch.Tensor]()
         self.idefics_config = model.config
         held_out = _row_numbers(len(eval_rows)) if eval_rows and plan.evaluate_every else None
         in_fp32 = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
@@ -136,7 +174,14 @@ class IdeficsTrainer(SFTTrainer):
         for parameter, data in in_fp32.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data
+        assert self.accelerator.num_processes == ranks.count(), "rows are shared out over other processes than these"
+        if plan.parallel == "fsdp2" and ranks.count() > 1 and not self.is_fsdp_enabled:
+            raise UserError(
+                "training.parallel: fsdp2: accelerate divides models over GPUs alone, and the processes run on "
+                f"{self.accelerator.device.type}; set training.parallel=ddp"
+            )
         self.remove_callback(PrinterCallback)
+        self.add_callback(Stopping(lambda: self.told_to_stop != 0))
         if plan.early_stop:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=plan.early_stop))
 
@@ -151,16 +196,17 @@ class IdeficsTrainer(SFTTrainer):
         assert num_items_in_batch is not None
         assert not return_outputs
         loss = packed_loss(model, inputs, config=self.idefics_config)
-        return loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        loss = loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        self._losses.append(loss.detach())
+        return loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out loss per supervised token, over all rows and ranks."""
         assert self.eval_rows is not None
-        ranks = self.accelerator.num_processes
-        rows = [*self.eval_rows.rows, *[Row(0)] * (-len(self.eval_rows.rows) % ranks)]
-        mine = range(self.accelerator.process_index, len(rows), ranks)
+        rows = [*self.eval_rows.rows, *[Row(0)] * (-len(self.eval_rows.rows) % ranks.count())]
+        mine = range(ranks.rank(), len(rows), ranks.count())
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -179,15 +225,91 @@ class IdeficsTrainer(SFTTrainer):
         cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
         return cls, {**kwargs, "params": parameter_groups(model or self.model, plan=self.plan)}
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The trainer's schedule, halved from each of the plan's cuts on."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        scheduler.lr_lambdas = [self._with_cuts(rate) for rate in scheduler.lr_lambdas]
+        return scheduler
+
+    def _with_cuts(self, rate: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: rate(step) * 0.5 ** sum(step >= cut for cut in self.plan.rate_cuts)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """A checkpoint holds the rates of its own next step, which may have been cut since."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        for group, base, rate in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * rate(scheduler.last_epoch)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called once a step, after its last row and before it is taken. Raises UnstableError, on all processes."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss, self._losses = torch.stack(self._losses).sum(), []
+        told = ranks.gather_numbers([float(loss), float(self.heard.signal)])
+        self.told_to_stop = int(told[:, 1].max())
+        before = [line["loss"] for line in self.state.log_history if "loss" in line]
+        checked = float(norm) if self.accelerator.scaler is None else 0.0  # which passes over infinite ones itself
+        if reason := self.plan.watch.reason(float(told[:, 0].mean()), checked, before):
+            raise UnstableError(self.state.global_step + 1, reason, self._dialogues_of_this_step())
+        return norm
+
+    @torch.no_grad()
+    def _dialogues_of_this_step(self) -> list[Seen]:
+        """Each with its own loss; those of all processes."""
+        self.model.eval()
+        first = self.state.global_step * self.plan.packs_per_step
+        mine = range(first + ranks.rank(), first + self.plan.packs_per_step, ranks.count())
+        alone = [named for row in mine for named in self.rows.dialogues(row)]
+        most = max(ranks.gather([len(alone)]))
+        measured = []
+        for origin, batch in [
+            *alone,
+            *[(("", ""), self.rows.empty())] * (most - len(alone)),
+        ]:  # FSDP forwards are collective
+            prepared = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                loss = packed_loss(self.model_wrapped, prepared, config=self.idefics_config)
+            measured.append((*origin, float(loss) / max(int((batch["labels"] >= 0).sum()), 1)))
+        found = ranks.gather(measured[: len(alone)])
+        blamed = self.plan.watch.suspects([loss for *_, loss in found])
+        return [
+            Seen(source, place, loss if math.isfinite(loss) else None, blame)
+            for (source, place, loss), blame in zip(found, blamed, strict=True)
+        ]
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        state = gathered_state(self.model) if self.is_fsdp_enabled else None
         if self.args.should_save:
-            save_adapter(self.model, Path(output_dir or self.args.output_dir), state_dict=state_dict)
+            save_adapter(self.model, Path(output_dir or self.args.output_dir), state_dict=state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_adapter_weights(model or self.model, Path(resume_from_checkpoint))
+        """`train` has loaded the weights."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Sealed when all have written, so that it is whole or not there. Raises UserError where there is no room."""
+        folder, needed = Path(self.args.output_dir), self._checkpoint_bytes()
+        if self.args.should_save:
+            require_room(folder, needed)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError):
+            require_room(folder, needed)  # another's files may have filled the disk meanwhile
+            raise
+        ranks.wait()
+        if self.args.should_save:
+            seal(folder / f"checkpoint-{self.state.global_step}")
+        ranks.wait()
+
+    def _checkpoint_bytes(self) -> int:
+        """Of what is trained and the optimiser's state, of one process."""
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        states = [one for state in self.optimizer.state.values() for one in state.values() if torch.is_tensor(one)]
+        return sum(one.nbytes for one in (*trained, *states))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_new_best = super()._determine_best_metric(metrics, trial)
@@ -226,12 +348,6 @@ def parameter_groups(model: nn.Module, *, plan: Plan) -> list[dict[str, Any]]:
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder: the trainer writes trainer_state.json last."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
 def _row_numbers(rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"row": range(rows)})
 
@@ -265,6 +381,7 @@ def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConf
         seed=plan.seed,
         bf16=plan.autocast,
         fp16=scaled and not plan.autocast,
+        **_division(plan),
         use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=False,  # see checkpoint_layers
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -281,6 +398,25 @@ def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConf
     )
 
 
+def _division(plan: Plan) -> dict[str, Any]:
+    if plan.parallel == "ddp" or ranks.count() == 1:
+        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and ranks.count() > 1:
+            raise UserError(
+                "the launcher was configured for FSDP, and training.parallel says ddp; "
+                "set training.parallel=fsdp2, or launch with recipes/accelerate/ddp.yaml"
+            )
+        return {}
+    config = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": [IdeficsDecoderLayer.__name__, IdeficsGatedCrossAttentionLayer.__name__],
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"),
+    }
+    return {"fsdp": True, "fsdp_config": config}
+
+
 def _schedule(plan: Plan) -> dict[str, Any]:
     """The trainer's own schedules, with a final value: all are ratios, so that groups keep their own rates' shape."""
     if plan.schedule == "cosine":
@@ -294,11 +430,11 @@ def _schedule(plan: Plan) -> dict[str, Any]:
 
 def _accumulation(packs_per_step: int) -> int:
     """Rows each rank runs before a step: ranks x accumulation = packs per step, or an error that names the nearest."""
-    ranks = PartialState().num_processes
-    if packs_per_step % ranks:
-        nearest = max(1, round(packs_per_step / ranks)) * ranks
+    processes = ranks.count()
+    if packs_per_step % processes:
+        nearest = max(1, round(packs_per_step / processes)) * processes
         raise UserError(
-            f"tokens_per_step / row_tokens gives {packs_per_step} packs a step, which {ranks} processes cannot share "
-            f"out evenly; the nearest is {nearest}: set training.tokens_per_step to {nearest} x row_tokens"
+            f"tokens_per_step / row_tokens gives {packs_per_step} packs a step, which {processes} processes cannot "
+            f"share out evenly; the nearest is {nearest}: set training.tokens_per_step to {nearest} x row_tokens"
         )
-    return packs_per_step // ranks
+    return packs_per_step // processes

@@ -5,6 +5,7 @@ An adapter folder holds PEFT's own files (LoRA, and the added tokens through `mo
 and everything trained is in `trained.safetensors`.
 """
 
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import IdeficsForVisionText2Text
 
 from modeling import gates
@@ -150,6 +153,16 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a parameter, detached; of one that is divided over processes, which must all ask, a copy."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def gathered_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything trained, by its name in the model, on the CPU. Of divided parameters all processes must ask."""
+    return {name: whole(one).cpu() for name, one in model.named_parameters() if one.requires_grad}
+
+
 def save_adapter(model: nn.Module, folder: Path, *, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write everything trained. `state_dict` is the gathered one where parameters are sharded."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,6 +175,14 @@ def save_adapter(model: nn.Module, folder: Path, *, state_dict: Mapping[str, tor
         tensors = {name: gathered[name].contiguous() for name in tensors}
     if tensors or not isinstance(model, PeftModel):
         save_file(tensors, folder / TRAINED_FILE, metadata={"format": "pt"})
+
+
+def copy_adapter(folder: Path, to: Path) -> None:
+    """The files of an adapter alone, out of a folder that holds others, too."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in (PEFT_CONFIG, SAFETENSORS_WEIGHTS_NAME, TRAINED_FILE):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, to / name)
 
 
 def load_adapter_weights(model: nn.Module, folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import IdeficsCausalLMOutputWithPast
 
@@ -66,8 +67,10 @@ def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> t
     """Sum of the token losses of `head(hidden)`: [K, D], [K] -> fp32 scalar. Logits of `HEAD_ROWS` rows exist at once.
 
     The loss is a sum, so gradients of `hidden` and of what is trained in the head are made on the way, and the backward
-    only scales them.
+    only scales them. A head that FSDP divides is whole only inside its own forward and backward, and so runs once.
     """
+    if any(isinstance(parameter, DTensor) for parameter in head.parameters()):
+        return token_losses(head(hidden), targets).sum()
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     learning = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
     return _HeadLoss.apply(head, targets, learning, hidden, *trained)

@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 from finetune.callbacks import gate_openings
 from finetune.chat import open_assistant
+from finetune.checkpoints import last_checkpoint
 from finetune.cli import app
 from finetune.data.ahead import RowsAhead
 from finetune.picture import draw
 from finetune.recipe import Model
 from finetune.recipe_file import load_recipe
 from finetune.run import Run
-from finetune.train import IdeficsTrainer, Plan, _arguments, _row_numbers, last_checkpoint, train
+from finetune.train import IdeficsTrainer, Plan, _arguments, _row_numbers, train
 from modeling import loading, quantize
 from modeling.adapters import attach, count_trained, open_adapter, save_adapter, trained_parameters
 from modeling.errors import UserError

@@ -30,7 +30,7 @@ FILLER = 1
 def drawn(number, length=1, *, epoch=0, source=0):
     """An example whose every token is `number`."""
     ids = np.full(length, number, np.int64)
-    return Drawn(Example(ids, ids, np.full(length, -1)), (), source, epoch)
+    return Drawn(Example(ids, ids, np.full(length, -1)), (), source, epoch, "a record")
 
 
 def counting(size, *, source=0, first=0):

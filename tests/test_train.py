@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 
+from finetune.checkpoints import last_checkpoint
 from finetune.data.images import Augmentation
 from finetune.data.schedule import Row
-from finetune.train import IdeficsTrainer, Plan, last_checkpoint, parameter_groups, train
+from finetune.train import IdeficsTrainer, Plan, parameter_groups, train
 from modeling import loading
-from modeling.adapters import attach
+from modeling.adapters import attach, load_adapter_weights
 from modeling.errors import UserError
 from modeling.forward import packed_loss
 
@@ -139,6 +140,7 @@ def test_the_held_out_loss_weighs_tokens_and_the_best_checkpoint_becomes_the_ada
     assert all(torch.equal(kept[name], adapter[name]) for name in kept)
     total = supervised = 0
     model = trainer.model.eval()
+    load_adapter_weights(model, tmp_path / "adapter")
     with torch.no_grad():
         for index in range(12):
             batch = held.batch(Row(0, (index,)))
@@ -175,10 +177,7 @@ def test_groups_have_their_own_rates_and_decay_pulls_at_no_scale(base_folder):
 
 
 def test_a_step_that_processes_cannot_share_names_the_nearest(base_folder, make_rows, tmp_path, monkeypatch):
-    class FourProcesses:
-        num_processes = 4
-
-    monkeypatch.setattr("finetune.train.PartialState", FourProcesses)
+    monkeypatch.setattr("finetune.ranks.count", lambda: 4)
     with pytest.raises(UserError, match="6 packs a step, which 4 processes cannot share out evenly; the nearest is 8"):
         run(base_folder, tmp_path, make_rows(packs_per_step=6), packs_per_step=6)
 

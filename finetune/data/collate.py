@@ -1,6 +1,6 @@
 """Examples -> Batch. The only file that builds batch tensors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypedDict
 
@@ -101,6 +101,16 @@ class Rows(Protocol):
     def tokens(self, number: int) -> int:
         """How many tokens of examples a row holds."""
 
+    def dialogues(self, number: int) -> "list[tuple[Origin, Batch]]":
+        """Each example of a row alone, with where it comes from."""
+
+    def empty(self) -> Batch:
+        """A row without examples."""
+
+
+Origin = tuple[str, str]
+"""(source, place in it) of the record that an example was made of."""
+
 
 class Features(Protocol):
     """What a vision tower and a resampler made of numbered images."""
@@ -127,6 +137,10 @@ class RowCollator:
     blank_image: bool = False
     features: Features | None = None
     """Instead of pixels."""
+    origins: Sequence[Origin] = ()
+    """Of each example."""
+    skipped: Collection[Origin] = frozenset()
+    """Rows do without what was made of these."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,15 +152,28 @@ class RowCollator:
         return self.rows[number].epoch
 
     def tokens(self, number: int) -> int:
-        return sum(len(self.examples[index]) for index in self.rows[number].examples)
+        return sum(len(self.examples[index]) for index in self._taken(self.rows[number]))
+
+    def dialogues(self, number: int) -> list[tuple[Origin, Batch]]:
+        row = self.rows[number]
+        return [(self.origins[index], self.batch(Row(row.epoch, (index,)))) for index in self._taken(row)]
+
+    def empty(self) -> Batch:
+        return self.batch(Row(0))
 
     def batch(self, row: Row) -> Batch:
+        taken = self._taken(row)
         return collate(
-            [self.examples[index] for index in row.examples],
-            [self.image_ids[index] for index in row.examples],
+            [self.examples[index] for index in taken],
+            [self.image_ids[index] for index in taken],
             show=lambda images: self._show(images, row.epoch),
             filler=self.filler,
         )
+
+    def _taken(self, row: Row) -> Sequence[int]:
+        if not self.skipped:
+            return row.examples
+        return [index for index in row.examples if self.origins[index] not in self.skipped]
 
     def _show(self, images: Sequence[int], epoch: int) -> Batch:
         if self.features is not None:

@@ -231,6 +231,11 @@ class Prepared:
         return View(self._place, len(self))
 
     @property
+    def origins(self) -> View[tuple[str, str]]:
+        """(source, place) of each example's record."""
+        return View(self._origin, len(self))
+
+    @property
     def image_ids(self) -> View[tuple[int, ...]]:
         """For each example, its images in order, as indices into `images`."""
         return View(self._images_of, len(self))
@@ -279,6 +284,13 @@ class Prepared:
     def _place(self, index: int) -> str:
         which, row = self._locate(index)
         return self.sets[which].examples.text("place", row)
+
+    def _origin(self, index: int) -> tuple[str, str]:
+        return self._names[self.source_of(index)], self._place(index)
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [one.account.source for one in self.sets]
 
     def _images_of(self, index: int) -> tuple[int, ...]:
         which, row = self._locate(index)

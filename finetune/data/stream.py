@@ -5,7 +5,7 @@ run that goes on reads the stream again up to its row, without opening an image.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -52,6 +52,8 @@ class Drawn:
     source: int
     epoch: int
     """How often its source has been read before."""
+    place: str
+    """Of its record."""
     origin: Origin | None = None
     """None where the source is prepared, so that its images have been opened before."""
 
@@ -80,11 +82,16 @@ class StreamedRows:
     """Examples of each source among which the next one is drawn."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     blank_image: bool = False
+    skipped: Collection[tuple[str, str]] = frozenset()
+    """(source, place) of records that rows do without."""
+    remembered: int = 0
+    """Rows whose dialogues can be told without reading the stream again."""
 
     def __post_init__(self) -> None:
         self._reading = RLock()  # rows are made in a thread, and who logs asks for their sizes
         self._tokens: dict[int, int] = {}
         self._epochs: dict[int, int] = {}
+        self._last: dict[int, list[Drawn]] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -108,10 +115,25 @@ class StreamedRows:
                 self._go_on(number)
         return self._epochs[number]
 
+    def dialogues(self, number: int) -> list[tuple[tuple[str, str], Batch]]:
+        with self._reading:
+            row = self._last[number] if number in self._last else self._go_on(number)
+            alone = [(drawn, self._opened([drawn], number, lose=lambda *_: None)) for drawn in row]
+        return [(self._origin(drawn), self._collate(*opened)) for drawn, opened in alone if opened[0]]
+
+    def empty(self) -> Batch:
+        return self._collate([], {})
+
+    def _origin(self, drawn: Drawn) -> tuple[str, str]:
+        return self.names[drawn.source], drawn.place
+
     def at(self, number: int) -> Batch:
         with self._reading:
-            row, pixels = self._opened(self._go_on(number), number)
+            row, pixels = self._opened(self._go_on(number), number, lose=self._lose)
         self._tokens[number] = sum(len(drawn.example) for drawn in row)
+        return self._collate(row, pixels)
+
+    def _collate(self, row: Sequence[Drawn], pixels: Mapping[Image, np.ndarray]) -> Batch:
         numbers = {image: index for index, image in enumerate(pixels)}
         levels, size = list(pixels.values()), self.preprocessing.size
         return collate(
@@ -129,14 +151,18 @@ class StreamedRows:
             self._begin()
         row: list[Drawn] = []
         while self._next <= number:
-            row = next(self._coming)
+            row = [drawn for drawn in next(self._coming) if self._origin(drawn) not in self.skipped]
             self._tokens[self._next] = sum(len(drawn.example) for drawn in row)
-            self._epochs[self._next] = min(drawn.epoch for drawn in row)
+            self._epochs[self._next] = min((drawn.epoch for drawn in row), default=self._epochs.get(self._next - 1, 0))
+            self._last[self._next] = row
+            self._last.pop(self._next - self.remembered, None)
             self._next += 1
         return row
 
-    def _opened(self, row: Sequence[Drawn], number: int) -> tuple[list[Drawn], dict[Image, np.ndarray]]:
-        """(examples whose images can be opened, the pixels of these images); the others are counted."""
+    def _opened(
+        self, row: Sequence[Drawn], number: int, *, lose: Callable[[Drawn, RecordError], None]
+    ) -> tuple[list[Drawn], dict[Image, np.ndarray]]:
+        """(examples whose images can be opened, the pixels of these images); `lose` counts the others."""
         rng = np.random.default_rng([self.seed, number, 8]) if self.augmentation != Augmentation() else None
         fetched, pixels = self._fetch(row), dict[Image, np.ndarray]()
         usable = []
@@ -145,7 +171,7 @@ class StreamedRows:
                 pixels |= {image: self._pixels(image, fetched, rng) for image in drawn.images if image not in pixels}
                 usable.append(drawn)
             except RecordError as error:
-                self._lose(drawn, error)
+                lose(drawn, error)
         return usable, pixels
 
     def _fetch(self, row: Sequence[Drawn]) -> dict[str, Path | RecordError]:
@@ -251,7 +277,7 @@ def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
                 return
             account.dialogues += len(chunk)
             for piece, example, origin in _fit(chunk, fitter, account, start=start):
-                yield Drawn(example, piece.dialogue.images, number, epoch, origin)
+                yield Drawn(example, piece.dialogue.images, number, epoch, origin.place, origin)
 
     return one_pass
 
@@ -279,7 +305,8 @@ def prepared_pass(found: PreparedSet, number: int, seed: int) -> Pass:
     def one_pass(epoch: int, account: Account) -> Iterator[Drawn]:
         account.add(found.account)
         for row in np.random.default_rng([seed, epoch, number]).permutation(len(found)).tolist():
-            yield Drawn(found.example(row), found.dialogue(row).images, number, epoch)
+            place = found.examples.text("place", row)
+            yield Drawn(found.example(row), found.dialogue(row).images, number, epoch, place)
 
     return one_pass
 

@@ -1,0 +1,119 @@
+"""What went wrong in a step, which dialogues it was about, and what is done: a line of unstable.jsonl each time.
+
+IDEFICS's authors went back eleven times by hand while they trained the 80B. A run that goes back here reads this file
+when it begins again: the dialogues to do without, and the steps from which rates are lower.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Action = Literal["skip", "lower_rate", "stop"]
+
+FILE = "unstable.jsonl"
+
+WINDOW = 64
+"""Steps before, with which a loss is compared."""
+FEWEST = 16
+"""Steps before which nothing is a spike."""
+LEAST_RISE = 1.0
+"""Nats a token: what is less above the median is no spike, however calm the steps before were."""
+NORMAL = 1.4826
+"""Median absolute deviations in a standard deviation of normally distributed values."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """When a step is unstable, and what is then done, at most `rollbacks` times."""
+
+    action: Action = "skip"
+    spike: float | None = 20.0
+    """How many robust standard deviations above the median of the last steps' losses; None: only what is not finite."""
+    rollbacks: int = 3
+
+    def reason(self, loss: float, norm: float, before: Sequence[float]) -> str | None:
+        """Why a step must not be taken, or None. `before`: the losses of the steps before it, the last ones last."""
+        if not math.isfinite(loss):
+            return f"loss {loss}"
+        if not math.isfinite(norm):
+            return f"gradient norm {norm}"
+        recent = before[-WINDOW:]
+        if self.spike is None or len(recent) < FEWEST:
+            return None
+        median = statistics.median(recent)
+        deviation = NORMAL * statistics.median(abs(value - median) for value in recent)
+        if loss > median + max(self.spike * deviation, LEAST_RISE):
+            return f"loss {loss:.4g}, after {len(recent)} steps with a median of {median:.4g}"
+        return None
+
+    def suspects(self, losses: Sequence[float]) -> list[bool]:
+        """Which dialogues of a step are to blame, by their own losses a token; all where none stands out."""
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        limit = math.inf
+        if self.spike is not None and len(finite) > 2:
+            median = statistics.median(finite)
+            deviation = NORMAL * statistics.median(abs(loss - median) for loss in finite)
+            limit = median + max(self.spike * deviation, LEAST_RISE)
+        blamed = [not math.isfinite(loss) or loss > limit for loss in losses]
+        return blamed if any(blamed) else [True] * len(losses)
+
+
+DEFAULT_WATCH = Watch()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A dialogue of an unstable step."""
+
+    source: str
+    place: str
+    loss: float | None
+    """Nats a token, by itself; None where it is not finite."""
+    blamed: bool
+
+
+class UnstableError(Exception):
+    """A step that was not taken. The same on every process."""
+
+    def __init__(self, step: int, reason: str, dialogues: Sequence[Seen]):
+        super().__init__(f"step {step}: {reason}")
+        self.step, self.reason, self.dialogues = step, reason, list(dialogues)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the file."""
+
+    step: int
+    reason: str
+    action: Action
+    back_to: int
+    """The step that the run went back to."""
+    dialogues: tuple[Seen, ...]
+
+    @property
+    def skipped(self) -> frozenset[tuple[str, str]]:
+        """(source, place) of what the run goes on without."""
+        return frozenset((one.source, one.place) for one in self.dialogues if one.blamed and self.action == "skip")
+
+
+def read_events(folder: Path) -> list[Event]:
+    path = folder / FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [_event(json.loads(line)) for line in lines]
+
+
+def write_events(folder: Path, events: Sequence[Event]) -> None:
+    """Whole or not at all."""
+    partial = folder / f"{FILE}.partial"
+    lines = [json.dumps(asdict(event), ensure_ascii=False) + "\n" for event in events]
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(folder / FILE)
+
+
+def _event(values: dict[str, Any]) -> Event:
+    return Event(**{**values, "dialogues": tuple(Seen(**one) for one in values["dialogues"])})
