@@ -137,7 +137,7 @@ def _share(setup: Setup, nbytes: int) -> int:
 
 
 def _layers(setup: Setup) -> dict[str, int]:
-    """Tower -> how many layers it is divided by; those of the vision tower are smaller than any of these."""
+    """Tower -> how many layers it is divided by."""
     layers: int = setup.config["num_hidden_layers"]
     return {"decoder": layers, "cross_attention": layers // setup.config["cross_layer_interval"]}
 
@@ -156,9 +156,9 @@ def fixed_parts(setup: Setup) -> dict[str, int]:
 
 
 def gathered_bytes(setup: Setup) -> int:
-    """What a process that holds a share of everything holds whole besides, as accelerate divides a model.
+    """What a process that holds a share of everything holds whole besides, as finetune/train.py has a model divided.
 
-    Two of the largest layers; the head, and the resampler where it is loaded, from forward to backward.
+    Two of the largest layers; the head, and the image towers where they are loaded, from forward to backward.
     """
     parameters = count(setup)
 
@@ -168,7 +168,7 @@ def gathered_bytes(setup: Setup) -> int:
         return weight_bytes(setup, alone) + factors
 
     layer = max(ceil(whole(tower) / number) for tower, number in _layers(setup).items())
-    return LAYERS_GATHERED * layer + whole("embeddings_and_head") // 2 + whole("resampler")
+    return LAYERS_GATHERED * layer + whole("embeddings_and_head") // 2 + sum(whole(tower) for tower in IMAGE_TOWERS)
 
 
 def weight_bytes(setup: Setup, parameters: Mapping[str, Parameters]) -> int:

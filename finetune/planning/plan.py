@@ -207,7 +207,7 @@ class Planner:
         if self.setup(self.recipe).divided:
             how = (
                 f"memory is that of one of {self.processes} processes, each with its share of every tensor; gathered: "
-                "two layers, the head and the resampler, whole while they are needed; loading the model is not counted"
+                "two layers, the head and live image towers, whole while they are needed; loading is not counted"
             )
         else:
             how = (
