@@ -134,7 +134,7 @@ def _train_once(run: Run) -> dict[str, Any]:
     recipe, made = run.recipe, run.materials
     rows = made.train_rows
     base_identity = identity(read_checkpoint(loading.local_folder(made.base, revision=recipe.model.revision)))
-    idefics = made.load().model
+    idefics = made.load(on_cpu=recipe.training.parallel == "fsdp2" and ranks.count() > 1).model
     set_seed(recipe.training.seed)  # LoRA factors start at random
     model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=made.base)
     counts = count_trained(model)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from finetune import out_of_memory
+from finetune import materials, out_of_memory, ranks
 from finetune.cli import app
 from finetune.out_of_memory import LESS, Held, explain, held, told_if_memory_runs_out
 from finetune.planning.plan import Planner
 from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe
+from finetune.run import Run, _train_once
 from finetune.sizes import show_size
 from finetune.train import IdeficsTrainer
 from modeling.errors import UserError
@@ -161,6 +162,29 @@ def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
     with pytest.raises(RuntimeError, match=r"^shapes differ$") as raised, told_if_memory_runs_out(recipe_of()):
         raise RuntimeError("shapes differ")
     assert not isinstance(raised.value, UserError)
+
+
+def test_a_model_that_will_be_divided_is_loaded_onto_no_gpu(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(materials, "device", lambda: torch.device("meta"))  # as a GPU that is not here
+    made = Run(load_recipe(recipe_file)).materials
+    devices = {on_cpu: {one.device.type for one in made.load(on_cpu=on_cpu).model.parameters()} for on_cpu in (0, 1)}
+    assert devices == {0: {"meta"}, 1: {"cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel", "on_cpu"), [(2, "fsdp2", True), (2, "ddp", False), (1, "fsdp2", False)]
+)
+def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, monkeypatch, processes, parallel, on_cpu):
+    def load(self, *, on_cpu):
+        raise InterruptedError(on_cpu)
+
+    monkeypatch.setattr(materials.Materials, "load", load)
+    run = Run(load_recipe(recipe_file, [f"training.parallel={parallel}"]))
+    assert len(run.materials.train_rows)
+    monkeypatch.setattr(ranks, "count", lambda: processes)
+    with pytest.raises(InterruptedError) as loaded:
+        _train_once(run)
+    assert loaded.value.args == (on_cpu,)
 
 
 def test_a_run_that_runs_out_of_memory_goes_on_with_what_it_is_told_to(recipe_file, tmp_path, monkeypatch):
