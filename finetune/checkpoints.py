@@ -37,7 +37,7 @@ def is_whole(checkpoint: Path) -> bool:
     try:
         sizes: dict[str, int] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

@@ -273,7 +273,7 @@ class Instability(Section):
     action: Literal["skip", "lower_rate", "stop"] = "skip"
     """skip: do without the dialogues to blame from there on; lower_rate: halve the rates; stop: tell, and end."""
     spike: Rate | None = 20.0
-    """A spike is so many robust standard deviations (and a nat) above the median of the last 64 losses; null: none is."""
+    """A spike is so many robust standard deviations, and a nat, above the median of the last 64 losses; null: none."""
     rollbacks: Annotated[int, Field(ge=0)] = 3
     """How often the run may go back before it ends with the reason."""
 

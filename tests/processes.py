@@ -8,19 +8,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+CONTEXT = multiprocessing.get_context("fork")
+
 TIMEOUT = 120
 """Seconds after which a group is taken to hang."""
 
 
 def run_processes(count: int, work: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
     """`work(*arguments)` in `count` processes with a launcher's environment; raises what the first to fail raised."""
-    context = multiprocessing.get_context("fork")
-    port, results = _free_port(), context.SimpleQueue()
-    processes = [
-        context.Process(target=_begin, args=(rank, count, port, work, arguments, results)) for rank in range(count)
-    ]
-    for process in processes:
-        process.start()
+    results = CONTEXT.SimpleQueue()
+    processes = start_processes(count, work, *arguments, results=results)
     returned: dict[int, Any] = {}
     try:
         for process in processes:
@@ -36,6 +33,17 @@ def run_processes(count: int, work: Callable[..., Any], *arguments: Any, timeout
         for process in processes:
             process.kill()
     return [returned[rank] for rank in range(count)]
+
+
+def start_processes(count: int, work: Callable[..., Any], *arguments: Any, results: Any = None) -> list[Any]:
+    """The same, begun and not waited for."""
+    port, results = _free_port(), results or CONTEXT.SimpleQueue()
+    processes = [
+        CONTEXT.Process(target=_begin, args=(rank, count, port, work, arguments, results)) for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _begin(

@@ -1,0 +1,253 @@
+"""Killed, told to stop, out of disk: the run goes on, and ends as if nothing had happened."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import run_processes, start_processes
+from test_run import RECIPE, metrics
+from test_train import trained
+
+from finetune import checkpoints
+from finetune.checkpoints import SEAL, is_whole, last_checkpoint, seal, step_of, sweep
+from finetune.recipe_file import load_recipe
+from finetune.run import Run
+from modeling.errors import Interrupted, UserError
+
+STEPS = 8
+
+
+@pytest.fixture
+def recipe_file(base_folder, dialogue_folder, tmp_path):
+    """A checkpoint every step, dropout, features to be computed: much to be lost."""
+    folder = tmp_path / "data"
+    shutil.copytree(dialogue_folder, folder)
+    path = folder / "recipe.yaml"
+    text = RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run")
+    path.write_text(text.replace("checkpoint_every: 2", "checkpoint_every: 1").replace("steps: 4", f"steps: {STEPS}"))
+    return path
+
+
+def train(recipe_file, *overrides):
+    Run(load_recipe(recipe_file, list(overrides))).do("train")
+
+
+def assert_same(one, other):
+    ours, theirs = trained(one), trained(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens")
+    lines, expected = ([[line.get(key) for key in keys] for line in metrics(folder)] for folder in (one, other))
+    assert lines == expected
+    assert len(lines) == STEPS
+
+
+@pytest.fixture
+def whole(recipe_file, tmp_path):
+    """whole(processes) -> the folder of an uninterrupted run, whose data and features nobody shares."""
+
+    def run(processes):
+        apart = (f"output={tmp_path / 'whole'}", f"data.prepared={tmp_path / 'apart' / 'prepared'}")
+        started = time.monotonic()
+        run_processes(processes, lambda: train(recipe_file, *apart))
+        return tmp_path / "whole", time.monotonic() - started
+
+    return run
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_in(monkeypatch, place, *, call):
+    """A function that writes a file: at its `call`-th call it writes half of something, and is killed."""
+    module, name = place.rsplit(".", 1)
+    original, calls = getattr(__import__(module, fromlist=[name]), name), []
+
+    def dying(content, file, *args, **kwargs):
+        calls.append(file)
+        if len(calls) == call:
+            Path(file).write_bytes(b"half of it")
+            die()
+        return original(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(place, dying)
+
+
+WRITERS = [
+    ("finetune.features.save_file", 1),
+    ("modeling.adapters.save_file", 2),
+    ("torch.save", 5),  # optimiser, scheduler, random states; of the second checkpoint, the scheduler
+]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_the_run_goes_on_and_ends_the_same(recipe_file, tmp_path, whole, processes):
+    expected, seconds = whole(processes)
+    chance = random.Random(processes)
+
+    def killed_while_writing(place, call):
+        patch = pytest.MonkeyPatch()
+        dies_in(patch, place, call=call)
+        train(recipe_file)
+
+    for place, call in WRITERS:
+        group = start_processes(processes, killed_while_writing, place, call)
+        deadline = time.monotonic() + 60
+        while all(one.is_alive() for one in group) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert -signal.SIGKILL in [one.exitcode for one in group], place
+        kill(group)
+    for _ in range(3):
+        group = start_processes(processes, train, recipe_file)
+        time.sleep(chance.uniform(0, seconds))
+        kill(group)
+    assert not (tmp_path / "run" / "training.json").exists() or last_checkpoint(tmp_path / "run")
+    run_processes(processes, train, recipe_file)
+    assert_same(tmp_path / "run", expected)
+    left = [path for path in (tmp_path / "run").glob("checkpoint-*") if not is_whole(path)]
+    assert left == []
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) <= 2
+
+
+def kill(group):
+    """As a launcher does when one of them has died."""
+    for process in group:
+        process.kill()
+        process.join()
+
+
+def tell(recipe_file, number, *, which):
+    """Trains; process `which` sends itself a signal in the middle of step 3. Returns what Interrupted says."""
+    from finetune import ranks
+    from finetune.train import IdeficsTrainer
+
+    original, calls = IdeficsTrainer.compute_loss, []
+
+    def telling(self, *args, **kwargs):
+        calls.append(1)
+        if self.state.global_step == 2 and ranks.rank() == which and not self.heard.signal:
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    IdeficsTrainer.compute_loss = telling
+    try:
+        train(recipe_file)
+    except Interrupted as told:
+        return str(told), told.signal
+    finally:
+        IdeficsTrainer.compute_loss = original
+    return None
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_says_how_to_go_on_and_ends_the_same(recipe_file, tmp_path, whole, processes, number):
+    expected, _ = whole(processes)
+    last = processes - 1
+    told = run_processes(processes, lambda: tell(recipe_file, number, which=last))
+    saved = tmp_path / "run" / "checkpoint-3"
+    message = f"{number.name}: saved as {saved}; the same command goes on from there"
+    assert told == [(message, number)] * processes
+    assert last_checkpoint(tmp_path / "run") == saved
+    run_processes(processes, train, recipe_file)
+    assert_same(tmp_path / "run", expected)
+
+
+def test_a_second_signal_is_not_waited_for():
+    from finetune.signals import listening
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def twice():
+        with listening() as heard:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert heard.signal == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_without_room_for_a_checkpoint_the_last_one_stays_and_the_message_says_what_is_needed(
+    recipe_file, tmp_path, monkeypatch
+):
+    original = checkpoints.require_room
+    sizes = []
+
+    def fills_up(folder, needed):
+        sizes.append(needed)
+        free = 10 if len(sizes) == 3 else 10**12
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, free))
+        original(folder, needed)
+
+    monkeypatch.setattr("finetune.train.require_room", fills_up)
+    with pytest.raises(UserError, match=r"a checkpoint takes 0.5 MiB, and 0.0 MiB are free\n.*from checkpoint-2"):
+        train(recipe_file)
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    written = sum(path.stat().st_size for path in last_checkpoint(tmp_path / "run").glob("*.*"))
+    assert sizes[2] == pytest.approx(written, rel=0.5)
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(recipe_file, tmp_path, monkeypatch):
+    original, calls = torch.save, []
+
+    def full(content, file, *args, **kwargs):
+        calls.append(file)
+        if "checkpoint-3" in str(file):
+            Path(file).write_bytes(b"half of it")
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"and 0\.0 MiB are free"):
+        train(recipe_file)
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    monkeypatch.undo()
+    train(recipe_file)
+    assert last_checkpoint(tmp_path / "run").name == f"checkpoint-{STEPS}"
+
+
+def make_checkpoint(folder, step, files):
+    checkpoint = folder / f"checkpoint-{step}"
+    for name, size in files.items():
+        path = checkpoint / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+    return checkpoint
+
+
+FILES = {"trained.safetensors": 7, "optimizer.pt": 5, "trainer_state.json": 3, "optimizer_0/.metadata": 2}
+
+
+@settings(max_examples=30, deadline=None)
+@given(name=st.sampled_from([*FILES, SEAL]), change=st.sampled_from(["gone", "shorter", "longer"]))
+def test_what_is_not_as_it_was_sealed_is_no_checkpoint(tmp_path_factory, name, change):
+    folder = tmp_path_factory.mktemp("run")
+    older, newer = make_checkpoint(folder, 9, FILES), make_checkpoint(folder, 10, FILES)
+    assert last_checkpoint(folder) is None
+    for checkpoint in (older, newer):
+        seal(checkpoint)
+    assert last_checkpoint(folder) == newer
+    assert step_of(newer) == 10
+    path = newer / name
+    content = path.read_bytes()
+    path.unlink() if change == "gone" else path.write_bytes(content[:-1] if change == "shorter" else content + b"}")
+    assert last_checkpoint(folder) == older
+    sweep(folder)
+    assert [one.name for one in folder.iterdir()] == ["checkpoint-9"]
