@@ -57,6 +57,9 @@ def plan(
         str | None,
         typer.Option("--gpu", help="Memory of the GPU: 24GiB, 80GB; else this machine's.", show_default=False),
     ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", help="One a GPU: what each of so many GPUs holds.", min=1)
+    ] = 1,
     picture: Annotated[
         Path | None, typer.Option("--picture", help="Draw the memory to this file (png, svg).", show_default=False)
     ] = None,
@@ -67,7 +70,8 @@ def plan(
     from finetune.recipe_file import load_recipe
 
     def work() -> dict[str, Any]:
-        return plan_recipe(load_recipe(recipe, overrides), gpu=gpu, picture=picture, show=not as_json)
+        loaded = load_recipe(recipe, overrides)
+        return plan_recipe(loaded, gpu=gpu, processes=processes, picture=picture, show=not as_json)
 
     _finish(_guarded(work), as_json)
 

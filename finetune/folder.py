@@ -13,8 +13,8 @@ import yaml
 from finetune.recipe import Recipe
 from modeling.errors import UserError
 
-ELSEWHERE = ("data.prepared", "data.workers", "data.feature_cache_size")
-"""Keys that say where and how fast the data is made ready, and nothing of what a run is."""
+ELSEWHERE = ("data.prepared", "data.workers", "data.feature_cache_size", "training.checkpointing")
+"""Keys that say where, how fast and in how much memory work is done, and nothing of what comes of it."""
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 

@@ -76,10 +76,11 @@ class Materials:
     def sources(self) -> list[Source]:
         return [to_source(source) for source in self.recipe.data.sources]
 
-    def load(self, *, image_towers: bool | None = None) -> loading.Idefics:
+    def load(self, *, image_towers: bool | None = None, on_cpu: bool = False) -> loading.Idefics:
         """The base as this recipe trains it, on its device; quantised weights are kept beside the prepared sets.
 
-        `image_towers`: None leaves them out where features are cached.
+        `image_towers`: None leaves them out where features are cached. `on_cpu`: for what will be divided over GPUs,
+        and may be too large for any of them.
         """
         return load_model(
             self.base,
@@ -89,6 +90,7 @@ class Materials:
             quantize=self.recipe.model.quantize,
             cache=Path(self.recipe.data.prepared).with_name(QUANTIZED),
             image_towers=not self.recipe.caches_features if image_towers is None else image_towers,
+            onto=loading.CPU if on_cpu else None,
         )
 
     @property
@@ -313,8 +315,12 @@ def load_model(
     quantize: str | None,
     cache: Path,
     image_towers: bool = True,
+    onto: torch.device | None = None,
 ) -> loading.Idefics:
-    """A model on the device that this machine has, in 4 bits where `quantize` says so; its NF4 is kept in `cache`."""
+    """A model on the device that this machine has, in 4 bits where `quantize` says so; its NF4 is kept in `cache`.
+
+    `onto`: another device.
+    """
     quantized, folder = None, local_base(base, revision=revision)
     if quantize:
         name = Path(base).name
@@ -325,7 +331,7 @@ def load_model(
         dtype=dtype,
         instruct=instruct,
         quantized=quantized,
-        device=device(),
+        device=onto or device(),
         image_towers=image_towers,
     )
 

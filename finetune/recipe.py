@@ -316,6 +316,9 @@ class Training(Section):
     instability: Instability = Instability()
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     """Over several processes, each holds the whole model (ddp), or a share of each layer (fsdp2)."""
+    auto_fit: bool = False
+    """Where the plan says that the recipe does not fit this machine's GPU, begin the run with the cheapest change that
+    makes it fit (`finetune plan` tells which). The run's recipe.yaml and auto_fit.json say what it was."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -373,6 +376,12 @@ class Recipe(Section):
             raise ValueError(
                 "training.parallel: fsdp2 divides matrices over processes, and those of model.quantize: nf4 are packed "
                 "in blocks that cannot be divided: set training.parallel: ddp, or leave model.quantize out"
+            )
+        if self.training.parallel == "fsdp2" and self.training.optimizer != "adamw":
+            raise ValueError(
+                f"training.parallel: fsdp2 divides the optimiser's moments over processes, and those of "
+                f"training.optimizer: {self.training.optimizer} cannot be: set training.optimizer: adamw, or "
+                f"training.parallel: ddp"
             )
         held_out = self.data.eval_sources or self.data.eval_split
         if not held_out and (self.evaluation or self.training.evaluate_every):

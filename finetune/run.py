@@ -24,6 +24,7 @@ import torch
 from transformers import set_seed
 
 from finetune import ranks
+from finetune.auto_fit import fitted
 from finetune.callbacks import ProgressBar, tokens_trained
 from finetune.checkpoints import last_checkpoint, step_of
 from finetune.data.collate import RowCollator, Rows
@@ -34,6 +35,7 @@ from finetune.folder import open_folder, read_json, versions, write_json
 from finetune.materials import Materials, device, free_memory, local_base
 from finetune.merge import Origin, merge
 from finetune.merge_verb import model_card
+from finetune.out_of_memory import told_if_memory_runs_out
 from finetune.pages.predictions import predictions_page
 from finetune.picture import draw
 from finetune.progress import say, track
@@ -58,9 +60,9 @@ class Run:
     """One recipe and its folder."""
 
     def __init__(self, recipe: Recipe):
-        self.recipe = recipe
         if recipe.model.base:
             read_config(recipe.model.base, revision=recipe.model.revision)  # a wrong base leaves no folder behind
+        self.recipe = recipe = fitted(recipe)
         self.folder = ranks.on_main("open the run folder", lambda: open_folder(recipe))
         ranks.require_shared("output", self.folder)
         self.materials = Materials(recipe, self.folder)
@@ -96,7 +98,8 @@ def _train(run: Run) -> dict[str, Any]:
     """As often as the run has to go back: each time from what is on the disk, as if it had been interrupted."""
     while True:
         try:
-            return _train_once(run)
+            with told_if_memory_runs_out(run.recipe):
+                return _train_once(run)
         except UnstableError as error:
             unstable = (error.step, error.reason, error.dialogues)
         _go_back(run, *unstable)
@@ -142,7 +145,7 @@ def _train_once(run: Run) -> dict[str, Any]:
     rows = made.train_rows
     base = local_base(made.base, revision=recipe.model.revision)
     base_identity = ranks.on_main("identify the base", lambda: identity(read_checkpoint(base)))
-    idefics = made.load().model
+    idefics = made.load(on_cpu=recipe.training.parallel == "fsdp2" and ranks.count() > 1).model
     set_seed(recipe.training.seed)  # LoRA factors start at random
     model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=made.base)
     counts = count_trained(model)

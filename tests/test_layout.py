@@ -62,8 +62,8 @@ def test_data_knows_no_recipe_and_only_the_verbs_do():
     assert knows == {
         f"finetune.{name}"
         for name in (
-            *("card", "check", "dataset", "folder", "inspect", "materials", "planning.afford", "planning.lengths"),
-            *("planning.plan", "recipe_file", "recipe_sources", "report", "run"),
+            *("auto_fit", "card", "check", "dataset", "folder", "inspect", "materials", "out_of_memory"),
+            *("planning.afford", "planning.lengths", "planning.plan", "recipe_file", "recipe_sources", "report", "run"),
         )
     }
 

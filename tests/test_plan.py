@@ -1,6 +1,7 @@
 """`plan`: sizes alone tell what a recipe holds; figures worked out by hand, what more costs, and what helps."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from finetune.cli import app
 from finetune.data.sources.source import Source
 from finetune.dataset import prepare_sources
-from finetune.planning.afford import Change, apply_change, cheapest_change
+from finetune.planning.afford import Change, apply_change, cheapest_changes
 from finetune.planning.footprint import RowSize, Setup
 from finetune.planning.memory import count, estimate, fixed_parts
 from finetune.planning.plan import Planner, plan
@@ -27,7 +28,7 @@ from finetune.train import checkpoint_layers
 from modeling.adapters import attach, expected_counts
 from modeling.forward import packed_loss
 from modeling.loading import load_processor
-from modeling.shapes import IDEFICS_9B, IDEFICS_80B, TINY
+from modeling.shapes import IDEFICS_9B, IDEFICS_80B, TINY, stand_in
 from modeling.towers import TOWERS
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +95,93 @@ def test_parts_of_the_80b_with_lora_on_its_decoder_and_cross_attention():
         "adapters": 981_729_280,
         "optimizer": 1_963_458_560,
     }
+
+
+MATRICES_80B = {"cross_attention": "lora", "decoder": "lora"}
+
+
+def test_parts_of_the_80b_divided_over_eight():
+    setup = Setup(IDEFICS_80B, MATRICES_80B, item=2, processes=8, divided=True, cached=True)
+    shares = {"weights": (159_935_687_248 - 2 * 756_728_064) // 8, "adapters": 122_716_160, "optimizer": 245_432_320}
+    layer = 2 * (4 * 8192**2 + 3 * 8192 * 22016 + 2 * 8192) + 4 * 16 * (4 * 2 * 8192 + 3 * (8192 + 22016))
+    layer += -(-2 * 8192 // 80)  # and its part of the last norm
+    head = 2 * 32000 * 8192
+    assert fixed_parts(setup) == {**shares, "gathered": 2 * layer + head}
+    live = fixed_parts(replace(setup, cached=False))
+    image_towers = 2 * 756_728_064
+    assert live["weights"] == 159_935_687_248 // 8
+    assert live["gathered"] == 2 * layer + head + image_towers
+
+
+def test_with_ddp_every_process_holds_all_and_a_copy_of_the_gradients():
+    setup, row = Setup(IDEFICS_80B, MATRICES_80B, item=2, rows_per_step=8), RowSize(128, 64, 1)
+    alone, one_of_eight = (estimate(replace(setup, processes=processes), row).parts for processes in (1, 8))
+    trained = 245_432_320
+    assert one_of_eight == {**alone, "gradients": alone["gradients"] + 4 * trained}
+    assert alone["gradients"] == 4 * trained
+
+
+@pytest.mark.parametrize(
+    ("rows", "whole"),
+    [(8, 4 * 245_432_320), (1, 2 * 4 * 199_884_800 // 80)],  # all that a step adds up; or those of two layers
+)
+def test_gradients_are_divided_after_the_last_row_of_a_step(rows, whole):
+    setup = Setup(IDEFICS_80B, MATRICES_80B, item=2, rows_per_step=rows, processes=8, divided=True, checkpointing=80)
+    parts = estimate(setup, RowSize(128, 64, 1)).parts
+    brief = parts["gradients"] - 4 * 245_432_320 // 8 - whole
+    assert 0 <= brief <= 4 * 16 * (8192 + 22016)  # of the operation whose backward runs
+
+
+def test_what_a_plan_says_of_several_processes():
+    recipe = recipe_of(training={"tokens_per_step": 10 * 2048})
+    one, eight = (plan(recipe, gpu="80GiB", processes=processes) for processes in (1, 8))
+    assert [(made["processes"], made["rows_per_step"], made["rows_per_process"]) for made in (one, eight)] == [
+        (1, 10, 10),
+        (8, 10, 2),
+    ]
+    assert any("10 rows a step cannot be shared out evenly over 8 processes" in note for note in eight["notes"])
+    assert any("DDP" in note for note in eight["notes"])
+    divided = plan(recipe_of(training={"parallel": "fsdp2"}), gpu="80GiB", processes=4)
+    assert any("its share of every tensor" in note for note in divided["notes"])
+    assert not any("evenly" in note for note in divided["notes"])  # four rows
+    assert divided["memory"]["parts"]["weights"] == (17_859_424_832 - 2 * 756_728_064) // 4  # features are cached
+
+
+def test_alone_nothing_is_divided():
+    alone = [plan(recipe_of(training={"parallel": kind}), gpu="80GiB")["memory"] for kind in ("ddp", "fsdp2")]
+    assert alone[0] == alone[1]
+
+
+def test_a_plan_for_several_gpus_proposes_to_divide_the_model():
+    recipe = recipe_of(model={"base": "HuggingFaceM4/idefics-80b"}, training={"tokens_per_step": 16 * 2048})
+    assert "training.parallel=fsdp2" in plan(recipe, gpu="80GB", processes=8)["gpu"]["change"]
+    alone = plan(recipe, gpu="80GB")["gpu"]["change"]
+    assert [change.split("=")[0] for change in alone] == ["training.checkpointing", "model.quantize"]
+
+
+@pytest.mark.slow
+def test_shares_are_those_of_a_model_that_two_processes_divide(tmp_path):
+    script = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2", "tests/shares.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([*script, tmp_path / "out"], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    both = json.loads((tmp_path / "out").read_text())
+    config = {**stand_in(IDEFICS_9B), "additional_vocab_size": 3}
+    setup = Setup(config, LORA, rank=8, item=2, processes=2, divided=True)
+    predicted, whole = fixed_parts(setup), fixed_parts(replace(setup, divided=False))
+    for part in ("weights", "adapters"):
+        shares = [one["divided"][part] for one in both]
+        assert sum(shares) == whole[part]
+        assert shares == pytest.approx([predicted[part]] * 2, rel=0.002)  # a tensor of three rows is divided 2 to 1
+    assert both[0]["divided"]["units"] == {
+        "PeftModel": 1,
+        "IdeficsDecoupledEmbedding": 1,
+        "IdeficsDecoupledLinear": 1,
+        "IdeficsDecoderLayer": config["num_hidden_layers"],
+        "IdeficsGatedCrossAttentionLayer": config["num_hidden_layers"] // config["cross_layer_interval"],
+    }
+    copies = 4 * sum(one.trained for one in count(setup).values())
+    assert [one["buckets"] for one in both] == [copies] * 2
 
 
 def test_matrices_whose_rows_are_no_whole_groups_stay_as_they_are():
@@ -260,9 +348,13 @@ def test_no_change_is_offered_where_none_helps():
     assert (gpu["fits"], gpu["change"]) == (False, None)
 
 
+def cheapest_change(recipe, fits):
+    return next(iter(cheapest_changes(recipe, fits, layers=32)), None)
+
+
 def test_the_cheapest_is_tried_first_and_pairs_when_no_single_one_helps():
     recipe = recipe_of()
-    cheapest = partial(cheapest_change, recipe, layers=32)
+    cheapest = partial(cheapest_change, recipe)
     assert cheapest(lambda changed: True).overrides == ["training.row_tokens=1024"]
     pair = cheapest(lambda changed: changed.training.checkpointing is True and changed.model.quantize == "nf4")
     assert pair.overrides == ["training.checkpointing=true", "model.quantize=nf4"]
@@ -275,13 +367,43 @@ def test_no_more_layers_are_checkpointed_than_must_be(needed):
         kept = changed.training.checkpointing
         return kept is True or kept >= needed
 
-    change = cheapest_change(recipe_of(training={"row_tokens": 128}, data={"max_length": 128}), fits, layers=32)
+    change = cheapest_change(recipe_of(training={"row_tokens": 128}, data={"max_length": 128}), fits)
     assert change.overrides == [f"training.checkpointing={'true' if needed == 32 else needed}"]
+
+
+def test_a_second_change_does_without_one_that_the_first_makes():
+    recipe = recipe_of(training={"row_tokens": 1024, "checkpointing": 4})
+
+    def fits(changed):
+        return changed.training.row_tokens < 1024 or changed.model.quantize == "nf4"
+
+    changes = cheapest_changes(recipe, fits, layers=32, number=3)
+    assert [change.overrides for change in changes] == [["training.row_tokens=512"], ["model.quantize=nf4"]]
+    assert changes[0].price < changes[1].price
+
+
+@pytest.mark.parametrize(
+    ("training", "model", "changed"),
+    [
+        ({}, {}, ["training.parallel=fsdp2"]),
+        ({"optimizer": "adamw_8bit"}, {}, ["training.parallel=fsdp2", "training.optimizer=adamw"]),
+        ({}, {"quantize": "nf4"}, None),
+    ],
+)
+def test_the_model_is_divided_where_there_are_processes_and_nothing_is_in_4_bits(training, model, changed):
+    recipe = recipe_of(training=training, model=model)
+
+    def divided(changed):
+        return changed.training.parallel == "fsdp2"
+
+    found = cheapest_changes(recipe, divided, layers=32, divisible=True)
+    assert [change.overrides for change in found] == ([changed] if changed else [])
+    assert cheapest_changes(recipe, divided, layers=32) == []
 
 
 def test_rows_shorter_than_an_example_shorten_the_examples():
     recipe = recipe_of(data={"max_length": 2048})
-    change = cheapest_change(recipe, lambda changed: changed.training.row_tokens == 512, layers=32)
+    change = cheapest_change(recipe, lambda changed: changed.training.row_tokens == 512)
     assert change.overrides == ["training.row_tokens=512", "data.max_length=512"]
 
 
@@ -375,6 +497,10 @@ def test_the_verb_prints_tables_json_and_a_picture(recipe_file, tmp_path):
     assert "memory at its peak" in shown.output
     assert "predicted" in shown.output
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "gathered" not in shown.output
+    divided = invoke("plan", recipe_file, "training.parallel=fsdp2", "--gpu", "1GiB", "--processes", "2")
+    assert "gathered" in divided.output
+    assert "in 2 rows, 1 of them on each of 2 GPUs" in " ".join(divided.output.split())
     printed = invoke("plan", recipe_file, "training.row_tokens=1024", "--gpu", "1GiB", "--json")
     assert json.loads(printed.stdout)["row"]["tokens"] == 1024
     parts = json.loads(printed.stdout)["memory"]
@@ -386,6 +512,7 @@ def test_a_wrong_option_is_told(recipe_file, tmp_path):
     assert (size.exit_code, "--gpu: expected a size with its unit" in " ".join(size.output.split())) == (1, True)
     picture = invoke("plan", recipe_file, "--gpu", "1GiB", "--picture", tmp_path / "plan.wrong")
     assert (picture.exit_code, "--picture" in picture.output) == (1, True)
+    assert invoke("plan", recipe_file, "--processes", "0").exit_code == 2
 
 
 def test_help_has_an_example():

@@ -378,3 +378,10 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
 def test_packs_per_step_rounds(tmp_path):
     recipe = load_recipe(written(tmp_path), ["training.row_tokens=2048", "training.tokens_per_step=5200"])
     assert recipe.training.packs_per_step == 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_moments_in_8_bits_are_not_divided(tmp_path, optimizer):
+    told = problems(written(tmp_path), "training.parallel=fsdp2", f"training.optimizer={optimizer}")
+    assert any(f"those of training.optimizer: {optimizer} cannot be" in line for line in told)
+    assert load_recipe(written(tmp_path), ["training.parallel=fsdp2"]).training.parallel == "fsdp2"

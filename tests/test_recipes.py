@@ -46,14 +46,24 @@ PLANNED = {
     "idefics-9b_qlora_1x24gb.yaml": "24GiB",
     "idefics-9b_lora_1x80gb.yaml": "80GB",
     "idefics-80b_qlora_8x80gb.yaml": "80GB",
+    "idefics-80b_lora_8x80gb.yaml": "80GB",
 }
+
+
+def processes_of(name):
+    """Of its header's command."""
+    told = re.search(rf"finetune run recipes/{name} --processes (\d+)", (FOLDER / name).read_text())
+    return int(told[1]) if told else 1
 
 
 def plan_line(name, gpu):
     """The line of a recipe in the folder's README."""
-    made = plan(load_recipe(FOLDER / name), gpu=gpu)
+    made = plan(load_recipe(FOLDER / name), gpu=gpu, processes=processes_of(name))
     parts = dict(made["memory"]["parts"])
-    fixed = (parts.pop("weights"), sum(parts.pop(part) for part in ("adapters", "optimizer", "gradients")))
+    fixed = (
+        parts.pop("weights") + parts.pop("gathered"),
+        sum(parts.pop(part) for part in ("adapters", "optimizer", "gradients")),
+    )
     sizes = (*fixed, sum(parts.values()), made["gpu"]["needed"])
     assert made["gpu"]["fits"]
     trained, disk = made["totals"]["trained"], made["disk"]["total"]

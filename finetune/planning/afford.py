@@ -1,4 +1,4 @@
-"""Recipe -> the least change that makes it fit: candidates are tried, in the order of what they cost the result."""
+"""Recipe -> the least changes that make it fit: candidates are tried, in the order of what they cost the result."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +12,7 @@ from finetune.recipe import Recipe
 from modeling.towers import LORA_TOWERS, TOWERS
 
 CHECKPOINTING = "training.checkpointing"
+PARALLEL = "training.parallel"
 SMALLEST_RANK = 4
 SMALLEST_ROW = 128
 """Tokens."""
@@ -31,22 +32,30 @@ class Change:
         return [f"{key}={str(value).lower()}" for key, value in self.values.items()]
 
 
-def cheapest_change(recipe: Recipe, fits: Callable[[Recipe], bool], *, layers: int) -> Change | None:
-    """The cheapest change, or pair of changes, with which the recipe is valid and `fits`; None where there is none.
+def cheapest_changes(
+    recipe: Recipe, fits: Callable[[Recipe], bool], *, layers: int, number: int = 1, divisible: bool = False
+) -> list[Change]:
+    """At most `number` changes, or pairs of changes, with which the recipe is valid and `fits`, the cheapest first.
 
-    Checkpointing is asked of as few of the decoder's `layers` as will do.
+    None has all the keys of a cheaper one. Checkpointing is asked of as few of the decoder's `layers` as will do.
+    `divisible`: there are several processes, which the model may be divided over.
     """
-    singles = list(_changes(recipe))
+    singles = single_changes(recipe, divisible=divisible)
     pairs = [
         Change(one.price + other.price, {**one.values, **other.values})
         for one, other in combinations(singles, 2)
         if one.values.keys().isdisjoint(other.values)
     ]
+    found: list[Change] = []
     for change in sorted([*singles, *pairs], key=lambda change: (change.price, len(change.values))):
+        if len(found) == number:
+            break
+        if any(cheaper.values.keys() <= change.values.keys() for cheaper in found):
+            continue
         changed = apply_change(recipe, change)
         if changed is not None and fits(changed):
-            return _with_fewest_layers(recipe, change, fits, layers)
-    return None
+            found.append(_with_fewest_layers(recipe, change, fits, layers))
+    return found
 
 
 def _with_fewest_layers(recipe: Recipe, change: Change, fits: Callable[[Recipe], bool], layers: int) -> Change:
@@ -76,10 +85,18 @@ def apply_change(recipe: Recipe, change: Change) -> Recipe | None:
         return None
 
 
-def _changes(recipe: Recipe) -> Iterator[Change]:
+def single_changes(recipe: Recipe, *, divisible: bool = False) -> list[Change]:
+    """Every change that is tried, alone and in pairs."""
+    return list(_changes(recipe, divisible))
+
+
+def _changes(recipe: Recipe, divisible: bool) -> Iterator[Change]:
     training, model = recipe.training, recipe.model
     if training.checkpointing is not True:
         yield Change(1, {CHECKPOINTING: True})
+    if divisible and training.parallel == "ddp" and model.quantize is None:
+        whole_moments = {} if training.optimizer == "adamw" else {"training.optimizer": "adamw"}
+        yield Change(1.25, {PARALLEL: "fsdp2", **whole_moments})
     if training.optimizer == "adamw":
         yield Change(1.5, {"training.optimizer": "adamw_8bit"})
     if model.dtype == "fp32":

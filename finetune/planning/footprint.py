@@ -25,7 +25,7 @@ INT64 = 8
 
 @dataclass(frozen=True)
 class Setup:
-    """A model and how it is trained, on one process that shares nothing."""
+    """A model and how it is trained, as one of its processes holds it."""
 
     config: Config
     modes: Mapping[str, str]
@@ -39,6 +39,10 @@ class Setup:
     """Layers of the decoder of which only inputs are kept, and of the cross-attention before them."""
     optimizer: str = "adamw"
     rows_per_step: int = 1
+    """Of this process."""
+    processes: int = 1
+    divided: bool = False
+    """Each process holds a share of every tensor, and whole layers only while they run (fsdp2); else all (ddp)."""
     gpu: bool = False
     cached: bool = False
     """Image features come from disk: the model has neither vision tower nor resampler."""
@@ -48,6 +52,11 @@ class Setup:
         """Towers trained in full are fp32; on a bf16 base they are multiplied in bf16."""
         matrices = {mode for tower, mode in self.modes.items() if tower not in ("gates", "added_tokens")}
         return self.item < FP32 and "full" in matrices
+
+    @property
+    def shares(self) -> int:
+        """How many processes a tensor is divided over."""
+        return self.processes if self.divided else 1
 
     @property
     def has_lora(self) -> bool:

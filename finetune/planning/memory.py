@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from math import prod
+from math import ceil, prod
 
 from finetune.planning.footprint import INT64, NF4_GROUP, RowSize, Setup, record
 from finetune.planning.tape import FP32, GRADIENTS, peak
@@ -29,7 +29,13 @@ ROWS_AHEAD = 2
 GPU_RESERVE = GIB
 """Of a GPU's memory: its context, the libraries' workspaces, and what the allocator loses to rounding."""
 
-PARTS = ("weights", "adapters", "optimizer", GRADIENTS, *LORA_TOWERS, "head", "batch")
+LAYERS_GATHERED = 2
+"""Of a model that is divided: whole at a time, the layer that runs and the next one, fetched while it does."""
+
+GATHERED = "gathered"
+"""The part that layers and others belong to while they are whole."""
+
+PARTS = ("weights", GATHERED, "adapters", "optimizer", GRADIENTS, *LORA_TOWERS, "head", "batch")
 """Of the memory at its peak. A tower's part is what its forward keeps and what its backward needs."""
 
 
@@ -103,23 +109,66 @@ def estimate(setup: Setup, row: RowSize) -> Memory:
     """What training on such rows holds at most, once the optimiser has its states."""
     gradients = FP32 * sum(one.trained for one in count(setup).values())
     always = Counter(fixed_parts(setup)) + Counter(batch=_batches(setup, row))
+    if setup.processes > 1 and not setup.divided:
+        always[GRADIENTS] += gradients  # DDP sends copies of them
     accumulated = setup.rows_per_step > 1
-    running = Counter(peak(record(setup, row), accumulated=accumulated))
-    if accumulated:
+    running = Counter(peak(record(setup, row), accumulated=accumulated or setup.divided))
+    if setup.divided:
+        running[GRADIENTS] += _share(setup, gradients) + _whole_gradients(setup, gradients)
+    elif accumulated:
         running[GRADIENTS] += gradients
-    if gradients > running.total():
-        return _memory(always + Counter({GRADIENTS: gradients}), "optimiser step")
+    stepping = _share(setup, gradients)
+    if stepping > running.total():
+        return _memory(always + Counter({GRADIENTS: stepping}), "optimiser step")
     return _memory(always + running, "forward and backward")
+
+
+def _whole_gradients(setup: Setup, gradients: int) -> int:
+    """Rows before a step's last add to gradients that are not divided yet; one row's are, a layer after the other."""
+    if setup.rows_per_step > 1:
+        return gradients
+    layers, parameters = _layers(setup), count(setup)
+    return LAYERS_GATHERED * max(FP32 * parameters[tower].trained // number for tower, number in layers.items())
+
+
+def _share(setup: Setup, nbytes: int) -> int:
+    """Of this process."""
+    return ceil(nbytes / setup.shares)
+
+
+def _layers(setup: Setup) -> dict[str, int]:
+    """Tower -> how many layers it is divided by."""
+    layers: int = setup.config["num_hidden_layers"]
+    return {"decoder": layers, "cross_attention": layers // setup.config["cross_layer_interval"]}
 
 
 def fixed_parts(setup: Setup) -> dict[str, int]:
     """Part -> bytes, of what is there whatever the rows."""
     parameters = count(setup)
-    return {
+    parts = {
         "weights": weight_bytes(setup, parameters),
         "adapters": adapter_bytes(setup, parameters),
         "optimizer": optimizer_bytes(setup, parameters),
     }
+    if not setup.divided:
+        return parts
+    return {part: _share(setup, nbytes) for part, nbytes in parts.items()} | {GATHERED: gathered_bytes(setup)}
+
+
+def gathered_bytes(setup: Setup) -> int:
+    """What a process that holds a share of everything holds whole besides, as finetune/train.py has a model divided.
+
+    Two of the largest layers; the head, and the image towers where they are loaded, from forward to backward.
+    """
+    parameters = count(setup)
+
+    def whole(tower: str) -> int:
+        alone = {tower: parameters[tower]}
+        factors = FP32 * parameters[tower].trained if setup.mode(tower) == "lora" else 0
+        return weight_bytes(setup, alone) + factors
+
+    layer = max(ceil(whole(tower) / number) for tower, number in _layers(setup).items())
+    return LAYERS_GATHERED * layer + whole("embeddings_and_head") // 2 + sum(whole(tower) for tower in IMAGE_TOWERS)
 
 
 def weight_bytes(setup: Setup, parameters: Mapping[str, Parameters]) -> int:

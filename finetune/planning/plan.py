@@ -8,11 +8,12 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.sources import FORMATS
-from finetune.planning.afford import apply_change, cheapest_change
+from finetune.planning.afford import Change, apply_change, cheapest_changes
 from finetune.planning.footprint import RowSize, Setup
 from finetune.planning.memory import (
     GPU_RESERVE,
@@ -40,10 +41,20 @@ UNCOUNTED = ("use_dora", "rank_pattern", "layers_to_transform", "exclude_modules
 """Fields of LoRA that change what is trained in ways that are not counted."""
 
 
-def plan(recipe: Recipe, *, gpu: str | None = None, picture: Path | None = None, show: bool = False) -> dict[str, Any]:
-    """The figures of a recipe, shown and drawn where asked. `gpu`: its memory, such as 24GiB. Raises UserError."""
+def plan(
+    recipe: Recipe,
+    *,
+    gpu: str | None = None,
+    processes: int = 1,
+    picture: Path | None = None,
+    show: bool = False,
+) -> dict[str, Any]:
+    """The figures of a recipe, shown and drawn where asked. Raises UserError.
+
+    `gpu`: the memory of each, such as 24GiB. `processes`: one a GPU; figures of memory are those of one of them.
+    """
     budget = parse_size("--gpu", gpu) if gpu else gpu_memory()
-    made = Planner(recipe, on_gpu=budget is not None).result(budget)
+    made = Planner(recipe, on_gpu=budget is not None, processes=processes).result(budget)
     if show or picture:
         from finetune.planning.report import draw, show_plan
 
@@ -68,8 +79,8 @@ def gpu_memory() -> int | None:
 class Planner:
     """One recipe, its model's config and its rows; changed recipes are judged by the same."""
 
-    def __init__(self, recipe: Recipe, *, on_gpu: bool):
-        self.recipe, self.on_gpu = recipe, on_gpu
+    def __init__(self, recipe: Recipe, *, on_gpu: bool, processes: int = 1):
+        self.recipe, self.on_gpu, self.processes = recipe, on_gpu, processes
         self.config = _config(recipe)
         self.layers: int = self.config["num_hidden_layers"]
         lengths = _prepared(recipe)
@@ -87,7 +98,9 @@ class Planner:
             "totals": _totals(parameters),
             "row": {**asdict(self.row), "from": self.row_from},
             "steps": self.steps,
+            "processes": self.processes,
             "rows_per_step": training.packs_per_step,
+            "rows_per_process": setup.rows_per_step,
             "tokens_per_step": training.packs_per_step * training.row_tokens,
             "memory": self._memory(self.recipe),
             "checkpointing": {
@@ -111,7 +124,9 @@ class Planner:
             quantize=model.quantize is not None,
             checkpointing=self.layers if training.checkpointing is True else int(training.checkpointing),
             optimizer=training.optimizer,
-            rows_per_step=training.packs_per_step,
+            rows_per_step=ceil(training.packs_per_step / self.processes),
+            processes=self.processes,
+            divided=training.parallel == "fsdp2" and self.processes > 1,
             gpu=self.on_gpu,
             cached=recipe.caches_features,
         )
@@ -126,9 +141,19 @@ class Planner:
         )
         return estimate(self.setup(recipe), row)
 
+    def needed(self, recipe: Recipe) -> int:
+        """Bytes of a GPU, or of main memory."""
+        memory = self.estimate(recipe)
+        return memory.on_gpu if self.on_gpu else memory.resident
+
     def fits(self, recipe: Recipe, budget: int) -> bool:
         fixed = sum(fixed_parts(self.setup(recipe)).values())
-        return fixed <= budget and self.estimate(recipe).on_gpu <= budget
+        return fixed <= budget and self.needed(recipe) <= budget
+
+    def changes(self, budget: int, *, number: int = 1, may_divide: bool = True) -> list[Change]:
+        """The cheapest changes that make the recipe fit. `may_divide`: among them, over the processes there are."""
+        fit, divisible = partial(self.fits, budget=budget), may_divide and self.processes > 1
+        return cheapest_changes(self.recipe, fit, layers=self.layers, number=number, divisible=divisible)
 
     def _with(self, *, checkpointing: int) -> Memory:
         return estimate(replace(self.setup(self.recipe), checkpointing=checkpointing), self.row)
@@ -145,12 +170,11 @@ class Planner:
 
     def _judge(self, budget: int) -> dict[str, Any]:
         fits = self.fits(self.recipe, budget)
-        fit = partial(self.fits, budget=budget)
-        change = None if fits else cheapest_change(self.recipe, fit, layers=self.layers)
+        change = None if fits else next(iter(self.changes(budget)), None)
         changed = change and apply_change(self.recipe, change)
         return {
             "bytes": budget,
-            "needed": self.estimate(self.recipe).on_gpu,
+            "needed": self.needed(self.recipe),
             "reserve": GPU_RESERVE,
             "fits": fits,
             "change": change and change.overrides,
@@ -163,7 +187,7 @@ class Planner:
         if self.recipe.caches_features and self.images is None:
             image = show_size(feature_bytes(self.setup(self.recipe)))
             notes.append(f"cached features take {image} of disk an image; how many there are, the prepared data tells")
-        notes.append("memory is that of one process which shares nothing with others")
+        notes += self._notes_of_processes()
         if self.on_gpu:
             notes.append(
                 "figures for a GPU are predicted, not measured; scripts/check_plan.py measures where there is one"
@@ -174,6 +198,27 @@ class Planner:
                 "and glibc before 2.38 may hold twice as much"
             )
         return notes
+
+    def _notes_of_processes(self) -> list[str]:
+        if self.processes == 1:
+            return ["memory is that of one process which shares nothing with others"]
+        packs = self.recipe.training.packs_per_step
+        uneven = f"{packs} rows a step cannot be shared out evenly over {self.processes} processes, and a run says so"
+        if self.setup(self.recipe).divided:
+            how = (
+                f"memory is that of one of {self.processes} processes, each with its share of every tensor; gathered: "
+                "two layers, the head and live image towers, whole while they are needed; loading is not counted"
+            )
+        else:
+            how = (
+                f"memory is that of one of {self.processes} processes, each with the whole model; gradients count "
+                "twice, as DDP sends copies of them"
+            )
+        return [
+            how,
+            "with several processes all figures are predicted, not measured",
+            *[uneven] * bool(packs % self.processes),
+        ]
 
 
 def _config(recipe: Recipe) -> Config:

@@ -13,6 +13,7 @@ from modeling.errors import UserError
 
 COLORS = {
     "weights": "#4b5563",
+    "gathered": "#8b95a5",
     "adapters": "#2f6fbb",
     "optimizer": "#6aa5e0",
     "gradients": "#b9d3ee",
@@ -38,8 +39,11 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         f"largest row ({row['from']}): {row['tokens']:,} tokens, {row['supervised']:,} of them supervised, "
         f"{row['images']} images"
     )
+    shared = (
+        f", {plan['rows_per_process']} of them on each of {plan['processes']} GPUs" if plan["processes"] > 1 else ""
+    )
     steps = "unknown until the data is prepared" if plan["steps"] is None else f"{plan['steps']:,}"
-    say(f"steps: {steps}, each of at most {plan['tokens_per_step']:,} tokens in {plan['rows_per_step']} rows")
+    say(f"steps: {steps}, each of at most {plan['tokens_per_step']:,} tokens in {plan['rows_per_step']} rows{shared}")
     for note in plan["notes"]:
         say(note)
     if plan["gpu"]:
@@ -53,7 +57,11 @@ def _memory_table(plan: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[t
     if plan["gpu"] and plan["gpu"]["changed"]:
         memories.append(plan["gpu"]["changed"])
         columns.append("changed")
-    rows = [(part, *(show_size(memory["parts"][part]) for memory in memories)) for part in plan["memory"]["parts"]]
+    rows = [
+        (part, *(show_size(memory["parts"][part]) for memory in memories))
+        for part in plan["memory"]["parts"]
+        if part != "gathered" or any(memory["parts"][part] for memory in memories)
+    ]
     rows.append(("tensors in all", *(show_size(memory["tensors"]) for memory in memories)))
     for key, name in (("gpu", "with the GPU's own"), ("resident", "resident")):
         if key in plan["memory"]:
