@@ -76,11 +76,11 @@ class Materials:
     def sources(self) -> list[Source]:
         return [to_source(source) for source in self.recipe.data.sources]
 
-    def load(self, *, image_towers: bool | None = None, on_cpu: bool = False) -> loading.Idefics:
+    def load(self, *, image_towers: bool | None = None, divided: bool = False) -> loading.Idefics:
         """The base as this recipe trains it, on its device; quantised weights are kept beside the prepared sets.
 
-        `image_towers`: None leaves them out where features are cached. `on_cpu`: for what will be divided over GPUs,
-        and may be too large for any of them.
+        `image_towers`: None leaves them out where features are cached. `divided`: for FSDP, which gives every process
+        its share: the first one alone has the weights, in main memory, and the others room for them.
         """
         return load_model(
             self.base,
@@ -90,7 +90,7 @@ class Materials:
             quantize=self.recipe.model.quantize,
             cache=Path(self.recipe.data.prepared).with_name(QUANTIZED),
             image_towers=not self.recipe.caches_features if image_towers is None else image_towers,
-            onto=loading.CPU if on_cpu else None,
+            divided=divided,
         )
 
     @property
@@ -315,11 +315,11 @@ def load_model(
     quantize: str | None,
     cache: Path,
     image_towers: bool = True,
-    onto: torch.device | None = None,
+    divided: bool = False,
 ) -> loading.Idefics:
     """A model on the device that this machine has, in 4 bits where `quantize` says so; its NF4 is kept in `cache`.
 
-    `onto`: another device.
+    `divided`: as `Materials.load`.
     """
     quantized, folder = None, local_base(base, revision=revision)
     if quantize:
@@ -331,7 +331,8 @@ def load_model(
         dtype=dtype,
         instruct=instruct,
         quantized=quantized,
-        device=onto or device(),
+        device=loading.CPU if divided else device(),
+        weights=not divided or ranks.is_main(),
         image_towers=image_towers,
     )
 

@@ -145,7 +145,7 @@ def _train_once(run: Run) -> dict[str, Any]:
     rows = made.train_rows
     base = local_base(made.base, revision=recipe.model.revision)
     base_identity = ranks.on_main("identify the base", lambda: identity(read_checkpoint(base)))
-    idefics = made.load(on_cpu=recipe.training.parallel == "fsdp2" and ranks.count() > 1).model
+    idefics = made.load(divided=recipe.training.parallel == "fsdp2" and ranks.count() > 1).model
     set_seed(recipe.training.seed)  # LoRA factors start at random
     model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=made.base)
     counts = count_trained(model)

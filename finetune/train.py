@@ -415,7 +415,7 @@ def _division(plan: Plan) -> dict[str, Any]:
         "transformer_layer_cls_to_wrap": [IdeficsDecoderLayer.__name__, IdeficsGatedCrossAttentionLayer.__name__],
         "reshard_after_forward": True,
         "state_dict_type": "FULL_STATE_DICT",
-        "cpu_ram_efficient_loading": os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false"),
+        "cpu_ram_efficient_loading": True,
     }
     return {"fsdp": True, "fsdp_config": config}
 

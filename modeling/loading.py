@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -48,23 +49,33 @@ def load(
     quantized: Path | None = None,
     device: torch.device = CPU,
     image_towers: bool = True,
+    weights: bool = True,
 ) -> Idefics:
     """Load an IDEFICS with packed attention; to `instruct`, a base gains `<end_of_utterance>`. Raises UserError.
 
     `quantized` is the base's quantised checkpoint, to load the weights from: what it holds in NF4 stays in NF4, and
     `dtype` is that of the rest. Without `image_towers` (vision tower and resampler), which are then not read, the
-    model takes `image_features` alone.
+    model takes `image_features` alone. Without `weights` nothing is read, and its parameters are only room for them:
+    for a process that FSDP gives its share of another's.
     """
     config = read_config(base, revision=revision)
-    model = PackedIdefics.from_pretrained(
-        str(quantized or base),
-        revision=None if quantized else revision,
-        dtype=dtype,
-        attn_implementation=PACKED,
-        use_safetensors=True,
-        device_map={"": device} if quantized else None,
-        **({} if image_towers else {"config": _towerless(str(quantized or base), None if quantized else revision)}),
-    )
+    place, at = (str(quantized), None) if quantized else (base, revision)
+    architecture = _towerless(place, at) if not image_towers else IdeficsConfig.from_pretrained(place, revision=at)
+    if weights:
+        model = PackedIdefics.from_pretrained(
+            place,
+            revision=at,
+            config=architecture,
+            dtype=dtype,
+            attn_implementation=PACKED,
+            use_safetensors=True,
+            device_map={"": device} if quantized else None,
+        )
+    else:
+        with init_empty_weights(include_buffers=False):
+            model = PackedIdefics._from_config(architecture, dtype=dtype, attn_implementation=PACKED)
+        _make_room(model)
+        model.name_or_path = base
     if not image_towers:
         _remove_image_towers(model, config)
     if quantized:
@@ -76,6 +87,17 @@ def load(
     _require_agreement(model, processor.tokenizer)
     model.generation_config = generation_config(processor.tokenizer)
     return Idefics(model.to(device).eval(), processor)
+
+
+def _make_room(model: nn.Module) -> None:
+    """Parameters of the meta device get memory, which is not written to, and so takes none as yet.
+
+    accelerate 1.15 tells parameters apart by their place in memory, of which the meta device has none.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            room = torch.empty_like(parameter, device=CPU)
+            setattr(module, name, nn.Parameter(room, requires_grad=parameter.requires_grad))
 
 
 def _towerless(base: str, revision: str | None) -> IdeficsConfig:

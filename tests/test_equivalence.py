@@ -4,7 +4,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import test_train
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -19,6 +18,7 @@ from finetune.data.schedule import Row
 from finetune.train import IdeficsTrainer, Plan, train
 from modeling import loading
 from modeling.adapters import whole
+from modeling.forward import PackedIdefics
 
 PACKS = 4
 """A step: one row on each of four processes, two on each of two, four after each other on one."""
@@ -200,20 +200,19 @@ def test_resumed_equals_whole_bit_for_bit(groups, kind, tmp_path):
     assert len(logged(whole, "loss")) == len(GROUPS) / PACKS
 
 
-def test_only_the_first_process_needs_the_weights(groups, monkeypatch):
-    """As transformers loads for FSDP: on the others a model is only room for weights."""
+def test_only_the_first_process_reads_the_weights(groups, tmp_path, monkeypatch):
     expected, _ = groups(2, "all", kind="fsdp2")
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    load, from_pretrained, readers = loading.load, PackedIdefics.from_pretrained, tmp_path / "readers"
 
-    def without_weights(base_folder):
-        model = test_train.attached(base_folder)
-        if not ranks.is_main():
-            for parameter in model.parameters():
-                parameter.data.fill_(torch.nan)
-        return model
+    def read(*given, **options):
+        with readers.open("a") as lines:
+            lines.write(f"{ranks.rank()}\n")
+        return from_pretrained(*given, **options)
 
-    monkeypatch.setattr(f"{__name__}.attached", without_weights)
+    monkeypatch.setattr(loading, "load", lambda base, **options: load(base, weights=ranks.is_main(), **options))
+    monkeypatch.setattr(PackedIdefics, "from_pretrained", read)
     folder, _ = groups(2, "one", kind="fsdp2")
+    assert readers.read_text() == "0\n"
     assert logged(folder, "loss") == logged(expected, "loss")
     assert all(torch.equal(one, trained(expected)[name]) for name, one in trained(folder).items())
 
