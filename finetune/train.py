@@ -392,6 +392,7 @@ def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConf
         ddp_find_unused_parameters=plan.unused_parameters,
         logging_steps=1,
         disable_tqdm=True,
+        log_level_replica="error",  # what transformers has to say, the first process says
         report_to=list(plan.trackers) or "none",
         save_steps=plan.checkpoint_every,
         save_total_limit=2,
