@@ -230,11 +230,11 @@ def _wait_for(told: Path) -> None:
 
 
 def leave() -> None:
-    """Out of the group, if this process made one: threads that still serve it at exit make some processes abort."""
+    """Out of a gloo group: its threads, alive at exit, make some processes abort. nccl's would wait for the dead."""
     if "torch" in sys.modules:
         from torch import distributed
 
-        if distributed.is_initialized():
+        if distributed.is_initialized() and distributed.get_backend() == "gloo":
             distributed.destroy_process_group()
 
 

@@ -1,22 +1,28 @@
-"""SIGTERM and SIGINT while training: heard, and acted on at the end of a step. A second one is not waited for."""
+"""SIGTERM and SIGINT while training: heard, and acted on at the end of a step. Told again, it ends at once."""
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+ECHO = 2.0
+"""Seconds in which a second signal is the first one over again: a terminal tells launcher and processes, and the
+launcher tells the processes."""
 
 
 class Heard:
     """The signal that asked to stop, 0 as long as none did."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal, self._at = 0, 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if not self.signal:
+            self.signal, self._at = number, time.monotonic()
+        elif time.monotonic() > self._at + ECHO:
             raise KeyboardInterrupt
-        self.signal = number
 
 
 @contextmanager

@@ -363,7 +363,7 @@ def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConf
         raise UserError(f"training.trackers: {', '.join(missing)} not installed here; installed: {installed}")
     if "paged" in plan.optimizer and not torch.cuda.is_available():
         say(f"training.optimizer: {plan.optimizer} pages nothing without a GPU; its moments are in 8 bits all the same")
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=1,
@@ -400,6 +400,8 @@ def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConf
         eval_steps=plan.evaluate_every,
         metric_for_best_model="eval_loss" if plan.evaluate_every else None,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several in sight; the trainer would divide a row over them
+    return arguments
 
 
 def _division(plan: Plan) -> dict[str, Any]:

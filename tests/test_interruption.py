@@ -17,7 +17,7 @@ from processes import run_processes, start_processes
 from test_run import RECIPE, metrics
 from test_train import trained
 
-from finetune import checkpoints
+from finetune import checkpoints, signals
 from finetune.checkpoints import SEAL, is_whole, last_checkpoint, seal, step_of, sweep
 from finetune.recipe_file import load_recipe
 from finetune.run import Run
@@ -163,20 +163,20 @@ def test_told_to_stop_it_saves_says_how_to_go_on_and_ends_the_same(recipe_file, 
     assert_same(tmp_path / "run", expected)
 
 
-def test_a_second_signal_is_not_waited_for():
-    from finetune.signals import listening
+def test_told_again_it_ends_at_once_but_an_echo_is_not_again(monkeypatch):
+    before, told = signal.getsignal(signal.SIGTERM), []
 
-    before = signal.getsignal(signal.SIGTERM)
-
-    def twice():
-        with listening() as heard:
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert heard.signal == signal.SIGTERM
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
+    def tell_three_times():
+        with signals.listening() as heard:
+            for pause in (0, 0, 2 * signals.ECHO):
+                told.append(heard.signal)
+                monkeypatch.setattr(signals.time, "monotonic", lambda pause=pause: 100.0 + pause)
+                os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("went on")
 
     with pytest.raises(KeyboardInterrupt):
-        twice()
+        tell_three_times()
+    assert told == [0, signal.SIGTERM, signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
+from trl import SFTConfig
 
+from finetune import train as module
 from finetune.checkpoints import last_checkpoint
 from finetune.data.images import Augmentation
 from finetune.data.schedule import Row
-from finetune.train import IdeficsTrainer, Plan, parameter_groups, train
+from finetune.train import IdeficsTrainer, Plan, _arguments, parameter_groups, train
 from modeling import loading
 from modeling.adapters import attach, load_adapter_weights
 from modeling.errors import UserError
@@ -185,6 +187,16 @@ def test_a_step_that_processes_cannot_share_names_the_nearest(base_folder, make_
 def test_a_tracker_that_is_not_installed_is_a_user_s_mistake(base_folder, make_rows, tmp_path):
     with pytest.raises(UserError, match=r"training\.trackers: wandbb not installed here"):
         run(base_folder, tmp_path, make_rows(), trackers=["wandbb"])
+
+
+def test_one_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
+    class OfTwo(SFTConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    monkeypatch.setattr(module, "SFTConfig", OfTwo)
+    assert _arguments(tmp_path, steps=1, plan=Plan(1, 1.0), scaled=False).n_gpu == 1
 
 
 def test_rows_come_in_the_order_of_the_schedule(base_folder, make_rows, tmp_path):
