@@ -63,31 +63,42 @@ def run_whole(folder: Path, processes: int) -> float:
     return time.monotonic() - started
 
 
-def writes_checkpoint(folder: Path) -> bool:
-    """One has been begun and is not sealed."""
+def sealed(folder: Path) -> int:
+    """The newest step that is safe."""
+    seals = (folder / "run").glob("checkpoint-*/sealed.json")
+    return max((int(one.parent.name.split("-")[1]) for one in seals), default=0)
+
+
+def writes_checkpoint(folder: Path, step: int) -> bool:
+    """A checkpoint of this step or a later one has been begun and is not sealed."""
     checkpoints = (folder / "run").glob("checkpoint-*")
-    return any(not (checkpoint / "sealed.json").is_file() for checkpoint in checkpoints)
+    begun = [one for one in checkpoints if not (one / "sealed.json").is_file()]
+    return any(int(one.name.split("-")[1]) >= step for one in begun)
 
 
-def writes_features(folder: Path) -> bool:
-    return any((folder / "features").glob("*/*.partial"))
-
-
-MOMENTS: dict[str, Callable[[Path], bool]] = {"checkpoint": writes_checkpoint, "features": writes_features}
+def fills_features(folder: Path) -> bool:
+    """The cache has been begun and holds no file as yet."""
+    return any((folder / "features").glob("*/")) and not any((folder / "features").glob("*/*.safetensors"))
 
 
 def kill_once(folder: Path, processes: int, moment: str, seconds: float, chance: random.Random) -> str:
     """Start, kill at a moment, and say when it was and what had been reached."""
     if moment == "features":
         shutil.rmtree(folder / "features", ignore_errors=True)  # else there would be nothing to write
+    step = min(sealed(folder) + chance.randint(1, 4), STEPS)
+    pause = chance.uniform(0, 0.3)
     started = time.monotonic()
     run = start(folder, processes)
-    at = chance.uniform(0.1, 1.0) * seconds
-    while run.poll() is None:
-        now = time.monotonic() - started
-        if now > at if moment == "any" else MOMENTS[moment](folder):
-            break
+    at = chance.uniform(0.4, 1.0) * seconds
+    reached: dict[str, Callable[[], bool]] = {
+        "any": lambda: time.monotonic() - started > at,
+        "checkpoint": lambda: writes_checkpoint(folder, step),
+        "features": lambda: fills_features(folder),
+    }
+    while run.poll() is None and not reached[moment]():
         time.sleep(POLL)
+    if moment == "features":
+        time.sleep(pause)
     ended = run.poll() is not None
     workers = [] if ended else psutil.Process(run.pid).children(recursive=True)
     victim = chance.choice(workers).pid if workers and processes > 1 else run.pid
@@ -98,9 +109,8 @@ def kill_once(folder: Path, processes: int, moment: str, seconds: float, chance:
     ends = time.monotonic() - killed
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)  # what a dead launcher has left
-    sealed = [int(one.parent.name.split("-")[1]) for one in (folder / "run").glob("checkpoint-*/sealed.json")]
     what = "had ended before" if ended else f"after {killed - started:5.1f} s, all had ended {ends:4.1f} s later"
-    return f"{what}; newest checkpoint {max(sealed, default=0)}"
+    return f"{what}; newest checkpoint {sealed(folder)}"
 
 
 def differences(one: Path, other: Path) -> list[str]:
