@@ -43,7 +43,7 @@ from finetune.proof import prove
 from finetune.recipe import Recipe
 from finetune.sizes import show_size
 from finetune.stability import FILE, Event, Seen, UnstableError, Watch, read_events, write_events
-from finetune.train import Plan, train
+from finetune.train import Plan, rows_per_process, train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.checkpoint import identity, read_checkpoint, weight_bytes
@@ -96,6 +96,7 @@ class Run:
 
 def _train(run: Run) -> dict[str, Any]:
     """As often as the run has to go back: each time from what is on the disk, as if it had been interrupted."""
+    rows_per_process(run.recipe.training.packs_per_step)  # who cannot share out a step knows it before all else
     while True:
         try:
             with told_if_memory_runs_out(run.recipe):

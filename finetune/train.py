@@ -368,7 +368,7 @@ def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConf
         max_steps=steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=_accumulation(plan.packs_per_step),
+        gradient_accumulation_steps=rows_per_process(plan.packs_per_step),
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -434,7 +434,7 @@ def _schedule(plan: Plan) -> dict[str, Any]:
     return {"lr_scheduler_type": "constant_with_warmup"}
 
 
-def _accumulation(packs_per_step: int) -> int:
+def rows_per_process(packs_per_step: int) -> int:
     """Rows each rank runs before a step: ranks x accumulation = packs per step, or an error that names the nearest."""
     processes = ranks.count()
     if packs_per_step % processes:

@@ -1,8 +1,11 @@
 """README's commands are executed, its code runs, its recipe parses, and its figures are those of the measured run."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -54,7 +57,7 @@ def test_every_command_is_known_here():
         "finetune prepare recipes/own_data.yaml",  # test_prepare
         "finetune inspect recipes/own_data.yaml --html own_data.html",  # test_inspect
         "finetune run recipes/own_data.yaml",  # own_data
-        # test_launch.py: the verb is started, and so many processes run
+        # test_the_line_for_two_processes
         "finetune run recipes/own_data.yaml --processes 2",
         "scripts/test.sh",  # this is running
     ]
@@ -63,6 +66,23 @@ def test_every_command_is_known_here():
 def command(verb):
     (line,) = [line for line in COMMANDS if line.startswith(f"finetune {verb} ")]
     return shlex.split(line)[1:]
+
+
+@pytest.mark.slow
+def test_the_line_for_two_processes(tmp_path):
+    line = shlex.split(next(line for line in COMMANDS if line.endswith("--processes 2")))
+    settings = [f"output={tmp_path / 'run'}", f"data.prepared={tmp_path / 'prepared'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *line, *settings, "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["train"]["steps"] == 3
+    assert result["merge"]["answers"] == result["merge"]["same_answers"] > 0
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoint-3").glob("rng_state*")) == [
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ]
 
 
 def test_check():
