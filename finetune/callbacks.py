@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from finetune import ranks
 from finetune.data.collate import Rows
 from finetune.progress import bar
 from modeling.adapters import whole
@@ -37,10 +38,11 @@ class MetricsFile(TrainerCallback):
             return
         milestone = control.should_save or control.should_evaluate or state.global_step == state.max_steps
         gates = gate_openings(kwargs["model"]) if milestone and "loss" in logs else {}
+        step = range(max(state.global_step - 1, 0) * self.packs, state.global_step * self.packs)
+        mine = sum(self.rows.tokens(row) for row in step[ranks.rank() :: ranks.count()])  # who made a row knows
+        tokens = int(ranks.gather_numbers([mine]).sum())
         if not state.is_world_process_zero:
             return
-        step = range(max(state.global_step - 1, 0) * self.packs, state.global_step * self.packs)
-        tokens = sum(self.rows.tokens(row) for row in step)
         place = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}
         line = {**place, **{key: value for key, value in logs.items() if key != "epoch"}, "tokens": tokens}
         if gates:

@@ -176,6 +176,7 @@ class Materials:
 
     def streamed(self, rows: Rows) -> list[dict[str, Any]]:
         """What became of the records that were read while training, per streamed source."""
+        rows.restore(ranks.gather(rows.state(len(rows))))
         accounts = rows.accounts if isinstance(rows, StreamedRows) else []
         return [account.to_json() for account, source in zip(accounts, self.sources, strict=False) if source.stream]
 

@@ -14,6 +14,7 @@
     create_model_card      TRL's says nothing true about this model
 """
 
+import json
 import math
 import os
 import signal
@@ -48,6 +49,8 @@ from modeling.errors import Interrupted, UserError
 from modeling.forward import packed_loss
 from modeling.quantize import quantized_layers
 from modeling.towers import is_lora, no_decay, stock_name, tower_of
+
+ROWS_STATE = "rows.json"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def train(
     ranks.wait()
     if resume_from:  # before FSDP divides the model
         load_adapter_weights(model, resume_from)
+        train_rows.restore(json.loads((resume_from / ROWS_STATE).read_text(encoding="utf-8")))
     checkpoint_layers(model, plan.checkpointing)
     half = any(layer.compute_dtype == torch.float16 for layer in quantized_layers(model).values())
     arguments = _arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
@@ -303,9 +307,11 @@ class IdeficsTrainer(SFTTrainer):
         except (OSError, RuntimeError, SafetensorError):
             require_room(folder, needed)  # another's files may have filled the disk meanwhile
             raise
-        ranks.wait()
+        states = ranks.gather(self.rows.state(self.state.global_step * self.plan.packs_per_step))
         if self.args.should_save:
-            seal(folder / f"checkpoint-{self.state.global_step}")
+            checkpoint = folder / f"checkpoint-{self.state.global_step}"
+            (checkpoint / ROWS_STATE).write_text(json.dumps(states), encoding="utf-8")
+            seal(checkpoint)
         ranks.wait()
 
     def _checkpoint_bytes(self) -> int:

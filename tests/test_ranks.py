@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_processes
 from safetensors.torch import load_file
 
 from finetune import features, ranks
@@ -390,3 +391,30 @@ def test_a_mistake_that_all_meet_is_told_once_and_ends_all(watched, recipe_of, t
     assert outcome.returncode == 1
     assert outcome.stderr.count("no dialogue is left:") == 1
     assert outcome.stdout == ""
+
+
+def test_streamed_records_are_counted_whichever_process_opens_their_images(base_folder, dialogue_folder, tmp_path):
+    """Twelve dialogues, three of them with an image that is broken, and an account that is one process's."""
+    shutil.copytree(dialogue_folder, tmp_path / "data")
+    lines = (dialogue_folder / "dialogues.jsonl").read_text().splitlines()
+    (tmp_path / "data" / "broken.png").write_bytes(b"no image")
+    broken = [lines[number].replace(name, "broken.png") for number, name in ((0, "red.png"), (5, "green.png"))]
+    assert all("broken" in line for line in broken)
+    (tmp_path / "data" / "dialogues.jsonl").write_text("\n".join([*lines, *broken, "no JSON", broken[0]]))
+    recipe = tmp_path / "data" / "recipe.yaml"
+    text = RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run")
+    text = text.replace("  eval_split: 0.4\n", "  shuffle_buffer: 3\n")
+    text = text.replace("evaluation: {max_new_tokens: 4, batch_size: 2}\n", "")
+    recipe.write_text(text.replace("path: dialogues.jsonl", "path: dialogues.jsonl, stream: true"))
+
+    def train(name):
+        run = Run(load_recipe(recipe, [f"output={tmp_path / name}", "training.steps=40"]))
+        return run.do("train")["train"]
+
+    (alone,) = run_processes(1, train, "alone")
+    together, same = run_processes(2, train, "together")
+    assert together["streamed"] == same["streamed"] == alone["streamed"]
+    (account,) = alone["streamed"]
+    assert account["rejected"] == {"not JSON": 1, "corrupt image": 3}
+    assert (account["read"], account["kept"]) == (16, 12)
+    assert together["tokens_trained"] == alone["tokens_trained"]

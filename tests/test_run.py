@@ -198,6 +198,7 @@ def test_a_streamed_run_interrupted_ends_as_if_nothing_had_happened_and_accounts
     assert "going on from checkpoint-2" in outcome.output
     assert_same_training(tmp_path / "run", tmp_path / "whole")
     training = json.loads((tmp_path / "whole" / "training.json").read_text())
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["streamed"] == training["streamed"]
     (account,) = training["streamed"]
     assert account["source"].endswith("streamed.jsonl[train]")
     assert {key: account[key] for key in STREAMED} == STREAMED

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -107,6 +107,12 @@ class Rows(Protocol):
     def empty(self) -> Batch:
         """A row without examples."""
 
+    def state(self, rows: int) -> list[Any]:
+        """What became known only as the first `rows` were made: for a checkpoint, as JSON has it."""
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """What a checkpoint, or another process, knows."""
+
 
 Origin = tuple[str, str]
 """(source, place in it) of the record that an example was made of."""
@@ -160,6 +166,12 @@ class RowCollator:
 
     def empty(self) -> Batch:
         return self.batch(Row(0))
+
+    def state(self, rows: int) -> list[Any]:
+        return []
+
+    def restore(self, state: Sequence[Any]) -> None:
+        pass
 
     def batch(self, row: Row) -> Batch:
         taken = self._taken(row)

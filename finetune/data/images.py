@@ -39,6 +39,8 @@ def open_image(image: Image) -> PIL.Image.Image:
             return _decode(opened, describe(image))
     except PIL.Image.DecompressionBombError as error:
         raise RecordError("image too large", f"{describe(image)}: {error}") from error
+    except PIL.UnidentifiedImageError as error:  # whose message names a place in memory
+        raise RecordError("corrupt image", f"{describe(image)}: none of {', '.join(FORMATS)}") from error
     except RecordError:
         raise
     except Exception as error:  # hostile headers make Pillow raise struct.error, SyntaxError and more

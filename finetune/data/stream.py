@@ -6,7 +6,7 @@ run that goes on reads the stream again up to its row, without opening an image.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from threading import RLock
@@ -40,7 +40,22 @@ class Origin:
 
     place: str
     examples: int
-    """Those it gave, without those whose images cannot be opened."""
+    """Those it gave."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An example whose images cannot be opened."""
+
+    row: int
+    index: int
+    """In its row."""
+    source: int
+    place: str
+    of: int
+    """Examples of its record."""
+    reason: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -92,13 +107,45 @@ class StreamedRows:
         self._tokens: dict[int, int] = {}
         self._epochs: dict[int, int] = {}
         self._last: dict[int, list[Drawn]] = {}
+        self._lost: set[Lost] = set()
         self._begin()
 
     def _begin(self) -> None:
-        self.accounts = [Account(name) for name in self.names]
-        """For each source, what became of its records in the first pass, as far as it has been read here."""
+        self._accounts = [Account(name) for name in self.names]
         self._coming = self._stream()
         self._next = 0
+
+    @property
+    def accounts(self) -> list[Account]:
+        """For each source, what became of its records in the first pass, as far as it has been read.
+
+        Of several processes, each knows of images that could not be opened in its own rows, and in restored ones.
+        """
+        with self._reading:
+            return [self._account(number) for number in range(len(self.names))]
+
+    def _account(self, source: int) -> Account:
+        account = Account(self.names[source])
+        account.add(self._accounts[source])
+        lost = sorted((one for one in self._lost if one.source == source), key=lambda one: (one.row, one.index))
+        left = {one.place: one.of for one in lost}
+        for one in lost:
+            left[one.place] -= 1
+            error = RecordError(one.reason, one.detail)
+            if left[one.place]:
+                account.reject_part(one.place, error)
+            else:
+                account.kept -= 1
+                account.reject(one.place, error)
+        return account
+
+    def state(self, rows: int) -> list[Any]:
+        with self._reading:
+            return [list(astuple(one)) for one in self._lost if one.row < rows]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        with self._reading:
+            self._lost |= {Lost(*values) for values in state}
 
     def __len__(self) -> int:
         return self.rows
@@ -160,18 +207,18 @@ class StreamedRows:
         return row
 
     def _opened(
-        self, row: Sequence[Drawn], number: int, *, lose: Callable[[Drawn, RecordError], None]
+        self, row: Sequence[Drawn], number: int, *, lose: Callable[[Drawn, int, int, RecordError], None]
     ) -> tuple[list[Drawn], dict[Image, np.ndarray]]:
         """(examples whose images can be opened, the pixels of these images); `lose` counts the others."""
         rng = np.random.default_rng([self.seed, number, 8]) if self.augmentation != Augmentation() else None
         fetched, pixels = self._fetch(row), dict[Image, np.ndarray]()
         usable = []
-        for drawn in row:
+        for index, drawn in enumerate(row):
             try:
                 pixels |= {image: self._pixels(image, fetched, rng) for image in drawn.images if image not in pixels}
                 usable.append(drawn)
             except RecordError as error:
-                lose(drawn, error)
+                lose(drawn, number, index, error)
         return usable, pixels
 
     def _fetch(self, row: Sequence[Drawn]) -> dict[str, Path | RecordError]:
@@ -192,19 +239,13 @@ class StreamedRows:
             image = Image(found)
         return self.preprocessing.pixels(open_image(image), augmentation=self.augmentation, rng=rng)
 
-    def _lose(self, drawn: Drawn, error: RecordError) -> None:
-        """Count an example that is left out, in the first pass. Raises the error of a prepared source."""
+    def _lose(self, drawn: Drawn, row: int, index: int, error: RecordError) -> None:
+        """Remember an example that is left out, in the first pass. Raises the error of a prepared source."""
         if drawn.origin is None:
             raise error
-        if drawn.epoch:
-            return
-        account = self.accounts[drawn.source]
-        drawn.origin.examples -= 1
-        if drawn.origin.examples:
-            account.reject_part(drawn.origin.place, error)
-        else:
-            account.kept -= 1
-            account.reject(drawn.origin.place, error)
+        if not drawn.epoch:
+            lost = Lost(row, index, drawn.source, drawn.place, drawn.origin.examples, error.reason, error.detail)
+            self._lost.add(lost)
 
     def _stream(self) -> Iterator[list[Drawn]]:
         """Rows without end: examples mixed by weight, gathered in windows, packed, and the window's rows shuffled."""
@@ -224,12 +265,12 @@ class StreamedRows:
 
     def _endless(self, number: int) -> Iterator[Drawn]:
         """One pass after the other. Raises UserError after one that gave nothing, or of which nothing could be used."""
-        first = self.accounts[number]
+        first = self._accounts[number]
         for epoch in count():
             account = first if epoch == 0 else Account(self.names[number])
             rng = np.random.default_rng([self.seed, epoch, number, 7])
             yield from shuffle(self.passes[number](epoch, account), rng, buffer=self.buffer)
-            for one in (account, first):
+            for one in (account, self._account(number)):
                 if not one.kept:
                     raise UserError(f"{one.source}: {why_nothing_is_left([one])}")
 
