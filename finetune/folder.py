@@ -1,6 +1,7 @@
 """The run folder: whose it is, what made it, and files that are there whole or not at all."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -68,7 +69,10 @@ def commit() -> str | None:
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that loses its power could keep the name of an empty file
     partial.replace(path)
 
 

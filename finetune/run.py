@@ -1,7 +1,8 @@
 """Recipe -> run folder: prepare -> train -> evaluate -> merge, each stage done once.
 
     runs/<name>/  recipe.yaml (resolved) · environment.json · base/ (a fresh one, from `init`) · data.json
-                  metrics.jsonl · checkpoint-*/ · adapter/ · training.json · evaluation.json · predictions.jsonl, .html
+                  metrics.jsonl · checkpoint-*/ · unstable.jsonl · adapter/ · training.json · evaluation.json
+                  predictions.jsonl, .html
                   merged/ (with provenance.json) · merge.json · result.json · curves.png
 
 A stage leaves its .json last, so a stage that was interrupted has none and is done again: training goes on from its
