@@ -58,7 +58,7 @@ class Stopping(TrainerCallback):
         self.asked = asked
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked() and state.global_step < state.max_steps:
+        if self.asked():
             control.should_save = control.should_training_stop = True
 
 

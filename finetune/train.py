@@ -43,7 +43,7 @@ from finetune.data.collate import Batch, RowCollator, Rows
 from finetune.data.schedule import Row
 from finetune.progress import say
 from finetune.signals import Heard, listening
-from finetune.stability import DEFAULT_WATCH, Seen, UnstableError, Watch
+from finetune.stability import DEFAULT_WATCH, WINDOW, Seen, UnstableError, Watch
 from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter
 from modeling.errors import Interrupted, UserError
 from modeling.forward import packed_loss
@@ -134,10 +134,10 @@ def train(
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         ahead.close()
-    if trainer.state.global_step < trainer.state.max_steps and trainer.told_to_stop:
+    if told := int(ranks.gather_numbers([heard.signal]).max()):
         saved = folder / f"checkpoint-{trainer.state.global_step}"
-        name = signal.Signals(trainer.told_to_stop).name
-        raise Interrupted(f"{name}: saved as {saved}; the same command goes on from there", trainer.told_to_stop)
+        name = signal.Signals(told).name
+        raise Interrupted(f"{name}: saved as {saved}; the same command goes on from there", told)
     trainer.waiting = ahead.waited / (time.perf_counter() - started)
     best = trainer.state.best_model_checkpoint if plan.evaluate_every else None
     if best is None:
@@ -158,8 +158,8 @@ class IdeficsTrainer(SFTTrainer):
     """Share of the training's time that went by without a row to train on."""
     heard: Heard
     """What this process was told meanwhile."""
-    told_to_stop: int = 0
-    """The signal that any process heard."""
+    told_to_stop: bool = False
+    """Whether any process was."""
 
     def __init__(
         self, *, plan: Plan, train_rows: RowsAhead, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any
@@ -187,7 +187,7 @@ class IdeficsTrainer(SFTTrainer):
                 f"{self.accelerator.device.type}; set training.parallel=ddp"
             )
         self.remove_callback(PrinterCallback)
-        self.add_callback(Stopping(lambda: self.told_to_stop != 0))
+        self.add_callback(Stopping(lambda: self.told_to_stop))
         if plan.early_stop:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=plan.early_stop))
 
@@ -257,8 +257,8 @@ class IdeficsTrainer(SFTTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         loss, self._losses = torch.stack(self._losses).sum(), []
         told = ranks.gather_numbers([float(loss), float(self.heard.signal)])
-        self.told_to_stop = int(told[:, 1].max())
-        before = [line["loss"] for line in self.state.log_history if "loss" in line]
+        self.told_to_stop = bool(told[:, 1].any())
+        before = [line["loss"] for line in self.state.log_history[-2 * WINDOW :] if "loss" in line]
         checked = float(norm) if self.accelerator.scaler is None else 0.0  # which passes over infinite ones itself
         if reason := self.plan.watch.reason(float(told[:, 0].mean()), checked, before):
             raise UnstableError(self.state.global_step + 1, reason, self._dialogues_of_this_step(before))
@@ -300,8 +300,7 @@ class IdeficsTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Sealed when all have written, so that it is whole or not there. Raises UserError where there is no room."""
         folder, needed = Path(self.args.output_dir), self._checkpoint_bytes()
-        if self.args.should_save:
-            require_room(folder, needed)
+        ranks.on_main("look for room", lambda: require_room(folder, needed))
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError):

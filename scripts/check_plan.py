@@ -24,6 +24,7 @@ from typing import Any
 
 from process_memory import memory, reset_highest
 
+from finetune.data.collate import Rows
 from finetune.planning.footprint import RowSize, Setup
 from finetune.planning.memory import Memory, estimate
 from modeling.shapes import TINY, Config
@@ -278,7 +279,7 @@ def _train(case: Case, model: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
-class _Rows:
+class _Rows(Rows):
     """Rows of one size: sequences that begin with an image, as far as there are images."""
 
     def __init__(self, case: Case):

@@ -126,8 +126,8 @@ def kill(group):
         process.join()
 
 
-def tell(recipe_file, number, *, which):
-    """Trains; process `which` sends itself a signal in the middle of step 3. Returns what Interrupted says."""
+def tell(recipe_file, number, *, which, step=3):
+    """Trains; process `which` sends itself a signal in the middle of a step. Returns what Interrupted says."""
     from finetune import ranks
     from finetune.train import IdeficsTrainer
 
@@ -135,7 +135,7 @@ def tell(recipe_file, number, *, which):
 
     def telling(self, *args, **kwargs):
         calls.append(1)
-        if self.state.global_step == 2 and ranks.rank() == which and not self.heard.signal:
+        if self.state.global_step == step - 1 and ranks.rank() == which and not self.heard.signal:
             os.kill(os.getpid(), number)
         return original(self, *args, **kwargs)
 
@@ -160,6 +160,15 @@ def test_told_to_stop_it_saves_says_how_to_go_on_and_ends_the_same(recipe_file, 
     assert told == [(message, number)] * processes
     assert last_checkpoint(tmp_path / "run") == saved
     run_processes(processes, train, recipe_file)
+    assert_same(tmp_path / "run", expected)
+
+
+def test_told_in_the_last_step_it_ends_too_and_the_same_command_finishes(recipe_file, tmp_path, whole):
+    expected, _ = whole(1)
+    (told,) = run_processes(1, lambda: tell(recipe_file, signal.SIGTERM, which=0, step=STEPS))
+    assert told[1] == signal.SIGTERM
+    assert not (tmp_path / "run" / "training.json").exists()
+    run_processes(1, train, recipe_file)
     assert_same(tmp_path / "run", expected)
 
 

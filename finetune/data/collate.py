@@ -109,9 +109,11 @@ class Rows(Protocol):
 
     def state(self, rows: int) -> list[Any]:
         """What became known only as the first `rows` were made: for a checkpoint, as JSON has it."""
+        return []
 
     def restore(self, state: Sequence[Any]) -> None:
         """What a checkpoint, or another process, knows."""
+        assert not state, "of rows that have none"
 
 
 Origin = tuple[str, str]
@@ -129,7 +131,7 @@ class Features(Protocol):
 
 
 @dataclass(frozen=True)
-class RowCollator:
+class RowCollator(Rows):
     """The rows of a schedule over prepared examples. Plain data, so workers can have it."""
 
     rows: Sequence[Row]
@@ -166,12 +168,6 @@ class RowCollator:
 
     def empty(self) -> Batch:
         return self.batch(Row(0))
-
-    def state(self, rows: int) -> list[Any]:
-        return []
-
-    def restore(self, state: Sequence[Any]) -> None:
-        pass
 
     def batch(self, row: Row) -> Batch:
         taken = self._taken(row)

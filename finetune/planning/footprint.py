@@ -281,6 +281,9 @@ class _Forward:
         config, tape, setup = self.config, self.tape, self.setup
         chosen = tape.run((hidden,), tape.new(supervised, hidden.width, hidden.item))
         vocabulary, added = config["vocab_size"], config["additional_vocab_size"]
+        if setup.divided:
+            self._head_at_once(chosen, vocabulary, added)
+            return
         waiting = [tape.new(supervised, hidden.width, hidden.item)]
         for tower, rows in (("embeddings_and_head", vocabulary), ("added_tokens", added)):
             if setup.is_full(tower):
@@ -293,6 +296,16 @@ class _Forward:
             some += vocabulary * hidden.width * (FP32 + item * setup.autocast)
         gradients = sum(one.nbytes for one in waiting[1:])
         tape.run((chosen,), tape.new(1, 1, FP32), saves=waiting, gradients=gradients, scratch=some)
+
+    def _head_at_once(self, chosen: Tensor, vocabulary: int, added: int) -> None:
+        """All logits exist, with their gradient: a head that is divided runs once. Those of both parts are joined."""
+        tape, width = self.tape, vocabulary + added
+        gradients = self._if_full("embeddings_and_head", vocabulary * chosen.width)
+        gradients += self._if_full("added_tokens", added * chosen.width)
+        logits = tape.new(chosen.rows, width, self.setup.item)
+        tape.run((chosen,), logits, saves=(chosen,) if gradients else (), gradients=gradients, scratch=logits.nbytes)
+        some = 2 * FP32 * min(chosen.rows, ROWS) * width
+        tape.run((logits,), tape.new(1, 1, FP32), saves=(logits,), scratch=some)
 
     # What all of them are made of
 
