@@ -167,16 +167,16 @@ def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
 def test_a_model_that_will_be_divided_is_loaded_onto_no_gpu(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(materials, "device", lambda: torch.device("meta"))  # as a GPU that is not here
     made = Run(load_recipe(recipe_file)).materials
-    devices = {on_cpu: {one.device.type for one in made.load(on_cpu=on_cpu).model.parameters()} for on_cpu in (0, 1)}
+    devices = {divided: {one.device.type for one in made.load(divided=divided).model.parameters()} for divided in (0, 1)}
     assert devices == {0: {"meta"}, 1: {"cpu"}}
 
 
 @pytest.mark.parametrize(
-    ("processes", "parallel", "on_cpu"), [(2, "fsdp2", True), (2, "ddp", False), (1, "fsdp2", False)]
+    ("processes", "parallel", "divided"), [(2, "fsdp2", True), (2, "ddp", False), (1, "fsdp2", False)]
 )
-def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, monkeypatch, processes, parallel, on_cpu):
-    def load(self, *, on_cpu):
-        raise InterruptedError(on_cpu)
+def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, monkeypatch, processes, parallel, divided):
+    def load(self, *, divided):
+        raise InterruptedError(divided)
 
     monkeypatch.setattr(materials.Materials, "load", load)
     run = Run(load_recipe(recipe_file, [f"training.parallel={parallel}"]))
@@ -184,7 +184,7 @@ def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, monkeypatch, pr
     monkeypatch.setattr(ranks, "count", lambda: processes)
     with pytest.raises(InterruptedError) as loaded:
         _train_once(run)
-    assert loaded.value.args == (on_cpu,)
+    assert loaded.value.args == (divided,)
 
 
 def test_a_run_that_runs_out_of_memory_goes_on_with_what_it_is_told_to(recipe_file, tmp_path, monkeypatch):
