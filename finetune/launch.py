@@ -230,12 +230,9 @@ def _wait_for(told: Path) -> None:
 
 
 def leave() -> None:
-    """Out of a gloo group: its threads, alive at exit, make some processes abort. nccl's would wait for the dead."""
-    if "torch" in sys.modules:
-        from torch import distributed
-
-        if distributed.is_initialized() and distributed.get_backend() == "gloo":
-            distributed.destroy_process_group()
+    """Out of the group, if this process made one: before it says that all is over."""
+    if ranks := sys.modules.get("finetune.ranks"):
+        ranks.leave()
 
 
 def _start_folder() -> Path | None:

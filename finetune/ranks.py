@@ -8,6 +8,7 @@ each, `share_out` in shares. A user's mistake (UserError) or a full disk (OSErro
 all, so that none waits for one that has given up. Inside a step a process is alone: it waits for nobody.
 """
 
+import atexit
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,13 @@ ends them all."""
 def state() -> PartialState:
     """accelerate's, which all share; the group is made when it is first asked for."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+@atexit.register
+def leave() -> None:
+    """Out of a gloo group: its threads, alive at exit, make some processes abort. nccl's would wait for the dead."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def rank() -> int:

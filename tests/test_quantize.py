@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -442,7 +443,7 @@ def test_fp16_products_scale_the_loss(monkeypatch, tmp_path):
     from finetune import train as module
 
     seen = {}
-    monkeypatch.setattr(module, "SFTConfig", lambda **arguments: seen.update(arguments))
+    monkeypatch.setattr(module, "SFTConfig", lambda **arguments: seen.update(arguments) or SimpleNamespace(n_gpu=0))
     plan = Plan(packs_per_step=1, learning_rate=1e-3, optimizer="adamw_8bit")
     _arguments(tmp_path, steps=1, plan=plan, scaled=True)
     assert (seen["fp16"], seen["bf16"], seen["optim"]) == (True, False, "adamw_8bit")
