@@ -15,6 +15,7 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import IdeficsCausalLMOutputWithPast
 
 from modeling.attention import ImageRun
+from modeling.blocks import refine
 
 IGNORED = -100
 """The label of a token that is not supervised."""
@@ -30,7 +31,11 @@ FP16_SCALE = 2.0**12
 
 
 class PackedIdefics(IdeficsForVisionText2Text):
-    """The stock model, which asked with `targets` answers with their loss alone and never holds all logits."""
+    """The stock model with forwards of our own; asked with `targets`, it answers with their loss alone."""
+
+    def __init__(self, config: IdeficsConfig, vision_model: nn.Module | None = None):
+        super().__init__(config, vision_model)
+        refine(self.model)
 
     def forward(self, *args: Any, targets: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """`targets` int64 [K] follow the K positions that `logits_to_keep` names, of the only row."""
@@ -77,24 +82,50 @@ def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> t
 
 
 class _HeadLoss(torch.autograd.Function):
+    """Two buffers serve all rows: logits, and in fp32 their log-probabilities, which become the logits' gradient.
+
+    The product with the vocabulary is written out; the few added rows, which may be wrapped and of another dtype, are
+    left to autograd.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, head: nn.Module, targets: torch.Tensor, learning: bool, hidden: torch.Tensor, *trained: torch.Tensor
     ) -> torch.Tensor:
-        ctx.scale = FP16_SCALE if hidden.dtype == torch.float16 else 1.0
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.scale = FP16_SCALE if dtype == torch.float16 else 1.0
+        weight, added = head.weight.to(dtype), getattr(head, "additional_fc", None)
+        words, width = len(weight), len(weight) + getattr(head, "out_additional_features", 0)
+        logits = hidden.new_empty(min(len(hidden), HEAD_ROWS), width, dtype=dtype)
+        logs = torch.empty_like(logits, dtype=torch.float32)
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients = [torch.zeros_like(one) for one in (hidden, *trained)] if learning else []
+        by_parameter = dict(zip(trained, gradients[1:], strict=False))
+        beside = [parameter for parameter in trained if parameter is not head.weight]
         for start in range(0, len(hidden), HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
-            with torch.set_grad_enabled(learning):
-                rows = hidden[part].detach().requires_grad_(learning)
-                losses = token_losses(head(rows), targets[part])
-            total += losses.detach().sum()
-            if learning:
-                weights = torch.full_like(losses, ctx.scale)
-                made = torch.autograd.grad(losses, (rows, *trained), weights, materialize_grads=True)
-                for place, gradient in zip((gradients[0][part], *gradients[1:]), made, strict=True):
-                    place += gradient
+            rows, target = hidden[start : start + HEAD_ROWS], targets[start : start + HEAD_ROWS, None]
+            some, log = logits[: len(rows)], logs[: len(rows)]
+            torch.mm(rows.to(dtype), weight.T, out=some[:, :words])
+            if added is not None:
+                with torch.set_grad_enabled(learning):
+                    reached = rows.detach().requires_grad_(learning)
+                    more = added(reached)
+                some[:, words:] = more.detach()
+            torch.log_softmax(some, 1, dtype=torch.float32, out=log)
+            total -= log.gather(1, target).sum()
+            if not learning:
+                continue
+            shares = log.exp_().scatter_add_(1, target, log.new_full((1, 1), -1.0).expand(len(rows), 1))
+            made = (shares.mul_(ctx.scale) if ctx.scale != 1 else shares).to(dtype)  # softmax - one-hot
+            place = gradients[0][start : start + HEAD_ROWS]
+            place += made[:, :words] @ weight
+            if head.weight in by_parameter:
+                by_parameter[head.weight] += made[:, :words].T @ rows.to(dtype)
+            if added is not None:
+                behind = torch.autograd.grad(more, (reached, *beside), made[:, words:].to(more.dtype))
+                for sum_, gradient in zip((place, *(by_parameter[one] for one in beside)), behind, strict=True):
+                    sum_ += gradient
         ctx.save_for_backward(*gradients)
         return total
 

@@ -228,10 +228,7 @@ class _Forward:
         normed = self._rms_norm(hidden, "decoder")
         query, key, value = (self._linear(normed, width, "decoder") for _ in range(3))
         turns = [tape.new(hidden.rows, width // heads, value.item) for _ in ("cosine", "sine")]
-        query, key = (
-            tape.run((one,), tape.new(one.rows, width, one.item), saves=turns, scratch=3 * one.nbytes)
-            for one in (query, key)
-        )
+        query, key = (tape.run((one,), tape.new(one.rows, width, one.item), saves=turns) for one in (query, key))
         attended = self._packed_attention(query, key, value, heads)
         hidden = tape.add(hidden, self._linear(attended, width, "decoder"))
         return tape.add(hidden, self._mlp(self._rms_norm(hidden, "decoder"), "decoder"))
@@ -257,10 +254,10 @@ class _Forward:
 
     def _mlp(self, hidden: Tensor, tower: str) -> Tensor:
         inner = self.config["intermediate_size"]
-        gate = self._linear(hidden, inner, tower)
-        active = self.tape.like(gate, saves=(gate,))
-        up = self._linear(hidden, inner, tower)
-        return self._linear(self.tape.like(active, up, saves=(active, up)), hidden.width, tower)
+        gate, up = self._linear(hidden, inner, tower), self._linear(hidden, inner, tower)
+        product = self.tape.new(gate.rows, inner, gate.item)
+        self.tape.run((gate, up), product, saves=(gate, up), scratch=gate.nbytes)
+        return self._linear(product, hidden.width, tower)
 
     def _packed_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         """Each sequence's (or image's) result is joined to a row; all parts' gradients live when they are joined."""
@@ -291,9 +288,10 @@ class _Forward:
         if setup.autocast and setup.is_full("embeddings_and_head"):
             self._weight_in_bf16(hidden.width, vocabulary)
         item, width = setup.item if setup.autocast else hidden.item, vocabulary + added
-        some = 2 * min(supervised, HEAD_ROWS) * width * item + 2 * FP32 * min(supervised, ROWS) * width
+        # Logits, their logarithms in fp32, and their gradient where it is not in fp32 itself.
+        some = min(supervised, HEAD_ROWS) * width * (FP32 + item * (2 if item < FP32 else 1))
         if setup.is_full("embeddings_and_head"):  # those of a few rows, before they are added to the others'
-            some += vocabulary * hidden.width * (FP32 + item * setup.autocast)
+            some += vocabulary * hidden.width * item
         gradients = sum(one.nbytes for one in waiting[1:])
         tape.run((chosen,), tape.new(1, 1, FP32), saves=waiting, gradients=gradients, scratch=some)
 
@@ -364,17 +362,15 @@ class _Forward:
         return self.tape.like(hidden, saves=(mask,))
 
     def _rms_norm(self, hidden: Tensor, tower: str, heads: int = 1) -> Tensor:
-        """In fp32, whatever its input: keeps the input, in fp32 as well, and a root for each vector."""
-        tape, item = self.tape, self.setup.item_of(tower)
-        saves = [hidden, tape.new(hidden.rows, heads, FP32)]
-        if hidden.item < FP32:
-            saves.append(tape.new(hidden.rows, hidden.width, FP32))
-        if self.setup.is_full(tower):
-            saves.append(tape.new(hidden.rows, hidden.width, item))
-        output = tape.new(hidden.rows, hidden.width, item)
-        gradients = self._if_full(tower, hidden.width // heads)
+        """In fp32, whatever its input: keeps the input, and a root for each vector."""
+        tape, full = self.tape, self.setup.is_full(tower)
+        output = tape.new(hidden.rows, hidden.width, self.setup.item_of(tower))
         return tape.run(
-            (hidden,), output, saves=saves, gradients=gradients, scratch=3 * FP32 * hidden.rows * hidden.width
+            (hidden,),
+            output,
+            saves=[hidden, tape.new(hidden.rows, heads, FP32)],
+            gradients=self._if_full(tower, hidden.width // heads),
+            scratch=(full + 3 * (hidden.item < FP32)) * FP32 * hidden.rows * hidden.width,
         )
 
     def _layer_norm(self, hidden: Tensor, tower: str, heads: int = 1) -> Tensor:

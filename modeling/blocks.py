@@ -1,0 +1,136 @@
+"""Norms, rotations and gated products of IDEFICS, their backward written out: fewer passes over memory, less kept.
+
+    norm       x / rms(x) * w          keeps x and a root for each vector; autograd keeps x in fp32 besides
+    rotation   q cos + (-q2, q1) sin   two passes each way; autograd's make five tensors, and nine going back
+    product    silu(gate) * up         keeps gate and up; autograd keeps silu(gate) besides
+
+Each is transformers' module with another forward, and no memory of its own: names and weights stay what they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import silu
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.idefics.modeling_idefics import (
+    IdeficsAttention,
+    IdeficsMLP,
+    IdeficsModel,
+    IdeficsRMSNorm,
+    eager_attention_forward,
+)
+
+
+def refine(model: IdeficsModel) -> None:
+    """Give decoder and cross-attention the forwards of this page. Modules and weights stay the same objects."""
+    for module in model.modules():
+        if isinstance(module, IdeficsRMSNorm):
+            module.__class__ = RMSNorm
+        elif isinstance(module, IdeficsAttention) and not module.is_cross_attention:
+            module.__class__ = SelfAttention
+        elif isinstance(module, IdeficsMLP) and isinstance(module.act_fn, nn.SiLU):
+            module.__class__ = GatedMLP
+
+
+class RMSNorm(IdeficsRMSNorm):
+    """[..., D] -> [..., D] in the dtype of the weight, or in fp32 where that is fp32; computed in fp32."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class GatedMLP(IdeficsMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class SelfAttention(IdeficsAttention):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [B, T, H * D], position_ids int64 [B, T] -> ([B, T, H * D], the scores, if any)."""
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cosine, sine = (turn[:, :, None] for turn in self.rotary_emb(value, position_ids))
+        query, key = (_Rotation.apply(states, cosine, sine) for states in (query, key))
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.dropout if self.training else 0.0
+        output, scores = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.flatten(2)), scores
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        root = norm.square_().div_(hidden.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(hidden, weight, root)
+        scaled = hidden * root  # root's dtype, fp32, or hidden's
+        return (scaled if weight.dtype == torch.float32 else scaled.to(weight.dtype)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """With u = g w: root u - x root^3 mean(u x), and for the weight the sum over vectors of g x root."""
+        hidden, weight, root = ctx.saved_tensors
+        wide, gradient = hidden.float(), gradient.float()
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = (gradient * wide).mul_(root).flatten(0, -2).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, weight_gradient, None
+        made = gradient * weight
+        along = torch.linalg.vecdot(made, wide)[..., None].mul_(root**3).div_(-hidden.shape[-1])
+        return made.mul_(root).addcmul_(wide, along).to(hidden.dtype), weight_gradient, None
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), silu(gate).mul_(gradient)
+
+
+class _Rotation(torch.autograd.Function):
+    """Of states [B, T, H, D] by angles [B, T, 1, D], whose halves are equal; back, by the same angles the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotate(states, cosine, sine, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _rotate(gradient, cosine, sine, -1), None, None
+
+
+def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, way: int) -> torch.Tensor:
+    rotated = torch.empty_like(states)
+    (first, second), (cos, _), (sin, _) = (tensor.chunk(2, dim=-1) for tensor in (states, cosine, sine))
+    ahead, behind = rotated.chunk(2, dim=-1)
+    torch.mul(first, cos, out=ahead).addcmul_(second, sin, value=-way)
+    torch.mul(second, cos, out=behind).addcmul_(first, sin, value=way)
+    return rotated
