@@ -25,6 +25,7 @@ import torch
 from transformers import set_seed
 
 from finetune import ranks
+from finetune.arguments import Plan, rows_per_process
 from finetune.auto_fit import fitted
 from finetune.callbacks import ProgressBar, tokens_trained
 from finetune.checkpoints import last_checkpoint, step_of
@@ -44,7 +45,7 @@ from finetune.proof import prove
 from finetune.recipe import Recipe
 from finetune.sizes import show_size
 from finetune.stability import FILE, Event, Seen, UnstableError, Watch, read_events, write_events
-from finetune.train import Plan, rows_per_process, train
+from finetune.train import train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.checkpoint import identity, read_checkpoint, weight_bytes

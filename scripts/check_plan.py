@@ -221,7 +221,8 @@ def _train(case: Case, model: Any, folder: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
-    from finetune.train import Plan, train
+    from finetune.arguments import Plan
+    from finetune.train import train
     from modeling import tiny
     from modeling.adapters import count_trained
     from modeling.towers import is_lora

@@ -25,8 +25,9 @@ from transformers import TrainerCallback
 
 import finetune.train
 from finetune import ranks
+from finetune.arguments import Plan
 from finetune.data.collate import RowCollator, Rows
-from finetune.train import IdeficsTrainer, Plan
+from finetune.train import IdeficsTrainer
 from modeling.adapters import attach, whole
 
 LAYOUTS = ((2, "ddp"), (4, "ddp"), (2, "fsdp2"), (4, "fsdp2"))

@@ -156,7 +156,7 @@ def fixed_parts(setup: Setup) -> dict[str, int]:
 
 
 def gathered_bytes(setup: Setup) -> int:
-    """What a process that holds a share of everything holds whole besides, as finetune/train.py has a model divided.
+    """What a process that holds a share of everything holds whole besides, as finetune/arguments.py divides a model.
 
     Two of the largest layers; the head, and the image towers where they are loaded, from forward to backward.
     """
