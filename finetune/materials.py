@@ -128,8 +128,8 @@ class Materials:
             )
         write_json(self.folder / "data.json", report)
 
-    @cached_property
     def train_rows(self) -> Rows:
+        """Made anew each time: without what unstable.jsonl says by then."""
         training, settings = self.dataset.training, self.recipe.training
         augmentation = Augmentation(**self.recipe.data.augment.model_dump())
         blank = any(self.recipe.model.modes[tower] != "frozen" for tower in IMAGE_TOWERS)
@@ -153,10 +153,6 @@ class Materials:
             steps=settings.steps,
         )
         return replace(self._rows(training), rows=rows, **common)
-
-    def forget_rows(self) -> None:
-        """Rows for training are made anew when they are next asked for: without what unstable.jsonl says by then."""
-        self.__dict__.pop("train_rows", None)
 
     @cached_property
     def held_rows(self) -> RowCollator:

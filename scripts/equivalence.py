@@ -181,7 +181,7 @@ def prepare(folder: Path, steps: int) -> tuple[Callable[[], nn.Module], Any, Row
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=steps), encoding="utf-8")
     recipe = load_recipe(folder / "recipe.yaml")
     made = Materials(recipe, open_folder(recipe))
-    rows = made.train_rows
+    rows = made.train_rows()
 
     def make() -> nn.Module:
         torch.manual_seed(0)

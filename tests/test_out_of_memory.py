@@ -18,6 +18,7 @@ from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe
 from finetune.run import Run, _train_once
 from finetune.sizes import show_size
+from finetune.stability import Watch
 from finetune.train import IdeficsTrainer
 from modeling.errors import UserError
 
@@ -180,10 +181,12 @@ def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, monkeypatch, pr
 
     monkeypatch.setattr(materials.Materials, "load", load)
     run = Run(load_recipe(recipe_file, [f"training.parallel={parallel}"]))
-    assert len(run.materials.train_rows)
+    rows = run.materials.train_rows()
+    assert len(rows)
+    monkeypatch.setattr(run.materials, "train_rows", lambda: rows)
     monkeypatch.setattr(ranks, "count", lambda: processes)
     with pytest.raises(InterruptedError) as loaded:
-        _train_once(run)
+        _train_once(run, Watch())
     assert loaded.value.args == (divided,)
 
 
