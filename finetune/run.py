@@ -26,14 +26,16 @@ from transformers import set_seed
 from finetune import ranks
 from finetune.arguments import Plan, rows_per_process
 from finetune.auto_fit import fitted
+from finetune.base import local_base
 from finetune.callbacks import ProgressBar, tokens_trained
 from finetune.checkpoints import last_checkpoint
 from finetune.data.collate import RowCollator, Rows
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import describe, open_image
+from finetune.device import device, free_memory
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import open_folder, read_json, versions, write_json
-from finetune.materials import Materials, device, free_memory, local_base
+from finetune.materials import Materials
 from finetune.merge import Origin, merge
 from finetune.merge_verb import model_card
 from finetune.out_of_memory import told_if_memory_runs_out

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from finetune import materials, out_of_memory, ranks
+from finetune import base, materials, out_of_memory, ranks
 from finetune.cli import app
 from finetune.out_of_memory import LESS, Held, explain, held, told_if_memory_runs_out
 from finetune.planning.plan import Planner
@@ -166,7 +166,7 @@ def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
 
 
 def test_a_model_that_will_be_divided_is_loaded_onto_no_gpu(recipe_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(materials, "device", lambda: torch.device("meta"))  # as a GPU that is not here
+    monkeypatch.setattr(base, "device", lambda: torch.device("meta"))  # as a GPU that is not here
     made = Run(load_recipe(recipe_file)).materials
     for divided, expected in ((False, "meta"), (True, "cpu")):
         assert {one.device.type for one in made.load(divided=divided).model.parameters()} == {expected}
