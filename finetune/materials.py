@@ -34,7 +34,6 @@ from finetune.sizes import parse_size
 from finetune.stability import read_events
 from modeling import loading
 from modeling.shapes import SHAPES, read_config
-from modeling.towers import IMAGE_TOWERS
 from modeling.vision import ImageTowers, feature_shape, image_towers_identity, load_image_towers
 
 FEATURES = "features"
@@ -116,14 +115,11 @@ class Materials:
     def train_rows(self) -> Rows:
         """Made anew each time: without what unstable.jsonl says by then."""
         training, settings = self.dataset.training, self.recipe.training
-        augmentation = Augmentation(**self.recipe.data.augment.model_dump())
-        blank = any(self.recipe.model.modes[tower] != "frozen" for tower in IMAGE_TOWERS)
-        skipped = frozenset().union(*(event.skipped for event in read_events(self.folder)))
         common: dict[str, Any] = {
-            "augmentation": augmentation,
+            "augmentation": Augmentation(**self.recipe.data.augment.model_dump()),
             "seed": settings.seed,
-            "blank_image": blank,
-            "skipped": skipped,
+            "blank_image": self.recipe.model.trains_image_towers,
+            "skipped": frozenset().union(*(event.skipped for event in read_events(self.folder))),
         }
         if self.recipe.data.streams:
             return self._streamed_rows(training, **common)

@@ -68,12 +68,6 @@ def convert(source: Source, made: Path, *, downloads: Path, workers: int, track:
     """
     parts = made / "convert"
 
-    def converted() -> bool:
-        if (made / DIALOGUES).is_file():
-            return True
-        parts.mkdir(parents=True, exist_ok=True)
-        return False
-
     def share() -> tuple[int, Account]:
         whole = Account(source.name)
         records = track(_taken(source, whole), f"convert {source.label}")
@@ -81,7 +75,8 @@ def convert(source: Source, made: Path, *, downloads: Path, workers: int, track:
         run_all(tasks, _Convert(source, made, downloads), workers=workers)
         return tasks.count, whole
 
-    if not team.on_main("look for dialogues", converted):
+    if not team.on_main("look for dialogues", lambda: (made / DIALOGUES).is_file()):
+        team.on_main("make room for parts", lambda: parts.mkdir(parents=True, exist_ok=True))
         count, whole = team.each(f"convert {source.label}", share)[0]
         team.on_main(f"join {source.label}", lambda: _merge_converted(made, count, whole))
     return team.on_main("read the account", lambda: account_of(Rows(made / DIALOGUES)))
