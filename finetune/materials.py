@@ -16,12 +16,13 @@ from finetune.data.dialogue import Image
 from finetune.data.fit import Limits, fitter
 from finetune.data.images import Augmentation, Preprocessing
 from finetune.data.packing import pack_in_order
+from finetune.data.passes import prepared_pass, read_pass
 from finetune.data.prepare import require_examples
 from finetune.data.prepared import Prepared
 from finetune.data.schedule import Row, build_schedule
 from finetune.data.sources import hold_dialogues
 from finetune.data.sources.source import Source
-from finetune.data.stream import StreamedRows, downloads, prepared_pass, read_pass
+from finetune.data.stream import StreamedRows, downloads
 from finetune.data.tokens import Encoder
 from finetune.dataset import Dataset, make_dataset, prepare_sources, tell_losses, write_report
 from finetune.device import auto_dtype, device
