@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod
 
-from finetune.planning.footprint import INT64, NF4_GROUP, RowSize, Setup, record
+from finetune.planning.footprint import INT64, NF4_GROUP, record
+from finetune.planning.setup import RowSize, Setup
 from finetune.planning.tape import FP32, GRADIENTS, peak
 from modeling.shapes import count_lora, tensor_shapes
 from modeling.towers import IMAGE_TOWERS, LORA_TOWERS, QUANTIZED_TOWERS, TOWERS, lora_pattern, tower_of
