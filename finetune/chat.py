@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.base import QUANTIZED, load_model
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.sources import messages
@@ -13,8 +14,8 @@ from finetune.data.sources.files import read_records
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from finetune.data.tracking import Track, silently
+from finetune.device import auto_dtype, device
 from finetune.generate import Assistant, generate
-from finetune.materials import QUANTIZED, auto_dtype, device, load_model
 from modeling.adapters import open_adapter
 
 HELP = (

@@ -1,19 +1,12 @@
 """The command `finetune`: one verb per stage. Imports torch only inside a verb that needs it."""
 
-import errno
-import json
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 
 from finetune import launch
-from modeling.errors import Interrupted, UserError
+from finetune.outcome import fail, finish, guarded, quiet
 
 app = typer.Typer(
     help="Instruction fine-tuning for IDEFICS: a recipe in, a merged instruct model out.",
@@ -46,7 +39,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
     def work() -> dict[str, Any]:
         return check_recipe(load_recipe(recipe, overrides), show=not as_json)
 
-    _finish(_guarded(work), as_json)
+    finish(guarded(work), as_json)
 
 
 @app.command(epilog="Example: `finetune plan recipes/idefics-9b_lora_1x80gb.yaml --gpu 24GiB --picture plan.png`")
@@ -73,7 +66,7 @@ def plan(
         loaded = load_recipe(recipe, overrides)
         return plan_recipe(loaded, gpu=gpu, processes=processes, picture=picture, show=not as_json)
 
-    _finish(_guarded(work), as_json)
+    finish(guarded(work), as_json)
 
 
 @app.command(epilog="Example: `finetune prepare recipes/own_data.yaml`")
@@ -83,7 +76,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
 
     def work() -> dict[str, Any]:
         loaded = load_recipe(recipe, overrides)
-        _quiet()
+        quiet()
         from finetune.card import write_card
         from finetune.dataset import tell_losses
         from finetune.inspect import accounts_table
@@ -98,7 +91,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
         say(f"the dataset card: {folder / 'README.md'}")
         return dataset.report
 
-    _finish(_guarded(work), as_json)
+    finish(guarded(work), as_json)
 
 
 @app.command(epilog="Example: `finetune run recipes/quickstart.yaml training.steps=50`")
@@ -165,24 +158,24 @@ def merge(
     options = [option for option, value in given.items() if value is not None]
     is_recipe = what.suffix in (".yaml", ".yml")
     if is_recipe and (options or verify):
-        _fail(f"{', '.join(options) or '--verify'}: not with a recipe; give the run's folder instead")
+        fail(f"{', '.join(options) or '--verify'}: not with a recipe; give the run's folder instead")
     if overrides and not is_recipe:
-        _fail(f"{overrides[0]}: only a recipe has keys to change, and {what} is a folder")
+        fail(f"{overrides[0]}: only a recipe has keys to change, and {what} is a folder")
     if verify and options:
-        _fail(f"{', '.join(options)}: not with --verify, which knows from {what} what it was made of")
+        fail(f"{', '.join(options)}: not with --verify, which knows from {what} what it was made of")
     if is_recipe:
         _stages(what, overrides, as_json, "merge")
         return
 
     def work() -> dict[str, Any]:
-        _quiet()
+        quiet()
         from finetune.merge_verb import merge_folder, verify_folder
 
         if verify:
             return verify_folder(what, show=not as_json)
         return merge_folder(what, base=base, out=out, onto=onto, dtype=dtype, shard_size=shard_size, show=not as_json)
 
-    _finish(_guarded(work), as_json)
+    finish(guarded(work), as_json)
 
 
 @app.command(epilog="Example: `finetune inspect recipes/own_data.yaml --html own_data.html`")
@@ -203,12 +196,12 @@ def inspect(
 
     def work() -> dict[str, Any]:
         loaded = load_recipe(recipe, overrides)
-        _quiet()
+        quiet()
         from finetune.inspect import inspect as inspect_recipe
 
         return inspect_recipe(loaded, count=count, ids=ids, html=html, show=not as_json)
 
-    _finish(_guarded(work), as_json)
+    finish(guarded(work), as_json)
 
 
 ModelName = Annotated[
@@ -235,7 +228,7 @@ def chat(
     """Ask a model: one answer, or a conversation with images added on the way."""
 
     def work() -> dict[str, Any]:
-        _quiet()
+        quiet()
         from finetune.chat import Conversation, converse, open_assistant
 
         conversation = Conversation(open_assistant(model, adapter=adapter, quantize=quantize), max_new_tokens)
@@ -247,7 +240,7 @@ def chat(
             converse(conversation, lambda: input("> "), typer.echo)
         return {}
 
-    _guarded(work)
+    guarded(work)
 
 
 @app.command(epilog="Example: `finetune generate runs/mine/merged prompts.jsonl answers.jsonl`")
@@ -263,7 +256,7 @@ def generate(
     """Answer a file of prompts, one line each; a record that cannot be asked gets its reason."""
 
     def work() -> dict[str, Any]:
-        _quiet()
+        quiet()
         from finetune.chat import answer_file, open_assistant
         from finetune.progress import say, track
 
@@ -272,7 +265,7 @@ def generate(
         say(f"{answers}: {counts['answered']} answers, {counts['errors']} errors")
         return dict(counts)
 
-    _finish(_guarded(work), as_json)
+    finish(guarded(work), as_json)
 
 
 def _stages(
@@ -287,7 +280,7 @@ def _stages(
     from finetune.recipe_file import load_recipe
 
     if restarts and processes == 1:
-        _fail(f"--restarts {restarts}: one process has none to start it again; expected --processes 2 or more with it")
+        fail(f"--restarts {restarts}: one process has none to start it again; expected --processes 2 or more with it")
 
     def work() -> dict[str, Any]:
         loaded = load_recipe(recipe, overrides)
@@ -295,7 +288,7 @@ def _stages(
             arguments = [stage or "run", str(recipe), *(overrides or []), *(["--json"] if as_json else [])]
             parallel = loaded.training.parallel
             raise typer.Exit(launch.launch(arguments, processes=processes, parallel=parallel, restarts=restarts))
-        _quiet()
+        quiet()
         from finetune.report import show
         from finetune.run import Run, stages_of
 
@@ -304,66 +297,4 @@ def _stages(
             show(loaded, result)
         return result
 
-    _finish(_guarded(work), as_json and launch.is_first())
-
-
-def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do the work; a user's mistake ends with its message and status 1, an interruption with 128 + its signal.
-
-    Of several processes that fail, one says why.
-    """
-    try:
-        launch.begin()
-        return work()
-    except UserError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint", status=130)
-    except Interrupted as error:
-        _fail(str(error), status=128 + error.signal)
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-            what = error.filename or "writing"
-            _fail(f"{what}: {error.strerror}; what is complete is kept, and the same command goes on")
-        if not launch.is_started():
-            raise
-        launch.tell_unforeseen(error)
-        raise typer.Exit(1) from error
-    finally:
-        launch.leave()
-
-
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-
-
-def _fail(message: str, status: int = 1) -> NoReturn:
-    from rich.text import Text
-
-    from finetune.progress import console
-
-    def show() -> None:
-        console.quiet = False
-        console.print(Text(message, style="red"))
-
-    launch.tell(show, status, final=True)
-    raise typer.Exit(status)
-
-
-def _finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        json.dump(result, sys.stdout, indent=2, ensure_ascii=False)
-        sys.stdout.write("\n")
-
-
-def _quiet() -> None:
-    """Keep the libraries' notices out of our output; their errors stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("bitsandbytes", "transformers", "trl", "accelerate", "datasets", "peft", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(peft|trl|transformers|torch|accelerate)\b.*")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    finish(guarded(work), as_json and launch.is_first())

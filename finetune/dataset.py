@@ -15,6 +15,7 @@ from finetune.data.prepared import Prepared
 from finetune.data.schedule import Mix
 from finetune.data.sources.source import Source
 from finetune.data.team import ALONE, Team
+from finetune.folder import read_json, write_json
 from finetune.progress import say, track
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
@@ -79,6 +80,17 @@ def prepare_sources(
     )
 
 
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """data.json of a run folder. Raises UserError where there is another one already."""
+    before = read_json(folder / "data.json")
+    if before is not None and before != report:
+        raise UserError(
+            f"{folder}: the data has changed since this run began: {_first_difference(before, report)}\n"
+            f"  go on with the data it began with, or choose another folder (output=runs/NAME)"
+        )
+    write_json(folder / "data.json", report)
+
+
 def tell_losses(dataset: Dataset, report: Path) -> None:
     """Say what was rejected, and what training and held-out data share."""
     for account in dataset.accounts:
@@ -104,3 +116,15 @@ def _without_overlap(training: Prepared, overlap: Overlap, rule: str) -> Prepare
     if len(training) and not len(left):
         raise UserError("data.overlap: every training example would be dropped; is it the held-out data itself?")
     return left
+
+
+def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Where two data.json differ first, as "key: was, is"."""
+    for key in before:
+        if isinstance(before[key], list):
+            for one, other in zip(before[key], now[key], strict=False):
+                if one != other:
+                    return f"{one['source']}: {_first_difference(one, other)}"
+        elif before[key] != now.get(key):
+            return f"{key} was {before[key]}, is {now.get(key)}"
+    return "sources"

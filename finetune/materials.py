@@ -1,6 +1,5 @@
 """Recipe -> what its stages work with: base, tokenizer, prepared data, rows, models; each made when first asked."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -8,42 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from finetune import ranks
-from finetune.data.account import Account
+from finetune.base import QUANTIZED, learn_tokenizer, load_model, local_base, make_base
 from finetune.data.collate import Features, RowCollator, Rows
-from finetune.data.convert import read_dialogues
 from finetune.data.dialogue import Image
 from finetune.data.fit import Limits, fitter
 from finetune.data.images import Augmentation, Preprocessing
 from finetune.data.packing import pack_in_order
+from finetune.data.passes import prepared_pass, read_pass
 from finetune.data.prepare import require_examples
 from finetune.data.prepared import Prepared
 from finetune.data.schedule import Row, build_schedule
 from finetune.data.sources import hold_dialogues
 from finetune.data.sources.source import Source
-from finetune.data.stream import StreamedRows, downloads, prepared_pass, read_pass
+from finetune.data.stream import StreamedRows, downloads
 from finetune.data.tokens import Encoder
-from finetune.dataset import Dataset, make_dataset, prepare_sources, tell_losses
+from finetune.dataset import Dataset, make_dataset, prepare_sources, tell_losses, write_report
+from finetune.device import auto_dtype, device
 from finetune.features import FeatureCache, ImageFeatures
-from finetune.folder import read_json, write_json
 from finetune.generate import Assistant
 from finetune.progress import track
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
 from finetune.sizes import parse_size
 from finetune.stability import read_events
-from modeling import loading, tiny
-from modeling.errors import UserError
-from modeling.quantize import quantized_checkpoint
-from modeling.shapes import SHAPES, Config, read_config
-from modeling.towers import IMAGE_TOWERS
+from modeling import loading
+from modeling.shapes import SHAPES, read_config
 from modeling.vision import ImageTowers, feature_shape, image_towers_identity, load_image_towers
 
-QUANTIZED, FEATURES = "quantized", "features"
-"""Folders of quantised weights and of image features, beside that of prepared sets."""
+FEATURES = "features"
+"""Folder of image features, beside that of prepared sets."""
 
 
 class Materials:
@@ -66,7 +61,7 @@ class Materials:
 
         def make() -> None:
             if not (folder / "config.json").is_file():
-                _make_base(shape, self.sources, folder, seed=self.recipe.training.seed)
+                make_base(shape, self.sources, folder, seed=self.recipe.training.seed)
 
         _require_all_here()
         ranks.on_main("make the base", make)
@@ -79,8 +74,7 @@ class Materials:
     def load(self, *, image_towers: bool | None = None, divided: bool = False) -> loading.Idefics:
         """The base as this recipe trains it, on its device; quantised weights are kept beside the prepared sets.
 
-        `image_towers`: None leaves them out where features are cached. `divided`: for FSDP, which gives every process
-        its share: the first one alone has the weights, in main memory, and the others room for them.
+        `image_towers`: None leaves them out where features are cached. `divided`: as `load_model`.
         """
         return load_model(
             self.base,
@@ -115,30 +109,18 @@ class Materials:
         ranks.on_main("make the folder of prepared sets", lambda: prepared.mkdir(parents=True, exist_ok=True))
         ranks.require_shared("data.prepared", prepared)
         made = make_dataset(self.recipe, self.sources, self.processor.tokenizer, team=ranks.nodes())
-        ranks.on_main("write data.json", lambda: self._write_report(made.report))
+        ranks.on_main("write data.json", lambda: write_report(made.report, self.folder))
         tell_losses(made, self.folder / "data.json")
         return made
 
-    def _write_report(self, report: dict[str, Any]) -> None:
-        before = read_json(self.folder / "data.json")
-        if before is not None and before != report:
-            raise UserError(
-                f"{self.folder}: the data has changed since this run began: {_first_difference(before, report)}\n"
-                f"  go on with the data it began with, or choose another folder (output=runs/NAME)"
-            )
-        write_json(self.folder / "data.json", report)
-
-    @cached_property
     def train_rows(self) -> Rows:
+        """Made anew each time: without what unstable.jsonl says by then."""
         training, settings = self.dataset.training, self.recipe.training
-        augmentation = Augmentation(**self.recipe.data.augment.model_dump())
-        blank = any(self.recipe.model.modes[tower] != "frozen" for tower in IMAGE_TOWERS)
-        skipped = frozenset().union(*(event.skipped for event in read_events(self.folder)))
         common: dict[str, Any] = {
-            "augmentation": augmentation,
+            "augmentation": Augmentation(**self.recipe.data.augment.model_dump()),
             "seed": settings.seed,
-            "blank_image": blank,
-            "skipped": skipped,
+            "blank_image": self.recipe.model.trains_image_towers,
+            "skipped": frozenset().union(*(event.skipped for event in read_events(self.folder))),
         }
         if self.recipe.data.streams:
             return self._streamed_rows(training, **common)
@@ -153,10 +135,6 @@ class Materials:
             steps=settings.steps,
         )
         return replace(self._rows(training), rows=rows, **common)
-
-    def forget_rows(self) -> None:
-        """Rows for training are made anew when they are next asked for: without what unstable.jsonl says by then."""
-        self.__dict__.pop("train_rows", None)
 
     @cached_property
     def held_rows(self) -> RowCollator:
@@ -284,89 +262,3 @@ def open_dataset(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
         revision = recipe.model.revision
         tokenizer = loading.load_processor(str(recipe.model.base), revision=revision, instruct=instruct).tokenizer
     return sources, make_dataset(recipe, sources, tokenizer), tokenizer
-
-
-def _make_base(shape: str, sources: list[Source], folder: Path, *, seed: int) -> None:
-    """A fresh base of a shape, on disk; its tokenizer learns from the texts of the sources."""
-    config = SHAPES[shape]
-    tokenizer = learn_tokenizer(config, sources, instruct=False)
-    processor = tiny.build_processor(tokenizer, image_size=config["vision_config"]["image_size"])
-    loading.save_processor(processor, folder)
-    tiny.build_model(config, seed=seed).save_pretrained(folder)
-
-
-def learn_tokenizer(config: Config, sources: list[Source], *, instruct: bool) -> Any:
-    texts = [
-        f"{turn.role.capitalize()}: {turn.text}"
-        for source in sources
-        for _, dialogue in read_dialogues(source, Account(source.name), track=track)
-        for turn in dialogue.turns
-    ]
-    if not texts:
-        raise UserError("model.init: the sources hold no text to learn a vocabulary from")
-    return tiny.train_tokenizer(texts, vocab_size=config["vocab_size"], added=3 if instruct else 2)
-
-
-def load_model(
-    base: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype,
-    instruct: bool,
-    quantize: str | None,
-    cache: Path,
-    image_towers: bool = True,
-    divided: bool = False,
-) -> loading.Idefics:
-    """A model on the device that this machine has, in 4 bits where `quantize` says so; its NF4 is kept in `cache`.
-
-    `divided`: as `Materials.load`.
-    """
-    quantized, folder = None, local_base(base, revision=revision)
-    if quantize:
-        name = Path(base).name
-        quantized = ranks.on_main("quantise", lambda: quantized_checkpoint(folder, cache, name=name, track=track))
-    return loading.load(
-        base,
-        revision=revision,
-        dtype=dtype,
-        instruct=instruct,
-        quantized=quantized,
-        device=loading.CPU if divided else device(),
-        weights=not divided or ranks.is_main(),
-        image_towers=image_towers,
-    )
-
-
-def local_base(base: str, *, revision: str | None) -> Path:
-    """Folder of a base; a hub id is fetched, by the main process first: the others find what it fetched."""
-    return ranks.main_first("fetch the base", lambda: loading.local_folder(base, revision=revision))
-
-
-def auto_dtype() -> torch.dtype:
-    """bf16 where the hardware has it, else fp32."""
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-
-
-def device() -> torch.device:
-    """Of several GPUs, the one of this process."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else loading.CPU
-
-
-def free_memory() -> int:
-    """Bytes that a model may take: of the GPU, or of main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info(device())[0]
-    return psutil.virtual_memory().available
-
-
-def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Where two data.json differ first, as "key: was, is"."""
-    for key in before:
-        if isinstance(before[key], list):
-            for one, other in zip(before[key], now[key], strict=False):
-                if one != other:
-                    return f"{one['source']}: {_first_difference(one, other)}"
-        elif before[key] != now.get(key):
-            return f"{key} was {before[key]}, is {now.get(key)}"
-    return "sources"

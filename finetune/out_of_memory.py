@@ -10,8 +10,8 @@ import psutil
 import torch
 
 from finetune import ranks
+from finetune.device import device
 from finetune.folder import ELSEWHERE
-from finetune.materials import device
 from finetune.planning.afford import Change
 from finetune.planning.memory import Memory
 from finetune.planning.plan import Planner

@@ -76,6 +76,10 @@ class Model(Section):
         towers = ("vision", "resampler", "cross_attention", "decoder", "gates", "added_tokens", "embeddings_and_head")
         return {tower: getattr(self, tower) for tower in towers}
 
+    @property
+    def trains_image_towers(self) -> bool:
+        return any(self.modes[tower] != "frozen" for tower in IMAGE_TOWERS)
+
 
 LORA_FIELDS = (
     *("bias", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
@@ -392,8 +396,8 @@ class Recipe(Section):
     @property
     def caches_features(self) -> bool:
         """Whether an image's features stay the same throughout the run, and are asked to be kept."""
-        frozen = all(self.model.modes[tower] == "frozen" for tower in IMAGE_TOWERS)
-        return self.data.cache_features and frozen and not self.data.streams and self.data.augment == Augment()
+        same = not self.model.trains_image_towers and self.data.augment == Augment()
+        return self.data.cache_features and same and not self.data.streams
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""

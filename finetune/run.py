@@ -14,7 +14,6 @@ merges.
 
 import gc
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -25,15 +24,18 @@ import torch
 from transformers import set_seed
 
 from finetune import ranks
+from finetune.arguments import Plan, rows_per_process
 from finetune.auto_fit import fitted
+from finetune.base import local_base
 from finetune.callbacks import ProgressBar, tokens_trained
-from finetune.checkpoints import last_checkpoint, step_of
+from finetune.checkpoints import last_checkpoint
 from finetune.data.collate import RowCollator, Rows
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import describe, open_image
+from finetune.device import device, free_memory
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import open_folder, read_json, versions, write_json
-from finetune.materials import Materials, device, free_memory, local_base
+from finetune.materials import Materials
 from finetune.merge import Origin, merge
 from finetune.merge_verb import model_card
 from finetune.out_of_memory import told_if_memory_runs_out
@@ -43,8 +45,8 @@ from finetune.progress import say, track
 from finetune.proof import prove
 from finetune.recipe import Recipe
 from finetune.sizes import show_size
-from finetune.stability import FILE, Event, Seen, UnstableError, Watch, read_events, write_events
-from finetune.train import Plan, rows_per_process, train
+from finetune.stability import UnstableError, Watch, go_back, read_events
+from finetune.train import train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.checkpoint import identity, read_checkpoint, weight_bytes
@@ -97,54 +99,23 @@ class Run:
 
 def _train(run: Run) -> dict[str, Any]:
     """As often as the run has to go back: each time from what is on the disk, as if it had been interrupted."""
-    rows_per_process(run.recipe.training.packs_per_step)  # who cannot share out a step knows it before all else
+    settings = run.recipe.training
+    rows_per_process(settings.packs_per_step)  # who cannot share out a step knows it before all else
+    watch = Watch(**settings.instability.model_dump())
     while True:
         try:
             with told_if_memory_runs_out(run.recipe):
-                return _train_once(run)
+                return _train_once(run, watch)
         except UnstableError as error:
             unstable = (error.step, error.reason, error.dialogues)
-        _go_back(run, *unstable)
+        go_back(run.folder, *unstable, watch=watch)
         gc.collect()  # of the attempt's model
         torch.cuda.empty_cache()
 
 
-def _go_back(run: Run, step: int, reason: str, dialogues: list[Seen]) -> None:
-    """Write down what happened, so that the next attempt does otherwise. Raises UserError when there is none."""
-    folder, watch = run.folder, _watch(run.recipe)
-
-    def write_down() -> list[Event]:
-        events, checkpoint = read_events(folder), last_checkpoint(folder)
-        if events and checkpoint and step_of(checkpoint) == events[-1].back_to:  # it was not good enough the last time
-            shutil.rmtree(checkpoint)
-            checkpoint = last_checkpoint(folder)
-        back_to = step_of(checkpoint) if checkpoint else 0
-        events.append(Event(step, reason, watch.action, back_to, tuple(dialogues)))
-        write_events(folder, events)
-        return events
-
-    events = ranks.on_main("go back", write_down)
-    blamed = [one for one in dialogues if one.blamed]
-    say(f"step {step}: {reason}; to blame: {', '.join(f'{one.source} {one.place}' for one in blamed[:5])}")
-    say(f"  {len(blamed)} of the step's {len(dialogues)} dialogues, see {folder / FILE}")
-    if watch.action == "stop" or len(events) > watch.rollbacks:
-        said = "says stop" if watch.action == "stop" else f"allows {watch.rollbacks} rollbacks, and that was one more"
-        raise UserError(
-            f"step {step}: {reason}; training.instability {said}\n"
-            f"  {folder / FILE} names the dialogues; leave them out, or lower training.learning_rate"
-        )
-    change = "without them" if watch.action == "skip" else "with half the rates"
-    say(f"  going back to step {events[-1].back_to}, {change}")
-    run.materials.forget_rows()
-
-
-def _watch(recipe: Recipe) -> Watch:
-    return Watch(**recipe.training.instability.model_dump())
-
-
-def _train_once(run: Run) -> dict[str, Any]:
+def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
     recipe, made = run.recipe, run.materials
-    rows = made.train_rows
+    rows = made.train_rows()
     base = local_base(made.base, revision=recipe.model.revision)
     base_identity = ranks.on_main("identify the base", lambda: identity(read_checkpoint(base)))
     idefics = made.load(divided=recipe.training.parallel == "fsdp2" and ranks.count() > 1).model
@@ -157,7 +128,7 @@ def _train_once(run: Run) -> dict[str, Any]:
     if recipe.model.continue_from:
         load_adapter_weights(model, Path(recipe.model.continue_from))
     cuts = [event.back_to for event in read_events(run.folder) if event.action == "lower_rate"]
-    plan = _plan(recipe, len(rows), autocast=_autocast(recipe, made.dtype), rate_cuts=cuts)
+    plan = _plan(recipe, len(rows), autocast=_autocast(recipe, made.dtype), watch=watch, rate_cuts=cuts)
     resume_from = ranks.on_main("look for a checkpoint", lambda: last_checkpoint(run.folder))
     started = time.perf_counter()
     say(f"train: {counts.total:,} parameters" + (f", going on from {resume_from.name}" if resume_from else ""))
@@ -229,7 +200,7 @@ def _write_page(folder: Path, images: Sequence[Image]) -> None:
 def _merge(run: Run) -> dict[str, Any]:
     adapter, made = run.require_adapter(), run.materials
     training, held = made.dataset.training, made.dataset.held
-    rows, some = (made.held_rows, held) if len(held) else (made.train_rows, training)
+    rows, some = (made.held_rows, held) if len(held) else (made.train_rows(), training)
     return ranks.on_main("merge", lambda: _merge_and_ask(run, adapter, rows, some.dialogues[:PROOF_DIALOGUES]))
 
 
@@ -292,7 +263,7 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if asked[stage])
 
 
-def _plan(recipe: Recipe, rows: int, *, autocast: bool, rate_cuts: Sequence[int]) -> Plan:
+def _plan(recipe: Recipe, rows: int, *, autocast: bool, watch: Watch, rate_cuts: Sequence[int]) -> Plan:
     settings = recipe.training
     steps = rows // settings.packs_per_step
     return Plan(
@@ -315,7 +286,7 @@ def _plan(recipe: Recipe, rows: int, *, autocast: bool, rate_cuts: Sequence[int]
         unused_parameters=recipe.model.vision == "full",
         autocast=autocast,
         parallel=settings.parallel,
-        watch=_watch(recipe),
+        watch=watch,
         rate_cuts=rate_cuts,
     )
 

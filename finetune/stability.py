@@ -6,11 +6,17 @@ when it begins again: the dialogues to do without, and the steps from which rate
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from finetune import ranks
+from finetune.checkpoints import last_checkpoint, step_of
+from finetune.progress import say
+from modeling.errors import UserError
 
 Action = Literal["skip", "lower_rate", "stop"]
 
@@ -103,6 +109,36 @@ class Event:
     def skipped(self) -> frozenset[tuple[str, str]]:
         """(source, place) of what the run goes on without."""
         return frozenset((one.source, one.place) for one in self.dialogues if one.blamed and self.action == "skip")
+
+
+def go_back(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], *, watch: Watch) -> None:
+    """Write down what happened in a run folder, so that the next attempt does otherwise, and tell it.
+
+    Every process of a group calls this. Raises UserError, in all of them, where there is no next attempt.
+    """
+    event, events = ranks.on_main("go back", lambda: _write_down(folder, step, reason, dialogues, watch))
+    blamed = [one for one in dialogues if one.blamed]
+    say(f"step {step}: {reason}; to blame: {', '.join(f'{one.source} {one.place}' for one in blamed[:5])}")
+    say(f"  {len(blamed)} of the step's {len(dialogues)} dialogues, see {folder / FILE}")
+    if watch.action == "stop" or events > watch.rollbacks:
+        said = "says stop" if watch.action == "stop" else f"allows {watch.rollbacks} rollbacks, and that was one more"
+        raise UserError(
+            f"step {step}: {reason}; training.instability {said}\n"
+            f"  {folder / FILE} names the dialogues; leave them out, or lower training.learning_rate"
+        )
+    change = "without them" if watch.action == "skip" else "with half the rates"
+    say(f"  going back to step {event.back_to}, {change}")
+
+
+def _write_down(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], watch: Watch) -> tuple[Event, int]:
+    """(the event, how many there are with it); a checkpoint that was gone back to in vain before is deleted."""
+    events, checkpoint = read_events(folder), last_checkpoint(folder)
+    if events and checkpoint and step_of(checkpoint) == events[-1].back_to:
+        shutil.rmtree(checkpoint)
+        checkpoint = last_checkpoint(folder)
+    event = Event(step, reason, watch.action, step_of(checkpoint) if checkpoint else 0, tuple(dialogues))
+    write_events(folder, [*events, event])
+    return event, len(events) + 1
 
 
 def read_events(folder: Path) -> list[Event]:

@@ -3,6 +3,7 @@
 `IdeficsTrainer` overrides, and the reason for each:
 
     __init__               what is trained stays in fp32; TRL casts it to bf16 on a 4-bit base
+    train                  SIGTERM and SIGINT are noted, for the end of a step; so is the time spent without a row
     compute_loss           the whole decoupled vocabulary; TRL's fused head leaves the added rows out
     evaluate               sums over tokens; TRL averages packs
     get_optimizer_cls_...  own rates for gates and added tokens, no decay where it would pull at a scale
@@ -16,13 +17,11 @@
 
 import json
 import math
-import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import torch
@@ -31,19 +30,17 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, set_seed
-from transformers.integrations import get_available_reporting_integrations
-from transformers.models.idefics.modeling_idefics import IdeficsDecoderLayer, IdeficsGatedCrossAttentionLayer
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from finetune import ranks
+from finetune.arguments import Plan, training_arguments
 from finetune.callbacks import MetricsFile, Stopping
 from finetune.checkpoints import require_room, seal, sweep
 from finetune.data.ahead import RowsAhead
 from finetune.data.collate import Batch, RowCollator, Rows
 from finetune.data.schedule import Row
-from finetune.progress import say
 from finetune.signals import Heard, listening
-from finetune.stability import DEFAULT_WATCH, WINDOW, Seen, UnstableError, Watch
+from finetune.stability import WINDOW, Seen, UnstableError
 from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter
 from modeling.errors import Interrupted, UserError
 from modeling.forward import packed_loss
@@ -51,39 +48,6 @@ from modeling.quantize import quantized_layers
 from modeling.towers import is_lora, no_decay, stock_name, tower_of
 
 ROWS_STATE = "rows.json"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a run is optimised: the numbers of a recipe's `training`, every one decided."""
-
-    packs_per_step: int
-    learning_rate: float
-    final_learning_rate: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    optimizer: str = "adamw"
-    """adamw, adamw_8bit or paged_adamw_8bit."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    tower_rates: Mapping[str, float | None] | None = None
-    """Own learning rate of a tower, where it has one."""
-    seed: int = 0
-    checkpoint_every: int = 1
-    evaluate_every: int | None = None
-    early_stop: int | None = None
-    trackers: Sequence[str] = ()
-    unused_parameters: bool = False
-    """Some trained parameters play no part, like the last norm of the vision tower: DDP must look for them."""
-    autocast: bool = False
-    """Multiply in bf16 although some trained matrices are fp32: for towers trained in full on a bf16 base."""
-    checkpointing: bool | int = False
-    """Keep only each layer's input for the backward, and compute the rest again; a number: in as many layers."""
-    parallel: Literal["ddp", "fsdp2"] = "ddp"
-    watch: Watch = DEFAULT_WATCH
-    rate_cuts: Sequence[int] = ()
-    """From each of these steps on, all rates are half of what they would be."""
 
 
 def train(
@@ -113,7 +77,7 @@ def train(
         train_rows.restore(json.loads((resume_from / ROWS_STATE).read_text(encoding="utf-8")))
     checkpoint_layers(model, plan.checkpointing)
     half = any(layer.compute_dtype == torch.float16 for layer in quantized_layers(model).values())
-    arguments = _arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
+    arguments = training_arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
     ahead = RowsAhead(train_rows, stride=ranks.count())
     trainer = IdeficsTrainer(
         model=model,
@@ -127,18 +91,14 @@ def train(
     count_trained(model)  # asserts that TRL left every trained parameter in fp32
     if ranks.count() > 1:
         set_seed(plan.seed + ranks.rank())  # else dropout would be the same in all; a checkpoint has its own states
-    started = time.perf_counter()
     try:
-        with listening() as heard:
-            trainer.heard = heard
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         ahead.close()
-    if told := int(ranks.gather_numbers([heard.signal]).max()):
+    if told := int(ranks.gather_numbers([trainer.heard.signal]).max()):
         saved = folder / f"checkpoint-{trainer.state.global_step}"
         name = signal.Signals(told).name
         raise Interrupted(f"{name}: saved as {saved}; the same command goes on from there", told)
-    trainer.waiting = ahead.waited / (time.perf_counter() - started)
     best = trainer.state.best_model_checkpoint if plan.evaluate_every else None
     if best is None:
         trainer.save_model(str(folder / "adapter"))
@@ -154,7 +114,7 @@ class IdeficsTrainer(SFTTrainer):
     # Our loss is a sum over tokens divided by the tokens of the whole step, so accumulation must not divide it again.
     loss_is_scaled_for_ga = True
 
-    waiting: float = 0.0
+    waiting: float
     """Share of the training's time that went by without a row to train on."""
     heard: Heard
     """What this process was told meanwhile."""
@@ -164,8 +124,8 @@ class IdeficsTrainer(SFTTrainer):
     def __init__(
         self, *, plan: Plan, train_rows: RowsAhead, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any
     ):
-        self.plan, self.rows, self.eval_rows = plan, train_rows.rows, eval_rows
-        self.heard, self._losses = Heard(), list[torch.Tensor]()
+        self.plan, self.ahead, self.rows, self.eval_rows = plan, train_rows, train_rows.rows, eval_rows
+        self._losses = list[torch.Tensor]()
         self.idefics_config = model.config
         held_out = _row_numbers(len(eval_rows)) if eval_rows and plan.evaluate_every else None
         in_fp32 = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
@@ -190,6 +150,13 @@ class IdeficsTrainer(SFTTrainer):
         self.add_callback(Stopping(lambda: self.told_to_stop))
         if plan.early_stop:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=plan.early_stop))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        with listening() as self.heard:
+            output = super().train(*args, **kwargs)
+        self.waiting = self.ahead.waited / (time.perf_counter() - started)
+        return output
 
     def compute_loss(
         self,
@@ -358,94 +325,3 @@ def parameter_groups(model: nn.Module, *, plan: Plan) -> list[dict[str, Any]]:
 
 def _row_numbers(rows: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"row": range(rows)})
-
-
-def _arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) -> SFTConfig:
-    """`scaled`: matrices are multiplied in fp16, whose small gradients would be lost if the loss were not scaled up."""
-    available = get_available_reporting_integrations()
-    if missing := sorted(set(plan.trackers) - set(available)):
-        installed = ", ".join(available) or "none"
-        raise UserError(f"training.trackers: {', '.join(missing)} not installed here; installed: {installed}")
-    if "paged" in plan.optimizer and not torch.cuda.is_available():
-        say(f"training.optimizer: {plan.optimizer} pages nothing without a GPU; its moments are in 8 bits all the same")
-    arguments = SFTConfig(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
-        gradient_accumulation_steps=rows_per_process(plan.packs_per_step),
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        learning_rate=plan.learning_rate,
-        **_schedule(plan),
-        warmup_steps=plan.warmup_steps,
-        weight_decay=plan.weight_decay,
-        **({} if plan.optimizer == "adamw" else {"optim": plan.optimizer}),
-        adam_beta1=plan.betas[0],
-        adam_beta2=plan.betas[1],
-        max_grad_norm=plan.clip,
-        seed=plan.seed,
-        bf16=plan.autocast,
-        fp16=scaled and not plan.autocast,
-        **_division(plan),
-        use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=False,  # see checkpoint_layers
-        dataloader_pin_memory=torch.cuda.is_available(),
-        # Packed attention reaches every parameter it can, so that DDP seldom needs to search.
-        ddp_find_unused_parameters=plan.unused_parameters,
-        logging_steps=1,
-        disable_tqdm=True,
-        log_level_replica="error",  # what transformers has to say, the first process says
-        report_to=list(plan.trackers) or "none",
-        save_steps=plan.checkpoint_every,
-        save_total_limit=2,
-        eval_strategy="steps" if plan.evaluate_every else "no",
-        eval_steps=plan.evaluate_every,
-        metric_for_best_model="eval_loss" if plan.evaluate_every else None,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several in sight; the trainer would divide a row over them
-    return arguments
-
-
-def _division(plan: Plan) -> dict[str, Any]:
-    if plan.parallel == "ddp" or ranks.count() == 1:
-        if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and ranks.count() > 1:
-            raise UserError(
-                "the launcher was configured for FSDP, and training.parallel says ddp; "
-                "set training.parallel=fsdp2, or launch with recipes/accelerate/ddp.yaml"
-            )
-        return {}
-    config = {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": [IdeficsDecoderLayer.__name__, IdeficsGatedCrossAttentionLayer.__name__],
-        "reshard_after_forward": True,
-        "state_dict_type": "FULL_STATE_DICT",
-        "cpu_ram_efficient_loading": True,
-    }
-    return {"fsdp": True, "fsdp_config": config}
-
-
-def _schedule(plan: Plan) -> dict[str, Any]:
-    """The trainer's own schedules, with a final value: all are ratios, so that groups keep their own rates' shape."""
-    if plan.schedule == "cosine":
-        kwargs = {"min_lr": plan.final_learning_rate}
-        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}
-    if plan.schedule == "linear":
-        kwargs = {"lr_end": plan.final_learning_rate, "power": 1.0}
-        return {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": kwargs}
-    return {"lr_scheduler_type": "constant_with_warmup"}
-
-
-def rows_per_process(packs_per_step: int) -> int:
-    """Rows each rank runs before a step: ranks x accumulation = packs per step, or an error that names the nearest."""
-    processes = ranks.count()
-    if packs_per_step % processes:
-        nearest = max(1, round(packs_per_step / processes)) * processes
-        raise UserError(
-            f"tokens_per_step / row_tokens gives {packs_per_step} packs a step, which {processes} processes cannot "
-            f"share out evenly; the nearest is {nearest}: set training.tokens_per_step to {nearest} x row_tokens"
-        )
-    return packs_per_step // processes

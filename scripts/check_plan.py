@@ -25,8 +25,8 @@ from typing import Any
 from process_memory import memory, reset_highest
 
 from finetune.data.collate import Rows
-from finetune.planning.footprint import RowSize, Setup
 from finetune.planning.memory import Memory, estimate
+from finetune.planning.setup import RowSize, Setup
 from modeling.shapes import TINY, Config
 
 TENSORS, RESIDENT = 0.10, 0.20
@@ -221,7 +221,8 @@ def _train(case: Case, model: Any, folder: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
-    from finetune.train import Plan, train
+    from finetune.arguments import Plan
+    from finetune.train import train
     from modeling import tiny
     from modeling.adapters import count_trained
     from modeling.towers import is_lora

@@ -25,8 +25,9 @@ from transformers import TrainerCallback
 
 import finetune.train
 from finetune import ranks
+from finetune.arguments import Plan
 from finetune.data.collate import RowCollator, Rows
-from finetune.train import IdeficsTrainer, Plan
+from finetune.train import IdeficsTrainer
 from modeling.adapters import attach, whole
 
 LAYOUTS = ((2, "ddp"), (4, "ddp"), (2, "fsdp2"), (4, "fsdp2"))
@@ -180,7 +181,7 @@ def prepare(folder: Path, steps: int) -> tuple[Callable[[], nn.Module], Any, Row
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=steps), encoding="utf-8")
     recipe = load_recipe(folder / "recipe.yaml")
     made = Materials(recipe, open_folder(recipe))
-    rows = made.train_rows
+    rows = made.train_rows()
 
     def make() -> nn.Module:
         torch.manual_seed(0)

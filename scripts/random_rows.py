@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from finetune.planning.footprint import RowSize
+from finetune.planning.setup import RowSize
 from modeling.forward import IGNORED
 from modeling.shapes import Config
 

@@ -152,7 +152,7 @@ def step(model: str, tokens: str, sequence: str, images: str) -> dict[str, Any]:
     from process_memory import memory, reset_highest
     from random_rows import make_row
 
-    from finetune.planning.footprint import RowSize
+    from finetune.planning.setup import RowSize
     from modeling import tiny
     from modeling.adapters import attach
     from modeling.forward import packed_loss

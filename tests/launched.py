@@ -8,8 +8,8 @@ import time
 
 import typer
 
-from finetune.cli import _finish, _guarded
 from finetune.launch import is_first, launch
+from finetune.outcome import finish, guarded
 from finetune.progress import say
 from modeling.errors import Interrupted, UserError
 
@@ -25,17 +25,17 @@ def start(case: str, processes: int = 2, restarts: int = 0, parallel: str = "ddp
             launch(arguments, processes=processes, restarts=restarts, parallel=parallel, module="launched")
         )
 
-    _guarded(begin)
+    guarded(begin)
 
 
 @app.command("work")
 def work(case: str) -> None:
-    result = _guarded(CASES[case])
+    result = guarded(CASES[case])
     if "torch" in sys.modules:
         from torch import distributed
 
         assert not distributed.is_initialized()  # else one process in ten aborts at exit
-    _finish(result, as_json=is_first())
+    finish(result, as_json=is_first())
 
 
 def group():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from finetune import materials, out_of_memory, ranks
+from finetune import base, materials, out_of_memory, ranks
 from finetune.cli import app
 from finetune.out_of_memory import LESS, Held, explain, held, told_if_memory_runs_out
 from finetune.planning.plan import Planner
@@ -18,6 +18,7 @@ from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe
 from finetune.run import Run, _train_once
 from finetune.sizes import show_size
+from finetune.stability import Watch
 from finetune.train import IdeficsTrainer
 from modeling.errors import UserError
 
@@ -165,7 +166,7 @@ def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
 
 
 def test_a_model_that_will_be_divided_is_loaded_onto_no_gpu(recipe_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(materials, "device", lambda: torch.device("meta"))  # as a GPU that is not here
+    monkeypatch.setattr(base, "device", lambda: torch.device("meta"))  # as a GPU that is not here
     made = Run(load_recipe(recipe_file)).materials
     for divided, expected in ((False, "meta"), (True, "cpu")):
         assert {one.device.type for one in made.load(divided=divided).model.parameters()} == {expected}
@@ -180,10 +181,12 @@ def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, monkeypatch, pr
 
     monkeypatch.setattr(materials.Materials, "load", load)
     run = Run(load_recipe(recipe_file, [f"training.parallel={parallel}"]))
-    assert len(run.materials.train_rows)
+    rows = run.materials.train_rows()
+    assert len(rows)
+    monkeypatch.setattr(run.materials, "train_rows", lambda: rows)
     monkeypatch.setattr(ranks, "count", lambda: processes)
     with pytest.raises(InterruptedError) as loaded:
-        _train_once(run)
+        _train_once(run, Watch())
     assert loaded.value.args == (divided,)
 
 

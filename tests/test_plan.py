@@ -18,9 +18,9 @@ from finetune.cli import app
 from finetune.data.sources.source import Source
 from finetune.dataset import prepare_sources
 from finetune.planning.afford import Change, apply_change, cheapest_changes
-from finetune.planning.footprint import RowSize, Setup
 from finetune.planning.memory import count, estimate, fixed_parts
 from finetune.planning.plan import Planner, plan
+from finetune.planning.setup import RowSize, Setup
 from finetune.planning.tape import Tape, peak
 from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from finetune.data import assemble, convert, fit
 from finetune.data import prepare as module
 from finetune.data.account import Account
+from finetune.data.arrow import to_batches, write_arrow
 from finetune.data.dialogue import Image, RecordError, Slice
 from finetune.data.fit import Limits, fitter
 from finetune.data.images import open_image
-from finetune.data.parts import to_batches, write_arrow
 from finetune.data.prepare import prepare, prepare_source, require_examples, split_by_image
 from finetune.data.prepared import EXAMPLE_SCHEMA, IMAGE_SCHEMA, Prepared, PreparedSet
 from finetune.data.sources import FORMATS

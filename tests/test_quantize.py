@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
+from finetune.arguments import Plan, training_arguments
 from finetune.callbacks import gate_openings
 from finetune.chat import open_assistant
 from finetune.checkpoints import last_checkpoint
@@ -25,7 +25,7 @@ from finetune.picture import draw
 from finetune.recipe import Model
 from finetune.recipe_file import load_recipe
 from finetune.run import Run
-from finetune.train import IdeficsTrainer, Plan, _arguments, _row_numbers, train
+from finetune.train import IdeficsTrainer, _row_numbers, train
 from modeling import loading, quantize
 from modeling.adapters import attach, count_trained, open_adapter, save_adapter, trained_parameters
 from modeling.errors import UserError
@@ -373,7 +373,7 @@ def test_trl_casts_what_is_trained_on_a_4_bit_base(load_nf4, make_rows, bf16_fol
     model = attached(load_nf4())
     options = {
         "model": model,
-        "args": _arguments(tmp_path, steps=1, plan=Plan(packs_per_step=1, learning_rate=1e-3), scaled=False),
+        "args": training_arguments(tmp_path, steps=1, plan=Plan(packs_per_step=1, learning_rate=1e-3), scaled=False),
         "processing_class": loading.load_processor(str(bf16_folder)).tokenizer,
     }
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -437,18 +437,6 @@ def test_the_gates_are_in_the_metrics_and_in_the_picture(bf16_folder, load_nf4, 
 
 def test_gates_that_are_frozen_are_not_logged(load_nf4):
     assert gate_openings(attached(load_nf4(), modes={"decoder": "lora"})) == {}
-
-
-def test_fp16_products_scale_the_loss(monkeypatch, tmp_path):
-    from finetune import train as module
-
-    seen = {}
-    monkeypatch.setattr(module, "SFTConfig", lambda **arguments: seen.update(arguments) or SimpleNamespace(n_gpu=0))
-    plan = Plan(packs_per_step=1, learning_rate=1e-3, optimizer="adamw_8bit")
-    _arguments(tmp_path, steps=1, plan=plan, scaled=True)
-    assert (seen["fp16"], seen["bf16"], seen["optim"]) == (True, False, "adamw_8bit")
-    _arguments(tmp_path, steps=1, plan=Plan(packs_per_step=1, learning_rate=1e-3), scaled=False)
-    assert (seen["fp16"], seen["bf16"]) == (False, False)
 
 
 # A user's mistakes

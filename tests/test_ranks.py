@@ -44,8 +44,9 @@ PART_RECORDS = 4
 WATCHED = """
 import os, sys
 from pathlib import Path
-from finetune.cli import _quiet, app
-_quiet()
+from finetune.cli import app
+from finetune.outcome import quiet
+quiet()
 from finetune import evaluate, features, generate
 from finetune.data import assemble, convert
 convert.PART_RECORDS = assemble.PART_RECORDS = {part_records}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.planning.footprint import RowSize
+from finetune.planning.setup import RowSize
 from modeling import tiny
 from modeling.adapters import attach
 from modeling.forward import packed_loss

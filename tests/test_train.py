@@ -8,16 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
-from trl import SFTConfig
 
-from finetune import train as module
+from finetune.arguments import Plan
 from finetune.checkpoints import last_checkpoint
 from finetune.data.images import Augmentation
 from finetune.data.schedule import Row
-from finetune.train import IdeficsTrainer, Plan, _arguments, parameter_groups, train
+from finetune.train import IdeficsTrainer, parameter_groups, train
 from modeling import loading
 from modeling.adapters import attach, load_adapter_weights
-from modeling.errors import UserError
 from modeling.forward import packed_loss
 
 MODES = {"cross_attention": "lora", "decoder": "lora", "resampler": "full", "gates": "full", "added_tokens": "full"}
@@ -176,27 +174,6 @@ def test_groups_have_their_own_rates_and_decay_pulls_at_no_scale(base_folder):
     sizes = {(group["lr"], group["weight_decay"]): sum(p.numel() for p in group["params"]) for group in groups}
     assert sizes.keys() == {(1e-3, 0.1), (1e-3, 0.0), (1e-2, 0.0)}
     assert sizes[1e-2, 0.0] == 4
-
-
-def test_a_step_that_processes_cannot_share_names_the_nearest(base_folder, make_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.ranks.count", lambda: 4)
-    with pytest.raises(UserError, match="6 packs a step, which 4 processes cannot share out evenly; the nearest is 8"):
-        run(base_folder, tmp_path, make_rows(packs_per_step=6), packs_per_step=6)
-
-
-def test_a_tracker_that_is_not_installed_is_a_user_s_mistake(base_folder, make_rows, tmp_path):
-    with pytest.raises(UserError, match=r"training\.trackers: wandbb not installed here"):
-        run(base_folder, tmp_path, make_rows(), trackers=["wandbb"])
-
-
-def test_one_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
-    class OfTwo(SFTConfig):
-        def __post_init__(self):
-            super().__post_init__()
-            self._n_gpu = 2
-
-    monkeypatch.setattr(module, "SFTConfig", OfTwo)
-    assert _arguments(tmp_path, steps=1, plan=Plan(1, 1.0), scaled=False).n_gpu == 1
 
 
 def test_rows_come_in_the_order_of_the_schedule(base_folder, make_rows, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from finetune.data.account import Account
+from finetune.data.arrow import ArrowFile, to_batches, write_arrow
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.fit import Fates, Fitter
 from finetune.data.parallel import run_all
@@ -23,15 +24,12 @@ from finetune.data.parts import (
     account_of,
     account_text,
     part_path,
-    to_batches,
-    write_arrow,
 )
 from finetune.data.prepared import (
     ACCOUNT,
     EXAMPLE_SCHEMA,
     EXAMPLES,
     IMAGES,
-    Rows,
     dialogue_from_json,
     dialogue_to_json,
     image_from_row,
@@ -58,7 +56,7 @@ def assemble(
     parts = made / "assemble"
 
     def share() -> int:
-        groups = _Groups(Rows(made / DIALOGUES), join=source.turns is not None)
+        groups = _Groups(ArrowFile(made / DIALOGUES), join=source.turns is not None)
         tasks = Unfinished(parts, track(groups, f"tokenise {source.label}"), team)
         run_all(tasks, _Assemble(made, fitter), workers=workers)
         return tasks.count
@@ -72,10 +70,10 @@ def _finish(made: Path, parts: Path, count: int, fitter: Fitter, account: Accoun
     """All parts -> examples.arrow and account.json."""
     paths = [part_path(parts, number) for number in range(count)]
     for path in paths:
-        account.add(account_of(Rows(path)))
-    batches = (batch for path in paths for batch in Rows(path).batches)
+        account.add(account_of(ArrowFile(path)))
+    batches = (batch for path in paths for batch in ArrowFile(path).batches)
     write_arrow(made / EXAMPLES, EXAMPLE_SCHEMA, batches, image_token=str(fitter.encoder.specials[IMAGE]))
-    account.images = len(np.unique(Rows(made / EXAMPLES).values("images")))
+    account.images = len(np.unique(ArrowFile(made / EXAMPLES).values("images")))
     partial = made / f"{ACCOUNT}.partial"
     partial.write_text(json.dumps(account.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(made / ACCOUNT)
@@ -89,7 +87,7 @@ class _Groups(Sequence[Any]):
     To be joined are those that open with the same images; the others stand alone. In the order of their first ones.
     """
 
-    def __init__(self, dialogues: Rows, *, join: bool):
+    def __init__(self, dialogues: ArrowFile, *, join: bool):
         keys = _opening_keys(dialogues) if join else np.arange(len(dialogues))
         _, first, group = np.unique(keys, return_index=True, return_inverse=True)
         self.rows = np.lexsort((np.arange(len(keys)), first[group]))  # by the group's first row, then by row
@@ -110,7 +108,7 @@ class _Groups(Sequence[Any]):
         return first, [self.rows[start:stop].tolist() for start, stop in pairwise(bounds)]
 
 
-def _opening_keys(dialogues: Rows) -> np.ndarray:
+def _opening_keys(dialogues: ArrowFile) -> np.ndarray:
     """int64 [dialogues]: equal for those that open with the same images; different from all for the others."""
     counts, opens = dialogues.lengths("images"), dialogues.values("opens").astype(bool)
     keys = -1 - np.arange(len(dialogues))
@@ -133,12 +131,12 @@ class _Assemble:
     fitter: Fitter
 
     @cached_property
-    def _dialogues(self) -> Rows:
-        return Rows(self.made / DIALOGUES)
+    def _dialogues(self) -> ArrowFile:
+        return ArrowFile(self.made / DIALOGUES)
 
     @cached_property
-    def _images(self) -> Rows:
-        return Rows(self.made / IMAGES)
+    def _images(self) -> ArrowFile:
+        return ArrowFile(self.made / IMAGES)
 
     def __call__(self, task: tuple[int, tuple[int, list[list[int]]]]) -> None:
         number, (first, groups) = task

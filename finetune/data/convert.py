@@ -13,6 +13,7 @@ import PIL.Image
 import pyarrow as pa
 
 from finetune.data.account import Account
+from finetune.data.arrow import ArrowFile, to_batches, write_arrow
 from finetune.data.dialogue import Dialogue, Image, RecordError, Remote, Slice
 from finetune.data.images import digest, encoded, open_image
 from finetune.data.parallel import run_all
@@ -24,8 +25,6 @@ from finetune.data.parts import (
     account_of,
     account_text,
     part_path,
-    to_batches,
-    write_arrow,
 )
 from finetune.data.prepared import (
     FILE_SCHEMA,
@@ -33,7 +32,6 @@ from finetune.data.prepared import (
     IMAGE_SCHEMA,
     IMAGES,
     File,
-    Rows,
     dialogue_to_json,
     file_now,
     image_row,
@@ -68,12 +66,6 @@ def convert(source: Source, made: Path, *, downloads: Path, workers: int, track:
     """
     parts = made / "convert"
 
-    def converted() -> bool:
-        if (made / DIALOGUES).is_file():
-            return True
-        parts.mkdir(parents=True, exist_ok=True)
-        return False
-
     def share() -> tuple[int, Account]:
         whole = Account(source.name)
         records = track(_taken(source, whole), f"convert {source.label}")
@@ -81,10 +73,11 @@ def convert(source: Source, made: Path, *, downloads: Path, workers: int, track:
         run_all(tasks, _Convert(source, made, downloads), workers=workers)
         return tasks.count, whole
 
-    if not team.on_main("look for dialogues", converted):
+    if not team.on_main("look for dialogues", lambda: (made / DIALOGUES).is_file()):
+        team.on_main("make room for parts", lambda: parts.mkdir(parents=True, exist_ok=True))
         count, whole = team.each(f"convert {source.label}", share)[0]
         team.on_main(f"join {source.label}", lambda: _merge_converted(made, count, whole))
-    return team.on_main("read the account", lambda: account_of(Rows(made / DIALOGUES)))
+    return team.on_main("read the account", lambda: account_of(ArrowFile(made / DIALOGUES)))
 
 
 def _taken(source: Source, account: Account) -> Iterator[Record]:
@@ -280,7 +273,7 @@ class _PartImages:
 def _merge_converted(made: Path, parts: int, account: Account) -> None:
     """All parts -> dialogues.arrow and images.arrow, the images distinct by content over the whole source."""
     paths = [part_path(made / "convert", number) for number in range(parts)]
-    by_part = [Rows(path.with_suffix(".images")).values("digest").astype("S32") for path in paths]
+    by_part = [ArrowFile(path.with_suffix(".images")).values("digest").astype("S32") for path in paths]
     _, first, inverse = np.unique(
         np.concatenate([np.zeros(0, "S32"), *by_part]), return_index=True, return_inverse=True
     )
@@ -291,19 +284,19 @@ def _merge_converted(made: Path, parts: int, account: Account) -> None:
     def images() -> Iterator[pa.RecordBatch]:
         for start, stop, path in zip(starts[:-1], starts[1:], paths, strict=True):
             chosen = kept[(kept >= start) & (kept < stop)] - start
-            yield from (batch.take(pa.array(chosen)) for batch in Rows(path.with_suffix(".images")).batches)
+            yield from (batch.take(pa.array(chosen)) for batch in ArrowFile(path.with_suffix(".images")).batches)
 
     def dialogues() -> Iterator[pa.RecordBatch]:
         for start, path in zip(starts[:-1], paths, strict=True):
-            for batch in Rows(path).batches:
+            for batch in ArrowFile(path).batches:
                 shown = batch.column("images")
                 renumbered = pa.array(rank[start + shown.values.to_numpy()], pa.int32())
                 lists = pa.ListArray.from_arrays(shown.offsets, renumbered)
                 yield batch.set_column(batch.schema.get_field_index("images"), "images", lists)
 
     for path in paths:
-        account.add(account_of(Rows(path)))
-    files = [batch for path in paths for batch in Rows(path.with_suffix(".files")).batches]
+        account.add(account_of(ArrowFile(path)))
+    files = [batch for path in paths for batch in ArrowFile(path.with_suffix(".files")).batches]
     write_arrow(made / IMAGES, IMAGE_SCHEMA, images())
     write_arrow(made / FILES, FILE_SCHEMA, _distinct(files))
     write_arrow(made / DIALOGUES, DIALOGUE_SCHEMA, dialogues(), account=account_text(account))

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from finetune.data.account import Account
-from finetune.data.prepared import Rows
+from finetune.data.arrow import ArrowFile
 from finetune.data.team import Team
 
 PART_RECORDS = 512
@@ -38,22 +38,9 @@ def part_path(parts: Path, number: int) -> Path:
     return parts / f"{number:06}.arrow"
 
 
-def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], **metadata: str) -> None:
-    """An Arrow file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    partial.replace(path)
-
-
-def to_batches(rows: list[dict[str, Any]], schema: pa.Schema) -> list[pa.RecordBatch]:
-    return [pa.RecordBatch.from_pylist(rows, schema)] if rows else []
-
-
 def account_text(account: Account) -> str:
     return json.dumps(account.partial())
 
 
-def account_of(part: Rows) -> Account:
+def account_of(part: ArrowFile) -> Account:
     return Account.from_json(json.loads(part.schema.metadata[b"account"]))

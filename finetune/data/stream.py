@@ -4,10 +4,9 @@ The rows are the same for every rank and worker: each reads all records, and ope
 run that goes on reads the stream again up to its row, without opening an image.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -16,31 +15,17 @@ import numpy as np
 
 from finetune.data.account import Account, why_nothing_is_left
 from finetune.data.collate import Batch, collate, stack_pixels
-from finetune.data.convert import read_dialogues
-from finetune.data.dialogue import Dialogue, Image, RecordError, Remote
-from finetune.data.fit import Fates, Fitter
+from finetune.data.dialogue import Image, RecordError, Remote
 from finetune.data.images import Augmentation, Preprocessing, open_image
 from finetune.data.packing import pack
-from finetune.data.prepared import PreparedSet
+from finetune.data.passes import Drawn, Pass, mix, shuffle
 from finetune.data.schedule import Unit
 from finetune.data.sources.download import Downloader
 from finetune.data.sources.source import Source
-from finetune.data.tokens import Example
-from finetune.data.turns import Piece
 from modeling.errors import UserError
 
-TOKENISED_AT_ONCE = 64
 WINDOW_ROWS = 64
 """Rows that are packed together: the more, the fuller, and the more examples are held."""
-
-
-@dataclass(eq=False)
-class Origin:
-    """A record of a streamed source."""
-
-    place: str
-    examples: int
-    """Those it gave."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +41,6 @@ class Lost:
     """Examples of its record."""
     reason: str
     detail: str
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """An example on its way into a row."""
-
-    example: Example
-    images: tuple[Image, ...]
-    source: int
-    epoch: int
-    """How often its source has been read before."""
-    place: str
-    """Of its record."""
-    origin: Origin | None = None
-    """None where the source is prepared, so that its images have been opened before."""
-
-
-Pass = Callable[[int, Account], Iterator[Drawn]]
-"""(number of the pass, where records are counted) -> all examples of a source, once."""
 
 
 @dataclass
@@ -273,83 +239,6 @@ class StreamedRows:
             for one in (account, self._account(number)):
                 if not one.kept:
                     raise UserError(f"{one.source}: {why_nothing_is_left([one])}")
-
-
-def mix(streams: Sequence[Iterator[Drawn]], weights: Sequence[float], *, unit: Unit) -> Iterator[Drawn]:
-    """Endless streams -> one. However many are taken, each stream has its share of them, to one example.
-
-    Of the streams whose next example would not lead them beyond their share, the one that would fall behind first
-    (earliest deadline first, as in proportionate scheduling: Baruah et al. 1996).
-    """
-    shares = [weight / sum(weights) for weight in weights]
-    coming = [next(stream) for stream in streams]
-    given = [0] * len(streams)
-    while True:
-        amounts = [len(drawn.example) if unit == "tokens" else 1 for drawn in coming]
-        total = sum(given)
-        due = [number for number, share in enumerate(shares) if given[number] < share * (total + amounts[number])]
-        chosen = min(due, key=lambda number: (given[number] + amounts[number]) / shares[number])
-        yield coming[chosen]
-        given[chosen] += amounts[chosen]
-        coming[chosen] = next(streams[chosen])
-
-
-def shuffle(examples: Iterable[Drawn], rng: np.random.Generator, *, buffer: int) -> Iterator[Drawn]:
-    """Each a random one of those held, at most `buffer`."""
-    held: list[Drawn] = []
-    for drawn in examples:
-        if len(held) < buffer:
-            held.append(drawn)
-        else:
-            place = int(rng.integers(buffer))
-            yield held[place]
-            held[place] = drawn
-    yield from (held[place] for place in rng.permutation(len(held)))
-
-
-def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
-    """A streamed source."""
-
-    def one_pass(epoch: int, account: Account) -> Iterator[Drawn]:
-        dialogues = read_dialogues(source, account)
-        for start in count(step=TOKENISED_AT_ONCE):
-            chunk = list(islice(dialogues, TOKENISED_AT_ONCE))
-            if not chunk:
-                return
-            account.dialogues += len(chunk)
-            for piece, example, origin in _fit(chunk, fitter, account, start=start):
-                yield Drawn(example, piece.dialogue.images, number, epoch, origin.place, origin)
-
-    return one_pass
-
-
-def _fit(
-    chunk: Sequence[tuple[str, Dialogue]], fitter: Fitter, account: Account, *, start: int
-) -> list[tuple[Piece, Example, Origin]]:
-    """The examples of (place, dialogue), the first of which is number `start` of its source; all are counted."""
-    dialogues = [dialogue for _, dialogue in chunk]
-    arranged = [fitter.arrange([one], number=start + one[0]) for one in enumerate(dialogues)]
-    fitted = list(fitter.fit([piece for pieces in arranged for piece in pieces], same=lambda image: image))
-    fates = Fates(account)
-    for piece, example in fitted:
-        fates.take(piece, example)
-    fates.tell({number: place for number, (place, _) in enumerate(chunk)})
-    kept = [(piece, example) for piece, example in fitted if isinstance(example, Example)]
-    examples = Counter(piece.origins[0] for piece, _ in kept)
-    origins = {number: Origin(chunk[number][0], amount) for number, amount in examples.items()}
-    return [(piece, example, origins[piece.origins[0]]) for piece, example in kept]
-
-
-def prepared_pass(found: PreparedSet, number: int, seed: int) -> Pass:
-    """A prepared source among streamed ones."""
-
-    def one_pass(epoch: int, account: Account) -> Iterator[Drawn]:
-        account.add(found.account)
-        for row in np.random.default_rng([seed, epoch, number]).permutation(len(found)).tolist():
-            place = found.examples.text("place", row)
-            yield Drawn(found.example(row), found.dialogue(row).images, number, epoch, place)
-
-    return one_pass
 
 
 def downloads(folder: Path, sources: Sequence[Source]) -> Downloader | None:

@@ -16,7 +16,7 @@ from finetune.data.sources import hold_dialogues
 from finetune.data.sources.source import Source
 from finetune.data.tokens import Encoder
 from finetune.dataset import Dataset, make_dataset
-from finetune.planning.footprint import RowSize
+from finetune.planning.setup import RowSize
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
 from modeling.errors import UserError

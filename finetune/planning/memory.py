@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod
 
-from finetune.planning.footprint import INT64, NF4_GROUP, RowSize, Setup, record
+from finetune.planning.footprint import INT64, NF4_GROUP, record
+from finetune.planning.setup import RowSize, Setup
 from finetune.planning.tape import FP32, GRADIENTS, peak
 from modeling.shapes import count_lora, tensor_shapes
 from modeling.towers import IMAGE_TOWERS, LORA_TOWERS, QUANTIZED_TOWERS, TOWERS, lora_pattern, tower_of
@@ -156,7 +157,7 @@ def fixed_parts(setup: Setup) -> dict[str, int]:
 
 
 def gathered_bytes(setup: Setup) -> int:
-    """What a process that holds a share of everything holds whole besides, as finetune/train.py has a model divided.
+    """What a process that holds a share of everything holds whole besides, as finetune/arguments.py divides a model.
 
     Two of the largest layers; the head, and the image towers where they are loaded, from forward to backward.
     """

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.data.sources import FORMATS
 from finetune.planning.afford import Change, apply_change, cheapest_changes
-from finetune.planning.footprint import RowSize, Setup
 from finetune.planning.memory import (
     GPU_RESERVE,
     NF4_BYTES,
@@ -26,6 +25,7 @@ from finetune.planning.memory import (
     fixed_parts,
     optimizer_bytes,
 )
+from finetune.planning.setup import RowSize, Setup
 from finetune.planning.tape import FP32
 from finetune.recipe import Recipe
 from finetune.sizes import parse_size, show_size

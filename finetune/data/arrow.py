@@ -1,0 +1,80 @@
+"""Rows -> an Arrow file, whole or not there -> its rows by number, memory-mapped."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+
+def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], **metadata: str) -> None:
+    """An Arrow file that is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    partial.replace(path)
+
+
+def to_batches(rows: list[dict[str, Any]], schema: pa.Schema) -> list[pa.RecordBatch]:
+    return [pa.RecordBatch.from_pylist(rows, schema)] if rows else []
+
+
+class ArrowFile:
+    """An Arrow file, memory-mapped: its rows by number."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.schema = reader.schema
+        self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self.bounds = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
+        self._cells: dict[str, list[tuple[np.ndarray, pa.Array]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrowFile, (self.path,)
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def row(self, number: int) -> dict[str, Any]:
+        batch, within = self._find(number)
+        return self.batches[batch].slice(within, 1).to_pylist()[0]
+
+    def text(self, column: str, number: int) -> str:
+        batch, within = self._find(number)
+        return self.batches[batch].column(column)[within].as_py()
+
+    def cell(self, column: str, number: int) -> np.ndarray:
+        """One cell of a list column, without a copy where its type allows."""
+        batch, within = self._find(number)
+        offsets, values = self._lists(column)[batch]
+        start, stop = offsets[within], offsets[within + 1]
+        return values.slice(start, stop - start).to_numpy(zero_copy_only=False)
+
+    def lengths(self, column: str) -> np.ndarray:
+        """int64 [rows]: how many values each cell of a list column holds."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets, _ in self._lists(column))])
+
+    def values(self, column: str) -> np.ndarray:
+        """A whole column; of a list column, the values of all cells end to end."""
+        kind = self.schema.field(column).type
+        if pa.types.is_list(kind):
+            arrays, kind = [values for _, values in self._lists(column)], kind.value_type
+        else:
+            arrays = [batch.column(column) for batch in self.batches]
+        return pa.chunked_array(arrays, kind).to_numpy()
+
+    def _find(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        batch = int(np.searchsorted(self.bounds, number, side="right")) - 1
+        return batch, int(number - self.bounds[batch])
+
+    def _lists(self, column: str) -> list[tuple[np.ndarray, pa.Array]]:
+        """(offsets, values) of each batch."""
+        if column not in self._cells:
+            arrays = [batch.column(column) for batch in self.batches]
+            self._cells[column] = [(array.offsets.to_numpy(), array.values) for array in arrays]
+        return self._cells[column]

@@ -1,0 +1,128 @@
+"""A source -> its examples, pass after pass, shuffled in a buffer; several sources -> one stream of examples.
+
+No source has to have a size, and no more of it is read than is asked for.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+
+import numpy as np
+
+from finetune.data.account import Account
+from finetune.data.convert import read_dialogues
+from finetune.data.dialogue import Dialogue, Image
+from finetune.data.fit import Fates, Fitter
+from finetune.data.prepared import PreparedSet
+from finetune.data.schedule import Unit
+from finetune.data.sources.source import Source
+from finetune.data.tokens import Example
+from finetune.data.turns import Piece
+
+TOKENISED_AT_ONCE = 64
+
+
+@dataclass(eq=False)
+class Origin:
+    """A record of a streamed source."""
+
+    place: str
+    examples: int
+    """Those it gave."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An example on its way into a row."""
+
+    example: Example
+    images: tuple[Image, ...]
+    source: int
+    epoch: int
+    """How often its source has been read before."""
+    place: str
+    """Of its record."""
+    origin: Origin | None = None
+    """None where the source is prepared, so that its images have been opened before."""
+
+
+Pass = Callable[[int, Account], Iterator[Drawn]]
+"""(number of the pass, where records are counted) -> all examples of a source, once."""
+
+
+def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
+    """A streamed source."""
+
+    def one_pass(epoch: int, account: Account) -> Iterator[Drawn]:
+        dialogues = read_dialogues(source, account)
+        for start in count(step=TOKENISED_AT_ONCE):
+            chunk = list(islice(dialogues, TOKENISED_AT_ONCE))
+            if not chunk:
+                return
+            account.dialogues += len(chunk)
+            for piece, example, origin in _fit(chunk, fitter, account, start=start):
+                yield Drawn(example, piece.dialogue.images, number, epoch, origin.place, origin)
+
+    return one_pass
+
+
+def _fit(
+    chunk: Sequence[tuple[str, Dialogue]], fitter: Fitter, account: Account, *, start: int
+) -> list[tuple[Piece, Example, Origin]]:
+    """The examples of (place, dialogue), the first of which is number `start` of its source; all are counted."""
+    dialogues = [dialogue for _, dialogue in chunk]
+    arranged = [fitter.arrange([one], number=start + one[0]) for one in enumerate(dialogues)]
+    fitted = list(fitter.fit([piece for pieces in arranged for piece in pieces], same=lambda image: image))
+    fates = Fates(account)
+    for piece, example in fitted:
+        fates.take(piece, example)
+    fates.tell({number: place for number, (place, _) in enumerate(chunk)})
+    kept = [(piece, example) for piece, example in fitted if isinstance(example, Example)]
+    examples = Counter(piece.origins[0] for piece, _ in kept)
+    origins = {number: Origin(chunk[number][0], amount) for number, amount in examples.items()}
+    return [(piece, example, origins[piece.origins[0]]) for piece, example in kept]
+
+
+def prepared_pass(found: PreparedSet, number: int, seed: int) -> Pass:
+    """A prepared source among streamed ones."""
+
+    def one_pass(epoch: int, account: Account) -> Iterator[Drawn]:
+        account.add(found.account)
+        for row in np.random.default_rng([seed, epoch, number]).permutation(len(found)).tolist():
+            place = found.examples.text("place", row)
+            yield Drawn(found.example(row), found.dialogue(row).images, number, epoch, place)
+
+    return one_pass
+
+
+def shuffle(examples: Iterable[Drawn], rng: np.random.Generator, *, buffer: int) -> Iterator[Drawn]:
+    """Each a random one of those held, at most `buffer`."""
+    held: list[Drawn] = []
+    for drawn in examples:
+        if len(held) < buffer:
+            held.append(drawn)
+        else:
+            place = int(rng.integers(buffer))
+            yield held[place]
+            held[place] = drawn
+    yield from (held[place] for place in rng.permutation(len(held)))
+
+
+def mix(streams: Sequence[Iterator[Drawn]], weights: Sequence[float], *, unit: Unit) -> Iterator[Drawn]:
+    """Endless streams -> one. However many are taken, each stream has its share of them, to one example.
+
+    Of the streams whose next example would not lead them beyond their share, the one that would fall behind first
+    (earliest deadline first, as in proportionate scheduling: Baruah et al. 1996).
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    coming = [next(stream) for stream in streams]
+    given = [0] * len(streams)
+    while True:
+        amounts = [len(drawn.example) if unit == "tokens" else 1 for drawn in coming]
+        total = sum(given)
+        due = [number for number, share in enumerate(shares) if given[number] < share * (total + amounts[number])]
+        chosen = min(due, key=lambda number: (given[number] + amounts[number]) / shares[number])
+        yield coming[chosen]
+        given[chosen] += amounts[chosen]
+        coming[chosen] = next(streams[chosen])
