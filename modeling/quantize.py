@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from modeling.checkpoint import Planned, Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
+from modeling.checkpoint import Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
 from modeling.shapes import Config, read_config, tensor_shapes
 from modeling.towers import NOT_QUANTIZED, QUANTIZED_TOWERS, lora_pattern
 
@@ -157,8 +157,7 @@ def _write(
 ) -> None:
     names, quantized = tensor_shapes(config), quantized_names(config)
     uneven = _matrices(config).keys() - quantized
-    copies = {name: Planned(one.dtype, one.shape, one.rows) for name, one in stored.items() if name in names}
-    shards = plan_shards(copies, SHARD_BYTES)
+    shards = plan_shards({name: one for name, one in stored.items() if name in names}, SHARD_BYTES)
     for file, members in track(list(shards.items()), "quantise"):
         if not (made / file).is_file():
             tensors: dict[str, torch.Tensor] = {}
@@ -167,10 +166,8 @@ def _write(
             save_file(tensors, made / f"{file}.partial", metadata={"format": "pt"})
             (made / f"{file}.partial").replace(made / file)
     written = {file: read_header(made / file) for file in shards}
-    tensors_of = {
-        name: Planned(one.dtype, one.shape, one.rows) for part in written.values() for name, one in part.items()
-    }
-    write_index(made, {file: list(part) for file, part in written.items()}, tensors_of)
+    contents = {name: one for part in written.values() for name, one in part.items()}
+    write_index(made, {file: list(part) for file, part in written.items()}, contents)
     method = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
