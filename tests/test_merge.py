@@ -16,8 +16,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from finetune import merge as merging_module
 from finetune.data.images import Preprocessing
 from finetune.generate import Assistant
-from finetune.merge import NOTE, Origin, merge, verify
+from finetune.merge import merge
+from finetune.origin import NOTE, Origin
 from finetune.proof import prove
+from finetune.verify import verify
 from modeling import checkpoint, loading
 from modeling.adapters import open_adapter
 from modeling.checkpoint import identity, read_checkpoint
