@@ -193,11 +193,13 @@ def _place(image: Image) -> str | None:
 
 
 def _first_word(text: str) -> str:
+    """In lower case; "" where there is none."""
     words = re.findall(r"\w+", text.lower())
     return words[0] if words else ""
 
 
 def _mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
     return sum(values) / len(values) if values else None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
@@ -172,7 +173,8 @@ def _page_tokens(example: Example, tokenizer: Any) -> tuple[Token, ...]:
     )
 
 
-def _opened(image: Image) -> Any:
+def _opened(image: Image) -> PIL.Image.Image | None:
+    """None of one that cannot be opened any more."""
     try:
         return open_image(image)
     except RecordError:
@@ -256,7 +258,7 @@ def _style(image: int) -> str:
 
 
 def _tokens(example: Example, tokenizer: Any) -> Text:
-    """The tokens as written, trained ones in green, underlined in the colour of the image they see."""
+    """The tokens as written, trained ones in green, behind a bar in the colour of the image they see."""
     text = Text()
     for token, label, image in zip(example.input_ids, example.labels, example.image_index, strict=True):
         piece = _written(tokenizer.convert_ids_to_tokens(int(token)))

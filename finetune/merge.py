@@ -7,11 +7,9 @@ base's, the added tokens' rows bring the vocabulary to three. A tensor of the ad
           provenance.json: what it was made of, hashes, and the proof
 """
 
-import hashlib
-import math
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ from transformers import IdeficsProcessor
 
 from finetune.data.tracking import Track, silently
 from finetune.folder import commit, read_json, write_json
+from finetune.origin import Origin as Origin
+from finetune.verify import PROVENANCE, compare, digests, require_rounding, weight_digests
 from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
 from modeling.checkpoint import (
     Planned,
@@ -34,75 +34,21 @@ from modeling.checkpoint import (
 )
 from modeling.deltas import Adapter, Onto, rounded, weights_of
 from modeling.errors import UserError
-from modeling.loading import generation_config, load_processor, local_folder, save_processor
-from modeling.proof import changed_blocks, compare_block, compare_tensor
-from modeling.shapes import Config, read_config, tensor_shapes
+from modeling.loading import generation_config, load_processor, open_base, save_processor
+from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
 
 SHARD_BYTES = 5 * 10**9
 """Largest weight file."""
 
-NOTE = "finetune.json"
-"""Beside the adapter's weights: what it was trained on. An adapter made elsewhere has none."""
-
-PROVENANCE, MADE_OF = "provenance.json", "made_of.json"
+MADE_OF = "made_of.json"
+"""Beside weights that are still being written: what they are made of."""
 
 ADAPTER_FILES = (PEFT_CONFIG, "adapter_model.safetensors", "adapter_model.bin", TRAINED_FILE)
 """Of an adapter folder, what its merge depends on."""
 
 SPARE_BYTES = 200_000_000
 """Of disk, beyond the weights."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What an adapter was trained on."""
-
-    base: str
-    """Folder or hub id."""
-    revision: str | None = None
-    instruct: bool = False
-    """Whether a base gained `<end_of_utterance>`."""
-    quantize: str | None = None
-    identity: str | None = None
-    """`modeling.checkpoint.identity` of the base."""
-
-    @property
-    def onto(self) -> Onto:
-        """What training added to."""
-        return "nf4" if self.quantize == "nf4" else "full"
-
-    def write(self, adapter: Path) -> None:
-        write_json(adapter / NOTE, asdict(self))
-
-    @classmethod
-    def of(cls, adapter: Path, base: str | None = None) -> "Origin":
-        """As the note says; of an adapter made elsewhere, as PEFT's own file says, or `base`. Raises UserError."""
-        if note := read_json(adapter / NOTE):
-            return cls(**note)
-        config = read_json(adapter / PEFT_CONFIG)
-        if config is None:
-            found = "a model" if (adapter / "config.json").is_file() else "neither"
-            raise UserError(f"{adapter}: expected an adapter folder ({NOTE} or {PEFT_CONFIG}), found {found}")
-        if not (named := config.get("base_model_name_or_path") or base):
-            raise UserError(f"{adapter}: does not say what base it was made for; name it: --base FOLDER_OR_HUB_ID")
-        return cls(named, config.get("revision"))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """base + adapter against the merged weights, by `modeling.proof`."""
-
-    tensors: int
-    largest_tensor_difference: float
-    """Of rows from the formula in fp64, to what rounding to the merged dtype explains: at most 1 in an honest merge."""
-    worst_tensor: str
-    blocks: int
-    largest_block_difference: float
-    """Relative to the largest output, for the same input."""
-    worst_block: str | None
-    tensor_differences: dict[str, float]
-    block_differences: dict[str, float]
 
 
 def merge(
@@ -125,12 +71,13 @@ def merge(
 
     To `instruct`, a base gains `<end_of_utterance>`, as in training. `onto` nf4 adds to the matrices as a 4-bit
     training saw them, quantised and back; where this is not what the adapter was `trained_onto`, the difference to that
-    is reported, too. `dtype`: of the merged weights, as the base's if None. In memory are the adapter and a few blocks
-    of one matrix. Interrupted, it goes on with the first shard that is not complete. Raises UserError: another base,
-    not enough disk, something else in `out`.
+    is reported, too. `base_identity`: of the weights it was trained on, to tell another base of the same shapes.
+    `provenance`: more to put down; `card`: the model's README.md; `dtype`: of the merged weights, as the base's if
+    None. In memory are the adapter and a few blocks of one matrix. Interrupted, it goes on with the first shard that is
+    not complete. Raises UserError: another base, not enough disk, something else in `out`.
     """
     out = out.resolve()
-    folder, base_config = _open_base(base, revision)
+    folder, base_config = open_base(base, revision=revision)
     stored, changes = read_checkpoint(folder), Adapter.read(adapter)
     instruct = instruct or changes.added_tokens == 3
     config = _merged_config(base_config, instruct, dtype)
@@ -160,7 +107,7 @@ def merge(
     _write_rest(partial, config, processor, card)
     merged = read_checkpoint(partial)
     proof = compare(config, weights, merged, changes, track=track)
-    _require_rounding(proof, merged)
+    require_rounding(proof, merged)
     others: set[Onto] = {trained_onto, "full"} - {onto}
     against = {
         other: asdict(compare(config, weights_of(stored, base_config, other), merged, changes, track=track))
@@ -186,77 +133,6 @@ def merge(
         out.rmdir()
     partial.rename(out)
     return record
-
-
-def verify(merged: Path, *, track: Track = silently) -> dict[str, Any]:
-    """Repeat the proof of a merged folder: its files, its base and its adapter are those it was made of, and agree.
-
-    Returns the comparison. Raises UserError: one of them is not there any more, or has changed.
-    """
-    record = read_json(merged / PROVENANCE)
-    if record is None or "made_of" not in record:
-        raise UserError(f"{merged}: expected a merged model with its {PROVENANCE}, found none")
-    sources, made_of, hashes = record["sources"], record["made_of"], record["sha256"]
-    adapter = Path(sources["adapter"])
-    if weight_digests(merged, track) != hashes["merged"]:
-        raise UserError(f"{merged}: its weights have changed since they were merged")
-    if not adapter.is_dir() or digests(adapter / name for name in made_of["adapter"]) != made_of["adapter"]:
-        raise UserError(f"{adapter}: the adapter that {merged} was made of is gone, or has changed")
-    folder, base_config = _open_base(sources["base"], sources["revision"])
-    if weight_digests(folder, track) != hashes["base"]:
-        raise UserError(f"{folder}: is not the base that {merged} was made of")
-    stored = {name: one for name, one in read_checkpoint(folder).items() if not is_computed(name)}
-    weights, tensors = weights_of(stored, base_config, made_of["onto"]), read_checkpoint(merged)
-    comparison = compare(read_config(str(merged)), weights, tensors, Adapter.read(adapter), track=track)
-    _require_rounding(comparison, tensors)
-    return asdict(comparison)
-
-
-def compare(
-    config: Config,
-    base: Mapping[str, Rows],
-    merged: Mapping[str, Stored],
-    adapter: Adapter,
-    *,
-    track: Track = silently,
-) -> Comparison:
-    """Tensor by tensor and block by block."""
-    tensors = {name: compare_tensor(name, config, base, merged, adapter) for name in track(list(merged), "compare")}
-    blocks = {
-        block: compare_block(block, config, base, merged, adapter) for block in track(changed_blocks(adapter), "prove")
-    }
-    worst_tensor = max(tensors, key=lambda name: tensors[name].relative)
-    worst_block = max(blocks, key=lambda name: blocks[name].relative, default=None)
-    return Comparison(
-        tensors=len(tensors),
-        largest_tensor_difference=tensors[worst_tensor].relative,
-        worst_tensor=worst_tensor,
-        blocks=len(blocks),
-        largest_block_difference=blocks[worst_block].relative if worst_block else 0.0,
-        worst_block=worst_block,
-        tensor_differences={name: one.relative for name, one in tensors.items() if one.largest},
-        block_differences={name: one.relative for name, one in blocks.items()},
-    )
-
-
-def _require_rounding(comparison: Comparison, merged: Mapping[str, Stored]) -> None:
-    """Raises UserError for a tensor that is not base + adapter, and for a block that gives no numbers."""
-    for name, difference in comparison.tensor_differences.items():
-        if not difference <= 1:
-            raise UserError(
-                f"{merged[name].file}: {name} is {difference:.3g} times as far from base + adapter as rounding "
-                f"explains; delete the file, and merge again"
-            )
-    for block, difference in comparison.block_differences.items():
-        if not math.isfinite(difference):
-            raise UserError(f"{block}: its outputs are not numbers: the base or the adapter holds infinite values")
-
-
-def _open_base(base: str, revision: str | None) -> tuple[Path, dict[str, Any]]:
-    """The base's folder, and its config. Raises UserError: neither a folder nor a model of the hub."""
-    config = read_config(base, revision=revision)
-    folder = local_folder(base, revision=revision)
-    return folder, {**config, **read_config(str(folder))}
 
 
 def _merged_config(base_config: Config, instruct: bool, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -294,6 +170,31 @@ def _weights(stored: Mapping[str, Stored], config: Config, adapter: Adapter, ont
     if full := sorted(name for name in adapter.replaced if weights[name] is not stored[name]):
         raise UserError(f"--onto {onto}: {full[0]} was trained in full, which no 4-bit training does; --onto full")
     return weights
+
+
+def _planned(
+    name: str,
+    shape: tuple[int, ...],
+    adapter: Adapter,
+    dtype: torch.dtype,
+    weights: Mapping[str, Rows],
+    config: Config,
+) -> Planned:
+    """A merged tensor, made of a few rows of the base and the adapter at a time."""
+    base = weights[name]
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        if name in adapter.replaced:
+            return adapter.replaced[name][start:stop]
+        if name in adapter.lora:
+            return adapter.merge_rows(name, base.rows(start, stop), start)
+        if base.shape == shape:
+            return base.rows(start, stop)
+        # `<end_of_utterance>` starts as `</s>`, in training as here
+        owner, end = weights[name.removesuffix(".weight").rpartition(".")[0] + ".weight"], config["eos_token_id"]
+        return torch.cat([base.rows(), owner.rows(end, end + 1)])[start:stop]
+
+    return Planned(dtype, shape, lambda start, stop: rounded(name, rows(start, stop), dtype))
 
 
 def _write_weights(
@@ -335,43 +236,3 @@ def _write_rest(folder: Path, config: Mapping[str, Any], processor: IdeficsProce
     generation_config(processor.tokenizer).save_pretrained(folder)
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def weight_digests(folder: Path, track: Track = silently) -> dict[str, str]:
-    """SHA-256 of each weight file of a model."""
-    return digests(track(sorted(folder.glob("*.safetensors")), "hash"))
-
-
-def digests(files: Iterable[Path]) -> dict[str, str]:
-    """File name -> SHA-256; of a file that is not there, an empty one."""
-    digests = {}
-    for path in files:
-        digests[path.name] = ""
-        if path.is_file():
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
-
-
-def _planned(
-    name: str,
-    shape: tuple[int, ...],
-    adapter: Adapter,
-    dtype: torch.dtype,
-    weights: Mapping[str, Rows],
-    config: Config,
-) -> Planned:
-    base = weights[name]
-    if name in adapter.replaced:
-        return Planned(dtype, shape, lambda start, stop: rounded(name, adapter.replaced[name][start:stop], dtype))
-    if name in adapter.lora:
-        return Planned(
-            dtype,
-            shape,
-            lambda start, stop: rounded(name, adapter.merge_rows(name, base.rows(start, stop), start), dtype),
-        )
-    if base.shape != shape:  # `<end_of_utterance>` starts as `</s>`, in training as here
-        owner, end = weights[name.removesuffix(".weight").rpartition(".")[0] + ".weight"], config["eos_token_id"]
-        grown = torch.cat([base.rows(), owner.rows(end, end + 1)])
-        return Planned(dtype, shape, lambda start, stop: rounded(name, grown[start:stop], dtype))
-    return Planned(dtype, shape, lambda start, stop: rounded(name, base.rows(start, stop), dtype))

@@ -8,9 +8,11 @@ import torch
 from huggingface_hub import ModelCardData
 
 from finetune.folder import read_json
-from finetune.merge import PROVENANCE, SHARD_BYTES, Origin, merge, verify
+from finetune.merge import SHARD_BYTES, merge
+from finetune.origin import Origin
 from finetune.progress import console, say, table, track
 from finetune.sizes import parse_size
+from finetune.verify import PROVENANCE, verify
 from modeling.deltas import Onto
 from modeling.errors import UserError
 

@@ -94,14 +94,11 @@ def in_threads(
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file."""
+class Extent:
+    """What a tensor is without its values, and the bytes it takes in a file."""
 
-    file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
-    """Of its first byte in the file."""
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +106,17 @@ class Stored:
 
     @property
     def row_bytes(self) -> int:
+        """Of one index of the first axis (a scalar: of itself)."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stored(Extent):
+    """A tensor in a file."""
+
+    file: Path
+    offset: int
+    """Of its first byte in the file."""
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start:stop] of its first axis (a scalar: itself), read into memory of their own."""
@@ -164,7 +171,7 @@ def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {code!r}")
     if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
         raise ValueError(f"expected a shape and offsets of whole numbers, got {shape} and {[first, last]}")
-    stored = Stored(path, DTYPES[code], tuple(shape), start + first)
+    stored = Stored(DTYPES[code], tuple(shape), path, start + first)
     if last - first != stored.nbytes:
         raise ValueError(f"{last - first} bytes for {stored.shape} {code}")
     return stored
@@ -250,42 +257,32 @@ def identity(tensors: Mapping[str, Stored]) -> str:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor to be written, and how its bytes come about."""
+class Planned(Extent):
+    """A tensor to be written, and how its values come about."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
     rows: Callable[[int, int], torch.Tensor]
-    """rows(start, stop) -> those rows (of a scalar: itself); called from several threads."""
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+    """rows(start, stop) -> those rows in `dtype` (of a scalar: itself); called from several threads."""
 
 
-def plan_shards(tensors: Mapping[str, Planned], shard_bytes: int) -> dict[str, list[str]]:
+def plan_shards(tensors: Mapping[str, Extent], shard_bytes: int) -> dict[str, list[str]]:
     """File name -> tensors, in order, of at most `shard_bytes` each (or one tensor)."""
     shards: list[list[str]] = []
     size = shard_bytes + 1
-    for name, planned in tensors.items():
-        if size + planned.nbytes > shard_bytes:
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += planned.nbytes
+        size += tensor.nbytes
     if len(shards) == 1:
         return {SINGLE: shards[0]}
     return {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, start=1)}
 
 
-def write_index(folder: Path, shards: Mapping[str, list[str]], tensors: Mapping[str, Planned]) -> None:
+def write_index(folder: Path, shards: Mapping[str, list[str]], tensors: Mapping[str, Extent]) -> None:
     """The index that transformers wants beside several files."""
     if len(shards) > 1:
-        weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+        weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(one.nbytes for one in tensors.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

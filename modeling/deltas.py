@@ -45,6 +45,7 @@ class Dequantized:
         return self.stored.shape
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """fp32, whatever `dtype` it is stored in."""
         with _ONE_AT_A_TIME:
             quantized = _quantized(self.stored)
         return quantized.rows(start, stop)
@@ -73,10 +74,11 @@ class Adapter:
     """An adapter folder's tensors by stock name."""
 
     lora: dict[str, dict[str, torch.Tensor]]
-    """Stock weight name -> "lora_A", "lora_B" (, "lora_magnitude_vector") -> factor."""
+    """Stock weight name -> "lora_A" [r, n], "lora_B" [m, r] (, "lora_magnitude_vector" [m]): factors of [m, n]."""
     replaced: dict[str, torch.Tensor]
     """Stock name -> gates, added rows, towers trained in full."""
     config: LoraConfig | None
+    """None where there is no LoRA."""
 
     @classmethod
     def read(cls, folder: Path) -> "Adapter":
@@ -116,15 +118,15 @@ class Adapter:
         rows = [len(tensor) for name, tensor in self.replaced.items() if tower_of(name) == "added_tokens"]
         return rows[0] if rows else None
 
-    def require_home(self, base: dict[str, tuple[int, ...]]) -> None:
-        """Every tensor of the adapter must fit one of the base's, by name and shape. Raises UserError."""
-        homeless = sorted(self.names - base.keys())
+    def require_home(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Every tensor of the adapter must fit one of the model's `shapes`, by stock name. Raises UserError."""
+        homeless = sorted(self.names - shapes.keys())
         if homeless:
             raise UserError(f"{len(homeless)} tensors of the adapter have no place in the base: {homeless[:3]}")
         for name, tensor in self.replaced.items():
-            _require_shape(name, tuple(tensor.shape), base[name])
+            _require_shape(name, tuple(tensor.shape), shapes[name])
         for name, factors in self.lora.items():
-            _require_shape(name, (factors["lora_B"].shape[0], factors["lora_A"].shape[1]), base[name])
+            _require_shape(name, (factors["lora_B"].shape[0], factors["lora_A"].shape[1]), shapes[name])
 
     def scaling(self, name: str) -> float:
         """By which the product of a weight's factors is multiplied (LoRA: alpha / r; rsLoRA: alpha / sqrt(r))."""
@@ -135,7 +137,7 @@ class Adapter:
         return float(alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
 
     def merge_rows(self, name: str, weight: torch.Tensor, start: int) -> torch.Tensor:
-        """Rows of a LoRA-adapted matrix, from row `start` on, merged in fp32: the arithmetic of PEFT's own merge."""
+        """Rows of a LoRA-adapted matrix, from row `start` on -> fp32 of the same shape: PEFT's own arithmetic."""
         factors, rows = self.lora[name], slice(start, start + len(weight))
         # PEFT's order: the product first, then the scale, then the sum.
         merged = (factors["lora_B"][rows].float() @ factors["lora_A"].float()).mul_(self.scaling(name))

@@ -38,8 +38,8 @@ def attend_sequences(
     """Causal attention inside each sequence. [1, H, T, D] -> [1, T, H, D]."""
     bounds = _int32(tuple(starts), query.device)
     longest = max(stop - start for start, stop in pairwise(starts))
-    rows = (_by_token(tensor) for tensor in (query, key, value))
-    return _kernel(*rows, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))[None]
+    rows = map(_by_token, (query, key, value))
+    return varlen_attn(*rows, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))[None]
 
 
 def attend_images(
@@ -58,12 +58,8 @@ def attend_images(
     longest = max(stop - start for start, stop, _ in runs)
     every = _by_token(query)
     shown = (_by_token(one).unflatten(0, (-1, latents))[images].flatten(0, 1) for one in (key, value))
-    seen = _kernel(every[tokens], *shown, of_runs, of_images, longest, latents, scale=scaling)
+    seen = varlen_attn(every[tokens], *shown, of_runs, of_images, longest, latents, scale=scaling)
     return torch.zeros_like(every).index_copy(0, tokens, seen)[None]
-
-
-def _kernel(*arguments: object, **options: object) -> torch.Tensor:
-    return varlen_attn(*arguments, **options)
 
 
 def _by_token(tensor_BHTD: torch.Tensor) -> torch.Tensor:

@@ -128,6 +128,16 @@ def local_folder(base: str, *, revision: str | None = None) -> Path:
         raise UserError(f"{base!r}: the hub did not give its files: {str(error).splitlines()[0]}") from error
 
 
+def open_base(base: str, *, revision: str | None = None) -> tuple[Path, Config]:
+    """The base's folder on this machine, and its config. Raises UserError: neither a folder nor a model of the hub.
+
+    What the file of a released model leaves out is as it was published.
+    """
+    published = read_config(base, revision=revision)
+    folder = local_folder(base, revision=revision)
+    return folder, {**published, **read_config(str(folder))}
+
+
 def load_processor(base: str, *, revision: str | None = None, instruct: bool = True) -> IdeficsProcessor:
     """The stock processor, with the PIL image processor that IDEFICS was trained with, whatever is installed."""
     try:

@@ -9,7 +9,6 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -21,14 +20,18 @@ from transformers.models.idefics.vision import IdeficsVisionEncoderLayer
 
 from modeling.checkpoint import Rows, Stored, in_threads, row_blocks
 from modeling.deltas import Adapter
+from modeling.shapes import Config
 from modeling.towers import BLOCKS
 from modeling.vision import make_resampler
 
 SAMPLED_ROWS = 4
+"""Of a large tensor that LoRA changed, or nothing did."""
+
 SMALL = 2**16
 """Elements of a tensor of which every row is compared."""
 
 POSITIONS = 16
+"""Of a block's random input: tokens, or patches of an image."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Difference:
 
 
 def compare_tensor(
-    name: str, config: Mapping[str, Any], base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: Adapter
+    name: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: Adapter
 ) -> Difference:
     """Of sampled rows of a merged tensor; of all rows, if it is small or was replaced.
 
@@ -67,7 +70,7 @@ def _chosen_rows(name: str, shape: tuple[int, ...], *, every: bool) -> Iterator[
 
 
 def _expected(
-    name: str, start: int, stop: int, config: Mapping[str, Any], base: Mapping[str, Rows], adapter: Adapter
+    name: str, start: int, stop: int, config: Config, base: Mapping[str, Rows], adapter: Adapter
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """fp64 rows of a merged tensor, and how far sums in fp32 may be from them."""
     if name in adapter.replaced:
@@ -106,9 +109,9 @@ def _step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compare_block(
-    block: str, config: Mapping[str, Any], base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: Adapter
+    block: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: Adapter
 ) -> Difference:
-    """Outputs of a block of the model for the same random input, in fp32; a few rows of a weight are in memory."""
+    """Of the outputs of a block (`model.layers.7`) for one random input, in fp32; a few rows of a weight in memory."""
     shape = IdeficsConfig(**config)
     shape._attn_implementation = shape.vision_config._attn_implementation = "sdpa"
     got, expected = (
@@ -141,7 +144,10 @@ def build_block(
 
 @torch.no_grad()
 def feed(block: str, module: nn.Module, config: IdeficsConfig) -> torch.Tensor:
-    """What a block makes of a random input, the same for every module that stands for it."""
+    """What a block makes of a random input, the same for every module that stands for it: fp32 [1, N, width].
+
+    N is `POSITIONS`; of the resampler, its latents.
+    """
     return _CALLS[_kind(block)](module, config, torch.Generator().manual_seed(zlib.crc32(block.encode())))
 
 

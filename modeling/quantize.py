@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from modeling.checkpoint import Planned, Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
+from modeling.checkpoint import Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
 from modeling.shapes import Config, read_config, tensor_shapes
 from modeling.towers import NOT_QUANTIZED, QUANTIZED_TOWERS, lora_pattern
 
@@ -40,6 +40,9 @@ BLOCK_ELEMENTS = 2 * 2**20
 SHARD_BYTES = 256 * 2**20
 """Of the checkpoint (or one tensor) that become one file: in memory at once, and lost by an interruption."""
 
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+"""(items, description) -> items, shown as they go by."""
+
 
 def quantized_names(config: Config) -> set[str]:
     """Stock names of the weights that are held in NF4: of the linear layers of `QUANTIZED_TOWERS`.
@@ -51,6 +54,7 @@ def quantized_names(config: Config) -> set[str]:
 
 
 def _matrices(config: Config) -> dict[str, tuple[int, ...]]:
+    """Stock name -> shape, of every weight of a linear layer of `QUANTIZED_TOWERS`."""
     pattern = re.compile(rf"({lora_pattern(QUANTIZED_TOWERS)})\.weight")
     return {name: shape for name, shape in tensor_shapes(config).items() if pattern.fullmatch(name)}
 
@@ -123,7 +127,7 @@ def quantized_checkpoint(
     cache: Path,
     *,
     name: str,
-    track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, what: items,
+    track: Track = lambda items, description: items,
 ) -> Path:
     """The checkpoint in `folder` in NF4: one that lies in `cache`, or a new one called by `name` and its identity.
 
@@ -149,16 +153,10 @@ def _identity(folder: Path, stored: dict[str, Stored]) -> str:
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
-def _write(
-    made: Path,
-    stored: dict[str, Stored],
-    config: Config,
-    track: Callable[[Iterable[Any], str], Iterable[Any]],
-) -> None:
+def _write(made: Path, stored: dict[str, Stored], config: Config, track: Track) -> None:
     names, quantized = tensor_shapes(config), quantized_names(config)
     uneven = _matrices(config).keys() - quantized
-    copies = {name: Planned(one.dtype, one.shape, one.rows) for name, one in stored.items() if name in names}
-    shards = plan_shards(copies, SHARD_BYTES)
+    shards = plan_shards({name: one for name, one in stored.items() if name in names}, SHARD_BYTES)
     for file, members in track(list(shards.items()), "quantise"):
         if not (made / file).is_file():
             tensors: dict[str, torch.Tensor] = {}
@@ -167,10 +165,8 @@ def _write(
             save_file(tensors, made / f"{file}.partial", metadata={"format": "pt"})
             (made / f"{file}.partial").replace(made / file)
     written = {file: read_header(made / file) for file in shards}
-    tensors_of = {
-        name: Planned(one.dtype, one.shape, one.rows) for part in written.values() for name, one in part.items()
-    }
-    write_index(made, {file: list(part) for file, part in written.items()}, tensors_of)
+    contents = {name: one for part in written.values() for name, one in part.items()}
+    write_index(made, {file: list(part) for file, part in written.items()}, contents)
     method = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -183,6 +179,7 @@ def _write(
 
 
 def _tensors(name: str, stored: Stored, *, quantized: bool) -> dict[str, torch.Tensor]:
+    """What the new checkpoint holds of a stored tensor."""
     return Nf4.of(stored.rows, stored.shape).tensors(name) if quantized else {name: stored.rows()}
 
 

@@ -26,6 +26,10 @@ import psutil
 
 STEPS = 12
 POLL = 0.002
+"""Seconds between two looks at a run that is to be killed."""
+
+MOMENTS = ("any", "checkpoint", "any", "features")
+"""When the kills come, in turn: whenever, while a checkpoint is written, while the feature cache is filled."""
 
 RECIPE = """
 model: {{init: tiny, cross_attention: lora, decoder: lora, gates: full, added_tokens: full}}
@@ -42,6 +46,7 @@ output: {folder}/run
 
 
 def command(folder: Path, processes: int) -> list[str]:
+    """What trains in this folder; its recipe is written where there is none."""
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,13 +55,14 @@ def command(folder: Path, processes: int) -> list[str]:
 
 
 def start(folder: Path, processes: int) -> "subprocess.Popen[bytes]":
-    log = (folder.parent / "chaos.log").open("ab")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    line = command(folder, processes)
-    return subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)  # noqa: S603
+    """A run in a process group of its own."""
+    line, environment = command(folder, processes), {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder.parent / "chaos.log").open("ab") as log:
+        return subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)  # noqa: S603
 
 
 def run_whole(folder: Path, processes: int) -> float:
+    """Seconds that a run takes to its end."""
     started = time.monotonic()
     if start(folder, processes).wait() != 0:
         sys.exit(f"the run itself fails: see {folder.parent / 'chaos.log'}")
@@ -64,7 +70,7 @@ def run_whole(folder: Path, processes: int) -> float:
 
 
 def sealed(folder: Path) -> int:
-    """The newest step that is safe."""
+    """The newest step that is safe; 0 where none is."""
     seals = (folder / "run").glob("checkpoint-*/sealed.json")
     return max((int(one.parent.name.split("-")[1]) for one in seals), default=0)
 
@@ -82,7 +88,7 @@ def fills_features(folder: Path) -> bool:
 
 
 def kill_once(folder: Path, processes: int, moment: str, seconds: float, chance: random.Random) -> str:
-    """Start, kill at a moment, and say when it was and what had been reached."""
+    """Start, kill at one of `MOMENTS`, and say when it was and what had been reached; a whole run takes `seconds`."""
     if moment == "features":
         shutil.rmtree(folder / "features", ignore_errors=True)  # else there would be nothing to write
     step = min(sealed(folder) + chance.randint(1, 4), STEPS)
@@ -114,6 +120,7 @@ def kill_once(folder: Path, processes: int, moment: str, seconds: float, chance:
 
 
 def differences(one: Path, other: Path) -> list[str]:
+    """Names of the files in which two runs differ: weights and accounts by their bytes, metrics but for their times."""
     found = []
     for name in ("adapter/adapter_model.safetensors", "adapter/trained.safetensors", "data.json"):
         if (one / "run" / name).read_bytes() != (other / "run" / name).read_bytes():
@@ -143,7 +150,7 @@ def main() -> None:
         seconds = run_whole(whole, arguments.processes)
         print(f"in peace: {seconds:.1f} s, {STEPS} steps, {arguments.processes} processes", flush=True)
         for number in range(arguments.kills):
-            moment = ("any", "checkpoint", "any", "features")[number % 4]
+            moment = MOMENTS[number % len(MOMENTS)]
             told = kill_once(chaos, arguments.processes, moment, seconds, chance)
             print(f"kill {number + 1:2}, {moment:10}: {told}", flush=True)
             if (chaos / "run" / "training.json").is_file():  # it got to its end: another one begins

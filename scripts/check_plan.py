@@ -28,14 +28,13 @@ from finetune.data.collate import Rows
 from finetune.planning.memory import Memory, estimate
 from finetune.planning.setup import RowSize, Setup
 from modeling.shapes import TINY, Config
+from modeling.towers import TOWERS
 
 TENSORS, RESIDENT = 0.10, 0.20
 """Largest relative errors."""
 
 LORA = {"cross_attention": "lora", "decoder": "lora", "gates": "full", "added_tokens": "full"}
-FULL = dict.fromkeys(
-    ("vision", "resampler", "cross_attention", "decoder", "gates", "added_tokens", "embeddings_and_head"), "full"
-)
+FULL = dict.fromkeys(TOWERS, "full")
 
 MIDDLE: Config = {
     **TINY,
@@ -130,6 +129,7 @@ def main(names: Sequence[str]) -> int:
 
 
 def _in_own_process(case: Case) -> dict[str, Any]:
+    """What `measure` writes: bytes by kind, and whether they are a GPU's."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         environment = {"MALLOC_MMAP_THRESHOLD_": str(2**20), **os.environ}
         subprocess.run([sys.executable, __file__, "--measure", case.name, out.name], check=True, env=environment)  # noqa: S603 - itself
@@ -140,9 +140,10 @@ def _tell(case: Case, predicted: Memory, measured: dict[str, Any]) -> int:
     """Print one recipe; returns how many bounds it misses."""
     fixed = ("weights", "adapters", "optimizer", "batch")
     parts = {name: predicted.parts[name] for name in fixed}
+    held = {name: measured[name] for name in fixed}
     parts["gradients and activations"] = predicted.total - sum(parts.values())
-    measured["gradients and activations"] = measured["tensors"] - sum(measured[name] for name in fixed)
-    rows = [(name, value, measured[name], None) for name, value in parts.items()]
+    held["gradients and activations"] = measured["tensors"] - sum(held.values())
+    rows = [(name, value, held[name], None) for name, value in parts.items()]
     rows.append(("tensors", predicted.total, measured["tensors"], TENSORS))
     if not measured["gpu"]:
         rows.append(("resident", predicted.resident, measured["resident"], RESIDENT))
@@ -161,7 +162,7 @@ def _tell(case: Case, predicted: Memory, measured: dict[str, Any]) -> int:
 
 
 def measure(case: Case, out: Path) -> None:
-    """Train three steps and write what was held."""
+    """Train for four steps, and write what was held in the third."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 

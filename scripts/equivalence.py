@@ -144,11 +144,13 @@ def gradient_errors(folder: Path, reference: Path) -> list[float]:
 
 
 def losses(folder: Path) -> list[float]:
+    """Of every step; lines of evaluations have none."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """file:name -> tensor, of both files of an adapter folder."""
     files = sorted((folder / "adapter").glob("*.safetensors"))
     return {f"{file.name}:{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
@@ -169,7 +171,7 @@ output: {folder}/run
 
 
 def prepare(folder: Path, steps: int) -> tuple[Callable[[], nn.Module], Any, Rows]:
-    """(what makes the model in a process, tokenizer, rows)"""
+    """(what makes the model in a process, tokenizer, rows): drawn shapes, and text alone of growing length."""
     from finetune.folder import open_folder
     from finetune.materials import Materials
     from finetune.recipe_file import load_recipe
@@ -199,8 +201,12 @@ def compare(folder: Path, steps: int, layouts: Sequence[tuple[int, str]]) -> boo
         run_processes(processes, lambda: train(make(), tokenizer, place, rows, **options), timeout=1800)
         return place
 
+    def end(processes: int, name: str, *, sgd: bool, **options: Any) -> dict[str, torch.Tensor]:
+        optimizer = "SGD" if sgd else "AdamW"
+        return adapter(run(processes, f"{name}, {optimizer}", sgd=sgd, record=False, **options))
+
     alone = run(1, "alone")
-    by_optimizer = {sgd: run(1, f"alone, {sgd}", sgd=sgd, record=False) for sgd in (True, False)}
+    by_sgd, by_adamw = end(1, "alone", sgd=True), end(1, "alone", sgd=False)
     bound, good = 2 * ADAMW_RATE * steps, True
     print(f"{steps} steps of {PACKS} rows against one process; largest of all steps, and of the adapters in the end")
     print(f"{'':12}{'loss':>10}{'gradients':>12}{'SGD':>12}{'AdamW, absolute':>18}")
@@ -209,12 +215,9 @@ def compare(folder: Path, steps: int, layouts: Sequence[tuple[int, str]]) -> boo
         together = run(processes, name, kind=kind, given=alone)
         loss = max(abs(a / b - 1) for a, b in zip(losses(together), losses(alone), strict=True))
         gradients = max(gradient_errors(together, alone))
-        ends = {
-            sgd: adapter(run(processes, f"{name}, {sgd}", kind=kind, sgd=sgd, record=False)) for sgd in (True, False)
-        }
-        sgd = relative_error(ends[True], adapter(by_optimizer[True]))
-        reference = adapter(by_optimizer[False])
-        adamw = max(float((ends[False][key] - one).abs().max()) for key, one in reference.items())
+        sgd = relative_error(end(processes, name, sgd=True, kind=kind), by_sgd)
+        ended = end(processes, name, sgd=False, kind=kind)
+        adamw = max(float((ended[key] - one).abs().max()) for key, one in by_adamw.items())
         print(f"{name:12}{loss:10.1e}{gradients:12.1e}{sgd:12.1e}{adamw:18.1e}", flush=True)
         good &= max(loss, gradients, sgd) < 1e-5 and adamw < bound
     print(

@@ -41,15 +41,18 @@ TEXT = "the image shows a small dog on green grass near an old house with two wi
 WORDS = TEXT.split()
 DIALOGUES, ROW_TOKENS = 24, 512
 RECIPE_80B = Path("recipes/idefics-80b_qlora_8x80gb.yaml")
+FINETUNE = [sys.executable, "-m", "finetune"]
 
 
 def write(config: Config, base: Path) -> None:
+    """A checkpoint of random weights, its tokenizer one of `WORDS`."""
     from random_weights import write_base
 
     write_base(config, base, [*WORDS, "User:", "Assistant:"])
 
 
 def write_sample(config: Config, out: Path) -> None:
+    """base/ and adapter/ with `SAMPLED_LAYERS` of the layers."""
     from random_weights import write_adapter
 
     sampled = {**config, "num_hidden_layers": SAMPLED_LAYERS}
@@ -65,7 +68,7 @@ def check_names(config: Config) -> None:
     with torch.device("meta"):
         model = IdeficsForVisionText2Text(IdeficsConfig(**config))
     theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    ours = dict(tensor_shapes(config))
+    ours = tensor_shapes(config)
     if ours != theirs:
         sys.exit(f"names or shapes differ: {sorted(ours.items() ^ theirs.items())[:5]}")
     print(json.dumps({"tensors": len(theirs), "parameters": sum(one.numel() for one in model.parameters())}))
@@ -139,32 +142,32 @@ def tell_proof(proof: dict[str, Any]) -> None:
     print(f"{'':12}{proof['blocks']} blocks, largest difference {proof['largest_block_difference']:.1e} of the output")
 
 
-def whole(shape: str, out: Path, finetune: list[str], again: list[str]) -> None:
-    """Write, prepare, plan, train, merge, verify."""
+def whole(out: Path, again: list[str]) -> None:
+    """Write, prepare, plan, train, merge, verify; `again` is the command of this script."""
     run_stage("write", [*again, "--stage", "write"], out)
     recipe = write_recipe(out)
-    run_stage("prepare", [*finetune, "prepare", recipe], out)
-    plan = json.loads(run_stage("plan", [*finetune, "plan", recipe, "--json"], out))
+    run_stage("prepare", [*FINETUNE, "prepare", recipe], out)
+    plan = json.loads(run_stage("plan", [*FINETUNE, "plan", recipe, "--json"], out))
     tell_plan(plan)
     # Memory that importing takes comes on top of what is planned.
     run_stage("imports", [sys.executable, "-c", "import finetune.run, finetune.train"], out)
     imports = json.loads((out / "imports.json").read_text())["all"]
-    run_stage("train", [*finetune, "train", recipe], out, planned=plan["memory"]["resident"] + imports)
-    merged = json.loads(run_stage("merge", [*finetune, "merge", str(out / "run"), "--onto", "full", "--json"], out))
-    tell_proof(merged["proof"])
-    tell_proof(
-        json.loads(run_stage("verify", [*finetune, "merge", str(out / "run/merged"), "--verify", "--json"], out))
-    )
+    run_stage("train", [*FINETUNE, "train", recipe], out, planned=plan["memory"]["resident"] + imports)
+    merge_and_verify(out, [str(out / "run"), "--onto", "full"], out / "run/merged")
 
 
-def sampled(shape: str, out: Path, finetune: list[str], again: list[str]) -> None:
-    """Plan, names, and a merge of some layers."""
-    tell_plan(json.loads(run_stage("plan", [*finetune, "plan", str(RECIPE_80B), "--gpu", "80GB", "--json"], out)))
+def sampled(out: Path, again: list[str]) -> None:
+    """Plan, names, and a merge of some layers; `again` is the command of this script."""
+    tell_plan(json.loads(run_stage("plan", [*FINETUNE, "plan", str(RECIPE_80B), "--gpu", "80GB", "--json"], out)))
     print(f"{'':12}{run_stage('names', [*again, '--stage', 'names'], out).strip()}")
     run_stage("write", [*again, "--stage", "sample"], out)
-    merge = [*finetune, "merge", str(out / "adapter"), "--base", str(out / "base"), "--out", str(out / "merged")]
-    tell_proof(json.loads(run_stage("merge", [*merge, "--json"], out))["proof"])
-    tell_proof(json.loads(run_stage("verify", [*finetune, "merge", str(out / "merged"), "--verify", "--json"], out)))
+    merged = out / "merged"
+    merge_and_verify(out, [str(out / "adapter"), "--base", str(out / "base"), "--out", str(merged)], merged)
+
+
+def merge_and_verify(out: Path, arguments: list[str], merged: Path) -> None:
+    tell_proof(json.loads(run_stage("merge", [*FINETUNE, "merge", *arguments, "--json"], out))["proof"])
+    tell_proof(json.loads(run_stage("verify", [*FINETUNE, "merge", str(merged), "--verify", "--json"], out)))
 
 
 def main() -> None:
@@ -187,9 +190,8 @@ def main() -> None:
             os.environ |= {"HF_HUB_OFFLINE": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
             print(f"{sum(count_parameters(config).values()):,} parameters")
             print(f"{'stage':12}{'time':>12}{'anonymous':>15}{'in all':>15}{'planned':>15}")
-            finetune = [sys.executable, "-m", "finetune"]
             again = [sys.executable, __file__, "--shape", shape, "--out", str(arguments.out)]
-            (sampled if shape == "80b" else whole)(shape, out, finetune, again)
+            (sampled if shape == "80b" else whole)(out, again)
 
 
 if __name__ == "__main__":

@@ -55,3 +55,19 @@ def files_of(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
     }
+
+
+UP = "base_model.model.model.layers.1.mlp.up_proj"
+CHANGES = {
+    "weights": lambda adapter: spoil(
+        adapter / "adapter_model.safetensors", lambda tensors: tensors[f"{UP}.lora_A.weight"].mul_(2)
+    ),
+    "alpha": lambda adapter: (adapter / "adapter_config.json").write_text(
+        (adapter / "adapter_config.json").read_text().replace('"lora_alpha": 8', '"lora_alpha": 9')
+    ),
+    "gates": lambda adapter: spoil(
+        adapter / "trained.safetensors",
+        lambda tensors: tensors["model.gated_cross_attn_layers.0.alpha_dense"].add_(1),
+    ),
+}
+"""Of an adapter folder, each in a file of its own."""

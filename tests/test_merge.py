@@ -3,21 +3,22 @@
 import errno
 import json
 import shutil
-from dataclasses import asdict
 
 import peft
 import PIL.Image
 import pytest
 import torch
-from merging import EVERYTHING, FOUR_TOWERS, adapter_for, copy_base, disturb, files_of, spoil
+from merging import CHANGES, EVERYTHING, FOUR_TOWERS, UP, adapter_for, copy_base, disturb, files_of, spoil
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, IdeficsForVisionText2Text
 
 from finetune import merge as merging_module
 from finetune.data.images import Preprocessing
 from finetune.generate import Assistant
-from finetune.merge import NOTE, Origin, merge, verify
+from finetune.merge import merge
+from finetune.origin import Origin
 from finetune.proof import prove
+from finetune.verify import verify
 from modeling import checkpoint, loading
 from modeling.adapters import open_adapter
 from modeling.checkpoint import identity, read_checkpoint
@@ -255,9 +256,6 @@ def test_a_pickled_adapter_of_old_is_read_without_running_it_and_told_apart(base
     assert record["made_of"]["adapter"].keys() == {"adapter_config.json", "adapter_model.bin"}
 
 
-UP = "base_model.model.model.layers.1.mlp.up_proj"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -493,20 +491,6 @@ def test_interrupted_after_the_weights_it_writes_none_again(
     assert files_of(tmp_path / "out") == uninterrupted
 
 
-CHANGES = {
-    "weights": lambda adapter: spoil(
-        adapter / "adapter_model.safetensors", lambda tensors: tensors[f"{UP}.lora_A.weight"].mul_(2)
-    ),
-    "alpha": lambda adapter: (adapter / "adapter_config.json").write_text(
-        (adapter / "adapter_config.json").read_text().replace('"lora_alpha": 8', '"lora_alpha": 9')
-    ),
-    "gates": lambda adapter: spoil(
-        adapter / "trained.safetensors",
-        lambda tensors: tensors["model.gated_cross_attn_layers.0.alpha_dense"].add_(1),
-    ),
-}
-
-
 @pytest.mark.parametrize("change", CHANGES)
 def test_of_an_adapter_that_changed_meanwhile_nothing_old_is_used(base_folder, adapter, tmp_path, monkeypatch, change):
     with monkeypatch.context() as patch:
@@ -607,63 +591,6 @@ def test_a_tower_trained_in_full_was_never_in_4_bits(base_folder, tmp_path):
     with pytest.raises(UserError, match=r"--onto nf4: model\.layers\..* was trained in full"):
         merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged", onto="nf4")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_verify_repeats_the_proof(base_folder, adapter, tmp_path, monkeypatch):
-    monkeypatch.chdir(base_folder.parent)  # a base named from where we are must be found from elsewhere
-    record = merge(adapter, base_folder.name, tmp_path / "merged", shard_bytes=SHARDS)
-    monkeypatch.chdir(tmp_path)
-    assert verify(tmp_path / "merged") == record["proof"]
-    assert record["proof"]["blocks"] == 8
-
-
-def change_byte(file, place):
-    content = bytearray(file.read_bytes())
-    content[place] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("spoiled", "message"),
-    [
-        (lambda f: change_byte(f / "merged" / "model.safetensors", -1), "merged: its weights have changed"),
-        (lambda f: (f / "merged" / "model.safetensors").unlink(), "merged: its weights have changed"),
-        (
-            lambda f: shutil.copy(f / "merged" / "model.safetensors", f / "merged" / "b.safetensors"),
-            "weights have chang",
-        ),
-        (
-            lambda f: change_byte(f / "base" / "model.safetensors", -1),
-            "base: is not the base that .*merged was made of",
-        ),
-        (lambda f: change_byte(f / "base" / "model.safetensors", -900_001), "base: is not the base"),
-        (lambda f: shutil.rmtree(f / "base"), "base' is neither a folder here nor a hub id"),
-        (lambda f: shutil.rmtree(f / "adapter"), "adapter: the adapter that .*merged was made of is gone, or has chan"),
-        (lambda f: (f / "adapter" / "trained.safetensors").unlink(), "adapter: the adapter .* is gone, or has changed"),
-        (lambda f: CHANGES["alpha"](f / "adapter"), "adapter: the adapter that .* is gone, or has changed"),
-        (lambda f: CHANGES["weights"](f / "adapter"), "adapter: the adapter that .* is gone, or has changed"),
-        (lambda f: (f / "merged" / "provenance.json").unlink(), "expected a merged model with its provenance.json"),
-    ],
-)
-def test_verify_tells_what_is_gone_or_has_changed(base_folder, adapter, tmp_path, spoiled, message):
-    shutil.copytree(base_folder, tmp_path / "base")
-    merge(adapter, str(tmp_path / "base"), tmp_path / "merged")
-    verify(tmp_path / "merged")
-    spoiled(tmp_path)
-    with pytest.raises(UserError, match=message):
-        verify(tmp_path / "merged")
-
-
-def test_an_origin_is_read_as_it_was_written(tmp_path):
-    origin = Origin("bases/mine", "main", True, "nf4", "0123")
-    origin.write(tmp_path)
-    assert Origin.of(tmp_path) == origin
-    assert json.loads((tmp_path / NOTE).read_text()) == asdict(origin)
-    assert (origin.onto, Origin("a/b").onto) == ("nf4", "full")
-    (tmp_path / NOTE).unlink()
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="does not say what base it was made for; name it: --base"):
-        Origin.of(tmp_path)
 
 
 def test_the_proof_tells_a_right_merge_from_a_wrong_one(base_folder, make_rows, tmp_path):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from finetune.cli import app
-from finetune.merge import Origin
 from finetune.merge_verb import merge_folder, model_card
+from finetune.origin import Origin
 from modeling.checkpoint import identity, read_checkpoint
 
 RECIPE = "model:\n  base: some/base\n# ```\n# not the end of the recipe\n"

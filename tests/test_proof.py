@@ -12,7 +12,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
-from finetune.merge import Comparison, compare, merge
+from finetune.merge import merge
+from finetune.verify import Comparison, compare
 from modeling import checkpoint, proof
 from modeling.checkpoint import read_checkpoint, read_header
 from modeling.deltas import Adapter, weights_of
