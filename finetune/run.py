@@ -36,8 +36,9 @@ from finetune.device import device, free_memory
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import open_folder, read_json, versions, write_json
 from finetune.materials import Materials
-from finetune.merge import Origin, merge
+from finetune.merge import merge
 from finetune.merge_verb import model_card
+from finetune.origin import Origin
 from finetune.out_of_memory import told_if_memory_runs_out
 from finetune.pages.predictions import predictions_page
 from finetune.picture import draw
