@@ -12,6 +12,7 @@ import mistral_common
 import PIL.Image
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 from finetune.data.collate import RowCollator
@@ -128,6 +129,37 @@ def dialogue_folder(tmp_path_factory):
     lines = [json.dumps({"messages": messages}) for messages in dialogues]
     (folder / "dialogues.jsonl").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_recipe(base_folder, dialogue_folder):
+    """write_recipe(folder, training={"steps": 8}) -> a recipe about the twelve dialogues, all of it in `folder`: data/,
+    which holds a copy of them and the recipe, prepared/ and run/."""
+
+    def write(folder, **changes):
+        data = {"format": "messages", "path": "dialogues.jsonl"}
+        sections = {
+            "model": {"base": str(base_folder)},
+            "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
+            "data": {"sources": [data], "eval_split": 0.2, "max_length": 256, "workers": 1},
+            "training": {"steps": 4, "row_tokens": 256, "row_images": 4, "tokens_per_step": 512},
+            "evaluation": {"max_new_tokens": 4},
+        }
+        sections["data"]["prepared"] = str(folder / "prepared")
+        sections["training"] |= {"learning_rate": 1e-2, "checkpoint_every": 2}
+        for name, change in changes.items():
+            sections[name] = sections[name] | change if isinstance(change, dict) else change
+        shutil.copytree(dialogue_folder, folder / "data")
+        path = folder / "data" / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**sections, "output": str(folder / "run")}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def recipe_file(write_recipe, tmp_path):
+    return write_recipe(tmp_path)
 
 
 @pytest.fixture(scope="session")

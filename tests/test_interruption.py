@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_processes, start_processes
-from test_run import RECIPE, metrics
+from test_run import metrics
 from test_train import trained
 
 from finetune import checkpoints, signals
@@ -27,14 +27,9 @@ STEPS = 8
 
 
 @pytest.fixture
-def recipe_file(base_folder, dialogue_folder, tmp_path):
+def recipe_file(write_recipe, tmp_path):
     """A checkpoint every step, dropout, features to be computed: much to be lost."""
-    folder = tmp_path / "data"
-    shutil.copytree(dialogue_folder, folder)
-    path = folder / "recipe.yaml"
-    text = RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run")
-    path.write_text(text.replace("checkpoint_every: 2", "checkpoint_every: 1").replace("steps: 4", f"steps: {STEPS}"))
-    return path
+    return write_recipe(tmp_path, training={"steps": STEPS, "checkpoint_every": 1})
 
 
 def train(recipe_file, *overrides):

@@ -19,7 +19,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from launched import CASES
-from test_run import RECIPE
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers.models.idefics import modeling_idefics
@@ -278,15 +277,13 @@ def test_the_verb_is_started_with_the_recipe_s_configuration_and_ends_as_it_ends
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_prints_its_result_and_one_process_s_progress(base_folder, dialogue_folder, tmp_path):
-    shutil.copytree(dialogue_folder, tmp_path / "data")
-    recipe, output = tmp_path / "data" / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=output))
+def test_a_run_of_two_processes_prints_its_result_and_one_process_s_progress(write_recipe, tmp_path):
+    recipe = write_recipe(tmp_path)
     status, stdout, stderr = end(
         start("-m", "finetune", "run", recipe, "--processes", 2, "--json", OMP_NUM_THREADS="1")
     )
     assert status == 0, stderr
-    assert json.loads(stdout) == json.loads((output / "result.json").read_text())
+    assert json.loads(stdout) == json.loads((tmp_path / "run" / "result.json").read_text())
     assert (json.loads(stdout)["train"]["steps"], stderr.count("parameters")) == (4, 1)
     assert "LOAD REPORT" not in stderr  # transformers' trainer lets all processes but the first speak again
 

@@ -24,20 +24,6 @@ from modeling.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
-RECIPE = """
-model: {{base: {base}}}
-adapter: {{rank: 4, alpha: 8, dropout: 0.0}}
-data:
-  sources: [{{format: messages, path: dialogues.jsonl}}]
-  eval_split: 0.4
-  max_length: 256
-  prepared: {prepared}
-  workers: 1
-training: {{steps: 2, row_tokens: 256, row_images: 4, tokens_per_step: 512, learning_rate: 1e-2, checkpoint_every: 2}}
-evaluation: {{max_new_tokens: 4, batch_size: 2}}
-output: {output}
-"""
-
 PART_RECORDS = 4
 """Of twelve dialogues: parts for two nodes."""
 
@@ -105,17 +91,11 @@ def in_two(code, *arguments, nodes=1):
 
 
 @pytest.fixture(scope="module")
-def recipe_of(base_folder, dialogue_folder, tmp_path_factory):
-    """recipe_of(folder) -> a recipe file whose data is prepared in `folder`, and whose run is `folder`/run."""
-    data = tmp_path_factory.mktemp("data")
-    shutil.copytree(dialogue_folder, data, dirs_exist_ok=True)
-
-    def write(folder):
-        path = data / f"{folder.name}.yaml"
-        path.write_text(RECIPE.format(base=base_folder, prepared=folder / "prepared", output=folder / "run"))
-        return path
-
-    return write
+def recipe_of(write_recipe, tmp_path_factory):
+    """recipe_of(folder) -> a recipe file and overrides: data is prepared in `folder`, and the run is `folder`/run."""
+    changes = {"adapter": {"dropout": 0.0}, "training": {"steps": 2}, "evaluation": {"batch_size": 2}}
+    recipe = write_recipe(tmp_path_factory.mktemp("recipe"), data={"eval_split": 0.4}, **changes)
+    return lambda folder: [recipe, f"data.prepared={folder / 'prepared'}", f"output={folder / 'run'}"]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +106,8 @@ def one(recipe_of, tmp_path_factory):
         patch.setattr(convert, "PART_RECORDS", PART_RECORDS)
         patch.setattr(assemble, "PART_RECORDS", PART_RECORDS)
         patch.setattr(features, "BATCH", 1)
-        Run(load_recipe(recipe_of(folder))).do("train", "evaluate", "merge")
+        recipe, *overrides = recipe_of(folder)
+        Run(load_recipe(recipe, overrides)).do("train", "evaluate", "merge")
     return folder
 
 
@@ -139,7 +120,7 @@ def two(one, recipe_of, tmp_path_factory):
     for name in ("training.json", "metrics.jsonl"):
         shutil.copy(one / "run" / name, folder / "run" / name)
     code = WATCHED.format(part_records=PART_RECORDS, folder=str(folder))
-    return folder, in_two(code, "run", recipe_of(folder), "--json", nodes=2)
+    return folder, in_two(code, "run", *recipe_of(folder), "--json", nodes=2)
 
 
 def result(folder, name):
@@ -371,7 +352,7 @@ def watched(tmp_path):
 @pytest.mark.slow
 def test_torchrun_makes_a_fresh_base_quantises_it_trains_evaluates_and_merges(watched, recipe_of, tmp_path):
     changes = ["model.base=null", "model.init=tiny", "model.quantize=nf4", "data.eval_split=0.2"]
-    outcome = torchrun(watched, "run", recipe_of(tmp_path), *changes, "--json")
+    outcome = torchrun(watched, "run", *recipe_of(tmp_path), *changes, "--json")
     assert outcome.returncode == 0, outcome.stderr
     figures = json.loads(outcome.stdout)
     assert figures == result(tmp_path, "result.json")
@@ -387,29 +368,25 @@ def test_torchrun_makes_a_fresh_base_quantises_it_trains_evaluates_and_merges(wa
 
 @pytest.mark.slow
 def test_a_mistake_that_all_meet_is_told_once_and_ends_all(watched, recipe_of, tmp_path):
-    outcome = torchrun(watched, "run", recipe_of(tmp_path), "data.max_length=8", "--json")
+    outcome = torchrun(watched, "run", *recipe_of(tmp_path), "data.max_length=8", "--json")
     assert outcome.returncode == 1
     assert outcome.stderr.count("no dialogue is left:") == 1
     assert outcome.stdout == ""
 
 
-def test_streamed_records_are_counted_whichever_process_opens_their_images(base_folder, dialogue_folder, tmp_path):
+def test_streamed_records_are_counted_whichever_process_opens_their_images(write_recipe, tmp_path):
     """Twelve dialogues, three of them with an image that is broken, and an account that is one process's."""
-    shutil.copytree(dialogue_folder, tmp_path / "data")
-    lines = (dialogue_folder / "dialogues.jsonl").read_text().splitlines()
-    (tmp_path / "data" / "broken.png").write_bytes(b"no image")
+    data = {"sources": [{"path": "dialogues.jsonl", "stream": True}], "eval_split": 0, "shuffle_buffer": 3}
+    recipe = write_recipe(tmp_path, adapter={"dropout": 0.0}, data=data, training={"steps": 40}, evaluation=None)
+    dialogues = recipe.with_name("dialogues.jsonl")
+    lines = dialogues.read_text().splitlines()
+    recipe.with_name("broken.png").write_bytes(b"no image")
     broken = [lines[number].replace(name, "broken.png") for number, name in ((0, "red.png"), (5, "green.png"))]
     assert all("broken" in line for line in broken)
-    (tmp_path / "data" / "dialogues.jsonl").write_text("\n".join([*lines, *broken, "no JSON", broken[0]]))
-    recipe = tmp_path / "data" / "recipe.yaml"
-    text = RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run")
-    text = text.replace("  eval_split: 0.4\n", "  shuffle_buffer: 3\n")
-    text = text.replace("evaluation: {max_new_tokens: 4, batch_size: 2}\n", "")
-    recipe.write_text(text.replace("path: dialogues.jsonl", "path: dialogues.jsonl, stream: true"))
+    dialogues.write_text("\n".join([*lines, *broken, "no JSON", broken[0]]))
 
     def train(name):
-        run = Run(load_recipe(recipe, [f"output={tmp_path / name}", "training.steps=40"]))
-        return run.do("train")["train"]
+        return Run(load_recipe(recipe, [f"output={tmp_path / name}"])).do("train")["train"]
 
     (alone,) = run_processes(1, train, "alone")
     together, same = run_processes(2, train, "together")

@@ -18,24 +18,15 @@ from finetune.run import Run
 from finetune.stability import FEWEST, LEAST_RISE, Event, Seen, Watch, read_events, write_events
 from modeling.errors import UserError
 
-RECIPE = """
-model: {{base: {base}}}
-adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
-data: {{sources: [{{format: messages, path: dialogues.jsonl}}], max_length: 256, prepared: {prepared}, workers: 1}}
-training: {{epochs: 2, row_tokens: 256, tokens_per_step: 512, learning_rate: 1e-2, checkpoint_every: 3}}
-merge: false
-output: {output}
-"""
-
 POISONED = 17
 """The line of the file that holds the poison."""
 
 
 @pytest.fixture
-def recipe_file(base_folder, tmp_path):
+def recipe_file(write_recipe, tmp_path):
     """Dialogues that are soon learnt, but for one, whose answer is like no other."""
-    folder = tmp_path / "data"
-    folder.mkdir()
+    training = {"steps": None, "epochs": 2, "checkpoint_every": 3}
+    path = write_recipe(tmp_path, data={"eval_split": 0}, training=training, evaluation=None, merge=False)
     letters = random.Random(0)
     lines = []
     for number in range(1, 41):
@@ -44,9 +35,7 @@ def recipe_file(base_folder, tmp_path):
             answer = "".join(letters.choice("qwxzkvjpy") for _ in range(180))
         messages = [{"role": "user", "content": f"is it {number}?"}, {"role": "assistant", "content": answer.strip()}]
         lines.append(json.dumps({"messages": messages}))
-    (folder / "dialogues.jsonl").write_text("\n".join(lines))
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run"))
+    path.with_name("dialogues.jsonl").write_text("\n".join(lines))
     return path
 
 
