@@ -61,35 +61,37 @@ def llama_tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def base_folder(tmp_path_factory):
-    """A stand-in of the 9B (same structure, 0.9M parameters, 2 added tokens) on disk, with its processor."""
-    folder = tmp_path_factory.mktemp("base")
-    config = stand_in(IDEFICS_9B)
+def save_stand_in(folder, dtype=torch.float32, **changes):
+    """Write a stand-in of the 9B with `changes` to its configuration, and its processor."""
+    config = stand_in(IDEFICS_9B) | changes
     model = tiny.build_model(config, seed=0)
     for name, parameter in model.named_parameters():
         if "norm" not in name and "alpha" not in name:
             parameter.data *= 3  # fresh weights are so small that every answer would look the same
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer = tiny.train_tokenizer(TEXTS, vocab_size=config["vocab_size"])
     loading.save_processor(tiny.build_processor(tokenizer, image_size=64), folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def bf16_folder(base_folder, tmp_path_factory):
+def base_folder(tmp_path_factory):
+    """A stand-in of the 9B (same structure, 0.9M parameters, 2 added tokens) on disk, with its processor."""
+    return save_stand_in(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def shallow_folder(tmp_path_factory):
+    """A stand-in of half the layers, with as many gated blocks: dividing a model takes time a tensor, not a number."""
+    return save_stand_in(tmp_path_factory.mktemp("shallow"), num_hidden_layers=4, cross_layer_interval=2)
+
+
+@pytest.fixture(scope="session")
+def bf16_folder(tmp_path_factory):
     """A stand-in as the released models are: bf16 files, every width a whole number of groups."""
+    vision = {**stand_in(IDEFICS_9B)["vision_config"], "embed_dim": 128}
     folder = tmp_path_factory.mktemp("bf16")
-    config = stand_in(IDEFICS_9B)
-    config |= {"intermediate_size": 128, "vision_config": {**config["vision_config"], "embed_dim": 128}}
-    model = tiny.build_model(config, seed=0)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name and "alpha" not in name:
-            parameter.data *= 3
-    processor = loading.load_processor(str(base_folder), instruct=False)
-    loading.save_processor(processor, folder)
-    model.bfloat16().save_pretrained(folder)
-    return folder
+    return save_stand_in(folder, torch.bfloat16, intermediate_size=128, vision_config=vision)
 
 
 @pytest.fixture
