@@ -1,5 +1,6 @@
 """Small models and tokenizers that several tests share, made once."""
 
+import gc
 import json
 import os
 import shutil
@@ -35,6 +36,12 @@ TEXTS = (
 def _one_thread():
     """Models this small lose more by waiting for a second thread than it brings them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collected_once():
+    """Every training begins with a collection, which takes half a second if it walks through all that is imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +89,7 @@ def base_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shallow_folder(tmp_path_factory):
-    """A stand-in of half the layers, with as many gated blocks: dividing a model takes time a tensor, not a number."""
+    """A stand-in of half the layers, with as many gated blocks: at this size a step takes its time a tensor."""
     return save_stand_in(tmp_path_factory.mktemp("shallow"), num_hidden_layers=4, cross_layer_interval=2)
 
 
@@ -134,14 +141,14 @@ def dialogue_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def write_recipe(base_folder, dialogue_folder):
+def write_recipe(shallow_folder, dialogue_folder):
     """write_recipe(folder, training={"steps": 8}) -> a recipe about the twelve dialogues, all of it in `folder`: data/,
     which holds a copy of them and the recipe, prepared/ and run/."""
 
     def write(folder, **changes):
         data = {"format": "messages", "path": "dialogues.jsonl"}
         sections = {
-            "model": {"base": str(base_folder)},
+            "model": {"base": str(shallow_folder)},
             "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
             "data": {"sources": [data], "eval_split": 0.2, "max_length": 256, "workers": 1},
             "training": {"steps": 4, "row_tokens": 256, "row_images": 4, "tokens_per_step": 512},

@@ -276,18 +276,6 @@ def test_the_verb_is_started_with_the_recipe_s_configuration_and_ends_as_it_ends
     assert asked == [(arguments, {"processes": 2, "parallel": "fsdp2", "restarts": 3})]
 
 
-@pytest.mark.slow
-def test_a_run_of_two_processes_prints_its_result_and_one_process_s_progress(write_recipe, tmp_path):
-    recipe = write_recipe(tmp_path)
-    status, stdout, stderr = end(
-        start("-m", "finetune", "run", recipe, "--processes", 2, "--json", OMP_NUM_THREADS="1")
-    )
-    assert status == 0, stderr
-    assert json.loads(stdout) == json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (json.loads(stdout)["train"]["steps"], stderr.count("parameters")) == (4, 1)
-    assert "LOAD REPORT" not in stderr  # transformers' trainer lets all processes but the first speak again
-
-
 def test_a_recipe_s_errors_and_options_that_do_not_fit_start_nothing(recipe_file, monkeypatch):
     monkeypatch.setattr(launch_module, "launch", None)  # a call would fail
     outcome = invoke("run", recipe_file, "training.lerning_rate=1", "--processes", 2)
@@ -338,7 +326,8 @@ for SLURM_NODEID in 0 1; do
     export SLURM_NODEID
     bash -c 'echo $$ >"task.$SLURM_NODEID"; exec "$@"' _ "$@" &
     tasks="${tasks:-} $!"
-    sleep 2  # the first listens before the second asks; on one machine, accelerate takes the second's port for taken
+    # the first listens before the second asks; on one machine, accelerate takes the second's port for taken
+    [ "$SLURM_NODEID" = 1 ] || sleep 2
 done
 for task in $tasks; do wait "$task" || failed=1; done
 exit "${failed:-0}" """,

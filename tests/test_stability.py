@@ -125,7 +125,7 @@ def test_a_gradient_that_is_not_finite(recipe_file, tmp_path, monkeypatch):
         return Explodes.apply(loss) if poisoned(batch) else loss
 
     monkeypatch.setattr(module, "packed_loss", broken)
-    train(recipe_file, "training.instability.spike=null")
+    train(recipe_file, "training.instability.spike=null", "training.epochs=1")
     (event,) = read_events(tmp_path / "run")
     assert event.reason in ("gradient norm inf", "gradient norm nan")
     assert all(one.blamed for one in event.dialogues)  # by their losses none stands out
@@ -139,10 +139,10 @@ def test_lower_rate_halves_every_rate_from_there_on(recipe_file, tmp_path, monke
         calls.extend([1] * poisoned(batch))
         return math.nan if poisoned(batch) and len(calls) == 1 else 1.0
 
-    train(recipe_file, f"output={tmp_path / 'plain'}", "training.instability.spike=null", "training.learning_rate=1e-3")
+    options = ("training.epochs=1", "training.learning_rate=1e-3")
+    train(recipe_file, f"output={tmp_path / 'plain'}", "training.instability.spike=null", *options)
     poison_is_not_a_number(monkeypatch, once)
-    overrides = ("training.instability={spike: null, action: lower_rate}", "training.learning_rate=1e-3")
-    train(recipe_file, *overrides)
+    train(recipe_file, "training.instability={spike: null, action: lower_rate}", *options)
     (event,) = read_events(tmp_path / "run")
     assert event.action == "lower_rate"
     assert event.back_to > 0
@@ -176,7 +176,7 @@ def test_a_checkpoint_that_did_not_help_is_gone_back_behind(recipe_file, tmp_pat
         return math.nan if 15 <= len(calls) < 20 else 1.0
 
     poison_is_not_a_number(monkeypatch, from_step_8_on)
-    train(recipe_file, "training.instability={spike: null, action: lower_rate}")
+    train(recipe_file, "training.instability={spike: null, action: lower_rate}", "training.epochs=1")
     events = read_events(tmp_path / "run")
     assert [event.back_to for event in events][:2] == [6, 3]
 
