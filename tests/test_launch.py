@@ -388,7 +388,7 @@ if dist.get_rank() == 0:
 while not told:
     time.sleep(0.1)
 time.sleep(1)
-print("saved", flush=True)
+os.write(1, b"saved\\n")  # at once: two processes share it
 sys.exit(143)
 """
 
