@@ -18,7 +18,6 @@ from transformers import IdeficsProcessor
 
 from finetune.data.tracking import Track, silently
 from finetune.folder import commit, read_json, write_json
-from finetune.origin import Origin
 from finetune.verify import PROVENANCE, compare, digests, require_rounding, weight_digests
 from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
 from modeling.checkpoint import (

@@ -1,5 +1,6 @@
 """Several processes of one group, forked from the test: what each returns, in the order of ranks."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -51,6 +52,7 @@ def start_processes(count: int, work: Callable[..., Any], *arguments: Any, resul
 def _begin(
     rank: int, count: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...], results: Any
 ) -> None:
+    gc.freeze()  # else each collection in a fork walks through, and so copies, all that the test has imported
     AcceleratorState._reset_state(reset_partial_state=True)  # the test's own is that of one process
     if count > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}

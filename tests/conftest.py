@@ -1,5 +1,6 @@
 """Small models and tokenizers that several tests share, made once."""
 
+import gc
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import mistral_common
 import PIL.Image
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 from finetune.data.collate import RowCollator
@@ -34,6 +36,12 @@ TEXTS = (
 def _one_thread():
     """Models this small lose more by waiting for a second thread than it brings them."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collected_once():
+    """Every training begins with a collection, which takes half a second if it walks through all that is imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -60,35 +68,37 @@ def llama_tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
-def base_folder(tmp_path_factory):
-    """A stand-in of the 9B (same structure, 0.9M parameters, 2 added tokens) on disk, with its processor."""
-    folder = tmp_path_factory.mktemp("base")
-    config = stand_in(IDEFICS_9B)
+def save_stand_in(folder, dtype=torch.float32, **changes):
+    """Write a stand-in of the 9B with `changes` to its configuration, and its processor."""
+    config = stand_in(IDEFICS_9B) | changes
     model = tiny.build_model(config, seed=0)
     for name, parameter in model.named_parameters():
         if "norm" not in name and "alpha" not in name:
             parameter.data *= 3  # fresh weights are so small that every answer would look the same
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer = tiny.train_tokenizer(TEXTS, vocab_size=config["vocab_size"])
     loading.save_processor(tiny.build_processor(tokenizer, image_size=64), folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def bf16_folder(base_folder, tmp_path_factory):
+def base_folder(tmp_path_factory):
+    """A stand-in of the 9B (same structure, 0.9M parameters, 2 added tokens) on disk, with its processor."""
+    return save_stand_in(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def shallow_folder(tmp_path_factory):
+    """A stand-in of half the layers, with as many gated blocks: at this size a step takes its time a tensor."""
+    return save_stand_in(tmp_path_factory.mktemp("shallow"), num_hidden_layers=4, cross_layer_interval=2)
+
+
+@pytest.fixture(scope="session")
+def bf16_folder(tmp_path_factory):
     """A stand-in as the released models are: bf16 files, every width a whole number of groups."""
+    vision = {**stand_in(IDEFICS_9B)["vision_config"], "embed_dim": 128}
     folder = tmp_path_factory.mktemp("bf16")
-    config = stand_in(IDEFICS_9B)
-    config |= {"intermediate_size": 128, "vision_config": {**config["vision_config"], "embed_dim": 128}}
-    model = tiny.build_model(config, seed=0)
-    for name, parameter in model.named_parameters():
-        if "norm" not in name and "alpha" not in name:
-            parameter.data *= 3
-    processor = loading.load_processor(str(base_folder), instruct=False)
-    loading.save_processor(processor, folder)
-    model.bfloat16().save_pretrained(folder)
-    return folder
+    return save_stand_in(folder, torch.bfloat16, intermediate_size=128, vision_config=vision)
 
 
 @pytest.fixture
@@ -128,6 +138,37 @@ def dialogue_folder(tmp_path_factory):
     lines = [json.dumps({"messages": messages}) for messages in dialogues]
     (folder / "dialogues.jsonl").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_recipe(shallow_folder, dialogue_folder):
+    """write_recipe(folder, training={"steps": 8}) -> a recipe about the twelve dialogues, all of it in `folder`: data/,
+    which holds a copy of them and the recipe, prepared/ and run/."""
+
+    def write(folder, **changes):
+        data = {"format": "messages", "path": "dialogues.jsonl"}
+        sections = {
+            "model": {"base": str(shallow_folder)},
+            "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
+            "data": {"sources": [data], "eval_split": 0.2, "max_length": 256, "workers": 1},
+            "training": {"steps": 4, "row_tokens": 256, "row_images": 4, "tokens_per_step": 512},
+            "evaluation": {"max_new_tokens": 4},
+        }
+        sections["data"]["prepared"] = str(folder / "prepared")
+        sections["training"] |= {"learning_rate": 1e-2, "checkpoint_every": 2}
+        for name, change in changes.items():
+            sections[name] = sections[name] | change if isinstance(change, dict) else change
+        shutil.copytree(dialogue_folder, folder / "data")
+        path = folder / "data" / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**sections, "output": str(folder / "run")}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def recipe_file(write_recipe, tmp_path):
+    return write_recipe(tmp_path)
 
 
 @pytest.fixture(scope="session")

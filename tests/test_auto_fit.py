@@ -5,7 +5,6 @@ import json
 import pytest
 import yaml
 from processes import run_processes
-from test_out_of_memory import recipe_file  # noqa: F401 - a fixture
 
 from finetune import auto_fit
 from finetune.auto_fit import fitted
@@ -28,13 +27,13 @@ def on_gpu(monkeypatch):
 
 
 @pytest.fixture
-def recipe(recipe_file):  # noqa: F811
+def recipe(recipe_file):
     return load_recipe(recipe_file, [FIT])
 
 
 def test_a_recipe_too_large_for_the_gpu_runs_with_the_least_change_and_the_same_command_goes_on(
     recipe,
-    recipe_file,  # noqa: F811
+    recipe_file,
     tmp_path,
     on_gpu,
     capsys,
@@ -62,7 +61,7 @@ def test_a_recipe_too_large_for_the_gpu_runs_with_the_least_change_and_the_same_
     assert Run(recipe).do("train")["train"]["steps"] == 4
 
 
-def test_a_change_of_what_is_trained_is_kept_to(recipe, recipe_file, on_gpu, monkeypatch):  # noqa: F811
+def test_a_change_of_what_is_trained_is_kept_to(recipe, recipe_file, on_gpu, monkeypatch):
     on_gpu(1)
     monkeypatch.setattr(Planner, "fits", lambda self, recipe, budget: recipe.adapter.rank < 4 or recipe.model.quantize)
     first = Run(recipe).recipe
@@ -73,7 +72,7 @@ def test_a_change_of_what_is_trained_is_kept_to(recipe, recipe_file, on_gpu, mon
         Run(load_recipe(recipe_file, ["model.quantize=nf4"]))
 
 
-def test_what_the_command_says_anew_is_taken(recipe, recipe_file, on_gpu):  # noqa: F811
+def test_what_the_command_says_anew_is_taken(recipe, recipe_file, on_gpu):
     on_gpu(needed(recipe) - 1)
     Run(recipe)
     again = load_recipe(recipe_file, [FIT, "training.checkpointing=3"])
@@ -97,7 +96,7 @@ def test_without_a_gpu_nothing_is_done_and_that_is_said_once(recipe, on_gpu, cap
     assert capsys.readouterr().err == ""
 
 
-def test_not_asked_nothing_is_done(recipe_file, tmp_path, on_gpu):  # noqa: F811
+def test_not_asked_nothing_is_done(recipe_file, tmp_path, on_gpu):
     on_gpu(1)
     recipe = load_recipe(recipe_file)
     assert Run(recipe).recipe == recipe

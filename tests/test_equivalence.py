@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -20,75 +21,112 @@ GROUPS = [(1, 9), (2,), (0, 8), (9,), (3, 10), (11,), (), (4, 5), (9,), (), (9,)
 step without images; three of four processes with nothing."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def rows(make_rows):
     return replace(make_rows(), rows=[Row(0, group) for group in GROUPS], blank_image=True)
 
 
-@pytest.fixture
-def groups(base_folder, rows, tmp_path):
-    """groups(processes, name, **options) -> (folder, what each process returned)"""
+@pytest.fixture(scope="module")
+def held(make_rows):
+    found = replace(make_rows(row_tokens=192), blank_image=True)
+    assert len(found.rows) % 2  # one of two processes has a row more
+    return found
 
-    def start(processes, name, **options):
-        folder = tmp_path / name
-        tokenizer = loading.load_processor(str(base_folder)).tokenizer
-        return folder, run_processes(
-            processes, lambda: train(attached(base_folder), tokenizer, folder, rows, **options)
-        )
+
+@pytest.fixture(scope="module")
+def group(shallow_folder, rows):
+    """group(processes, {folder: options}) -> what each process returned of each training, one after the other."""
+    tokenizer = loading.load_processor(str(shallow_folder)).tokenizer
+
+    def work(trainings):
+        return [train(attached(shallow_folder), tokenizer, one, rows, **more) for one, more in trainings.items()]
+
+    return lambda processes, trainings: run_processes(processes, work, trainings)
+
+
+AT_LENGTH = {"sgd": False, "record": False, "every": 2}
+"""AdamW, and a checkpoint to resume from."""
+
+
+@pytest.fixture(scope="module")
+def alone(group, held, tmp_path_factory):
+    """What one process makes: sgd/, adamw/ and held/."""
+    folder = tmp_path_factory.mktemp("alone")
+    evaluated = {"record": False, "held": held}
+    group(1, {folder / "sgd": {}, folder / "adamw": AT_LENGTH, folder / "held": evaluated})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(group, alone, held, tmp_path_factory):
+    """together(processes, kind) -> (folder, what each process returned): given/, begun at each step with the weights of
+    one process, and sgd/; of two also adamw/ and held/. Once a layout."""
+
+    @cache
+    def start(processes, kind):
+        folder = tmp_path_factory.mktemp("together")
+        trainings = {folder / "given": {"given": alone / "sgd"}, folder / "sgd": {"record": False}}
+        if processes == 2:
+            trainings |= {folder / "adamw": AT_LENGTH, folder / "held": {"record": False, "held": held}}
+        return folder, group(processes, {one: {"kind": kind, **more} for one, more in trainings.items()})
 
     return start
 
 
-def test_from_equal_weights_every_step_has_equal_loss_and_gradients(groups):
-    alone, _ = groups(1, "alone")
-    for processes, kind in LAYOUTS:
-        folder, returned = groups(processes, f"{processes}-{kind}", kind=kind, given=alone)
-        for count, wrapped, divided in returned:
-            assert count == processes
-            assert (wrapped == "DistributedDataParallel") == (kind == "ddp")
-            assert (divided > 0) == (kind == "fsdp2")
-        # sums of some hundred fp32 terms in another order
-        assert logged(folder, "loss") == pytest.approx(logged(alone, "loss"), rel=1e-5)
-        assert logged(folder, "tokens") == logged(alone, "tokens")
-        errors = gradient_errors(folder, alone)
-        assert len(errors) == len(GROUPS) / PACKS
-        assert max(errors) < 1e-5, (processes, kind, errors)
+each_layout = pytest.mark.parametrize(("processes", "kind"), LAYOUTS)
+each_kind = pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 
 
-def test_the_adapter_in_the_end(groups):
-    for sgd in (True, False):
-        alone, _ = groups(1, f"alone-{sgd}", sgd=sgd, record=False)
-        reference = adapter(alone)
-        for processes, kind in LAYOUTS if sgd else [(2, "ddp"), (2, "fsdp2")]:
-            folder, _ = groups(processes, f"{processes}-{kind}-{sgd}", kind=kind, sgd=sgd, record=False)
-            got = adapter(folder)
-            assert got.keys() == reference.keys()
-            if sgd:
-                assert relative_error(got, reference) < 1e-5
-            # A step of AdamW is at most about its rate, whatever the gradient: where rounding decides the sign of one
-            # near zero, two runs part by two rates a step.
-            bound = 1e-5 if sgd else 2 * ADAMW_RATE * len(GROUPS) / PACKS
-            for name, tensor in reference.items():
-                torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=bound)
+@each_layout
+def test_from_equal_weights_every_step_has_equal_loss_and_gradients(processes, kind, together, alone):
+    folder, returned = together(processes, kind)
+    assert len(returned) == processes
+    for count, wrapped, divided in (training for trainings in returned for training in trainings):
+        assert count == processes
+        assert (wrapped == "DistributedDataParallel") == (kind == "ddp")
+        assert (divided > 0) == (kind == "fsdp2")
+    given, expected = folder / "given", alone / "sgd"
+    # sums of some hundred fp32 terms in another order
+    assert logged(given, "loss") == pytest.approx(logged(expected, "loss"), rel=1e-5)
+    assert logged(given, "tokens") == logged(expected, "tokens")
+    errors = gradient_errors(given, expected)
+    assert len(errors) == len(GROUPS) / PACKS
+    assert max(errors) < 1e-5, errors
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_resumed_equals_whole_bit_for_bit(groups, kind, tmp_path):
-    options = {"kind": kind, "sgd": False, "record": False, "every": 2}
-    whole, _ = groups(2, "whole", **options)
-    checkpoint = tmp_path / "resumed" / "checkpoint-2"
-    shutil.copytree(whole / "checkpoint-2", checkpoint)
-    shutil.copy(whole / "metrics.jsonl", tmp_path / "resumed")
-    resumed, _ = groups(2, "resumed", resume_from=checkpoint, **options)
-    reference, got = adapter(whole), adapter(resumed)
-    assert reference.keys() == got.keys()
-    assert all(torch.equal(got[name], reference[name]) for name in reference)
-    assert logged(resumed, "loss") == logged(whole, "loss")
+@each_layout
+def test_the_adapter_in_the_end(processes, kind, together, alone):
+    folder, _ = together(processes, kind)
+    assert relative_error(adapter(folder / "sgd"), adapter(alone / "sgd")) < 1e-5
+    # A step of AdamW is at most about its rate, whatever the gradient: where rounding decides the sign of one near
+    # zero, two runs part by two rates a step.
+    bounds = {"sgd": 1e-5, "adamw": 2 * ADAMW_RATE * len(GROUPS) / PACKS}
+    for name in ("sgd", "adamw") if processes == 2 else ("sgd",):
+        reference, got = adapter(alone / name), adapter(folder / name)
+        assert got.keys() == reference.keys()
+        for key, tensor in reference.items():
+            torch.testing.assert_close(got[key], tensor, rtol=1e-4, atol=bounds[name])
+
+
+@each_kind
+def test_resumed_equals_whole_bit_for_bit(kind, together, group, tmp_path):
+    whole, resumed = together(2, kind)[0] / "adamw", tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    shutil.copy(whole / "metrics.jsonl", resumed)
+    group(2, {resumed: {"kind": kind, **AT_LENGTH, "resume_from": resumed / "checkpoint-2"}})
+    assert_equal(resumed, whole)
     assert len(logged(whole, "loss")) == len(GROUPS) / PACKS
 
 
-def test_only_the_first_process_reads_the_weights(groups, tmp_path, monkeypatch):
-    expected, _ = groups(2, "all", kind="fsdp2")
+def assert_equal(one, other):
+    """To the last bit."""
+    got, reference = adapter(one), adapter(other)
+    assert got.keys() == reference.keys()
+    assert all(torch.equal(got[name], reference[name]) for name in reference)
+    assert logged(one, "loss") == logged(other, "loss")
+
+
+def test_only_the_first_process_reads_the_weights(together, group, tmp_path, monkeypatch):
     load, from_pretrained, readers = loading.load, PackedIdefics.from_pretrained, tmp_path / "readers"
 
     def read(*given, **options):
@@ -98,24 +136,20 @@ def test_only_the_first_process_reads_the_weights(groups, tmp_path, monkeypatch)
 
     monkeypatch.setattr(loading, "load", lambda base, **options: load(base, weights=ranks.is_main(), **options))
     monkeypatch.setattr(PackedIdefics, "from_pretrained", read)
-    folder, _ = groups(2, "one", kind="fsdp2")
+    group(2, {tmp_path / "one": {"kind": "fsdp2", "record": False}})
     assert readers.read_text() == "0\n"
-    assert logged(folder, "loss") == logged(expected, "loss")
-    assert all(torch.equal(one, adapter(expected)[name]) for name, one in adapter(folder).items())
+    assert_equal(tmp_path / "one", together(2, "fsdp2")[0] / "sgd")
 
 
-def test_held_out_losses_and_the_best_adapter(groups, make_rows):
-    held = replace(make_rows(row_tokens=192), blank_image=True)
-    assert len(held.rows) % 2  # one process has a row more
-    alone, _ = groups(1, "alone", record=False, held=held)
-    losses = logged(alone, "eval_loss")
+@each_kind
+def test_held_out_losses_and_the_best_adapter(kind, together, alone):
+    got, expected = together(2, kind)[0] / "held", alone / "held"
+    losses = logged(expected, "eval_loss")
     assert len(losses) == len(GROUPS) / PACKS
-    for processes, kind in [(2, "ddp"), (2, "fsdp2")]:
-        folder, _ = groups(processes, f"{processes}-{kind}", kind=kind, record=False, held=held)
-        assert logged(folder, "eval_loss") == pytest.approx(losses, rel=1e-5)
-        assert relative_error(adapter(folder), adapter(alone)) < 1e-5
-        best = load_file(folder / f"checkpoint-{losses.index(min(losses)) + 1}" / "trained.safetensors")
-        assert all(torch.equal(one, adapter(folder)[f"trained.safetensors:{name}"]) for name, one in best.items())
+    assert logged(got, "eval_loss") == pytest.approx(losses, rel=1e-5)
+    assert relative_error(adapter(got), adapter(expected)) < 1e-5
+    best = load_file(got / f"checkpoint-{losses.index(min(losses)) + 1}" / "trained.safetensors")
+    assert all(torch.equal(one, adapter(got)[f"trained.safetensors:{name}"]) for name, one in best.items())
 
 
 @pytest.mark.slow
@@ -123,6 +157,8 @@ def test_the_script_prints_a_line_a_layout_and_judges(tmp_path, capsys, monkeypa
     assert compare(tmp_path, 2, [(2, "ddp")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines if line.startswith("2 x")] == [["2", "x", "ddp"]]
+    # what is trained is there, and judged again
+    monkeypatch.setattr("equivalence.run_processes", lambda *_, **__: None)
+    assert compare(tmp_path, 2, [(2, "ddp")])
     monkeypatch.setattr("equivalence.gradient_errors", lambda *_: [2e-5])
-    (tmp_path / "again").mkdir()
-    assert not compare(tmp_path / "again", 2, [(2, "ddp")])
+    assert not compare(tmp_path, 2, [(2, "ddp")])

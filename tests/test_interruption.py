@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections import namedtuple
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import run_processes, start_processes
-from test_run import RECIPE, metrics
+from test_run import metrics
 from test_train import trained
 
 from finetune import checkpoints, signals
@@ -23,18 +24,18 @@ from finetune.recipe_file import load_recipe
 from finetune.run import Run
 from modeling.errors import Interrupted, UserError
 
-STEPS = 8
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def write_in(write_recipe):
+    """write_in(folder) -> a recipe with a checkpoint every step, dropout, features to be computed: much to be lost."""
+    return lambda folder: write_recipe(folder, training={"steps": STEPS, "checkpoint_every": 1})
 
 
 @pytest.fixture
-def recipe_file(base_folder, dialogue_folder, tmp_path):
-    """A checkpoint every step, dropout, features to be computed: much to be lost."""
-    folder = tmp_path / "data"
-    shutil.copytree(dialogue_folder, folder)
-    path = folder / "recipe.yaml"
-    text = RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run")
-    path.write_text(text.replace("checkpoint_every: 2", "checkpoint_every: 1").replace("steps: 4", f"steps: {STEPS}"))
-    return path
+def recipe_file(write_in, tmp_path):
+    return write_in(tmp_path)
 
 
 def train(recipe_file, *overrides):
@@ -51,15 +52,16 @@ def assert_same(one, other):
     assert len(lines) == STEPS
 
 
-@pytest.fixture
-def whole(recipe_file, tmp_path):
-    """whole(processes) -> the folder of an uninterrupted run, whose data and features nobody shares."""
+@pytest.fixture(scope="module")
+def whole(write_in, tmp_path_factory):
+    """whole(processes) -> the folder of an uninterrupted run, with data and features of its own; and its seconds."""
 
+    @cache
     def run(processes):
-        apart = (f"output={tmp_path / 'whole'}", f"data.prepared={tmp_path / 'apart' / 'prepared'}")
-        started = time.monotonic()
-        run_processes(processes, lambda: train(recipe_file, *apart))
-        return tmp_path / "whole", time.monotonic() - started
+        folder = tmp_path_factory.mktemp("whole")
+        recipe, started = write_in(folder), time.monotonic()
+        run_processes(processes, lambda: train(recipe))
+        return folder / "run", time.monotonic() - started
 
     return run
 
@@ -205,7 +207,7 @@ def test_without_room_for_a_checkpoint_the_last_one_stays_and_the_message_says_w
         original(folder, needed)
 
     monkeypatch.setattr("finetune.train.require_room", fills_up)
-    with pytest.raises(UserError, match=r"a checkpoint takes 0.5 MiB, and 0.0 MiB are free\n.*from checkpoint-2"):
+    with pytest.raises(UserError, match=r"a checkpoint takes 0.3 MiB, and 0.0 MiB are free\n.*from checkpoint-2"):
         train(recipe_file)
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
     written = sum(path.stat().st_size for path in last_checkpoint(tmp_path / "run").glob("*.*"))

@@ -3,7 +3,6 @@
 import json
 import re
 import resource
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -23,26 +22,6 @@ from finetune.train import IdeficsTrainer
 from modeling.errors import UserError
 
 GIB = 2**30
-RECIPE = """
-model: {{base: {base}}}
-adapter: {{rank: 4, alpha: 8}}
-data:
-  sources: [{{format: messages, path: dialogues.jsonl}}]
-  max_length: 256
-  prepared: {prepared}
-  workers: 1
-training: {{steps: 4, row_tokens: 256, row_images: 4, tokens_per_step: 512, learning_rate: 1e-2, checkpoint_every: 2}}
-output: {output}
-"""
-
-
-@pytest.fixture
-def recipe_file(base_folder, dialogue_folder, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(dialogue_folder, folder)
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run"))
-    return path
 
 
 def recipe_of(*, base="HuggingFaceM4/idefics-9b", **training):

@@ -476,36 +476,11 @@ def test_a_tower_in_4_bits_is_not_trained_in_full(load_nf4, base_folder, tmp_pat
 
 # The verbs
 
-RECIPE = """
-model: {{{start}, quantize: nf4}}
-adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
-data:
-  sources: [{{format: messages, path: dialogues.jsonl}}]
-  eval_split: 0.2
-  max_length: 256
-  prepared: {folder}/prepared
-  workers: 1
-training: {{steps: 4, row_tokens: 256, row_images: 4, tokens_per_step: 512, learning_rate: 1e-2, optimizer: adamw_8bit}}
-evaluation: {{max_new_tokens: 4}}
-output: {folder}/run
-"""
+IN_4_BITS = ["model.quantize=nf4", "training.optimizer=adamw_8bit"]
 
 
-@pytest.fixture
-def recipe_in(dialogue_folder, tmp_path):
-    """recipe_in(start) -> a loaded recipe that starts from "base: ..." or "init: ..."."""
-    shutil.copytree(dialogue_folder, tmp_path / "data")
-
-    def write(start):
-        path = tmp_path / "data" / "recipe.yaml"
-        path.write_text(RECIPE.format(start=start, folder=tmp_path))
-        return load_recipe(path)
-
-    return write
-
-
-def test_a_run_trains_and_evaluates_in_4_bits(recipe_in, bf16_folder, tmp_path):
-    made = Run(recipe_in(f"base: {bf16_folder}"))
+def test_a_run_trains_and_evaluates_in_4_bits(recipe_file, bf16_folder, tmp_path):
+    made = Run(load_recipe(recipe_file, [*IN_4_BITS, f"model.base={bf16_folder}"]))
     assert {f"{name}.weight" for name in quantized_layers(made.materials.load().model)} == EXPECTED
     result = made.do("train", "evaluate")
     assert result["evaluate"]["tuned"]["loss"] < result["evaluate"]["base"]["loss"]
@@ -515,8 +490,8 @@ def test_a_run_trains_and_evaluates_in_4_bits(recipe_in, bf16_folder, tmp_path):
     assert (tmp_path / "run" / "curves.png").is_file()
 
 
-def test_a_fresh_base_is_trained_in_4_bits(recipe_in):
-    result = Run(recipe_in("init: tiny")).do("train")
+def test_a_fresh_base_is_trained_in_4_bits(recipe_file):
+    result = Run(load_recipe(recipe_file, [*IN_4_BITS, "model.base=null", "model.init=tiny"])).do("train")
     assert result["train"]["steps"] == 4
     assert result["train"]["parameters_trained"]["lora"]["decoder"] > 0
 

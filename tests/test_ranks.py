@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -23,20 +24,7 @@ from finetune.run import Run
 from modeling.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-
-RECIPE = """
-model: {{base: {base}}}
-adapter: {{rank: 4, alpha: 8, dropout: 0.0}}
-data:
-  sources: [{{format: messages, path: dialogues.jsonl}}]
-  eval_split: 0.4
-  max_length: 256
-  prepared: {prepared}
-  workers: 1
-training: {{steps: 2, row_tokens: 256, row_images: 4, tokens_per_step: 512, learning_rate: 1e-2, checkpoint_every: 2}}
-evaluation: {{max_new_tokens: 4, batch_size: 2}}
-output: {output}
-"""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 PART_RECORDS = 4
 """Of twelve dialogues: parts for two nodes."""
@@ -75,48 +63,26 @@ app()
 """`finetune`, with every file written below a folder, every batch asked and row measured told in written.RANK."""
 
 
-def start(code, *arguments, number, port, local_rank=None):
-    """One of two processes, as a launcher starts it; of another node if its local rank is 0, too."""
-    environment = {
-        **os.environ,
-        "RANK": str(number),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "LOCAL_RANK": str(number if local_rank is None else local_rank),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def in_two(code, *arguments, nodes=1):
-    """(exit status, stdout, stderr) of each of two processes that run `code`."""
+def in_two(code, *arguments):
+    """(exit status, stdout, stderr) of each of two processes that run `code`, as launchers on two nodes start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        start(code, *arguments, number=number, port=port, local_rank=None if nodes == 1 else 0) for number in (0, 1)
-    ]
+    places = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = ENVIRONMENT | {name: str(place) for name, place in places.items()}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env={**environment, "RANK": rank}, **streams) for rank in ("0", "1")]
     outcomes = [process.communicate(timeout=120) for process in processes]
     return [(process.returncode, *outcome) for process, outcome in zip(processes, outcomes, strict=True)]
 
 
 @pytest.fixture(scope="module")
-def recipe_of(base_folder, dialogue_folder, tmp_path_factory):
-    """recipe_of(folder) -> a recipe file whose data is prepared in `folder`, and whose run is `folder`/run."""
-    data = tmp_path_factory.mktemp("data")
-    shutil.copytree(dialogue_folder, data, dirs_exist_ok=True)
-
-    def write(folder):
-        path = data / f"{folder.name}.yaml"
-        path.write_text(RECIPE.format(base=base_folder, prepared=folder / "prepared", output=folder / "run"))
-        return path
-
-    return write
+def recipe_of(write_recipe, tmp_path_factory):
+    """recipe_of(folder) -> a recipe file and overrides: data is prepared in `folder`, and the run is `folder`/run."""
+    changes = {"adapter": {"dropout": 0.0}, "training": {"steps": 2}, "evaluation": {"batch_size": 2}}
+    recipe = write_recipe(tmp_path_factory.mktemp("recipe"), data={"eval_split": 0.4}, **changes)
+    return lambda folder: [recipe, f"data.prepared={folder / 'prepared'}", f"output={folder / 'run'}"]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +93,8 @@ def one(recipe_of, tmp_path_factory):
         patch.setattr(convert, "PART_RECORDS", PART_RECORDS)
         patch.setattr(assemble, "PART_RECORDS", PART_RECORDS)
         patch.setattr(features, "BATCH", 1)
-        Run(load_recipe(recipe_of(folder))).do("train", "evaluate", "merge")
+        recipe, *overrides = recipe_of(folder)
+        Run(load_recipe(recipe, overrides)).do("train", "evaluate", "merge")
     return folder
 
 
@@ -140,7 +107,7 @@ def two(one, recipe_of, tmp_path_factory):
     for name in ("training.json", "metrics.jsonl"):
         shutil.copy(one / "run" / name, folder / "run" / name)
     code = WATCHED.format(part_records=PART_RECORDS, folder=str(folder))
-    return folder, in_two(code, "run", recipe_of(folder), "--json", nodes=2)
+    return folder, in_two(code, "run", *recipe_of(folder), "--json")
 
 
 def result(folder, name):
@@ -237,86 +204,77 @@ def test_of_two_processes_one_talks(two):
 
 # The steps that processes take together
 
-STEPS = """
-import os, sys, time
-from pathlib import Path
-from finetune import ranks
-from modeling.errors import UserError
 
-me, folder = ranks.rank(), Path(sys.argv[1])
-assert ranks.count() == 2 and ranks.all_here()
+def steps(folder, local_rank):
+    if local_rank is not None:
+        os.environ["LOCAL_RANK"] = local_rank
+    me = ranks.rank()
+    assert ranks.count() == 2
+    assert ranks.all_here()
 
-# one for all: its value, and the mistakes it meets
-assert ranks.on_main("a", lambda: (me, ranks.rank(), ranks.count(), ranks.all_here())) == (0, 0, 1, False)
-def full(): raise OSError(28, "No space left on device", "merged")
-def wrong(): raise UserError(f"wrong in {me}")
-mistakes = [
-    ("b", full, OSError, "[Errno 28] No space left on device: 'merged'"),
-    ("c", wrong, UserError, "wrong in 0"),
-]
-for step, work, kind, message in mistakes:
-    try:
-        ranks.on_main(step, work)
-        raise AssertionError
-    except kind as error:
-        assert str(error) == message and type(error) is kind, error
+    # one for all: its value, and the mistakes it meets
+    assert ranks.on_main("a", lambda: (me, ranks.rank(), ranks.count(), ranks.all_here())) == (0, 0, 1, False)
 
-# the others find what the main one made
-def make():
-    found = (folder / "made").exists()
-    if not found:
-        time.sleep(0.3)
-        (folder / "made").write_text("")
-    return found
-assert ranks.main_first("d", make) == (me == 1)
+    def full():
+        raise OSError(28, "No space left on device", "merged")
 
-# each its own; a mistake of one is raised on both
-assert ranks.each("e", lambda: me) == [0, 1]
-try:
-    ranks.each("f", lambda: wrong() if me == 1 else None)
-    raise AssertionError
-except UserError as error:
-    assert str(error) == "wrong in 1"
+    def wrong():
+        raise UserError(f"wrong in {me}")
 
-# shares, in the order of the items, whatever their number; inside, nobody waits for another
-seen = []
-for items in (range(5), range(4), range(1), range(0)):
-    seen.clear()
-    assert ranks.share_out("g", items, lambda item: seen.append(item) or 10 * item) == [10 * item for item in items]
-    assert seen == list(items[me::2])
-assert ranks.on_main("h", lambda: ranks.share_out("i", range(3), lambda item: item)) == [0, 1, 2]
-assert ranks.each("j", lambda: ranks.each("k", lambda: me)) == [[0], [1]]
+    mistakes = [
+        ("b", full, OSError, "[Errno 28] No space left on device: 'merged'"),
+        ("c", wrong, UserError, "wrong in 0"),
+    ]
+    for step, work, kind, message in mistakes:
+        with pytest.raises(kind) as raised:
+            ranks.on_main(step, work)
+        assert (str(raised.value), type(raised.value)) == (message, kind)
 
-# a folder that one does not see
-(folder / "seen").mkdir(exist_ok=True)
-ranks.require_shared("output", folder / "seen")
-try:
-    ranks.require_shared("output", folder / "seen" if me == 0 else Path("/nowhere"))
-    raise AssertionError
-except UserError as error:
-    assert "output: /nowhere is there for the main process, and not for process 1 on" in str(error), error
+    # the others find what the main one made
+    def make():
+        found = (folder / "made").exists()
+        if not found:
+            time.sleep(0.3)
+            (folder / "made").write_text("")
+        return found
 
-# one machine: its second process prepares nothing; two machines: both do
-nodes = ranks.nodes()
-expected = [(0, 2), (1, 2)] if len(sys.argv) > 2 else [(0, 1), (None, 1)]
-assert (nodes.which, nodes.of) == expected[me]
-assert nodes.each("l", lambda: me) == list(range(nodes.of))
-assert nodes.on_main("m", lambda: me) == 0
+    assert ranks.main_first("d", make) == (me == 1)
 
-# who comes to another step than the others is told
-try:
-    ranks.each(f"step {me}", lambda: None)
-    raise SystemExit("not noticed")
-except AssertionError as error:
-    assert str(error) == "processes came to different steps: step 0, step 1", error
-print("done", me)
-"""
+    # each its own; a mistake of one is raised on both
+    assert ranks.each("e", lambda: me) == [0, 1]
+    with pytest.raises(UserError, match=r"^wrong in 1$"):
+        ranks.each("f", lambda: wrong() if me == 1 else None)
+
+    # shares, in the order of the items, whatever their number; inside, nobody waits for another
+    seen = []
+    for items in (range(5), range(4), range(1), range(0)):
+        seen.clear()
+        assert ranks.share_out("g", items, lambda item: seen.append(item) or 10 * item) == [10 * item for item in items]
+        assert seen == list(items[me::2])
+    assert ranks.on_main("h", lambda: ranks.share_out("i", range(3), lambda item: item)) == [0, 1, 2]
+    assert ranks.each("j", lambda: ranks.each("k", lambda: me)) == [[0], [1]]
+
+    # a folder that one does not see
+    (folder / "seen").mkdir(exist_ok=True)
+    ranks.require_shared("output", folder / "seen")
+    with pytest.raises(UserError, match="output: /nowhere is there for the main process, and not for process 1 on"):
+        ranks.require_shared("output", folder / "seen" if me == 0 else Path("/nowhere"))
+
+    # one machine: its second process prepares nothing; two machines: both do
+    nodes = ranks.nodes()
+    assert nodes.each("l", lambda: me) == list(range(nodes.of))
+    assert nodes.on_main("m", lambda: me) == 0
+
+    # who comes to another step than the others is told
+    with pytest.raises(AssertionError, match=r"^processes came to different steps: step 0, step 1$"):
+        ranks.each(f"step {me}", lambda: None)
+    return nodes.which, nodes.of
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_the_steps_of_two_processes(tmp_path, nodes):
-    outcomes = in_two(STEPS, tmp_path, *["two nodes"] * (nodes - 1), nodes=nodes)
-    assert [(status, stdout) for status, stdout, _ in outcomes] == [(0, "done 0\n"), (0, "done 1\n")], outcomes
+@pytest.mark.parametrize(("local_rank", "nodes"), [(None, [(0, 1), (None, 1)]), ("0", [(0, 2), (1, 2)])])
+def test_the_steps_of_two_processes(tmp_path, local_rank, nodes):
+    """On one machine; on two, where each is its machine's first."""
+    assert run_processes(2, steps, tmp_path, local_rank) == nodes
 
 
 def test_one_process_waits_for_nobody_and_its_mistakes_are_its_own():
@@ -346,8 +304,7 @@ def test_what_all_make_together_is_not_made_by_one_alone(monkeypatch):
 @pytest.mark.parametrize(("rank", "said"), [("0", ["hello"]), ("1", [])])
 def test_the_first_process_talks(rank, said):
     script = "from finetune import progress; progress.say('hello'); list(progress.track([1], 'bar'))"
-    environment = {**os.environ, "RANK": rank, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", script]
+    command, environment = [sys.executable, "-c", script], {**ENVIRONMENT, "RANK": rank}
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert [line for line in outcome.stderr.splitlines() if line and not line.startswith("bar ")] == said
     assert ("bar " in outcome.stderr) == (rank == "0")
@@ -357,9 +314,8 @@ def test_the_first_process_talks(rank, said):
 
 
 def torchrun(file, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", file, *arguments]
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture
@@ -372,7 +328,7 @@ def watched(tmp_path):
 @pytest.mark.slow
 def test_torchrun_makes_a_fresh_base_quantises_it_trains_evaluates_and_merges(watched, recipe_of, tmp_path):
     changes = ["model.base=null", "model.init=tiny", "model.quantize=nf4", "data.eval_split=0.2"]
-    outcome = torchrun(watched, "run", recipe_of(tmp_path), *changes, "--json")
+    outcome = torchrun(watched, "run", *recipe_of(tmp_path), *changes, "--json")
     assert outcome.returncode == 0, outcome.stderr
     figures = json.loads(outcome.stdout)
     assert figures == result(tmp_path, "result.json")
@@ -388,29 +344,25 @@ def test_torchrun_makes_a_fresh_base_quantises_it_trains_evaluates_and_merges(wa
 
 @pytest.mark.slow
 def test_a_mistake_that_all_meet_is_told_once_and_ends_all(watched, recipe_of, tmp_path):
-    outcome = torchrun(watched, "run", recipe_of(tmp_path), "data.max_length=8", "--json")
+    outcome = torchrun(watched, "run", *recipe_of(tmp_path), "data.max_length=8", "--json")
     assert outcome.returncode == 1
     assert outcome.stderr.count("no dialogue is left:") == 1
     assert outcome.stdout == ""
 
 
-def test_streamed_records_are_counted_whichever_process_opens_their_images(base_folder, dialogue_folder, tmp_path):
+def test_streamed_records_are_counted_whichever_process_opens_their_images(write_recipe, tmp_path):
     """Twelve dialogues, three of them with an image that is broken, and an account that is one process's."""
-    shutil.copytree(dialogue_folder, tmp_path / "data")
-    lines = (dialogue_folder / "dialogues.jsonl").read_text().splitlines()
-    (tmp_path / "data" / "broken.png").write_bytes(b"no image")
+    data = {"sources": [{"path": "dialogues.jsonl", "stream": True}], "eval_split": 0, "shuffle_buffer": 3}
+    recipe = write_recipe(tmp_path, adapter={"dropout": 0.0}, data=data, training={"steps": 24}, evaluation=None)
+    dialogues = recipe.with_name("dialogues.jsonl")
+    lines = dialogues.read_text().splitlines()
+    recipe.with_name("broken.png").write_bytes(b"no image")
     broken = [lines[number].replace(name, "broken.png") for number, name in ((0, "red.png"), (5, "green.png"))]
     assert all("broken" in line for line in broken)
-    (tmp_path / "data" / "dialogues.jsonl").write_text("\n".join([*lines, *broken, "no JSON", broken[0]]))
-    recipe = tmp_path / "data" / "recipe.yaml"
-    text = RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run")
-    text = text.replace("  eval_split: 0.4\n", "  shuffle_buffer: 3\n")
-    text = text.replace("evaluation: {max_new_tokens: 4, batch_size: 2}\n", "")
-    recipe.write_text(text.replace("path: dialogues.jsonl", "path: dialogues.jsonl, stream: true"))
+    dialogues.write_text("\n".join([*lines, *broken, "no JSON", broken[0]]))
 
     def train(name):
-        run = Run(load_recipe(recipe, [f"output={tmp_path / name}", "training.steps=40"]))
-        return run.do("train")["train"]
+        return Run(load_recipe(recipe, [f"output={tmp_path / name}"])).do("train")["train"]
 
     (alone,) = run_processes(1, train, "alone")
     together, same = run_processes(2, train, "together")

@@ -1,7 +1,6 @@
 """The run folder: stages done once, interruptions gone on from, every mistake told without a traceback."""
 
 import json
-import shutil
 
 import PIL.Image
 import pytest
@@ -13,29 +12,6 @@ from finetune.recipe_file import load_recipe
 from finetune.run import Run, stages_of
 from finetune.train import IdeficsTrainer
 from modeling.errors import UserError
-
-RECIPE = """
-model: {{base: {base}}}
-adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
-data:
-  sources: [{{format: messages, path: dialogues.jsonl}}]
-  eval_split: 0.2
-  max_length: 256
-  prepared: {prepared}
-  workers: 1
-training: {{steps: 4, row_tokens: 256, row_images: 4, tokens_per_step: 512, learning_rate: 1e-2, checkpoint_every: 2}}
-evaluation: {{max_new_tokens: 4}}
-output: {output}
-"""
-
-
-@pytest.fixture
-def recipe_file(base_folder, dialogue_folder, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(dialogue_folder, folder)
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run"))
-    return path
 
 
 def invoke(*arguments):
@@ -155,22 +131,18 @@ def metrics(folder):
 
 
 @pytest.fixture
-def streaming_recipe(recipe_file):
+def streaming_recipe(write_recipe, tmp_path):
     """Dialogues that are streamed, one of them with a broken image, two rejected; and prepared ones, by tokens."""
-    folder = recipe_file.parent
+    sources = [{"path": "streamed.jsonl", "stream": True, "weight": 1}, {"path": "prepared.jsonl", "weight": 3}]
+    data = {"sources": sources, "eval_split": 0, "weigh": "tokens", "shuffle_buffer": 3}
+    path = write_recipe(tmp_path, data=data, training={"steps": 6}, evaluation=None)
+    folder = path.parent
     lines = (folder / "dialogues.jsonl").read_text().splitlines()
     shown = {"role": "user", "content": [{"type": "image", "image": "broken.png"}, {"type": "text", "text": "what?"}]}
     (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:40])
     broken = {"messages": [shown, {"role": "assistant", "content": "red"}]}
     (folder / "streamed.jsonl").write_text("\n".join([*lines[:6], "{broken", json.dumps(broken), "[]"]))
     (folder / "prepared.jsonl").write_text("\n".join(lines[6:]))
-    text = recipe_file.read_text().replace(
-        "[{format: messages, path: dialogues.jsonl}]",
-        "[{path: streamed.jsonl, stream: true, weight: 1}, {path: prepared.jsonl, weight: 3}]",
-    )
-    text = text.replace("  eval_split: 0.2\n", "  weigh: tokens\n  shuffle_buffer: 3\n").replace("steps: 4", "steps: 6")
-    path = folder / "streaming.yaml"
-    path.write_text(text.replace("evaluation: {max_new_tokens: 4}\n", ""))
     return path
 
 

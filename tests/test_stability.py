@@ -18,24 +18,15 @@ from finetune.run import Run
 from finetune.stability import FEWEST, LEAST_RISE, Event, Seen, Watch, read_events, write_events
 from modeling.errors import UserError
 
-RECIPE = """
-model: {{base: {base}}}
-adapter: {{rank: 4, alpha: 8, dropout: 0.1}}
-data: {{sources: [{{format: messages, path: dialogues.jsonl}}], max_length: 256, prepared: {prepared}, workers: 1}}
-training: {{epochs: 2, row_tokens: 256, tokens_per_step: 512, learning_rate: 1e-2, checkpoint_every: 3}}
-merge: false
-output: {output}
-"""
-
 POISONED = 17
 """The line of the file that holds the poison."""
 
 
 @pytest.fixture
-def recipe_file(base_folder, tmp_path):
+def recipe_file(write_recipe, tmp_path):
     """Dialogues that are soon learnt, but for one, whose answer is like no other."""
-    folder = tmp_path / "data"
-    folder.mkdir()
+    training = {"steps": None, "epochs": 2, "checkpoint_every": 3}
+    path = write_recipe(tmp_path, data={"eval_split": 0}, training=training, evaluation=None, merge=False)
     letters = random.Random(0)
     lines = []
     for number in range(1, 41):
@@ -44,9 +35,7 @@ def recipe_file(base_folder, tmp_path):
             answer = "".join(letters.choice("qwxzkvjpy") for _ in range(180))
         messages = [{"role": "user", "content": f"is it {number}?"}, {"role": "assistant", "content": answer.strip()}]
         lines.append(json.dumps({"messages": messages}))
-    (folder / "dialogues.jsonl").write_text("\n".join(lines))
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(base=base_folder, prepared=tmp_path / "prepared", output=tmp_path / "run"))
+    path.with_name("dialogues.jsonl").write_text("\n".join(lines))
     return path
 
 
@@ -136,7 +125,7 @@ def test_a_gradient_that_is_not_finite(recipe_file, tmp_path, monkeypatch):
         return Explodes.apply(loss) if poisoned(batch) else loss
 
     monkeypatch.setattr(module, "packed_loss", broken)
-    train(recipe_file, "training.instability.spike=null")
+    train(recipe_file, "training.instability.spike=null", "training.epochs=1")
     (event,) = read_events(tmp_path / "run")
     assert event.reason in ("gradient norm inf", "gradient norm nan")
     assert all(one.blamed for one in event.dialogues)  # by their losses none stands out
@@ -150,10 +139,10 @@ def test_lower_rate_halves_every_rate_from_there_on(recipe_file, tmp_path, monke
         calls.extend([1] * poisoned(batch))
         return math.nan if poisoned(batch) and len(calls) == 1 else 1.0
 
-    train(recipe_file, f"output={tmp_path / 'plain'}", "training.instability.spike=null", "training.learning_rate=1e-3")
+    options = ("training.epochs=1", "training.learning_rate=1e-3")
+    train(recipe_file, f"output={tmp_path / 'plain'}", "training.instability.spike=null", *options)
     poison_is_not_a_number(monkeypatch, once)
-    overrides = ("training.instability={spike: null, action: lower_rate}", "training.learning_rate=1e-3")
-    train(recipe_file, *overrides)
+    train(recipe_file, "training.instability={spike: null, action: lower_rate}", *options)
     (event,) = read_events(tmp_path / "run")
     assert event.action == "lower_rate"
     assert event.back_to > 0
@@ -187,7 +176,7 @@ def test_a_checkpoint_that_did_not_help_is_gone_back_behind(recipe_file, tmp_pat
         return math.nan if 15 <= len(calls) < 20 else 1.0
 
     poison_is_not_a_number(monkeypatch, from_step_8_on)
-    train(recipe_file, "training.instability={spike: null, action: lower_rate}")
+    train(recipe_file, "training.instability={spike: null, action: lower_rate}", "training.epochs=1")
     events = read_events(tmp_path / "run")
     assert [event.back_to for event in events][:2] == [6, 3]
 
