@@ -32,12 +32,13 @@ from finetune import ranks
 from finetune.data.dialogue import Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.tracking import Track, silently
+from finetune.device import device
 from finetune.sizes import show_size
 from modeling.checkpoint import Stored, read_header
 from modeling.errors import UserError
 
-BATCH = 16
-"""Images that go through the towers at once."""
+BATCH = {"cpu": 4, "cuda": 16}
+"""Images that go through the towers at once. What a few make on the way fits a processor's caches."""
 
 FILE_BYTES = 128 * 2**20
 """Of features in one file: what a killed writer loses."""
@@ -123,7 +124,8 @@ class FeatureCache:
             places, files = ranks.on_main("find features", lambda: self._find_or_make_room(digests, wanted))
             missing = wanted[places[wanted, 0] < 0]
             if len(missing):
-                batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
+                size = BATCH[device().type]
+                batches = [missing[start : start + size] for start in range(0, len(missing), size)]
                 mine = batches[ranks.rank() :: ranks.count()]
                 ranks.each("compute features", lambda: self._fill(images, digests, mine, towers, track))
                 places, files = ranks.on_main("find features", lambda: self._find(digests, wanted))
@@ -189,7 +191,7 @@ class FeatureCache:
         """Compute and write these batches of images, given by number."""
         if not batches:
             return
-        model, per_file = towers(), max(1, FILE_BYTES // (BATCH * self.image_bytes))
+        model, per_file = towers(), max(1, FILE_BYTES // (len(batches[0]) * self.image_bytes))
         done: list[torch.Tensor] = []
         ahead = _Ahead([batch.tolist() for batch in batches], lambda image: self._pixels(images[image]))
         for number, pixels in enumerate(track(ahead, "features"), start=1):

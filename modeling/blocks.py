@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import silu
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -31,7 +30,7 @@ def refine(model: IdeficsModel) -> None:
             module.__class__ = RMSNorm
         elif isinstance(module, IdeficsAttention) and not module.is_cross_attention:
             module.__class__ = SelfAttention
-        elif isinstance(module, IdeficsMLP) and isinstance(module.act_fn, nn.SiLU):
+        elif isinstance(module, IdeficsMLP) and model.config.hidden_act == "silu":
             module.__class__ = GatedMLP
 
 
@@ -110,7 +109,9 @@ class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), silu(gate).mul_(gradient)
+        of_active = gradient * up
+        of_gate = torch.ops.aten.silu_backward.grad_input(of_active, gate, grad_input=of_active)
+        return of_gate, silu(gate).mul_(gradient)
 
 
 class _Rotation(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 
 from finetune.data.dialogue import Image
 from finetune.data.images import Preprocessing, digest
-from finetune.features import BATCH, FeatureCache
+from finetune.features import FeatureCache
 from modeling import loading
 from modeling.errors import UserError
 from modeling.forward import image_features, packed_loss
@@ -32,6 +32,11 @@ def images(tmp_path):
         PIL.Image.fromarray(levels).save(tmp_path / f"{number}.png")
         made.append(Image(tmp_path / f"{number}.png"))
     return [*made, *(Image(shutil.copy(made[number].source, tmp_path / f"copy{number}.png")) for number in range(2))]
+
+
+@pytest.fixture(autouse=True)
+def sixteen_at_once(monkeypatch):
+    monkeypatch.setattr("finetune.features.BATCH", {"cpu": 16, "cuda": 16})
 
 
 @pytest.fixture
@@ -85,7 +90,7 @@ def test_each_distinct_image_is_computed_once_whatever_it_is_called(cache, tower
     distinct, numbers = np.unique(digests_of(images), return_index=True)
     assert len(distinct) == 20
     cache.open([images[number] for number in numbers], distinct, np.arange(20), towers=lambda: counted)
-    assert computed == [BATCH, 20 - BATCH]
+    assert computed == [16, 4]
     copies = [images[20], images[21]]
     again = opened(cache, copies, [0, 1], never)
     assert torch.equal(again([0, 1]), opened(cache, images[:2], [0, 1], never)([0, 1]))
@@ -166,7 +171,7 @@ def test_interrupted_it_goes_on_with_what_is_missing(cache, towers, images, monk
     with pytest.raises(KeyboardInterrupt):
         opened(cache, images[:20], range(20), lambda: killed)
     opened(cache, images[:20], range(20), lambda: killed)
-    assert computed == [BATCH, 20 - BATCH, 20 - BATCH]
+    assert computed == [16, 4, 4]
 
 
 def test_features_longest_unused_give_way(cache, towers, images):

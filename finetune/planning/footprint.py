@@ -195,7 +195,7 @@ class _Forward:
         inner = self.config["intermediate_size"]
         gate, up = self._linear(hidden, inner, tower), self._linear(hidden, inner, tower)
         product = self.tape.new(gate.rows, inner, gate.item)
-        self.tape.run((gate, up), product, saves=(gate, up), scratch=gate.nbytes)
+        self.tape.run((gate, up), product, saves=(gate, up))
         return self._linear(product, hidden.width, tower)
 
     def _packed_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -227,10 +227,12 @@ class _Forward:
         if setup.autocast and setup.is_full("embeddings_and_head"):
             self._weight_in_bf16(hidden.width, vocabulary)
         item, width = setup.item if setup.autocast else hidden.item, vocabulary + added
+        # A CPU makes a copy in fp32 of what it adds to, or writes to, fp32.
+        copied = FP32 if item < FP32 and not setup.gpu else 0
         # Logits, their logarithms in fp32, and their gradient where it is not in fp32 itself.
-        some = min(supervised, HEAD_ROWS) * width * (FP32 + item * (2 if item < FP32 else 1))
+        some = min(supervised, HEAD_ROWS) * width * (item + copied + FP32 + (item if item < FP32 else 0))
         if setup.is_full("embeddings_and_head"):  # those of a few rows, before they are added to the others'
-            some += vocabulary * hidden.width * item
+            some += vocabulary * hidden.width * (item + copied)
         gradients = sum(one.nbytes for one in waiting[1:])
         tape.run((chosen,), tape.new(1, 1, FP32), saves=waiting, gradients=gradients, scratch=some)
 

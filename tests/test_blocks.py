@@ -1,0 +1,116 @@
+"""Norms, rotations and gated products are transformers' own, forward and backward."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from transformers.models.idefics.modeling_idefics import (
+    IdeficsAttention,
+    IdeficsMLP,
+    IdeficsRMSNorm,
+    apply_rotary_pos_emb,
+)
+
+from modeling import blocks, tiny
+from modeling.shapes import TINY
+
+WIDTH, INNER = 48, 80
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def compare(ours, stock, inputs, *, rtol=None, atol=None):
+    """Outputs, and gradients of everything that is trained, for a gradient of uneven numbers."""
+    expected, got = stock(), ours()
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+    weights = randn(*expected.shape, seed=9, dtype=expected.dtype).detach()
+    expected, got = (torch.autograd.grad(one, inputs, weights) for one in (expected, got))
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, WIDTH), (1, 7, WIDTH), (2, 3, 4, WIDTH)], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")], ids=str)
+def test_the_norm_is_the_stock_one(shape, trained, dtypes):
+    of_hidden, of_weight = (getattr(torch, name) for name in dtypes)
+    stock = IdeficsRMSNorm(WIDTH)
+    stock.weight = torch.nn.Parameter(randn(WIDTH, seed=1, dtype=of_weight).detach(), requires_grad=trained)
+    ours = copy.copy(stock)
+    ours.__class__ = blocks.RMSNorm
+    hidden = randn(*shape, seed=2, dtype=of_hidden)
+    inputs = [hidden, *([stock.weight] if trained else [])]
+    # In bf16 the stock backward rounds between its operations, and ours once: some halves of 2^-8.
+    loose = {"rtol": 3e-2, "atol": 3e-2} if of_hidden == torch.bfloat16 else {}
+    compare(lambda: ours(hidden), lambda: stock(hidden), inputs, **loose)
+
+
+def test_the_norm_of_what_is_not_trained_hands_on_the_gradient_of_its_weight_alone():
+    norm = IdeficsRMSNorm(WIDTH)
+    hidden = randn(1, 5, WIDTH).detach()
+    (expected,) = torch.autograd.grad(norm(hidden).sum(), norm.weight)
+    norm.__class__ = blocks.RMSNorm
+    (got,) = torch.autograd.grad(norm(hidden).sum(), norm.weight)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_the_gated_product_is_the_stock_one(tokens):
+    stock = IdeficsMLP(WIDTH, INNER, "silu")
+    ours = copy.copy(stock)
+    ours.__class__ = blocks.GatedMLP
+    hidden = randn(1, tokens, WIDTH)
+    compare(lambda: ours(hidden), lambda: stock(hidden), [hidden, *stock.parameters()])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 8), (2, 5, 3, 8)], ids=str)
+def test_the_rotation_is_the_stock_one(shape):
+    batch, tokens, _, width = shape
+    angles = randn(batch, tokens, width // 2, seed=3).detach()
+    cosine, sine = (torch.cat([turn, turn], dim=-1) for turn in (angles.cos(), angles.sin()))
+    states = randn(*shape)
+    compare(
+        lambda: blocks._Rotation.apply(states, cosine[:, :, None], sine[:, :, None]),
+        lambda: apply_rotary_pos_emb(states, states, cosine, sine, unsqueeze_dim=2)[0],
+        [states],
+    )
+
+
+def test_every_part_of_decoder_and_cross_attention_is_refined_and_keeps_its_weights():
+    config = {**TINY, "additional_vocab_size": 2, "vocab_size": 300}
+    stock, packed = tiny.build_model(config, seed=0), tiny.build_model(config, seed=0, packed=True)
+    assert list(packed.state_dict()) == list(stock.state_dict())
+    layers, gated = len(packed.model.layers), len(packed.model.gated_cross_attn_layers)
+    kinds = (IdeficsRMSNorm, IdeficsMLP, IdeficsAttention)
+    assert Counter(type(module) for module in packed.model.modules() if isinstance(module, kinds)) == {
+        blocks.RMSNorm: 2 * layers + 2 * gated + 1 + 2 * gated * config["qk_layer_norms"],
+        blocks.GatedMLP: layers + gated,
+        blocks.SelfAttention: layers,
+        IdeficsAttention: gated,
+    }
+
+
+def test_another_activation_is_left_to_transformers():
+    config = {**TINY, "additional_vocab_size": 2, "vocab_size": 300, "hidden_act": "gelu"}
+    packed = tiny.build_model(config, seed=0, packed=True)
+    assert type(packed.model.layers[0].mlp) is IdeficsMLP
+
+
+def kept(run):
+    """Shapes of what the backward of `run()` will read."""
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: shapes.append(tuple(one.shape)) or one, lambda one: one):
+        run()
+    return sorted(shapes)
+
+
+def test_a_norm_keeps_its_input_and_a_root_for_each_vector():
+    norm, hidden = blocks.RMSNorm(WIDTH).requires_grad_(False), randn(1, 6, WIDTH)
+    assert kept(lambda: norm(hidden)) == [(1, 6, 1), (1, 6, WIDTH), (WIDTH,)]
+
+
+def test_a_gated_product_keeps_its_two_inputs():
+    gate, up = randn(1, 6, INNER), randn(1, 6, INNER, seed=1)
+    assert kept(lambda: blocks._GatedProduct.apply(gate, up)) == [(1, 6, INNER)] * 2
