@@ -17,7 +17,7 @@ from finetune.data.template import Rendered, render
 from finetune.data.tokens import Example, tokenize
 from finetune.data.tracking import Track, silently
 from modeling.forward import image_features
-from modeling.generation import growing_cache, remembered_images
+from modeling.generation import greedy
 from modeling.loading import generation_config
 
 PADDING = 32
@@ -79,14 +79,10 @@ def generate(
     return [by_prompt[index] for index in range(len(prompts))]
 
 
-@torch.no_grad()
 def _continue(assistant: Assistant, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[list[int]]:
     config = generation_config(assistant.tokenizer)
     config.max_new_tokens = max_new_tokens
-    model = assistant.idefics.eval()
-    with remembered_images(model):
-        output = model.generate(**inputs, past_key_values=growing_cache(), generation_config=config)
-    return output[:, inputs["input_ids"].shape[1] :].tolist()
+    return greedy(assistant.idefics.eval(), inputs, config)
 
 
 def _answer(tokenizer: Any, ids: list[int]) -> Answer:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import rms_norm, silu
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.idefics.modeling_idefics import (
@@ -38,12 +38,15 @@ class RMSNorm(IdeficsRMSNorm):
     """[..., D] -> [..., D] in the dtype of the weight, or in fp32 where that is fp32; computed in fp32."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() and hidden_states.dtype == self.weight.dtype == torch.float32:
+            return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
 class GatedMLP(IdeficsMLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(_GatedProduct.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up))
 
 
 class SelfAttention(IdeficsAttention):

@@ -1,105 +1,179 @@
-"""Generation that computes the keys and values of an image once, and copies those of the text seldom.
+"""Greedy generation, token for token what transformers' `generate` writes, with nothing done twice.
 
-transformers 5.23 has a cache for self-attention only: for every token that IDEFICS generates, each gated block
-multiplies the latents of all images by k_proj and v_proj again, and normalises the keys again. Five images in the 9B
-are 320 rows for each of these matrices, where a token is one row for each of the others. And its cache is a new tensor
-for every token, into which all earlier ones are copied.
+For each token, transformers 5.23 multiplies the latents of all images by k_proj and v_proj of every gated block again
+(in the 9B five images are 320 rows, where a token is one row for every other matrix), attends to all images to see one,
+makes its masks anew, and copies the keys and values of all earlier tokens. Here the prompt goes through the stock
+forward; then a token costs its own products, attention to the text before it, and to the one image that it sees.
+
+Axes: B prompts, T tokens so far, H heads, D head size, N images, L latents of an image.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import IdeficsForVisionText2Text
-from transformers.cache_utils import Cache, DynamicLayer
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import GenerationConfig, IdeficsForVisionText2Text
+from transformers.cache_utils import DynamicCache
 
 ROOM = 64
-"""Tokens for which the cache has room each time it grows."""
+"""Tokens for which there is room each time that keys and values move."""
 
 
-class Remembered(nn.Module):
-    """A module of one input, which is not run again as long as the input is the tensor it was.
+@torch.no_grad()
+def greedy(
+    model: IdeficsForVisionText2Text, inputs: Mapping[str, torch.Tensor], config: GenerationConfig
+) -> list[list[int]]:
+    """What follows B left-padded prompts, each with its end, and filled up with padding to the longest.
 
-    The same means the same memory read the same way (dtype, shape, strides), written to by nobody since. With gradients
-    enabled, and for tensors of inference mode (which do not count their writes), every call is a call.
+    `inputs`, as the stock `generate` takes them: input_ids and attention_mask int64 [B, T], image_attention_mask int64
+    [B, T, N], in whose last token each prompt sees one image at most, image_hidden_states [B, N, L, width]. Of
+    `config`: max_new_tokens, min_new_tokens, eos_token_id, pad_token_id and suppress_tokens. The model may hold LoRA or
+    4-bit layers. Memory: keys and values of the text, and in each gated block those of one image a prompt.
     """
-
-    def __init__(self, wrapped: nn.Module) -> None:
-        super().__init__()
-        self.wrapped = wrapped
-        self._known: tuple[object, ...] = ()
-        # The input is kept too: as long as it lives, no other tensor gets its memory.
-        self._kept: tuple[torch.Tensor, ...] = ()
-
-    def forward(self, tensor: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or tensor.is_inference():
-            return self.wrapped(tensor)
-        state = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version, tensor.device)
-        if state != self._known:
-            self._known, self._kept = state, (tensor, self.wrapped(tensor))
-        return self._kept[1]
+    ends, shortest = torch.tensor(config.eos_token_id, device=model.device), config.min_new_tokens or 0
+    decoder, logits = _Decoder.read(model, inputs)
+    written: list[torch.Tensor] = []
+    going = torch.ones(len(logits), dtype=torch.bool, device=model.device)
+    while True:
+        logits[:, config.suppress_tokens or []] = -torch.inf
+        if len(written) < shortest:
+            logits[:, ends] = -torch.inf
+        written.append(torch.where(going, logits.argmax(dim=1), config.pad_token_id))
+        going &= ~torch.isin(written[-1], ends)
+        if len(written) == config.max_new_tokens or not going.any():
+            return torch.stack(written, dim=1).tolist()
+        logits = decoder.step(written[-1])
 
 
-@contextmanager
-def remembered_images(model: IdeficsForVisionText2Text) -> Iterator[None]:
-    """Inside, every gated block keeps the keys and values of the last images it saw; outside, `model` is as it was.
+class _Text:
+    """Keys and values of the text in one layer, [B, H, T, D] each, in memory that has room for more."""
 
-    `model` may hold LoRA or 4-bit layers. What a forward returns is the same bit for bit. Per image of the batch and
-    gated block this holds three tensors [latents, hidden] in the model's dtype: keys, normalised keys, values.
-    """
-    places = [
-        (layer.cross_attn, name, getattr(layer.cross_attn, name))
-        for layer in model.model.gated_cross_attn_layers
-        for name in ("k_proj", "v_proj", *(("k_layer_norm",) if layer.cross_attn.qk_layer_norms else ()))
-    ]
-    try:
-        for attention, name, module in places:
-            setattr(attention, name, Remembered(module))
-        yield
-    finally:
-        for attention, name, module in places:
-            setattr(attention, name, module)
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        self.length = keys.shape[2]
+        self.both = [self._moved(one) for one in (keys, values)]
 
+    def _moved(self, known: torch.Tensor) -> torch.Tensor:
+        roomy = known.new_empty(*known.shape[:2], self.length + ROOM, known.shape[3])
+        roomy[:, :, : self.length] = known
+        return roomy
 
-def growing_cache() -> Cache:
-    """An empty `past_key_values` for `generate` or a forward, in place of the stock DynamicCache."""
-    return Cache(layer_class_to_replicate=GrowingLayer)
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        """[B, 1, H, D] twice -> all keys and values so far."""
+        if self.length == self.both[0].shape[2]:
+            self.both = [self._moved(one) for one in self.both]
+        for known, new in zip(self.both, (key, value), strict=True):
+            known[:, :, self.length] = new[:, 0]
+        self.length += 1
+        return [one[:, :, : self.length] for one in self.both]
 
 
-class GrowingLayer(DynamicLayer):
-    """The stock layer, whose keys and values [B, H, T, D] are views of tensors with room for up to ROOM more tokens.
+@dataclass(frozen=True)
+class _Sight:
+    """What the tokens to come see in one gated block."""
 
-    Written in place, hence not to be trained through.
-    """
+    key: torch.Tensor
+    """Of one image a prompt: [B, H, L, D]; so is `value`."""
+    value: torch.Tensor
+    attention_gate: torch.Tensor
+    """What its gate multiplies: [B, 1, 1 or H * D], zero where a prompt sees no image."""
+    dense_gate: torch.Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._buffers: dict[str, torch.Tensor] = {}
-        self.keys: torch.Tensor
-        self.values: torch.Tensor
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values so far, these included: [B, H, t, D] twice -> [B, H, T + t, D] twice."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        self.keys = self._append("keys", self.keys, key_states, length)
-        self.values = self._append("values", self.values, value_states, length)
-        return self.keys, self.values
+class _Decoder:
+    """One token after another."""
 
-    def _append(self, name: str, known: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
-        stop = length + new.shape[-2]
-        buffer = self._buffers.get(name)
-        # Beam search and the like put other tensors in the place of our views.
-        ours = buffer is not None and known.data_ptr() == buffer.data_ptr() and len(known) == len(buffer)
-        if buffer is None or not ours or buffer.shape[-2] < stop:
-            buffer = new.new_empty(*new.shape[:2], stop + ROOM, new.shape[-1])
-            if length:
-                buffer[..., :length, :] = known
-            self._buffers[name] = buffer
-        buffer[..., length:stop, :] = new
-        return buffer[..., :stop, :]
+    def __init__(
+        self, model: IdeficsForVisionText2Text, texts: list[_Text], sights: list[_Sight], attended: torch.Tensor
+    ):
+        self.model, self.texts, self.sights = model, texts, sights
+        self.positions = attended.sum(dim=1, keepdim=True)
+        padding = attended.shape[1] - self.positions
+        self.padding = padding if padding.any() else None
+
+    @classmethod
+    def read(
+        cls, model: IdeficsForVisionText2Text, inputs: Mapping[str, torch.Tensor]
+    ) -> tuple["_Decoder", torch.Tensor]:
+        """(what goes on after these prompts, logits [B, V] of their next tokens)"""
+        cache, seen = DynamicCache(config=model.config), inputs["image_attention_mask"]
+        images, attended = inputs["image_hidden_states"], inputs["attention_mask"]
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=attended,
+            image_attention_mask=seen,
+            perceiver_embeddings=images,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        sees, image = seen[:, -1].max(dim=1)
+        last = images[torch.arange(len(images), device=images.device), image]
+        sights = [_sight(block, last, sees) for block in model.model.gated_cross_attn_layers]
+        texts = []
+        for layer in cache.layers:
+            texts.append(_Text(layer.keys, layer.values))
+            layer.keys = layer.values = None
+        return cls(model, texts, sights, attended), output.logits[:, -1].float()
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int64 [B] -> logits fp32 [B, V] of what follows them."""
+        inner = self.model.model
+        hidden, rotation, mask = inner.embed_tokens(tokens[:, None]), None, self._mask()
+        for number, (layer, text) in enumerate(zip(inner.layers, self.texts, strict=True)):
+            if number % inner.cross_layer_interval == 0:
+                block = number // inner.cross_layer_interval
+                hidden = _see(inner.gated_cross_attn_layers[block], self.sights[block], hidden)
+            attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+            shape = (len(tokens), 1, attention.num_heads, attention.head_dim)
+            query, key, value = (
+                project(normed).view(shape) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            if rotation is None:  # one for all layers
+                cosine, sine = (turn[:, :, None] for turn in attention.rotary_emb(value, self.positions))
+                rotation = cosine, torch.cat([-sine[..., : sine.shape[-1] // 2], sine[..., sine.shape[-1] // 2 :]], -1)
+            keys, values = text.append(_rotate(key, *rotation), value)
+            query = _rotate(query, *rotation).transpose(1, 2)
+            found = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attention.scaling)
+            hidden = hidden + attention.o_proj(found.transpose(1, 2).flatten(2))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        self.positions = self.positions + 1
+        return self.model.lm_head(inner.norm(hidden))[:, 0].float()
+
+    def _mask(self) -> torch.Tensor | None:
+        """bool [B, 1, 1, T + 1]: the prompt's padding is not attended to."""
+        if self.padding is None:
+            return None
+        places = torch.arange(self.texts[0].length + 1, device=self.padding.device)
+        return (places >= self.padding)[:, None, None]
+
+
+def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Of states [B, 1, H, D]; the sine's first half is negative."""
+    return torch.addcmul(states * cosine, states.roll(states.shape[-1] // 2, dims=-1), sine)
+
+
+def _sight(block: nn.Module, image: torch.Tensor, sees: torch.Tensor) -> _Sight:
+    """Of a gated block; image [B, L, width], sees int64 [B], 0 or 1."""
+    attention: Any = block.cross_attn
+    key, value = (
+        project(image).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+        for project in (attention.k_proj, attention.v_proj)
+    )
+    if attention.qk_layer_norms:
+        key = attention.k_layer_norm(key)
+    gate, dense = block.act_cross_attn(block.alpha_cross_attn), block.act_dense(block.alpha_dense)
+    return _Sight(key.contiguous(), value.contiguous(), gate * sees[:, None, None].to(gate.dtype), dense)
+
+
+def _see(block: Any, sight: _Sight, hidden: torch.Tensor) -> torch.Tensor:
+    """A gated block for one token of each prompt: [B, 1, H * D] -> the same."""
+    attention, normed = block.cross_attn, block.input_layernorm(hidden)
+    query = attention.q_proj(normed).view(len(hidden), 1, attention.num_heads, attention.head_dim).transpose(1, 2)
+    if attention.qk_layer_norms:
+        query = attention.q_layer_norm(query)
+    found = scaled_dot_product_attention(query, sight.key, sight.value, scale=attention.scaling)
+    hidden = hidden + sight.attention_gate * attention.o_proj(found.transpose(1, 2).flatten(2))
+    return hidden + sight.dense_gate * block.mlp(block.post_attention_layernorm(hidden))

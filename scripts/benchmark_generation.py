@@ -25,8 +25,9 @@ from finetune.data.dialogue import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
 from finetune.data.template import render
 from finetune.data.tokens import tokenize
-from finetune.generate import Assistant, _continue, _inputs
+from finetune.generate import Assistant, _inputs
 from modeling import tiny
+from modeling.generation import greedy
 from modeling.loading import generation_config
 from modeling.shapes import IDEFICS_9B
 
@@ -34,7 +35,7 @@ QUESTIONS = ("what is in this image?", "and what is in this one?", "what color i
 ANSWER = "it shows two dogs on red grass near an old house with green windows."
 
 
-def make_model(hidden: int, image_width: int, vocab_size: int) -> torch.nn.Module:
+def make_model(hidden: int, image_width: int, vocab_size: int, *, packed: bool) -> torch.nn.Module:
     """The 9B, narrower and with fewer layers; the vision tower, which runs once, is kept small."""
     config = {
         **IDEFICS_9B,
@@ -61,7 +62,7 @@ def make_model(hidden: int, image_width: int, vocab_size: int) -> torch.nn.Modul
             "resampler_head_dim": image_width // 4,
         },
     }
-    return tiny.build_model(config, seed=0)
+    return tiny.build_model(config, seed=0, packed=packed)
 
 
 def make_conversation(images: int, *, seed: int) -> Dialogue:
@@ -85,24 +86,23 @@ def stock_prompt(dialogue: Dialogue) -> list[object]:
     return [*prompt, "\nAssistant:"]
 
 
-def measure(asked: Assistant, dialogues: list[Dialogue], tokens: int, repeats: int) -> dict[str, Any]:
-    """Median seconds of both sides, in turn, so that both see the same minutes of the machine."""
+def measure(plain: Any, asked: Assistant, dialogues: list[Dialogue], tokens: int, repeats: int) -> dict[str, Any]:
+    """Median seconds of both sides, in turn, so that both see the same minutes of the machine. `plain`: theirs."""
     processor = tiny.build_processor(asked.tokenizer, image_size=asked.idefics.config.vision_config.image_size)
-    asked.idefics.generation_config.min_new_tokens = tokens  # what a call leaves open is read from here
     config = generation_config(asked.tokenizer)
-    config.max_new_tokens = tokens
+    config.max_new_tokens = config.min_new_tokens = tokens
 
     def stock() -> list[list[int]]:
         prompts = [stock_prompt(dialogue) for dialogue in dialogues]
         inputs = processor(text=prompts, add_end_of_utterance_token=False, padding="longest", return_tensors="pt")
         with torch.no_grad():
-            output = asked.idefics.generate(**inputs, generation_config=config)
+            output = plain.generate(**inputs, generation_config=config)
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 
     def ours() -> list[list[int]]:
         rendered = [render(dialogue) for dialogue in dialogues]
         inputs = _inputs(asked, [tokenize(text, asked.tokenizer) for text in rendered], rendered)
-        return _continue(asked, inputs, tokens)
+        return greedy(asked.idefics, inputs, config)
 
     sides: dict[str, Callable[[], list[list[int]]]] = {"stock": stock, "ours": ours}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -130,13 +130,16 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=4000)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments = parser.parse_args()
-    model = make_model(arguments.hidden, arguments.image_width, arguments.vocab)
+    plain, model = (
+        make_model(arguments.hidden, arguments.image_width, arguments.vocab, packed=packed) for packed in (False, True)
+    )
+    model.load_state_dict(plain.state_dict(), assign=True)
     dialogues = [make_conversation(arguments.images, seed=seed) for seed in range(arguments.batch)]
     texts = [turn.text for dialogue in dialogues for turn in dialogue.turns]
     tokenizer = tiny.train_tokenizer(texts, vocab_size=arguments.vocab, added=3)
     processor = tiny.build_processor(tokenizer, image_size=model.config.vision_config.image_size)
     asked = Assistant(model, tokenizer, Preprocessing.of(processor.image_processor))
-    figures = measure(asked, dialogues, arguments.tokens, arguments.repeats)
+    figures = measure(plain, asked, dialogues, arguments.tokens, arguments.repeats)
     if arguments.json:
         print(json.dumps({**vars(arguments), **figures}, indent=2))
         return

@@ -72,7 +72,7 @@ def test_a_batch_is_answered_as_the_stock_generate_does_with_images_projected_on
         block.cross_attn.k_proj.register_forward_hook(lambda *_: calls.append("k"))
         block.cross_attn.v_proj.register_forward_hook(lambda *_: calls.append("v"))
     assert _continue(asked, inputs, 10) == expected
-    assert sorted(calls) == ["k"] * len(blocks) + ["v"] * len(blocks)
+    assert sorted(calls) == ["k", "k"] * len(blocks) + ["v", "v"] * len(blocks)  # all with the prompt, then the last
     assert list(asked.model.named_modules()) == modules
     assert [answer.text for answer in generate(asked, prompts, max_new_tokens=10)] == [
         _answer(asked.tokenizer, ids).text for ids in expected
