@@ -106,7 +106,7 @@ def crashes_twice():
 
 def starts_count():
     """A mistake; with the number of starts on stderr."""
-    print(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", file=sys.stderr)
+    tell(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}")
     raise UserError("once is enough")
 
 
@@ -120,7 +120,7 @@ def saves_when_told():
         time.sleep(0.05)
     for _ in range(10):
         time.sleep(0.1)
-    print(f"rank {RANK} saved after {len(told)} signal", file=sys.stderr)
+    tell(f"rank {RANK} saved after {len(told)} signal")
     raise Interrupted("stopped; saved at step 7", told[0])
 
 
@@ -144,7 +144,12 @@ def asleep():
 
 
 def ready():
-    os.write(sys.stderr.fileno(), f"ready {os.getpid()}\n".encode())  # at once: two processes share it
+    tell(f"ready {os.getpid()}")
+
+
+def tell(line):
+    """In one piece: two processes share the pipe."""
+    os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
 def collective():

@@ -204,7 +204,8 @@ def test_plain_peft_loads_its_part_of_the_folder(base_folder, tmp_path):
     base = IdeficsForVisionText2Text.from_pretrained(tmp_path / "extended").eval()
     before = logits(base)
     plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert torch.equal(logits(plain), logits(model))
+    # Sums in another order: transformers' blocks, and ours.
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
     assert (logits(plain) - before).abs().max() > 0.1
 
 

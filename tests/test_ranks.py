@@ -38,7 +38,7 @@ quiet()
 from finetune import evaluate, features, generate
 from finetune.data import assemble, convert
 convert.PART_RECORDS = assemble.PART_RECORDS = {part_records}
-features.BATCH = 1
+features.BATCH = dict.fromkeys(features.BATCH, 1)
 place, written = Path({folder!r}), open({folder!r} + "/written." + os.environ["RANK"], "w")
 def watch(event, arguments):
     if event == "os.rename":
@@ -92,7 +92,7 @@ def one(recipe_of, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "PART_RECORDS", PART_RECORDS)
         patch.setattr(assemble, "PART_RECORDS", PART_RECORDS)
-        patch.setattr(features, "BATCH", 1)
+        patch.setattr(features, "BATCH", {"cpu": 1, "cuda": 1})
         recipe, *overrides = recipe_of(folder)
         Run(load_recipe(recipe, overrides)).do("train", "evaluate", "merge")
     return folder
