@@ -1,7 +1,7 @@
 """Norms, rotations and gated products of IDEFICS, their backward written out: fewer passes over memory, less kept.
 
     norm       x / rms(x) * w          keeps x and a root for each vector; autograd keeps x in fp32 besides
-    rotation   q cos + (-q2, q1) sin   two passes each way; autograd's make five tensors, and nine going back
+    rotation   q cos + (-q2, q1) sin   three passes each way; autograd's make five tensors, and nine going back
     product    silu(gate) * up         keeps gate and up; autograd keeps silu(gate) besides
 
 Each is transformers' module with another forward, and no memory of its own: names and weights stay what they are.
@@ -35,7 +35,10 @@ def refine(model: IdeficsModel) -> None:
 
 
 class RMSNorm(IdeficsRMSNorm):
-    """[..., D] -> [..., D] in the dtype of the weight, or in fp32 where that is fp32; computed in fp32."""
+    """[..., D] -> [..., D] in the dtype of the weight; computed in fp32.
+
+    Without gradients torch's own: for one token of a generation an autograd function costs more than the norm.
+    """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled() and hidden_states.dtype == self.weight.dtype == torch.float32:
@@ -64,7 +67,7 @@ class SelfAttention(IdeficsAttention):
             project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cosine, sine = (turn[:, :, None] for turn in self.rotary_emb(value, position_ids))
+        cosine, sine = angles(self, value, position_ids)
         query, key = (_Rotation.apply(states, cosine, sine) for states in (query, key))
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if past_key_values is not None:
@@ -118,23 +121,28 @@ class _GatedProduct(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """Of states [B, T, H, D] by angles [B, T, 1, D], whose halves are equal; back, by the same angles the other way."""
+    """`rotate`, and back by the same angles the other way."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _rotate(states, cosine, sine, 1)
+        return rotate(states, cosine, sine)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _rotate(gradient, cosine, sine, -1), None, None
+        return rotate(gradient, cosine, sine, way=-1), None, None
 
 
-def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, way: int) -> torch.Tensor:
-    rotated = torch.empty_like(states)
-    (first, second), (cos, _), (sin, _) = (tensor.chunk(2, dim=-1) for tensor in (states, cosine, sine))
-    ahead, behind = rotated.chunk(2, dim=-1)
-    torch.mul(first, cos, out=ahead).addcmul_(second, sin, value=-way)
-    torch.mul(second, cos, out=behind).addcmul_(first, sin, value=way)
-    return rotated
+def angles(
+    attention: IdeficsAttention, like: torch.Tensor, position_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cosine, sine) [B, T, 1, D] of positions, in the dtype of `like`; the sine's first half is negative."""
+    cosine, sine = (turn[:, :, None] for turn in attention.rotary_emb(like, position_ids))
+    first, second = sine.chunk(2, dim=-1)
+    return cosine, torch.cat([-first, second], dim=-1)
+
+
+def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, way: int = 1) -> torch.Tensor:
+    """States [B, T, H, D] turned by `angles`; way -1: back."""
+    return torch.addcmul(states * cosine, states.roll(states.shape[-1] // 2, dims=-1), sine, value=way)

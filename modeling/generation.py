@@ -18,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig, IdeficsForVisionText2Text
 from transformers.cache_utils import DynamicCache
 
+from modeling.blocks import angles, rotate
+
 ROOM = 64
 """Tokens for which there is room each time that keys and values move."""
 
@@ -132,10 +134,9 @@ class _Decoder:
                 project(normed).view(shape) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             if rotation is None:  # one for all layers
-                cosine, sine = (turn[:, :, None] for turn in attention.rotary_emb(value, self.positions))
-                rotation = cosine, torch.cat([-sine[..., : sine.shape[-1] // 2], sine[..., sine.shape[-1] // 2 :]], -1)
-            keys, values = text.append(_rotate(key, *rotation), value)
-            query = _rotate(query, *rotation).transpose(1, 2)
+                rotation = angles(attention, value, self.positions)
+            keys, values = text.append(rotate(key, *rotation), value)
+            query = rotate(query, *rotation).transpose(1, 2)
             found = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attention.scaling)
             hidden = hidden + attention.o_proj(found.transpose(1, 2).flatten(2))
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
@@ -148,11 +149,6 @@ class _Decoder:
             return None
         places = torch.arange(self.texts[0].length + 1, device=self.padding.device)
         return (places >= self.padding)[:, None, None]
-
-
-def _rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Of states [B, 1, H, D]; the sine's first half is negative."""
-    return torch.addcmul(states * cosine, states.roll(states.shape[-1] // 2, dims=-1), sine)
 
 
 def _sight(block: nn.Module, image: torch.Tensor, sees: torch.Tensor) -> _Sight:

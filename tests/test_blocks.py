@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import (
     IdeficsAttention,
     IdeficsMLP,
@@ -68,12 +69,12 @@ def test_the_gated_product_is_the_stock_one(tokens):
 @pytest.mark.parametrize("shape", [(1, 1, 2, 8), (2, 5, 3, 8)], ids=str)
 def test_the_rotation_is_the_stock_one(shape):
     batch, tokens, _, width = shape
-    angles = randn(batch, tokens, width // 2, seed=3).detach()
-    cosine, sine = (torch.cat([turn, turn], dim=-1) for turn in (angles.cos(), angles.sin()))
-    states = randn(*shape)
+    attention = IdeficsAttention(width, 1, config=IdeficsConfig(hidden_size=width, num_attention_heads=1), layer_idx=0)
+    places, states = torch.arange(tokens).expand(batch, -1) + 3, randn(*shape)
+    turned = blocks.angles(attention, states, places)
     compare(
-        lambda: blocks._Rotation.apply(states, cosine[:, :, None], sine[:, :, None]),
-        lambda: apply_rotary_pos_emb(states, states, cosine, sine, unsqueeze_dim=2)[0],
+        lambda: blocks._Rotation.apply(states, *turned),
+        lambda: apply_rotary_pos_emb(states, states, *attention.rotary_emb(states, places), unsqueeze_dim=2)[0],
         [states],
     )
 
