@@ -14,7 +14,6 @@ answers alone, ready-made.
 import json
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
@@ -27,14 +26,15 @@ import numpy as np
 import PIL.Image
 import torch
 from arithmetic import Arithmetic, Sizes, products_of_an_image
+from benchmark_clock import Clock
 from benchmark_mixes import make_mix, vocabulary
 from check_plan import MIDDLE
 from process_memory import memory, reset_highest
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from finetune.data.ahead import RowsAhead
+from finetune.arguments import Plan
 from finetune.data.collate import RowCollator
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import Preprocessing, digest
@@ -42,7 +42,7 @@ from finetune.data.schedule import Mix, build_schedule
 from finetune.data.template import FAKE, IMAGE, Rendered, Text, render
 from finetune.data.tokens import IGNORED, Encoder, Example, tokenize_all
 from finetune.features import FeatureCache
-from finetune.train import Plan, train
+from finetune.train import train
 from modeling import tiny
 from modeling.adapters import attach
 from modeling.forward import image_features, packed_loss
@@ -52,7 +52,6 @@ from modeling.shapes import Config
 MODES = {"cross_attention": "lora", "decoder": "lora"}
 RANK = 16
 RATE = 1e-4
-PARTS = ("data", "images", "forward", "backward", "optimiser")
 
 MODELS: dict[str, Config] = {
     "27m": {
@@ -200,7 +199,7 @@ def with_features(model: nn.Module, rows: RowCollator, folder: Path) -> RowColla
     return replace(rows, features=features)
 
 
-def our_run(settings: Settings, data: Data, model: nn.Module, folder: Path, clock: "Clock") -> dict[str, Any]:
+def our_run(settings: Settings, data: Data, model: nn.Module, folder: Path, clock: Clock) -> dict[str, Any]:
     rows, filling = our_rows(data, settings), 0.0
     if settings.features == "cached" and rows.images:
         started = settings.now()
@@ -259,7 +258,7 @@ def whole_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
     return ForCausalLMLoss(outputs.logits, labels, outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch)
 
 
-def stock_run(settings: Settings, data: Data, model: nn.Module, folder: Path, clock: "Clock") -> dict[str, Any]:
+def stock_run(settings: Settings, data: Data, model: nn.Module, folder: Path, clock: Clock) -> dict[str, Any]:
     lengths = [len(example) for example in data.examples]
     grouped = settings.side == "grouped"
     order = by_length(lengths, settings.batch, seed=settings.seed) if grouped else list(range(len(lengths)))
@@ -310,87 +309,6 @@ def by_length(lengths: Sequence[int], batch: int, *, seed: int) -> list[int]:
 
 
 # Measuring
-
-
-class Clock(TrainerCallback):
-    """Where the time of training goes, by the same hooks on both sides.
-
-    data: waiting for it: the collator, or what our thread has not done in time. images: vision tower and resampler.
-    forward: the rest of the model's forward; on our side, the loss and the head's backward are part of it. backward:
-    from there to the optimiser, so the loss, the backward and the clipping. optimiser: the step.
-    """
-
-    def __init__(self, model: nn.Module, now: Callable[[], float]):
-        self.now = now
-        self.spent: Counter[str] = Counter()
-        self.history: list[tuple[float, dict[str, float]]] = []
-        self.tokens = 0
-        inner = model.get_base_model().model
-        model.register_forward_pre_hook(lambda *_: self._start("forward"))
-        model.register_forward_hook(self._forward_done)
-        for part in (inner.vision_model, inner.perceiver_resampler):
-            part.register_forward_pre_hook(lambda *_: self._start("images"))
-            part.register_forward_hook(lambda *_: self._images_done())
-        self.started: dict[str, float] = {}
-
-    def reading(self, collator: Any) -> Any:
-        return _Timed(collator, self)
-
-    def _start(self, part: str) -> None:
-        self.started[part] = self.now()
-
-    def stop(self, part: str) -> float:
-        seconds = self.now() - self.started.pop(part)
-        self.spent[part] += seconds
-        return seconds
-
-    def _images_done(self) -> None:
-        self.spent["forward"] -= self.stop("images")
-
-    def _forward_done(self, *_: Any) -> None:
-        self.stop("forward")
-        self._start("backward")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.history.append((self.now(), {}))
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop("backward")
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop("backward")
-        self._start("optimiser")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop("optimiser")
-        collator = kwargs["train_dataloader"].collate_fn
-        if isinstance(collator, RowsAhead):
-            self.spent["data"] = collator.waited
-        self.history.append((self.now(), dict(self.spent)))
-
-    def epochs(self, ends: Sequence[int]) -> list[dict[str, float]]:
-        """Seconds of each epoch, and of its parts; ends: optimiser steps at the end of each."""
-        made = []
-        for before, after in zip([0, *ends], ends, strict=False):
-            (start, spent), (stop, more) = self.history[before], self.history[after]
-            parts = {part: more.get(part, 0.0) - spent.get(part, 0.0) for part in PARTS}
-            made.append({"seconds": stop - start, **parts})
-        return made
-
-
-@dataclass(frozen=True)
-class _Timed:
-    """The stock side's collator, with its clock."""
-
-    collator: Any
-    clock: Clock
-
-    def __call__(self, features: Sequence[dict[str, int]]) -> Any:
-        started = self.clock.now()
-        batch = self.collator(features)
-        self.clock.spent["data"] += self.clock.now() - started
-        self.clock.tokens += batch["input_ids"].numel()
-        return batch
 
 
 def measure(settings: Settings) -> dict[str, Any]:
