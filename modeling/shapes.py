@@ -133,7 +133,7 @@ def read_config(base: str, *, revision: str | None = None) -> Config:
         path = Path(base) / "config.json"
         if not path.is_file():
             raise UserError(f"{base}: expected a model folder with a config.json, found none")
-        return verify(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+        return verify(_read_json(path), where=str(path))
     if base in RELEASED and revision is None:
         return RELEASED[base]
     if base.count("/") != 1 or Path(base).parent.is_dir() or base.startswith((".", "/", "~")):
@@ -147,7 +147,18 @@ def read_config(base: str, *, revision: str | None = None) -> Config:
         raise UserError(
             f"{base!r} is neither a folder here nor a model the hub gave: {str(error).splitlines()[0]}"
         ) from error
-    return verify(json.loads(path.read_text(encoding="utf-8")), where=f"{base} (hub)")
+    return verify(_read_json(path), where=f"{base} (hub)")
+
+
+def _read_json(path: Path) -> Config:
+    """The object in a file. Raises UserError."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path}: expected a model's configuration as JSON: {error}; fetch the file again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}; fetch the file again")
+    return config
 
 
 def verify(config: Config, *, where: str) -> Config:

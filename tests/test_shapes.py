@@ -141,6 +141,22 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
         read_config(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"model_type": "idef', "as JSON: Unterminated string"),
+        (b"", "as JSON: Expecting value"),
+        (b"\xff\xfe", "as JSON: 'utf-8' codec"),
+        (b"[]", "a JSON object, got list"),
+    ],
+)
+def test_a_config_cut_short_is_refused_by_name(tmp_path, content, told):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=told) as caught:
+        read_config(str(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: expected")
+
+
 @pytest.mark.parametrize("base", ["nobody/no-such-model", "not a name at all", "HuggingFaceM4/idefics-9b@main"])
 def test_a_base_that_nobody_has_is_refused(base):
     with pytest.raises(UserError, match=r"is neither a folder here nor a (hub id|model the hub gave)"):
