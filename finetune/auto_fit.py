@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import ranks
-from finetune.folder import read_json, write_json
 from finetune.planning.afford import Change, apply_change, single_changes
 from finetune.planning.plan import Planner, gpu_memory
 from finetune.progress import say
 from finetune.recipe import Recipe
 from finetune.sizes import show_size
 from modeling.errors import UserError
+from modeling.files import read_json, write_json
 
 FILE = "auto_fit.json"
 

@@ -8,12 +8,12 @@ checkpoint.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 from finetune.sizes import show_size
 from modeling.errors import UserError
+from modeling.files import flush, write_json
 
 SEAL = "sealed.json"
 
@@ -22,14 +22,10 @@ def seal(checkpoint: Path) -> None:
     """Everything in the folder is flushed to the disk, then listed."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
     for path in files:
-        _flush(path)
+        flush(path)
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-    partial = checkpoint / f"{SEAL}.partial"
-    partial.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    _flush(partial)
-    partial.replace(checkpoint / SEAL)
-    for folder in (checkpoint, checkpoint.parent):
-        _flush(folder)
+    write_json(checkpoint / SEAL, sizes)
+    flush(checkpoint.parent)
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -66,11 +62,3 @@ def require_room(folder: Path, needed: int) -> None:
             f"{folder}: a checkpoint takes {show_size(needed)}, and {show_size(free)} are free\n"
             f"  make room; the same command then goes on from {last.name if last else 'the beginning'}"
         )
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,11 +15,11 @@ from finetune.data.prepared import Prepared
 from finetune.data.schedule import Mix
 from finetune.data.sources.source import Source
 from finetune.data.team import ALONE, Team
-from finetune.folder import read_json, write_json
 from finetune.progress import say, track
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
 from modeling.errors import UserError
+from modeling.files import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
-"""The run folder: whose it is, what made it, and files that are there whole or not at all."""
+"""The run folder: whose it is, and what made it."""
 
-import json
-import os
 import platform
 import shutil
 import subprocess
@@ -13,6 +11,7 @@ import yaml
 
 from finetune.recipe import Recipe
 from modeling.errors import UserError
+from modeling.files import atomic_write, write_json
 
 ELSEWHERE = ("data.prepared", "data.workers", "data.feature_cache_size", "training.checkpointing")
 """Keys that say where, how fast and in how much memory work is done, and nothing of what comes of it."""
@@ -33,7 +32,7 @@ def open_folder(recipe: Recipe) -> Path:
             )
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        path.write_text(mine, encoding="utf-8")
+        atomic_write(path, mine)
         environment = {
             "versions": versions(),
             "commit": commit(),
@@ -64,17 +63,3 @@ def commit() -> str | None:
     command = [git, "rev-parse", "HEAD"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)  # noqa: S603
     return found.stdout.strip() or None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # else a machine that loses its power could keep the name of an empty file
-    partial.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -17,7 +17,7 @@ import torch
 from transformers import IdeficsProcessor
 
 from finetune.data.tracking import Track, silently
-from finetune.folder import commit, read_json, write_json
+from finetune.folder import commit
 from finetune.verify import PROVENANCE, compare, digests, require_rounding, weight_digests
 from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
 from modeling.checkpoint import (
@@ -33,6 +33,7 @@ from modeling.checkpoint import (
 )
 from modeling.deltas import Adapter, Onto, rounded, weights_of
 from modeling.errors import UserError
+from modeling.files import read_json, write_json
 from modeling.loading import generation_config, load_processor, open_base, save_processor
 from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed

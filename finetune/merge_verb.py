@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 
-from finetune.folder import read_json
 from finetune.merge import SHARD_BYTES, merge
 from finetune.origin import Origin
 from finetune.progress import console, say, table, track
@@ -15,6 +14,7 @@ from finetune.sizes import parse_size
 from finetune.verify import PROVENANCE, verify
 from modeling.deltas import Onto
 from modeling.errors import UserError
+from modeling.files import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ONTO: dict[str, Onto] = {"full": "full", "nf4": "nf4"}

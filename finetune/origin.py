@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from finetune.folder import read_json, write_json
 from modeling.adapters import PEFT_CONFIG
 from modeling.deltas import Onto
 from modeling.errors import UserError
+from modeling.files import read_json, write_json
 
 NOTE = "finetune.json"
 """The note's file. An adapter made elsewhere has none."""

@@ -34,7 +34,7 @@ from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import describe, open_image
 from finetune.device import device, free_memory
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
-from finetune.folder import open_folder, read_json, versions, write_json
+from finetune.folder import open_folder, versions
 from finetune.materials import Materials
 from finetune.merge import merge
 from finetune.merge_verb import model_card
@@ -52,6 +52,7 @@ from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.checkpoint import identity, read_checkpoint, weight_bytes
 from modeling.errors import UserError
+from modeling.files import read_json, write_json
 from modeling.shapes import read_config
 
 STAGES = ("train", "evaluate", "merge")

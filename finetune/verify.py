@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.tracking import Track, silently
-from finetune.folder import read_json
 from modeling.checkpoint import Rows, Stored, read_checkpoint
 from modeling.deltas import Adapter, weights_of
 from modeling.errors import UserError
+from modeling.files import read_json
 from modeling.loading import open_base
 from modeling.proof import changed_blocks, compare_block, compare_tensor
 from modeling.shapes import Config, read_config

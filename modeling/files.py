@@ -1,0 +1,57 @@
+"""Files that are there whole or not at all, also after a power cut; JSON that names itself where it is damaged."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from modeling.errors import UserError
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's list of names, is on the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a finished file its name. Without the fsync, a power cut could keep the name of an empty file."""
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or not at all; what is no Unicode in a text is written as an escape."""
+    partial = partial_of(path)
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+    put_in_place(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is there whole or not at all."""
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, *, repair: str = "delete it, and give the same command again") -> dict[str, Any] | None:
+    """Return the JSON object in a file, or None where there is no file.
+
+    Raises UserError: the file holds something else; `repair` says what a user can do.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); it may be cut short: {repair}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}; {repair}")
+    return value

@@ -1,0 +1,51 @@
+"""Files that are whole or not there, and JSON that names itself."""
+
+import pytest
+
+from modeling.errors import UserError
+from modeling.files import atomic_write, partial_of, read_json, write_json
+
+
+def test_atomic_write_keeps_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "note.json"
+    write_json(path, {"step": 1})
+    flushed = []  # the file before it gets its name, then the folder
+    monkeypatch.setattr("modeling.files.os.fsync", lambda descriptor: flushed.append(path.read_text()))
+    write_json(path, {"step": 2})
+    assert flushed == [
+        '{\n  "step": 1\n}\n',
+        '{\n  "step": 2\n}\n',
+    ]
+    assert not partial_of(path).exists()
+
+
+def test_atomic_write_escapes_what_is_no_unicode(tmp_path):
+    write_json(tmp_path / "a.json", {"name": "caf\u00e9 \ud800"})
+    assert (tmp_path / "a.json").read_bytes() == b'{\n  "name": "caf\xc3\xa9 \\ud800"\n}\n'
+    assert read_json(tmp_path / "a.json") == {"name": "caf\u00e9 \ud800"}
+    atomic_write(tmp_path / "b.bin", b"\xff")
+    assert (tmp_path / "b.bin").read_bytes() == b"\xff"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON (Expecting value: line 1 column 1 (char 0)); it may be cut short: delete it"),
+        (b'{"step": 1', "not JSON (Expecting ',' delimiter: line 1 column 11 (char 10)); it may be cut short"),
+        (b'{"a": "\xff"}', "not JSON ('utf-8' codec can't decode byte 0xff in position 7: invalid start byte)"),
+        (b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
+        (b"[1]", "expected a JSON object, got list; delete it, and give the same command again"),
+        (b"null", "expected a JSON object, got NoneType"),
+    ],
+    ids=["empty", "cut", "no-utf8", "deep", "list", "null"],
+)
+def test_read_json_names_a_damaged_file(tmp_path, content, message):
+    path = tmp_path / "state.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        read_json(path)
+    assert str(refused.value).startswith(f"{path}: {message}")
+
+
+def test_read_json_of_no_file(tmp_path):
+    assert read_json(tmp_path / "none.json") is None
