@@ -7,7 +7,7 @@ import torch
 
 from finetune import ranks
 from finetune.data.account import Account
-from finetune.data.convert import read_dialogues
+from finetune.data.records import read_dialogues
 from finetune.data.sources.source import Source
 from finetune.device import device
 from finetune.progress import track

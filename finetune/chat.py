@@ -9,7 +9,7 @@ from typing import Any
 from finetune.base import QUANTIZED, load_model
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.images import Preprocessing, open_image
-from finetune.data.sources import messages
+from finetune.data.records import to_dialogue
 from finetune.data.sources.files import read_records
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
@@ -126,19 +126,15 @@ def _read_prompts(path: Path) -> Iterator[tuple[dict[str, Any], Dialogue | Recor
     source = Source("messages", paths=(path,))
     root = ImageRoot(source)
     for place, record in read_records(source):
-        if isinstance(record, RecordError):
-            yield {"place": place}, record
-            continue
+        shown = {"place": place} if isinstance(record, RecordError) else record
         try:
-            dialogue = messages.convert(record, root)
+            dialogue = to_dialogue(place, record, root, prompt=True)
             for image in dialogue.images:
                 open_image(image)
-            if not dialogue.is_prompt:
-                raise RecordError("not a prompt", "expected a dialogue that ends with the user")
         except RecordError as error:
-            yield record, error
+            yield shown, error
             continue
-        yield record, dialogue
+        yield shown, dialogue
 
 
 def _content(turn: Turn) -> list[dict[str, str]]:

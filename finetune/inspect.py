@@ -18,9 +18,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from finetune.data.account import Account
-from finetune.data.convert import read_dialogues
 from finetune.data.dialogue import Dialogue, Image, RecordError
 from finetune.data.images import describe, open_image
+from finetune.data.records import look, read_dialogues
 from finetune.data.sources.source import Source
 from finetune.data.template import render
 from finetune.data.tokens import IGNORED, SPECIALS, Example, tokenize
@@ -115,7 +115,7 @@ class Inspection:
 
     def _first(self, source: Source, account: Account) -> list[Shown]:
         found = []
-        for place, dialogue in islice(read_dialogues(source, account), STREAMED):
+        for place, dialogue in islice(read_dialogues(source, account, look=look), STREAMED):
             account.dialogues += 1
             try:
                 example = tokenize(render(dialogue), self.tokenizer)

@@ -36,27 +36,16 @@ from finetune.data.prepared import (
     file_now,
     image_row,
 )
-from finetune.data.sources import FORMATS
+from finetune.data.records import lost_images, taken, to_dialogue
 from finetune.data.sources.download import Downloader
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
 from finetune.data.team import Team
-from finetune.data.tracking import Track, silently
+from finetune.data.tracking import Track
 from finetune.data.turns import opening_images, without_images
 
 PART_BYTES = 16_000_000
 """About so many bytes of records are in a part, if they are not too many."""
-
-
-def read_dialogues(source: Source, account: Account, *, track: Track = silently) -> Iterator[tuple[str, Dialogue]]:
-    """(place, dialogue) for every record that converts, as the records stand; the others are counted."""
-    root, convert = ImageRoot(source), FORMATS[source.format].convert
-    for place, record in track(_taken(source, account), f"read {source.label}"):
-        dialogue = _to_dialogue(record, convert, root)
-        if isinstance(dialogue, RecordError):
-            account.reject(place, dialogue)
-        else:
-            yield place, dialogue
 
 
 def convert(source: Source, made: Path, *, downloads: Path, workers: int, track: Track, team: Team) -> Account:
@@ -68,7 +57,7 @@ def convert(source: Source, made: Path, *, downloads: Path, workers: int, track:
 
     def share() -> tuple[int, Account]:
         whole = Account(source.name)
-        records = track(_taken(source, whole), f"convert {source.label}")
+        records = track(taken(source, whole), f"convert {source.label}")
         tasks = Unfinished(parts, _in_parts(records), team)
         run_all(tasks, _Convert(source, made, downloads), workers=workers)
         return tasks.count, whole
@@ -78,19 +67,6 @@ def convert(source: Source, made: Path, *, downloads: Path, workers: int, track:
         count, whole = team.each(f"convert {source.label}", share)[0]
         team.on_main(f"join {source.label}", lambda: _merge_converted(made, count, whole))
     return team.on_main("read the account", lambda: account_of(ArrowFile(made / DIALOGUES)))
-
-
-def _taken(source: Source, account: Account) -> Iterator[Record]:
-    """The records within the limit; those beyond are counted, unless that would mean reading a hub or a stream on."""
-    for place, record in FORMATS[source.format].read(source):
-        if source.limit is not None and account.read >= source.limit:
-            if source.hub or source.stream:
-                return
-            account.not_taken += 1
-            account.read += 1
-            continue
-        account.read += 1
-        yield place, record
 
 
 def _in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -135,8 +111,8 @@ class _Convert:
 
     def __call__(self, task: tuple[int, list[Record]]) -> None:
         number, records = task
-        account, family = Account(self.source.name), FORMATS[self.source.format]
-        converted = [(place, _to_dialogue(record, family.convert, self._root)) for place, record in records]
+        account = Account(self.source.name)
+        converted = [(place, _to_dialogue(place, record, self._root)) for place, record in records]
         fetched = self._fetch([dialogue for _, dialogue in converted if isinstance(dialogue, Dialogue)])
         images = _PartImages(self.made / "images" / f"{number:06}.bin")
         rows = []
@@ -171,16 +147,14 @@ class _Convert:
         fetched: dict[str, Path | RecordError],
         account: Account,
     ) -> dict[str, Any] | RecordError:
-        """A row of dialogues.arrow, its images added to `images`; or why one of them cannot be shown.
-
-        A document goes on without an image that cannot be shown, as long as it has another.
-        """
+        """A row of dialogues.arrow, its images added to `images`; or why one of them cannot be shown."""
         found = [self._find(image, images.files, fetched) for image in dialogue.images]
-        lost = [one for one in found if isinstance(one, RecordError)]
-        if lost and (not dialogue.is_document or len(lost) == len(found)):
-            return lost[0]
-        for error in lost:
-            account.reject_part(place, error)
+        try:
+            lost = lost_images(dialogue, found)
+        except RecordError as error:
+            return error
+        for part in lost:
+            account.reject_part(place, part)
         if lost:
             dialogue = without_images(dialogue, [isinstance(one, RecordError) for one in found])
         shown = [images.add(*one) for one in found if not isinstance(one, RecordError)]
@@ -213,16 +187,11 @@ class _Convert:
         return content
 
 
-def _to_dialogue(record: dict[str, Any] | RecordError, convert: Any, root: ImageRoot) -> Dialogue | RecordError:
-    if isinstance(record, RecordError):
-        return record
+def _to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoot) -> Dialogue | RecordError:
     try:
-        dialogue: Dialogue = convert(record, root)
+        return to_dialogue(place, record, root)
     except RecordError as error:
         return error
-    if dialogue.is_prompt:
-        return RecordError("no answer to the last question", "the dialogue ends with the user")
-    return dialogue
 
 
 def _digest(image: Image) -> bytes | RecordError:

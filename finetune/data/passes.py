@@ -11,10 +11,10 @@ from itertools import count, islice
 import numpy as np
 
 from finetune.data.account import Account
-from finetune.data.convert import read_dialogues
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.fit import Fates, Fitter
 from finetune.data.prepared import PreparedSet
+from finetune.data.records import read_dialogues
 from finetune.data.schedule import Unit
 from finetune.data.sources.source import Source
 from finetune.data.tokens import Example

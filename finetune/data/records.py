@@ -1,0 +1,91 @@
+"""Records -> dialogues whose images can be shown: by one rule for check, prepare, inspect, streams and generate."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from finetune.data.account import Account
+from finetune.data.dialogue import Dialogue, Image, RecordError, Remote
+from finetune.data.images import open_image
+from finetune.data.sources import FORMATS
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Record, Source
+from finetune.data.tracking import Track, silently
+from finetune.data.turns import without_images
+
+Look = Callable[[Image], object]
+"""Opens an image. Raises RecordError: it cannot be shown."""
+
+
+def taken(source: Source, account: Account) -> Iterator[Record]:
+    """The records within the limit; those beyond are counted, unless that would mean reading a hub or a stream on."""
+    for place, record in FORMATS[source.format].read(source):
+        if source.limit is not None and account.read >= source.limit:
+            if source.hub or source.stream:
+                return
+            account.not_taken += 1
+            account.read += 1
+            continue
+        account.read += 1
+        yield place, record
+
+
+def to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoot, *, prompt: bool = False) -> Dialogue:
+    """A record of the root's source as a dialogue that can be trained on, or, as a `prompt`, be answered.
+
+    Raises RecordError: the record is none.
+    """
+    if isinstance(record, RecordError):
+        raise record
+    dialogue = FORMATS[root.source.format].convert(record, root)
+    if dialogue.is_prompt and not prompt:
+        raise RecordError("no answer to the last question", "the dialogue ends with the user")
+    if prompt and not dialogue.is_prompt:
+        raise RecordError("not a prompt", "expected a dialogue that ends with the user")
+    return dialogue
+
+
+def lost_images(dialogue: Dialogue, found: Sequence[object]) -> list[RecordError]:
+    """Of what was found of a dialogue's images, the errors.
+
+    Raises the first one where the dialogue cannot do without: only a document can, as long as another image is left.
+    """
+    lost = [one for one in found if isinstance(one, RecordError)]
+    if lost and (not dialogue.is_document or len(lost) == len(found)):
+        raise lost[0]
+    return lost
+
+
+def look(image: Image) -> None:
+    """Open an image that is on this machine; one that is still to be downloaded is left alone."""
+    if not isinstance(image.source, Remote):
+        open_image(image)
+
+
+def read_dialogues(
+    source: Source, account: Account, *, look: Look | None = None, track: Track = silently
+) -> Iterator[tuple[str, Dialogue]]:
+    """(place, dialogue) for every record that converts and whose images open, if one is to `look`; others are counted.
+
+    Raises UserError: the source cannot be read at all.
+    """
+    root = ImageRoot(source)
+    for place, record in track(taken(source, account), f"read {source.label}"):
+        try:
+            dialogue = to_dialogue(place, record, root)
+            found = [_looked(image, look) for image in dialogue.images] if look else []
+            lost = lost_images(dialogue, found)
+        except RecordError as error:
+            account.reject(place, error)
+            continue
+        for part in lost:
+            account.reject_part(place, part)
+        if lost:
+            dialogue = without_images(dialogue, [isinstance(one, RecordError) for one in found])
+        yield place, dialogue
+
+
+def _looked(image: Image, look: Look) -> object:
+    try:
+        return look(image)
+    except RecordError as error:
+        return error
