@@ -14,7 +14,7 @@ from finetune.data.fit import Fates, Fitter, Limits, fitter
 from finetune.data.sources.source import Source
 from finetune.data.template import render
 from finetune.data.tokens import Encoder, Example, tokenize
-from finetune.data.turns import Piece
+from finetune.data.turns import Piece, opening_images
 
 A, B, C = IMAGES = tuple(Image(Path(f"{name}.jpg")) for name in "abc")
 SAME_AS_A = Image(Path("same-as-a.jpg"))
@@ -50,6 +50,20 @@ def length(dialogue, encoder):
 
 def document(*parts, goes_on=False):
     return Dialogue((Turn("document", parts),), goes_on)
+
+
+def sight(dialogues):
+    """(role, text, the image it sees, or None) of all that is written, in any order."""
+    seen = []
+    for dialogue in dialogues:
+        shown = None
+        for turn in dialogue.turns:
+            for part in turn.parts:
+                if isinstance(part, Image):
+                    shown = part
+                elif part.strip():
+                    seen.append((turn.role, part, str(shown and shown.source)))
+    return sorted(seen)
 
 
 def ask(*texts, images=(A,)):
@@ -154,6 +168,28 @@ def test_a_document_is_cut_by_its_distinct_images(encoder):
     ]
 
 
+def test_a_cut_document_repeats_the_image_that_the_next_text_saw(encoder):
+    whole = document(A, "1 dog", "2 dog", B, "3 dog", "4 dog", C)
+    most = length(document(A, "1 dog", goes_on=True), encoder) + 1
+    parts = [(A, "1 dog"), (A, "2 dog"), (B, "3 dog"), (B, "4 dog"), (C,)]
+    assert examples(fitting(encoder, max_length=most), whole)[-1][1] == "nothing supervised"
+    assert [dialogue for dialogue, _ in examples(fitting(encoder, max_length=most), whole)] == [
+        document(*part, goes_on=part != (C,)) for part in parts
+    ]
+
+
+def test_images_after_the_last_text_never_cost_a_text(encoder):
+    ((first, _), (last, kept), (images, lost)) = examples(fitting(encoder, max_images=1), document(A, "1", B, "2", C))
+    assert (first, last, images) == (document(A, "1", goes_on=True), document(B, "2", goes_on=True), document(C))
+    assert isinstance(kept, Example)
+    assert lost == "nothing supervised"
+
+
+def test_a_document_of_images_alone_teaches_nothing(encoder):
+    ((_, error),) = fitting(encoder).fit([Piece(document(A, B), (0,))], same=same)
+    assert str(error) == "nothing supervised: no text of it is trained on"
+
+
 def test_a_text_too_long_alone_is_lost_alone(encoder):
     whole = document("A dog.", "A cat. " * 200, "It sleeps.")
     made = examples(fitting(encoder, max_length=60), whole)
@@ -167,19 +203,29 @@ def test_parts_of_a_document_hold_all_of_it_and_are_as_full_as_they_can_be(encod
     limits = fitting(encoder, max_length=max_length, max_images=2)
     whole = document(*parts)
     made = examples(limits, whole)
-    assert tuple(part for dialogue, _ in made for part in dialogue.turns[0].parts) == whole.turns[0].parts
+    parts, own = whole.turns[0].parts, []
+    for dialogue, _ in made:
+        held, start = dialogue.turns[0].parts, sum(map(len, own))
+        if held != parts[start : start + len(held)]:
+            assert held[0] == [part for part in parts[:start] if isinstance(part, Image)][-1]
+            held = held[1:]
+        assert held == parts[start : start + len(held)]
+        own.append(held)
+    assert sum(own, ()) == parts
+    assert sight([dialogue for dialogue, _ in made]) == sight([whole])
     assert [dialogue.goes_on for dialogue, _ in made] == [True] * (len(made) - 1) + [False]
     for dialogue, example in made:
         if isinstance(example, str):
             assert sum(isinstance(part, str) for part in dialogue.turns[0].parts) <= 1
         else:
+            assert dialogue.turns[0].text
             assert len(example) <= max_length
             assert len({same(image) for image in dialogue.images}) <= 2
             assert (example.input_ids == encoder.specials["<image>"]).sum() == len(dialogue.images)
             assert example.supervised > 0
-    for (first, one), (second, other) in pairwise(made):
+    for number, ((first, one), (second, other)) in enumerate(pairwise(made), start=1):
         if isinstance(one, Example) and isinstance(other, Example):
-            both = document(*first.turns[0].parts, *second.turns[0].parts, goes_on=second.goes_on)
+            both = document(*first.turns[0].parts, *own[number], goes_on=second.goes_on)
             crowded = len({same(image) for image in both.images}) > 2
             assert crowded or length(both, encoder) > max_length
 
@@ -205,6 +251,46 @@ def test_dialogues_of_any_length_keep_every_exchange_and_their_image(encoder, ex
             assert len(example) <= max_length
             assert (example.input_ids == encoder.specials["<image>"]).sum() == 1
             assert example.supervised > 0
+
+
+@st.composite
+def conversations(draw):
+    """Dialogues with images anywhere, the texts all different; some open with the same images."""
+    opening = draw(st.lists(st.sampled_from(IMAGES), max_size=3))
+    numbers = iter(range(1000))
+    dialogues = []
+    for _ in range(draw(st.integers(1, 3))):
+        turns = []
+        for index in range(2 * draw(st.integers(1, 6))):
+            mixed = draw(st.lists(st.sampled_from((*IMAGES, "", " ")), max_size=3)) if draw(st.booleans()) else []
+            parts = [part if isinstance(part, Image) or part == " " else f"text {next(numbers)}" for part in mixed]
+            turns.append((assistant if index % 2 else user)(*parts, f"text {next(numbers)}"))
+        turns[0] = user(*opening, *turns[0].parts)
+        system = [Turn("system", ("Be kind.",))] if draw(st.booleans()) else []
+        dialogues.append(Dialogue((*system, *turns)))
+    return dialogues
+
+
+@given(conversations(), st.integers(1, 4), st.booleans(), st.integers(25, 90), st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_dividing_and_joining_leave_every_text_the_image_that_it_saw(
+    tiny_tokenizer, dialogues, turns, ordered, max_length, max_images
+):
+    limits = fitting(
+        Encoder(tiny_tokenizer), turns=turns, ordered=ordered, max_length=max_length, max_images=max_images
+    )
+    groups = {}
+    for number, dialogue in enumerate(dialogues):
+        groups.setdefault(opening_images(dialogue) or number, []).append((number, dialogue))
+    pieces = [piece for number, group in enumerate(groups.values()) for piece in limits.arrange(group, number=number)]
+    fitted = list(limits.fit(pieces, same=same))
+    spoken = [Dialogue(tuple(turn for turn in one.turns if turn.role != "system")) for one in dialogues]
+    made = [Dialogue(tuple(turn for turn in piece.dialogue.turns if turn.role != "system")) for piece, _ in fitted]
+    assert sight(made) == sight(spoken)
+    for piece, example in fitted:
+        if isinstance(example, Example):
+            assert len(example) <= max_length
+            assert len(set(piece.dialogue.images)) <= max_images
 
 
 def made(tokens, supervised):

@@ -378,7 +378,7 @@ def test_documents_are_cut_and_their_parts_counted(folder, tiny_tokenizer):
         "Both run",
         "The end.",
     ]
-    assert list(prepared.image_ids) == [(0,), (), (), ()]
+    assert list(prepared.image_ids) == [(0,), (0,), (), ()]
     assert [dialogue.goes_on for dialogue in prepared.dialogues] == [True, False, False, False]
     eos = tiny_tokenizer.convert_tokens_to_ids("</s>")
     assert [eos in example.input_ids for example in prepared.examples] == [False, True, True, True]
@@ -400,6 +400,22 @@ def test_a_document_goes_on_without_an_image_that_cannot_be_shown_while_it_has_a
     assert [part if isinstance(part, str) else part.source.name for part in turn.parts] == ["Gone.", "a.bmp", "Here."]
     assert [prepared.images[image].source.name for (image,) in prepared.image_ids] == ["a.bmp", "b.bmp"]
     assert (account.kept, account.rejected, account.parts_rejected) == (2, {"missing image": 1}, {"missing image": 1})
+
+
+def test_a_document_is_cut_where_a_lost_image_would_leave_its_text_another(folder, tiny_tokenizer):
+    lines = [
+        {"images": ["a.bmp", None, "none.bmp", None, "b.bmp", None], "texts": [None, "A.", None, "Gone.", None, "B."]}
+    ]
+    source = Source("obelics", (write(folder, lines),))
+    limits = {"max_length": 80, "max_images": 4}
+    prepared, (account,) = prepare([source], tiny_tokenizer, **limits, seed=0, folder=folder / "made")
+    assert [
+        [part if isinstance(part, str) else part.source.name for part in dialogue.turns[0].parts]
+        for dialogue in prepared.dialogues
+    ] == [["a.bmp", "A."], ["Gone.", "b.bmp", "B."]]
+    assert [dialogue.goes_on for dialogue in prepared.dialogues] == [True, False]
+    assert (account.kept, account.dialogues, account.examples, account.documents_cut) == (1, 1, 2, 1)
+    assert account.parts_rejected == {"missing image": 1}
 
 
 MIXED = [

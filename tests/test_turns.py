@@ -8,7 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.dialogue import Dialogue, Image, Turn, assistant, user
-from finetune.data.turns import Piece, bound, divide, document_of, document_units, exchanges, fill, join, opening_images
+from finetune.data.turns import (
+    Piece,
+    bound,
+    by_last_appearance,
+    divide,
+    document_of,
+    document_part,
+    document_units,
+    exchanges,
+    fill,
+    join,
+    opening_images,
+    without_images,
+)
 
 A, B, C = (Image(Path(f"{name}.jpg")) for name in "abc")
 SYSTEM = Turn("system", ("Be kind.",))
@@ -108,19 +121,83 @@ def test_a_long_dialogue_is_divided_in_order_and_repeats_what_it_needs():
     assert bound(5, dialogue, turns=3) == [Piece(dialogue, (5, 5, 5))]
 
 
-def test_a_later_part_is_shown_all_that_was_shown_before_it_once():
-    dialogue = Dialogue(
+@pytest.mark.parametrize(
+    ("turns", "places", "parts"),
+    [
         (
-            *(user("1?", A), assistant("one", B)),
-            *(user(C, A, "2?"), assistant("two")),
-            *(user("3?", B), assistant("three")),
-        )
-    )
-    assert divide(dialogue, [1, 2]) == [
-        Dialogue((user("1?", A), assistant("one", B))),
-        Dialogue((user(B, C, A, "2?"), assistant("two"))),
-        Dialogue((user(A, C, "3?", B), assistant("three"))),
-    ]
+            (user("1?", A), assistant("one", B), user(C, A, "2?"), assistant("two"), user("3?", B), assistant("three")),
+            [1, 2],
+            [
+                (user("1?", A), assistant("one", B)),
+                (user(B, C, A, "2?"), assistant("two")),
+                (user(B, C, A, "3?", B), assistant("three")),
+            ],
+        ),
+        (
+            (
+                user(A, "0"),
+                assistant("a0"),
+                user(B, "1"),
+                assistant("a1"),
+                user(A, "2"),
+                assistant("a2"),
+                *talk("3", "a3"),
+            ),
+            [3],
+            [
+                (user(A, "0"), assistant("a0"), user(B, "1"), assistant("a1"), user(A, "2"), assistant("a2")),
+                (user(B, A, "3"), assistant("a3")),
+            ],
+        ),
+        (
+            (
+                user(A, "0"),
+                assistant("a0"),
+                user(B, "1"),
+                assistant("a1"),
+                user("compare with", B, "2"),
+                assistant("a2"),
+            ),
+            [2],
+            [
+                (user(A, "0"), assistant("a0"), user(B, "1"), assistant("a1")),
+                (user(A, B, "compare with", B, "2"), assistant("a2")),
+            ],
+        ),
+        (
+            (user(A, B, A, "0"), assistant("a0"), *talk("1", "a1")),
+            [1],
+            [(user(A, B, A, "0"), assistant("a0")), (user(B, A, "1"), assistant("a1"))],
+        ),
+        (
+            (user(A, "0"), assistant("a0"), user(" ", B, "1"), assistant("a1"), user(A), assistant("a2")),
+            [1, 2],
+            [
+                (user(A, "0"), assistant("a0")),
+                (user(A, " ", B, "1"), assistant("a1")),
+                (user(B, A), assistant("a2")),
+            ],
+        ),
+        (
+            (Turn("system", (C, "Be kind.")), *talk("0", "a0"), user(A, "1"), assistant("a1"), *talk("2", "a2")),
+            [1, 2],
+            [
+                (Turn("system", (C, "Be kind.")), *talk("0", "a0")),
+                (Turn("system", (C, "Be kind.")), user(A, "1"), assistant("a1")),
+                (Turn("system", (C, "Be kind.")), user(A, "2"), assistant("a2")),
+            ],
+        ),
+    ],
+    ids=["assistant-shows", "first-shown-again", "words-before-image", "opening-twice", "blank-and-wordless", "system"],
+)
+def test_dividing_shows_each_part_what_was_shown_before_the_last_one_last(turns, places, parts):
+    assert divide(Dialogue(turns), places) == [Dialogue(part) for part in parts]
+
+
+def test_images_by_last_appearance():
+    assert by_last_appearance([A, B, A]) == (B, A)
+    assert by_last_appearance([A, B, C, B, B]) == (A, C, B)
+    assert by_last_appearance([]) == ()
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.booleans())
@@ -150,14 +227,53 @@ def test_halves_share_the_questions_and_the_image():
     [
         (("One.", "Two."), [("One.",), ("Two.",)]),
         ((A, "One.", B, C, "Two."), [(A, "One."), (B, C, "Two.")]),
-        (("One.", A), [("One.", A)]),
-        (("One.", "Two.", " ", A), [("One.",), ("Two.", " ", A)]),
+        (("One.", A), [("One.",), (A,)]),
+        (("One.", "Two.", " ", A), [("One.",), ("Two.",), (" ", A)]),
+        (("One.", "Two.", " "), [("One.",), ("Two.", " ")]),
         ((" ", A, "One."), [(" ", A, "One.")]),
         ((A, B), [(A, B)]),
     ],
 )
 def test_each_text_of_a_document_takes_the_images_before_it(parts, units):
     assert document_units(Dialogue((Turn("document", parts),))) == units
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "parts"),
+    [
+        (0, 2, (A, B, "1", "2")),
+        (1, 2, (B, "2")),
+        (1, 3, (B, "2", " ", C, "3")),
+        (2, 4, (" ", C, "3", "4")),
+        (3, 5, (C, "4", A)),
+        (4, 5, (A,)),
+    ],
+)
+def test_a_part_of_a_document_repeats_the_image_that_its_first_text_saw(start, stop, parts):
+    document = Dialogue((Turn("document", (A, B, "1", "2", " ", C, "3", "4", A)),))
+    units = document_units(document)
+    expected = Dialogue((Turn("document", parts),), goes_on=stop < 5)
+    assert document_part(document, units, start, stop) == expected
+
+
+@pytest.mark.parametrize(
+    ("parts", "lost", "documents"),
+    [
+        ((A, "a", B, "b"), [False, True], [((A, "a"), True), (("b",), False)]),
+        ((A, "a", B, "b"), [True, False], [(("a", B, "b"), False)]),
+        ((A, B, "b", "still b"), [False, True], [((A,), True), (("b", "still b"), False)]),
+        ((A, "a", B, C, "c"), [False, True, False], [((A, "a", C, "c"), False)]),
+        ((A, "a", B, " "), [False, True], [((A, "a", " "), False)]),
+        (
+            (A, "a", B, "b", C, "c", A, "d"),
+            [False, True, False, True],
+            [((A, "a"), True), (("b", C, "c"), True), (("d",), False)],
+        ),
+    ],
+)
+def test_a_text_that_saw_a_lost_image_sees_none(parts, lost, documents):
+    expected = [Dialogue((Turn("document", left),), goes_on) for left, goes_on in documents]
+    assert without_images(Dialogue((Turn("document", parts),)), lost) == expected
 
 
 def test_a_part_of_a_document_goes_on_or_ends():

@@ -25,7 +25,7 @@ class Account:
     parts_rejected: dict[str, int] = field(default_factory=Counter)
     """Reason -> turns, texts or images of documents, that were left out of records not rejected for it."""
     documents_cut: int = 0
-    """Documents too long for one example, which became several."""
+    """Documents that became several examples: too long for one, or an image within them is lost."""
     dialogues: int = 0
     """Dialogues and documents the records became, before they were joined, divided or cut."""
     examples: int = 0

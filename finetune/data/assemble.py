@@ -39,7 +39,7 @@ from finetune.data.team import Team
 from finetune.data.template import IMAGE
 from finetune.data.tokens import IGNORED, Example
 from finetune.data.tracking import Track
-from finetune.data.turns import Piece
+from finetune.data.turns import Piece, by_last_appearance
 
 
 def assemble(
@@ -157,13 +157,15 @@ class _Assemble:
         write_arrow(part, EXAMPLE_SCHEMA, to_batches(rows, EXAMPLE_SCHEMA), account=account_text(account))
 
     def _read(self, group: list[int], numbers: dict[Image, int]) -> list[tuple[int, Dialogue]]:
-        """(row, dialogue); `numbers` learns the images' numbers."""
+        """(row, dialogue) of each of a row's dialogues; `numbers` learns the images' numbers."""
         dialogues = []
         for row in group:
             shown = self._dialogues.cell("images", row).tolist()
             images = [image_from_row(self._images.row(image)) for image in shown]
             numbers.update(zip(images, shown, strict=True))
-            dialogues.append((row, dialogue_from_json(self._dialogues.text("dialogue", row), images)))
+            coming = iter(images)
+            lines = self._dialogues.text("dialogues", row).split("\n")
+            dialogues += [(row, dialogue_from_json(line, coming)) for line in lines]
         return dialogues
 
     def _row(self, piece: Piece, example: Example, images: list[int]) -> dict[str, Any]:
@@ -181,8 +183,8 @@ class _Assemble:
         keys, shown = [], 0
         for turn in dialogue.turns:
             shown += len(turn.images)
-            if turn.role == "user":
-                digests = [self._images.row(image)["digest"] for image in images[:shown]]
+            if turn.role == "user":  # by last appearance: the same whether its dialogue was divided before it or not
+                digests = [self._images.row(image)["digest"] for image in by_last_appearance(images[:shown])]
                 keys.append(question_key(digests, turn.text))
         return keys
 

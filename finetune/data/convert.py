@@ -147,7 +147,10 @@ class _Convert:
         fetched: dict[str, Path | RecordError],
         account: Account,
     ) -> dict[str, Any] | RecordError:
-        """A row of dialogues.arrow, its images added to `images`; or why one of them cannot be shown."""
+        """A row of dialogues.arrow, its images added to `images`; or why one of them cannot be shown.
+
+        Of a document that goes on without a lost image, the texts that saw it see none.
+        """
         found = [self._find(image, images.files, fetched) for image in dialogue.images]
         try:
             lost = lost_images(dialogue, found)
@@ -155,11 +158,12 @@ class _Convert:
             return error
         for part in lost:
             account.reject_part(place, part)
-        if lost:
-            dialogue = without_images(dialogue, [isinstance(one, RecordError) for one in found])
+        gone = [isinstance(one, RecordError) for one in found]
+        dialogues = without_images(dialogue, gone) if lost else [dialogue]
         shown = [images.add(*one) for one in found if not isinstance(one, RecordError)]
-        opens = opening_images(dialogue) is not None
-        return {"place": place, "dialogue": dialogue_to_json(dialogue), "images": shown, "opens": opens}
+        opens = opening_images(dialogues[0]) is not None
+        lines = "\n".join(map(dialogue_to_json, dialogues))
+        return {"place": place, "dialogues": lines, "images": shown, "opens": opens}
 
     def _find(
         self, image: Image, files: set[File], fetched: dict[str, Path | RecordError]

@@ -13,7 +13,7 @@ from finetune.data.sources import FORMATS
 from finetune.data.sources.source import Source
 from finetune.data.template import render
 from finetune.data.tokens import Encoder, Example, tokenize_all
-from finetune.data.turns import Piece, bound, document_of, document_units, fill, join, opening_images
+from finetune.data.turns import Piece, bound, document_part, document_units, fill, join, opening_images
 
 TOO_LONG, TOO_MANY_IMAGES = "too long", "too many images"
 
@@ -60,7 +60,7 @@ class Fitter:
         """
         tokenised = tokenize_all([render(piece.dialogue) for piece in pieces], self.encoder)
         for piece, example in zip(pieces, tokenised, strict=True):
-            error = self._crowd(piece.dialogue, same) or self._misfit(example)
+            error = self._crowd(piece.dialogue, same) or self._misfit(piece.dialogue, example)
             parts = self._divide(piece, same) if error and error.reason in (TOO_LONG, TOO_MANY_IMAGES) else ()
             if parts:
                 yield from self.fit(parts, same=same)
@@ -73,13 +73,13 @@ class Fitter:
             return RecordError(TOO_MANY_IMAGES, f"{shown}, row_images is {self.limits.max_images}")
         return None
 
-    def _misfit(self, example: Example | RecordError) -> RecordError | None:
+    def _misfit(self, dialogue: Dialogue, example: Example | RecordError) -> RecordError | None:
         if isinstance(example, RecordError):
             return example
         if len(example) > self.limits.max_length:
             return RecordError(TOO_LONG, f"{len(example)} tokens, max_length is {self.limits.max_length}")
-        if not example.supervised:
-            return RecordError("nothing supervised", "no token of this dialogue is trained on")
+        if not example.supervised or (dialogue.is_document and not dialogue.turns[0].text):
+            return RecordError("nothing supervised", "no text of it is trained on")
         return None
 
     def _divide(self, piece: Piece, same: Callable[[Image], Any]) -> Sequence[Piece]:
@@ -93,19 +93,17 @@ class Fitter:
         """Between texts, each part as full as it can be. Only the last says that the document ends."""
         units = document_units(document)
 
-        def part(start: int, stop: int) -> Dialogue:
-            return document_of(units[start:stop], goes_on=document.goes_on or stop < len(units))
-
         def fits(start: int, stop: int) -> bool:
-            dialogue = part(start, stop)
-            if self._crowd(dialogue, same):
+            part = document_part(document, units, start, stop)
+            if self._crowd(part, same):
                 return False
-            (example,) = tokenize_all([render(dialogue)], self.encoder)
-            return not self._misfit(example)
+            (example,) = tokenize_all([render(part)], self.encoder)
+            return not self._misfit(part, example)
 
-        alone = tokenize_all([render(part(index, index + 1)) for index in range(len(units))], self.encoder)
-        sizes = [len(example) if isinstance(example, Example) else 0 for example in alone]
-        return [part(start, stop) for start, stop in fill(sizes, most=self.limits.max_length, fits=fits)]
+        alone = [render(document_part(document, units, index, index + 1)) for index in range(len(units))]
+        sizes = [len(one) if isinstance(one, Example) else 0 for one in tokenize_all(alone, self.encoder)]
+        parts = fill(sizes, most=self.limits.max_length, fits=fits)
+        return [document_part(document, units, start, stop) for start, stop in parts]
 
 
 class Fates:

@@ -16,9 +16,10 @@ PART_RECORDS = 512
 
 DIALOGUES = "dialogues.arrow"
 DIALOGUE_SCHEMA = pa.schema(
-    {"place": pa.string(), "dialogue": pa.string(), "images": pa.list_(pa.int32()), "opens": pa.bool_()}
+    {"place": pa.string(), "dialogues": pa.string(), "images": pa.list_(pa.int32()), "opens": pa.bool_()}
 )
-"""Between the passes of preparing. opens: whether it opens with its images, so that its turns can be moved."""
+"""Between the passes of preparing, a record a row. dialogues: a line each, several where a document was cut at an image
+that is lost; opens: whether it opens with its images, so that its turns can be moved."""
 
 
 class Unfinished:

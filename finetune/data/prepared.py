@@ -8,7 +8,7 @@ NAME-KEY/   examples.arrow   an example a row: tokens, what is supervised, image
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, overload
@@ -284,7 +284,7 @@ def dialogue_to_json(dialogue: Dialogue) -> str:
     return json.dumps({"turns": turns, "goes_on": dialogue.goes_on}, ensure_ascii=False, separators=(",", ":"))
 
 
-def dialogue_from_json(text: str, images: Sequence[Image]) -> Dialogue:
+def dialogue_from_json(text: str, images: Iterable[Image]) -> Dialogue:
     values, next_image = json.loads(text), iter(images)
     turns = tuple(
         Turn(role, tuple(next(next_image) if part is None else part for part in parts), tuple(references))

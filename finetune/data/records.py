@@ -66,6 +66,8 @@ def read_dialogues(
 ) -> Iterator[tuple[str, Dialogue]]:
     """(place, dialogue) for every record that converts and whose images open, if one is to `look`; others are counted.
 
+    Of a document that is cut at an image that does not open, the part with the most text.
+
     Raises UserError: the source cannot be read at all.
     """
     root = ImageRoot(source)
@@ -80,7 +82,8 @@ def read_dialogues(
         for part in lost:
             account.reject_part(place, part)
         if lost:
-            dialogue = without_images(dialogue, [isinstance(one, RecordError) for one in found])
+            parts = without_images(dialogue, [isinstance(one, RecordError) for one in found])
+            dialogue = max(parts, key=lambda part: len(part.turns[0].text))
         yield place, dialogue
 
 

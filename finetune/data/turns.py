@@ -1,18 +1,23 @@
 """Dialogues -> dialogues of the wanted size: questions joined, long ones divided, documents cut between their texts.
 
+IDEFICS's text sees one image: the last one before it. Whatever is joined, divided or cut here, every text sees the
+image that it saw before, and a text that saw none sees none.
+
 A dialogue *opens with its images* when all of them stand before the words of its first question. Its turns can then be
 put into other dialogues, with the images in front again.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
-from typing import NamedTuple
+from itertools import accumulate, pairwise, takewhile
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from finetune.data.dialogue import Dialogue, Image, Part, Turn
+
+Item = TypeVar("Item", bound=Hashable)
 
 
 class Exchange(NamedTuple):
@@ -44,7 +49,8 @@ def opening_images(dialogue: Dialogue) -> tuple[Image, ...] | None:
     """The images a dialogue opens with; None if it does not: another role, later images, a question without words."""
     if dialogue.turns[0].role != "user":
         return None
-    images = _leading_images(dialogue.turns[0])
+    first = takewhile(lambda part: isinstance(part, Image), dialogue.turns[0].parts)
+    images = tuple(part for part in first if isinstance(part, Image))
     if images != dialogue.images or not all(turn.text for turn in dialogue.turns):
         return None
     return images
@@ -85,22 +91,40 @@ def divide(dialogue: Dialogue, places: Sequence[int]) -> list[Dialogue]:
     pairs = exchanges(dialogue, 0)
     parts = []
     for start, stop in pairwise([0, *places, len(pairs)]):
-        before = (turn for pair in pairs[:start] for turn in (pair.question, pair.answer))
-        shown = opening + tuple(image for turn in before for image in turn.images)
-        part = _with_images(tuple(dict.fromkeys(shown)), pairs[start:stop])
-        parts.append(Dialogue((*system, *part.turns)))
+        images = opening if start == 0 else _repeated(opening, pairs, start)
+        parts.append(Dialogue((*system, *_with_images(images, pairs[start:stop]).turns)))
     return parts
 
 
-def without_images(document: Dialogue, lost: Sequence[bool]) -> Dialogue:
-    """A document without those of its images that are lost, by their order."""
-    gone = iter(lost)
-    parts = tuple(part for part in document.turns[0].parts if not (isinstance(part, Image) and next(gone)))
-    return replace(document, turns=(Turn("document", parts),))
+def by_last_appearance(images: Iterable[Item]) -> tuple[Item, ...]:
+    """Each image once, in the order in which they were last shown: A, B, A -> B, A."""
+    return tuple(dict.fromkeys(reversed(list(images))))[::-1]
+
+
+def without_images(document: Dialogue, lost: Sequence[bool]) -> list[Dialogue]:
+    """A document without those of its images that are lost, by their order.
+
+    A text that saw a lost image sees none. Where an earlier image would be seen in its place, the document is cut.
+
+    A "a dog" B "a cat", B lost -> A "a dog" (goes on), "a cat"
+    """
+    documents: list[Dialogue] = []
+    parts: list[Part] = []
+    gone, saw_lost = iter(lost), False
+    for part in document.turns[0].parts:
+        if isinstance(part, Image):
+            saw_lost = next(gone)
+            if saw_lost:
+                continue
+        elif part.strip() and saw_lost and any(isinstance(other, Image) for other in parts):
+            documents.append(document_of([tuple(parts)], goes_on=True))
+            parts = []
+        parts.append(part)
+    return [*documents, document_of([tuple(parts)], goes_on=document.goes_on)]
 
 
 def document_units(document: Dialogue) -> list[tuple[Part, ...]]:
-    """A document's texts, each with the images before it; images at the very end stay with the last text."""
+    """A document's texts, each with the images before it; images after the last text are a unit without text."""
     units: list[tuple[Part, ...]] = []
     waiting: tuple[Part, ...] = ()
     for part in document.turns[0].parts:
@@ -108,9 +132,17 @@ def document_units(document: Dialogue) -> list[tuple[Part, ...]]:
         if isinstance(part, str) and part.strip():
             units.append(waiting)
             waiting = ()
-    if waiting and units:
+    if units and not any(isinstance(part, Image) for part in waiting):
         units[-1] += waiting
-    return units if units else [waiting]
+        return units
+    return [*units, waiting]
+
+
+def document_part(document: Dialogue, units: Sequence[tuple[Part, ...]], start: int, stop: int) -> Dialogue:
+    """These units of a document; the image that the first text saw in the whole is repeated before it."""
+    before = [part for unit in units[:start] for part in unit if isinstance(part, Image)]
+    repeated = before[-1:] if not _leading_images(units[start]) else []
+    return document_of([tuple(repeated), *units[start:stop]], goes_on=document.goes_on or stop < len(units))
 
 
 def document_of(units: Sequence[tuple[Part, ...]], *, goes_on: bool) -> Dialogue:
@@ -137,18 +169,22 @@ def fill(sizes: Sequence[int], *, most: int, fits: Callable[[int, int], bool]) -
     return parts
 
 
-def _leading_images(turn: Turn) -> tuple[Image, ...]:
-    images: list[Image] = []
-    for part in turn.parts:
-        if not isinstance(part, Image):
-            break
-        images.append(part)
-    return tuple(images)
+def _repeated(opening: Sequence[Image], pairs: Sequence[Exchange], start: int) -> tuple[Image, ...]:
+    """Images shown before an exchange, the last one last, but for those with which its question begins itself."""
+    before = [turn for pair in pairs[:start] for turn in (pair.question, pair.answer)]
+    shown = by_last_appearance([*opening, *(image for turn in before for image in turn.images)])
+    own = _leading_images(pairs[start].question.parts)
+    return tuple(image for image in shown if image not in own)
+
+
+def _leading_images(parts: Sequence[Part]) -> tuple[Image, ...]:
+    """Those before the first words."""
+    words = (index for index, part in enumerate(parts) if isinstance(part, str) and part.strip())
+    return tuple(part for part in parts[: next(words, len(parts))] if isinstance(part, Image))
 
 
 def _with_images(images: Sequence[Image], pairs: Sequence[Exchange]) -> Dialogue:
-    first = pairs[0].question
-    own = set(first.images)
-    opened = replace(first, parts=(*(image for image in images if image not in own), *first.parts))
+    """Exchanges with these images in front."""
+    first = replace(pairs[0].question, parts=(*images, *pairs[0].question.parts))
     rest = [turn for pair in pairs[1:] for turn in (pair.question, pair.answer)]
-    return Dialogue((opened, pairs[0].answer, *rest))
+    return Dialogue((first, pairs[0].answer, *rest))
