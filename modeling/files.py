@@ -1,11 +1,36 @@
 """Files that are there whole or not at all, also after a power cut; JSON that names itself where it is damaged."""
 
+import errno
 import json
 import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from modeling.errors import UserError
+
+KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes; never wait for a pipe, a socket or a device.
+
+    Raises OSError: nothing is there, or something else than a file.
+    """
+    kind = stat.S_IFMT(path.stat().st_mode)
+    if kind != stat.S_IFREG:  # a device is not opened at all: that alone can rewind a tape
+        raise OSError(errno.EINVAL, f"expected a file, found {KINDS.get(kind, 'something else')}", str(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was exchanged meanwhile
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "expected a file, found something else", str(path))
+    return cast(BinaryIO, os.fdopen(descriptor, "rb"))
 
 
 def flush(path: Path) -> None:

@@ -1,9 +1,13 @@
 """Files that are whole or not there, and JSON that names itself."""
 
+import os
+import socket
+from pathlib import Path
+
 import pytest
 
 from modeling.errors import UserError
-from modeling.files import atomic_write, partial_of, read_json, write_json
+from modeling.files import atomic_write, open_regular, partial_of, read_json, write_json
 
 
 def test_atomic_write_keeps_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -49,3 +53,29 @@ def test_read_json_names_a_damaged_file(tmp_path, content, message):
 
 def test_read_json_of_no_file(tmp_path):
     assert read_json(tmp_path / "none.json") is None
+
+
+@pytest.fixture
+def odd_places(tmp_path):
+    """One of each kind that is no file."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(tmp_path / "socket"))
+    (tmp_path / "link").symlink_to("pipe")
+    yield tmp_path
+    listening.close()
+
+
+def test_open_regular_reads_a_file_and_waits_for_nothing_else(odd_places):
+    path = odd_places / "file"
+    path.write_bytes(b"abc")
+    with open_regular(path) as file:
+        assert (file.read(2), file.read()) == (b"ab", b"c")
+    for name, found in [("pipe", "a pipe"), ("link", "a pipe"), ("socket", "a socket"), ("folder", "a folder")]:
+        with pytest.raises(OSError, match=f"expected a file, found {found}"):
+            open_regular(odd_places / name)
+    with pytest.raises(OSError, match="expected a file, found a device"):
+        open_regular(Path("/dev/zero"))
+    with pytest.raises(FileNotFoundError):
+        open_regular(odd_places / "nothing")

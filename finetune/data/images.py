@@ -2,8 +2,8 @@
 
 import base64
 import hashlib
+import os
 import re
-import stat
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from finetune.data.dialogue import Image, RecordError, Remote, Slice
+from modeling.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Plain raster formats. Pillow has others that start programs (EPS) or parse far more than pixels."""
@@ -137,13 +138,12 @@ def _inflate(content: bytes, name: str) -> bytes:
 def _read(path: Path, offset: int = 0, length: int | None = None, *, limit: int | None = None) -> bytes:
     """A whole file, or exactly `length` bytes of it; of at most `limit`, or else `MAX_BYTES`."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordError("corrupt image", f"{path}: not a file")
-        expected = status.st_size if length is None else length
-        if expected > (limit or MAX_BYTES):
-            raise RecordError("image too large", f"{path}: {expected:,} bytes")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            expected = os.fstat(file.fileno()).st_size if length is None else length
+            if expected > (limit or MAX_BYTES):
+                raise RecordError("image too large", f"{path}: {expected:,} bytes")
+            if offset < 0 or expected < 0:
+                raise RecordError("corrupt image", f"{path}: {expected:,} bytes from {offset:,} on")
             file.seek(offset)
             content = file.read(expected)
     except OSError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar, cast
 
 from finetune.data.dialogue import RecordError
+from modeling.files import open_regular
 
 MAX_RECORD_BYTES = 64 * 2**20
 """Of one line, or one item of a JSON file: what is larger is no dialogue."""
@@ -17,16 +18,19 @@ Read = TypeVar("Read")
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file's bytes, decompressed as its suffix says."""
+    """A file's bytes, decompressed as its suffix says. Raises OSError, also for a pipe or a device."""
+    file = open_regular(path)
     if path.suffix.lower() in (".gz", ".tgz"):
         import gzip
 
+        file.close()
         return cast(BinaryIO, gzip.open(path))
     if path.suffix.lower() == ".zst":
         import pyarrow
 
+        file.close()
         return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
-    return path.open("rb")
+    return file
 
 
 def open_text(path: Path) -> io.BufferedReader:
