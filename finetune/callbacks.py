@@ -67,7 +67,6 @@ class ProgressBar(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress = bar()
-        self.progress.disable = not state.is_world_process_zero
         self.progress.start()
         self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, note="")
 

@@ -4,7 +4,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.panel import Panel
 from rich.text import Text
 
 from finetune.data.dialogue import Dialogue, RecordError, Remote
@@ -13,9 +12,10 @@ from finetune.data.sources import FORMATS, hold_dialogues
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from finetune.data.template import Special, render
-from finetune.progress import console, table
+from finetune.progress import display, panel, table
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
+from finetune.visible import visible
 from modeling.errors import UserError
 from modeling.shapes import SHAPES, Config, count_lora, count_parameters, read_config
 from modeling.towers import TOWERS
@@ -100,25 +100,24 @@ def _show(result: dict[str, Any], first: Dialogue | None) -> None:
     towers = [(tower, *values.values()) for tower, values in result["towers"].items()]
     total = [sum(values[key] for values in result["towers"].values()) for key in ("parameters", "trained")]
     columns = ("tower", "mode", "parameters", "trained")
-    console.print(table(f"model: {result['model']}", columns, [*towers, ("total", "", *total)]))
+    display(table(f"model: {result['model']}", columns, [*towers, ("total", "", *total)]))
     for report in result["sources"]:
         place = f"{report['source']} ({report['format']})"
         title = f"{place}: {report['usable']} of the first {report['read']} usable"
-        console.print(Text(title, style="green" if report["usable"] else "red"))
+        display(title, "green" if report["usable"] else "red")
         for line in report["rejected"]:
-            console.print(Text(f"  {line}", style="yellow"))
+            display(f"  {line}", "yellow")
     if first:
-        console.print(Panel(_coloured(first), title="the first dialogue; trained on: green", title_align="left"))
+        display(panel(_coloured(first), title="the first dialogue; trained on: green"))
 
 
 def _coloured(dialogue: Dialogue) -> Text:
     text = Text()
     for piece in render(dialogue).pieces:
         if isinstance(piece, Special):
-            text.append(piece.name, style="green" if piece.supervised else "dim")
+            text.append(visible(piece.name), style="green" if piece.supervised else "dim")
         else:
-            start = len(text)
-            text.append(piece.text)
-            if piece.supervised_from is not None:
-                text.stylize("green", start + piece.supervised_from)
+            start = len(piece.text) if piece.supervised_from is None else piece.supervised_from
+            text.append(visible(piece.text[:start]))
+            text.append(visible(piece.text[start:]), style="green")
     return text

@@ -1,14 +1,41 @@
 """The command `finetune`: one verb per stage. Imports torch only inside a verb that needs it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from finetune import launch
 from finetune.outcome import fail, finish, guarded, quiet
+from finetune.places import check_place
+from finetune.visible import visible
+
+
+@contextmanager
+def _visibly() -> Iterator[None]:
+    """What is wrong with a command line is shown in visible characters: names of files come from anywhere."""
+    try:
+        yield
+    except typer.TyperException as error:
+        error.message = visible(error.message)
+        raise
+
+
+class _Verbs(TyperGroup):
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _visibly():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _visibly():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Verbs,
     help="Instruction fine-tuning for IDEFICS: a recipe in, a merged instruct model out.",
     no_args_is_help=True,
     add_completion=False,
@@ -34,12 +61,11 @@ Restarts = Annotated[
 def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read the recipe, the first records of every source and the model's config: seconds, no torch."""
     from finetune.check import check as check_recipe
-    from finetune.recipe_file import load_recipe
 
     def work() -> dict[str, Any]:
-        return check_recipe(load_recipe(recipe, overrides), show=not as_json)
+        return check_recipe(_load(recipe, overrides, runs=True), show=not as_json)
 
-    finish(guarded(work), as_json)
+    finish(guarded(work, interrupted="nothing is written"), as_json)
 
 
 @app.command(epilog="Example: `finetune plan recipes/idefics-9b_lora_1x80gb.yaml --gpu 24GiB --picture plan.png`")
@@ -64,34 +90,35 @@ def plan(
 
     def work() -> dict[str, Any]:
         loaded = load_recipe(recipe, overrides)
+        if picture:
+            check_place("--picture", picture)
         return plan_recipe(loaded, gpu=gpu, processes=processes, picture=picture, show=not as_json)
 
-    finish(guarded(work), as_json)
+    finish(guarded(work, interrupted="nothing is written"), as_json)
 
 
 @app.command(epilog="Example: `finetune prepare recipes/own_data.yaml`")
 def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Convert, tokenise and check the data of a recipe, once: what is prepared already is opened in seconds."""
-    from finetune.recipe_file import load_recipe
 
     def work() -> dict[str, Any]:
-        loaded = load_recipe(recipe, overrides)
+        loaded = _load(recipe, overrides)
         quiet()
         from finetune.card import write_card
         from finetune.dataset import tell_losses
         from finetune.inspect import accounts_table
         from finetune.materials import open_dataset
-        from finetune.progress import console, say
+        from finetune.progress import display, say
 
         sources, dataset, _ = open_dataset(loaded)
         folder = write_card(loaded, sources, dataset)
         if not as_json:
-            console.print(accounts_table(dataset.report["sources"] + dataset.report["eval_sources"]))
+            display(accounts_table(dataset.report["sources"] + dataset.report["eval_sources"]))
         tell_losses(dataset, folder / "README.md")
         say(f"the dataset card: {folder / 'README.md'}")
         return dataset.report
 
-    finish(guarded(work), as_json)
+    finish(guarded(work, interrupted="what is prepared is kept, and the same command goes on"), as_json)
 
 
 @app.command(epilog="Example: `finetune run recipes/quickstart.yaml training.steps=50`")
@@ -175,7 +202,7 @@ def merge(
             return verify_folder(what, show=not as_json)
         return merge_folder(what, base=base, out=out, onto=onto, dtype=dtype, shard_size=shard_size, show=not as_json)
 
-    finish(guarded(work), as_json)
+    finish(guarded(work, interrupted="the same command goes on"), as_json)
 
 
 @app.command(epilog="Example: `finetune inspect recipes/own_data.yaml --html own_data.html`")
@@ -192,16 +219,17 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show where each record went, and dialogues as the model will see them, token by token."""
-    from finetune.recipe_file import load_recipe
 
     def work() -> dict[str, Any]:
-        loaded = load_recipe(recipe, overrides)
+        loaded = _load(recipe, overrides)
+        if html:
+            check_place("--html", html)
         quiet()
         from finetune.inspect import inspect as inspect_recipe
 
         return inspect_recipe(loaded, count=count, ids=ids, html=html, show=not as_json)
 
-    finish(guarded(work), as_json)
+    finish(guarded(work, interrupted="what is prepared is kept, and the same command goes on"), as_json)
 
 
 ModelName = Annotated[
@@ -230,17 +258,18 @@ def chat(
     def work() -> dict[str, Any]:
         quiet()
         from finetune.chat import Conversation, converse, open_assistant
+        from finetune.progress import write
 
         conversation = Conversation(open_assistant(model, adapter=adapter, quantize=quantize), max_new_tokens)
         for path in image or []:
             conversation.show(str(path))
         if question:
-            typer.echo(conversation.ask(question))
+            write(conversation.ask(question))
         else:
-            converse(conversation, lambda: input("> "), typer.echo)
+            converse(conversation, lambda: input("> "), write)
         return {}
 
-    guarded(work)
+    guarded(work, interrupted="the conversation is not saved")
 
 
 @app.command(epilog="Example: `finetune generate runs/mine/merged prompts.jsonl answers.jsonl`")
@@ -265,7 +294,18 @@ def generate(
         say(f"{answers}: {counts['answered']} answers, {counts['errors']} errors")
         return dict(counts)
 
-    finish(guarded(work), as_json)
+    finish(guarded(work, interrupted=f"answers so far are in {answers}, and the same command goes on"), as_json)
+
+
+def _load(path: Path, overrides: list[str] | None, *, runs: bool = False) -> Any:
+    """A recipe whose folders can be written: that of prepared sets and, where it `runs`, its own."""
+    from finetune.recipe_file import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    check_place("data.prepared", Path(recipe.data.prepared), folder=True)
+    if runs:
+        check_place("output", Path(recipe.output), folder=True)
+    return recipe
 
 
 def _stages(
@@ -277,13 +317,12 @@ def _stages(
     processes: int = 1,
     restarts: int = 0,
 ) -> None:
-    from finetune.recipe_file import load_recipe
-
+    interrupted = {"evaluate": {"interrupted": "the same command evaluates anew"}}.get(stage or "", {})
     if restarts and processes == 1:
         fail(f"--restarts {restarts}: one process has none to start it again; expected --processes 2 or more with it")
 
     def work() -> dict[str, Any]:
-        loaded = load_recipe(recipe, overrides)
+        loaded = _load(recipe, overrides, runs=True)
         if processes > 1:
             arguments = [stage or "run", str(recipe), *(overrides or []), *(["--json"] if as_json else [])]
             parallel = loaded.training.parallel
@@ -297,4 +336,4 @@ def _stages(
             show(loaded, result)
         return result
 
-    finish(guarded(work), as_json and launch.is_first())
+    finish(guarded(work, **interrupted), as_json and launch.is_first())

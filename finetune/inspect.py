@@ -28,14 +28,19 @@ from finetune.materials import open_dataset
 from finetune.page import thumbnail
 from finetune.pages.chart import Histogram, histogram
 from finetune.pages.inspection import ShownDialogue, Token, choose_shown, inspection_page
-from finetune.progress import console, say, table
+from finetune.progress import display, panel, say, table
 from finetune.recipe import Recipe
+from finetune.visible import visible
+from modeling.files import atomic_write
 
 IMAGE_STYLES = ("cyan", "magenta", "yellow", "blue", "bright_red", "bright_green")
 """Colours of the images of one dialogue, in turn."""
 
 LONGEST = 3
 """So many of the longest examples are shown beside those drawn at random."""
+
+TALLEST = 2
+"""A picture in the terminal is at most so many times as high as it may be wide."""
 
 STREAMED = 200
 """Of a streamed source, so many dialogues are read, and shown from."""
@@ -131,7 +136,8 @@ def inspect(recipe: Recipe, *, count: int, ids: bool, html: Path | None, show: b
     """Show it on the terminal, or write the page; returns the accounts and what is shared with held-out data."""
     inspection = Inspection(recipe, count=count)
     if html:
-        html.write_text(page(inspection), encoding="utf-8")
+        html.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(html, page(inspection))
         say(f"the page: {html}")
     elif show:
         _print(inspection, ids=ids)
@@ -182,16 +188,16 @@ def _opened(image: Image) -> PIL.Image.Image | None:
 
 
 def _print(inspection: Inspection, *, ids: bool) -> None:
-    console.print(accounts_table(inspection.accounts))
+    display(accounts_table(inspection.accounts))
     for account in inspection.accounts:
         for reason, records in {**account["rejected"], **account["parts_rejected"]}.items():
             first = account["first_rejected"][reason]
-            console.print(Text(f"{account['source']}: {records} x {reason} (first: {first})", style="yellow"))
+            display(f"{account['source']}: {records} x {reason} (first: {first})", "yellow")
     for drawn in inspection.histograms:
-        console.print(bars(drawn))
+        display(bars(drawn))
     for shown in inspection.shown:
         title = f"{shown.source} {shown.place}" + (" (one of the longest)" if shown.longest else "")
-        console.print(view(shown.dialogue, shown.example, inspection.tokenizer, title=title, ids=ids))
+        display(view(shown.dialogue, shown.example, inspection.tokenizer, title=title, ids=ids))
 
 
 def accounts_table(accounts: Sequence[dict[str, Any]]) -> Any:
@@ -233,14 +239,15 @@ def view(dialogue: Dialogue, example: Example, tokenizer: Any, *, title: str, id
     ]
     counts = f"{len(example)} tokens, {example.supervised} trained on, {len(dialogue.images)} images"
     body = [_tokens(example, tokenizer), *([_ids(example, tokenizer)] if ids else []), *shown]
-    return Panel(Group(*body), title=title, subtitle=counts, title_align="left", subtitle_align="left")
+    return panel(Group(*body), title=title, subtitle=counts)
 
 
 def picture(image: Image, *, width: int) -> Text:
-    """An image in half blocks, two pixels a character."""
+    """An image in half blocks, two pixels a character; at most so wide, and as many lines high."""
     opened = open_image(image)
-    height = max(2, round(width * opened.height / opened.width / 2) * 2)
-    levels_HWC = np.asarray(opened.resize((width, height)))
+    shrink = min(width / opened.width, TALLEST * width / opened.height)
+    size = max(1, round(shrink * opened.width)), max(2, round(shrink * opened.height / 2) * 2)
+    levels_HWC = np.asarray(opened.resize(size, reducing_gap=2))
     text = Text()
     for upper, lower in zip(levels_HWC[::2], levels_HWC[1::2], strict=True):
         for top, bottom in zip(upper, lower, strict=True):
@@ -264,7 +271,7 @@ def _tokens(example: Example, tokenizer: Any) -> Text:
         piece = _written(tokenizer.convert_ids_to_tokens(int(token)))
         if image >= 0:
             text.append("▏", style=_style(int(image)))
-        text.append(piece, style="bold green" if label != IGNORED else "default")
+        text.append(visible(piece), style="bold green" if label != IGNORED else "default")
     return text
 
 
@@ -282,5 +289,7 @@ def _ids(example: Example, tokenizer: Any) -> Text:
     lines = ["    id  label  image  token"]
     for token, label, image in zip(example.input_ids, example.labels, example.image_index, strict=True):
         name = tokenizer.convert_ids_to_tokens(int(token))
-        lines.append(f"{token:6}  {label if label != IGNORED else '.':>5}  {image if image >= 0 else '.':>5}  {name}")
+        lines.append(
+            f"{token:6}  {label if label != IGNORED else '.':>5}  {image if image >= 0 else '.':>5}  {visible(name)}"
+        )
     return Text("\n".join(lines), style="dim")

@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from finetune.progress import say
+from finetune.progress import complain, say
 from modeling.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
@@ -138,7 +138,7 @@ def _tell_failure(failures: Mapping[int, Any], processes: int) -> int:
         return 128 - failure.exitcode
     message = failure.error_file_data["message"]
     if isinstance(message, dict):
-        sys.stderr.write(message["extraInfo"]["py_callstack"])
+        say(message["extraInfo"]["py_callstack"])
     say(f"process {rank} of {processes} ended with status {failure.exitcode}; {GOES_ON}")
     return failure.exitcode
 
@@ -200,7 +200,7 @@ def tell(show: Callable[[], None], status: int, *, final: bool) -> None:
 
 
 def tell_unforeseen(error: Exception) -> None:
-    """Show the traceback of what is no mistake of the user's, in a process that torchrun started.
+    """Show the traceback of what is no mistake of the user's.
 
     That another process is gone is only a consequence: the launcher knows more, and shows this if nobody explains it.
     """
@@ -212,7 +212,7 @@ def tell_unforeseen(error: Exception) -> None:
         assert folder is not None
         _wait_for(folder / "told")
     else:
-        tell(traceback.print_exc, 1, final=False)
+        tell(lambda: complain(traceback.format_exc()), 1, final=False)
 
 
 def _lost_another(error: Exception) -> bool:

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCardData
 
 from finetune.merge import SHARD_BYTES, merge
 from finetune.origin import Origin
-from finetune.progress import console, say, table, track
+from finetune.places import check_place
+from finetune.progress import display, table, track
 from finetune.sizes import parse_size
 from finetune.verify import PROVENANCE, verify
 from modeling.deltas import Onto
@@ -37,6 +38,7 @@ def merge_folder(
         raise UserError(f"{adapter}: no such adapter folder" + ("; first: finetune train" if run else ""))
     origin = Origin.of(adapter, base)
     out = out or (run or adapter.parent) / "merged"
+    check_place("--out", out, folder=True)
     record = merge(
         adapter,
         base or origin.base,
@@ -129,5 +131,5 @@ def _show(out: Path, record: dict[str, Any]) -> None:
             for onto, other in record.get("against", {}).items()
         ),
     ]
-    console.print(table("the proof", ("", ""), rows))
-    say(f"the model: {out} ({PROVENANCE} has every figure)")
+    display(table("the proof", ("", ""), rows))
+    display(f"the model: {out} ({PROVENANCE} has every figure)")

@@ -1,10 +1,8 @@
 """The work of a verb -> what it prints, and the status it ends with."""
 
 import errno
-import json
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -14,13 +12,22 @@ import typer
 from finetune import launch
 from modeling.errors import Interrupted, UserError
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+DOES_NOT_FIT = 3
+"""Status of `finetune plan` for a recipe that does not fit the GPU."""
+
+NOT_ALL_ANSWERED = 4
+"""Status of `finetune generate` where a record could not be asked."""
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_OF_A_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
 
 
-def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def guarded(
+    work: Callable[[], dict[str, Any]], *, interrupted: str = "the same command goes on from the last checkpoint"
+) -> dict[str, Any]:
     """Do the work; a user's mistake ends with its message and status 1, an interruption with 128 + its signal.
 
-    Of several processes that fail, one says why.
+    `interrupted` is what Ctrl-C leaves behind. Of several processes that fail, one says why.
     """
     try:
         launch.begin()
@@ -28,7 +35,7 @@ def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from the last checkpoint", status=130)
+        fail(f"interrupted; {interrupted}", status=130)
     except Interrupted as error:
         fail(str(error), status=128 + error.signal)
     except typer.Exit:
@@ -37,8 +44,8 @@ def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             what = error.filename or "writing"
             fail(f"{what}: {error.strerror}; what is complete is kept, and the same command goes on")
-        if not launch.is_started():
-            raise
+        if isinstance(error, OSError) and error.errno in _OF_A_PLACE and error.filename:
+            fail(f"{error.filename}: {error.strerror}")
         launch.tell_unforeseen(error)
         raise typer.Exit(1) from error
     finally:
@@ -47,23 +54,18 @@ def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """End with a message; of several processes, one says it."""
-    from rich.text import Text
+    from finetune.progress import complain
 
-    from finetune.progress import console
-
-    def show() -> None:
-        console.quiet = False
-        console.print(Text(message, style="red"))
-
-    launch.tell(show, status, final=True)
+    launch.tell(lambda: complain(message), status, final=True)
     raise typer.Exit(status)
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:
     """End with the figures on stdout, where they are asked for."""
     if as_json:
-        json.dump(result, sys.stdout, indent=2, ensure_ascii=False)
-        sys.stdout.write("\n")
+        from finetune.progress import write_figures
+
+        write_figures(result)
 
 
 def quiet() -> None:

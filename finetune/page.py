@@ -15,6 +15,8 @@ import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from finetune.visible import visible
+
 TEMPLATES = Path(__file__).parent / "pages"
 
 THUMBNAIL = 320
@@ -28,7 +30,7 @@ def write(template: str, *, data: Any, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
-        finalize=visible,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -53,26 +55,6 @@ def thumbnail(image: PIL.Image.Image, width: int = THUMBNAIL) -> str:
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=80, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
-
-
-def visible(value: Any) -> Any:
-    """A value with all its text made safe to show: control, bidi and other unseen characters written out."""
-    if isinstance(value, Markup):
-        return value
-    if isinstance(value, str):
-        return value.translate(_UNSEEN)
-    if isinstance(value, dict):
-        return {visible(key): visible(item) for key, item in value.items()}
-    return [visible(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-_UNSEEN = {
-    **{code: f"[U+{code:04X}]" for code in (*range(0x80, 0xA0), 0x61C, 0x200B, 0x200E, 0x200F, 0xFEFF, 0xFFFE, 0xFFFF)},
-    **{code: f"[U+{code:04X}]" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A), *range(0xE0000, 0xE0080))},
-    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
-    **dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"),
-    0x7F: "\N{SYMBOL FOR DELETE}",
-}
 
 
 def number(value: Any) -> str:

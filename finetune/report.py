@@ -11,8 +11,9 @@ from rich.text import Text
 from finetune.data.dialogue import Image
 from finetune.inspect import picture
 from finetune.metrics import is_yes_no, most_common
-from finetune.progress import console, say, table
+from finetune.progress import display, table
 from finetune.recipe import Recipe
+from finetune.visible import visible
 
 
 def show(recipe: Recipe, result: dict[str, Any]) -> None:
@@ -22,11 +23,11 @@ def show(recipe: Recipe, result: dict[str, Any]) -> None:
         models = {name: scores[name] or {} for name in ("base", "tuned", "blind")}
         shown = {key: label for key, label in _SCORES.items() if models["tuned"].get(key) is not None}
         rows = [(label, *(model.get(key) for model in models.values())) for key, label in shown.items()]
-        console.print(table("held out (blind: with the images exchanged)", ("", *models), rows))
+        display(table("held out (blind: with the images exchanged)", ("", *models), rows))
         if forgetting := scores["documents"]:
-            say(f"loss on held-out documents: {forgetting['before']:.3f} before, {forgetting['after']:.3f} after")
+            display(f"loss on held-out documents: {forgetting['before']:.3f} before, {forgetting['after']:.3f} after")
     if (proof := result.get("merge")) and "answers" in proof:
-        console.print(
+        display(
             table(
                 "merged against base + adapter",
                 ("", ""),
@@ -38,13 +39,13 @@ def show(recipe: Recipe, result: dict[str, Any]) -> None:
             )
         )
     if proof:
-        say(f"the model: {proof['merged']}")
+        display(f"the model: {proof['merged']}")
     if recipe.evaluation and (predictions := folder / "predictions.jsonl").is_file():
         _show_answers(predictions)
-        say(f"every answer: {folder / 'predictions.html'}")
-    say(f"the run: {folder} (its course: {folder / 'curves.png'})")
+        display(f"every answer: {folder / 'predictions.html'}")
+    display(f"the run: {folder} (its course: {folder / 'curves.png'})")
     if "merge" in result:
-        say(f"next: finetune chat {folder / 'merged'}")
+        display(f"next: finetune chat {folder / 'merged'}")
 
 
 def _show_answers(predictions: Path) -> None:
@@ -57,14 +58,14 @@ def _show_answers(predictions: Path) -> None:
             chosen.setdefault(line["images"][-1], line)
     shown = [
         Group(
-            picture(Image(Path(place)), width=20) if Path(place).is_file() else Text(place),
-            Text(line["question"]),
-            Text(f"reference: {most_common(line['references'])}", style="dim"),
-            Text(f"answer: {line['answer']}", style="green" if line["exact"] else "red"),
+            picture(Image(Path(place)), width=20) if Path(place).is_file() else Text(visible(place)),
+            Text(visible(line["question"])),
+            Text(visible(f"reference: {most_common(line['references'])}"), style="dim"),
+            Text(visible(f"answer: {line['answer']}"), style="green" if line["exact"] else "red"),
         )
         for place, line in chosen.items()
     ]
-    console.print(Columns(shown, padding=(0, 4)))
+    display(Columns(shown, padding=(0, 4)))
 
 
 _SCORES = {

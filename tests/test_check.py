@@ -3,6 +3,7 @@
 import json
 import re
 
+import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
@@ -131,3 +132,19 @@ def test_a_picture_has_the_image_s_colors(dialogue_folder):
     shown = picture(Image(dialogue_folder / "red.png"), width=4)
     assert shown.plain == "▀▀▀▀\n" * 3
     assert {str(span.style) for span in shown.spans} == {"#dc2828 on #dc2828"}
+
+
+@pytest.mark.parametrize(
+    ("size", "columns", "lines"),
+    [
+        ((1, 60_000), 1, 24),
+        ((60_000, 1), 24, 1),
+        ((20, 30), 24, 18),
+        ((30, 20), 24, 8),
+        ((1, 1), 24, 12),
+        ((7, 9_999), 1, 24),
+    ],
+)
+def test_a_picture_is_small_whatever_its_proportions(size, columns, lines):
+    shown = picture(Image(PIL.Image.new("RGB", size)), width=24).plain.splitlines()
+    assert (len(shown), {len(line) for line in shown}) == (lines, {columns})

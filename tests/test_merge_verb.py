@@ -75,14 +75,13 @@ def test_a_run_folder_is_merged_into_itself_and_verified(run, base_folder):
 def test_what_was_proved_is_shown(run):
     outcome = invoke(run)
     assert outcome.exit_code == 0, outcome.output
-    assert outcome.stdout == ""
-    lines = [" ".join(line.replace("│", " ").split()) for line in outcome.stderr.splitlines()]
+    lines = [" ".join(line.replace("│", " ").split()) for line in outcome.stdout.splitlines()]
     assert "tensors compared with the formula, by sampled rows 177" in lines
     assert "blocks run: base + adapter against merged 8" in lines
     assert any(line.startswith("largest difference of one, to what rounding explains 0.") for line in lines)
     verified = invoke(run / "merged", "--verify")
     assert verified.exit_code == 0
-    assert "blocks run: base + adapter against merged" in verified.stderr
+    assert "blocks run: base + adapter against merged" in verified.stdout
 
 
 @pytest.mark.parametrize("named", ["HuggingFaceM4/idefics-9b", None])
@@ -126,7 +125,7 @@ def test_a_run_trained_in_4_bits_is_merged_as_it_was_trained(run, base_folder, t
     assert record["against"].keys() == {"full"}
     outcome = invoke(run, "--onto", "full", "--out", tmp_path / "full")
     assert outcome.exit_code == 0, outcome.output
-    assert "base + adapter with the base as nf4" in outcome.stderr
+    assert "base + adapter with the base as nf4" in outcome.stdout
     record = json.loads((tmp_path / "full" / "provenance.json").read_text())
     assert record["made_of"]["onto"] == "full"
     assert record["against"].keys() == {"nf4"}
@@ -157,7 +156,7 @@ MISTAKES = {
     "options of a recipe": (["a.yaml", "--dtype", "bf16", "--out", "x"], "--out, --dtype: not with a recipe"),
     "verify a recipe": (["a.yaml", "--verify"], "--verify: not with a recipe; give the run's folder instead"),
     "options of verify": (["mine", "--verify", "--base", "x"], "--base: not with --verify"),
-    "out is a file": (["mine", "--out", "file"], "file: is not empty, and not the result of this merge"),
+    "out is a file": (["mine", "--out", "file"], "--out: 'file' is a file; expected a folder"),
     "out is in use": (["mine", "--out", "model"], "model: is not empty, and not the result of this merge"),
 }
 

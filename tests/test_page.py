@@ -18,10 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.page import number, share, thumbnail, visible
+from finetune.page import number, share, thumbnail
 from finetune.pages.chart import Histogram, draw, histogram
 from finetune.pages.inspection import ShownDialogue, Token, choose_shown, inspection_page
 from finetune.pages.predictions import predictions_page
+from finetune.visible import visible
 from modeling.errors import UserError
 
 RED, BLUE = (PIL.Image.new("RGB", (64, 48), color) for color in ("red", "blue"))
@@ -168,6 +169,14 @@ def test_visible_text_can_be_encoded_and_holds_no_control(text):
 def test_numbers_read_well():
     assert [number(value) for value in (1234567, 0, 0.98765, 1.5, None)] == ["1,234,567", "0", "0.988", "1.5", "–"]
     assert [share(1, 3), share(0, 0)] == ["33.3%", "–"]
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((1, 60_000), (1, 320)), ((60_000, 2), (320, 1)), ((65_600, 65), (320, 1))]
+)
+def test_a_thumbnail_of_extreme_proportions_is_small(size, shown):
+    uri = thumbnail(PIL.Image.new("RGB", size))
+    assert PIL.Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == shown
 
 
 def test_a_thumbnail_keeps_proportions_and_puts_transparency_on_white():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 
-from finetune import report
+from finetune import progress, report
 from finetune.picture import draw
 
 NONE = {"exact_yes_no": None, "vqa": None, "cider": None, "rouge_l": None}
@@ -18,13 +18,13 @@ CAPTIONS = {"vqa": 0.6, "cider": 1.1725, "rouge_l": 0.5}
 @pytest.fixture
 def shown(capsys, monkeypatch, tmp_path):
     """shown(tuned, lines) -> what a run with these figures and these predictions prints."""
-    monkeypatch.setattr(report.console, "_width", 120)
+    monkeypatch.setattr(progress.results, "_width", 120)
 
     def show(tuned, lines=()):
         (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
         models = {"base": tuned, "tuned": tuned, "blind": None, "documents": None}
         report.show(SimpleNamespace(output=tmp_path, evaluation=True), {"evaluate": models})
-        return capsys.readouterr().err
+        return capsys.readouterr().out
 
     return show
 

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 from finetune.planning.memory import GIB
-from finetune.progress import console, say, table
+from finetune.progress import display, table
 from finetune.sizes import show_size
 from modeling.errors import UserError
 
@@ -30,12 +28,12 @@ COLORS = {
 def show_plan(plan: Mapping[str, Any]) -> None:
     towers = [(tower, *values.values()) for tower, values in plan["parameters"].items()]
     columns = ("tower", "mode", "parameters", "trained", "in 4 bits")
-    console.print(table(f"model: {plan['model']}", columns, [*towers, ("total", "", *plan["totals"].values())]))
-    console.print(table(*_memory_table(plan)))
+    display(table(f"model: {plan['model']}", columns, [*towers, ("total", "", *plan["totals"].values())]))
+    display(table(*_memory_table(plan)))
     disk = [(name, show_size(value)) for name, value in plan["disk"].items() if value]
-    console.print(table("disk", ("", "size"), disk))
+    display(table("disk", ("", "size"), disk))
     row = plan["row"]
-    say(
+    display(
         f"largest row ({row['from']}): {row['tokens']:,} tokens, {row['supervised']:,} of them supervised, "
         f"{row['images']} images"
     )
@@ -43,9 +41,11 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         f", {plan['rows_per_process']} of them on each of {plan['processes']} GPUs" if plan["processes"] > 1 else ""
     )
     steps = "unknown until the data is prepared" if plan["steps"] is None else f"{plan['steps']:,}"
-    say(f"steps: {steps}, each of at most {plan['tokens_per_step']:,} tokens in {plan['rows_per_step']} rows{shared}")
+    display(
+        f"steps: {steps}, each of at most {plan['tokens_per_step']:,} tokens in {plan['rows_per_step']} rows{shared}"
+    )
     for note in plan["notes"]:
-        say(note)
+        display(note)
     if plan["gpu"]:
         _show_verdict(plan["gpu"])
 
@@ -74,12 +74,12 @@ def _memory_table(plan: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[t
 def _show_verdict(gpu: Mapping[str, Any]) -> None:
     needed = f"{show_size(gpu['needed'])} needed, {show_size(gpu['bytes'])} there"
     if gpu["fits"]:
-        console.print(Text(f"fits: {needed}", style="green"))
+        display(f"fits: {needed}", "green")
     elif gpu["change"]:
-        console.print(Text(f"does not fit: {needed}; the cheapest change that makes it fit:", style="yellow"))
-        console.print(Text(f"  {' '.join(gpu['change'])}"))
+        display(f"does not fit: {needed}; the cheapest change that makes it fit:", "yellow")
+        display(f"  {' '.join(gpu['change'])}")
     else:
-        console.print(Text(f"does not fit: {needed}, and no change or pair of changes makes it fit", style="red"))
+        display(f"does not fit: {needed}, and no change or pair of changes makes it fit", "red")
 
 
 def draw(plan: Mapping[str, Any], out: Path) -> None:
@@ -106,6 +106,7 @@ def draw(plan: Mapping[str, Any], out: Path) -> None:
     axis.set(ylabel="GiB at the peak, predicted", title=plan["model"], xlim=(-0.6, len(bars) - 0.4))
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(out, dpi=120, bbox_inches="tight")
     except ValueError as error:
