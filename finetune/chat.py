@@ -28,7 +28,7 @@ def open_assistant(model: str, *, adapter: Path | None = None, quantize: str | N
     cache = Path("runs") / QUANTIZED
     loaded = load_model(model, dtype=auto_dtype(), instruct=adapter is not None, quantize=quantize, cache=cache)
     wrapped = open_adapter(loaded.model, adapter) if adapter else loaded.model
-    return Assistant(wrapped.to(device()), loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor))
+    return Assistant(wrapped.to(device()), loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor, model))
 
 
 @dataclass

@@ -233,7 +233,7 @@ class Materials:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        return Preprocessing.of(self.processor.image_processor)
+        return Preprocessing.of(self.processor.image_processor, str(self.base))
 
     def assistant(self, model: Any, rows: RowCollator | None = None) -> Assistant:
         """`rows`: has the features of the images that will be shown, where the model has no image towers."""

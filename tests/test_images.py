@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import struct
 import tracemalloc
@@ -13,12 +14,14 @@ import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoImageProcessor
 from transformers.image_utils import load_image
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from finetune.data import images
 from finetune.data.dialogue import Image, RecordError, Remote, Slice
 from finetune.data.images import Augmentation, Preprocessing, decode_base64, describe, digest, encoded, open_image
+from modeling.errors import UserError
 
 
 def noise(width, height, mode="RGB", seed=0):
@@ -27,7 +30,7 @@ def noise(width, height, mode="RGB", seed=0):
     levels[: height // 2, :, 3] = 255
     image = PIL.Image.fromarray(levels)
     if mode == "I;16":
-        return PIL.Image.fromarray(levels[..., 0].astype(np.uint16) * 257 + 3)
+        return PIL.Image.fromarray(levels[..., 0].astype(np.uint16) * 257)
     if mode in ("RGBA", "LA"):
         return image.convert(mode)
     return image.convert("RGB").convert(mode)
@@ -58,7 +61,6 @@ MODES = [
     ("png", "RGB", {}),
     ("png", "RGB", {"transparency": noise(37, 23).getpixel((5, 5))}),
     ("png", "RGBA", {}),
-    ("png", "I;16", {}),
     ("jpg", "L", {}),
     ("jpg", "RGB", {"quality": 30}),
     ("jpg", "RGB", {"progressive": True, "subsampling": 0}),
@@ -73,7 +75,6 @@ MODES = [
     ("tiff", "1", {}),
     ("tiff", "CMYK", {}),
     ("tiff", "LAB", {}),
-    ("tiff", "I;16", {}),
     ("tiff", "F", {}),
     ("tiff", "RGB", {"compression": "tiff_lzw"}),
     ("ppm", "RGB", {}),
@@ -123,10 +124,207 @@ def test_exif_orientation_six_turns_clockwise(tmp_path):
     assert [opened.getpixel((0, y)) for y in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
 
 
+def gray(image):
+    """The levels of an image that is gray, row by row."""
+    opened = np.asarray(open_image(Image(image)))
+    assert (opened == opened[..., :1]).all()
+    return opened[..., 0].tolist()
+
+
+SIXTEEN_BITS = np.array([[0, 128, 129, 257], [4095, 32768, 65280, 65535]], np.uint16)
+EIGHT_BITS = [[0, 0, 1, 1], [16, 128, 254, 255]]
+"""level / 257, rounded"""
+
+
+def tiff(levels, *, bits, photometric=1, sample_format=1, order="<"):
+    """A TIFF file of one channel, written by hand: Pillow does not write all that it reads."""
+    data = levels if isinstance(levels, bytes) else levels.astype(levels.dtype.newbyteorder(order)).tobytes()
+    height, width = (1, 4) if isinstance(levels, bytes) else levels.shape
+    entries = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)]
+    entries += [(277, 3, 1), (278, 4, height), (279, 4, len(data)), (339, 3, sample_format)]
+    directory = struct.pack(f"{order}H", len(entries))
+    for tag, kind, value in entries:
+        directory += struct.pack(f"{order}HHI", tag, kind, 1) + struct.pack(
+            f"{order}{'HH' if kind == 3 else 'I'}", *((value, 0) if kind == 3 else (value,))
+        )
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
+    return start + data + directory + bytes(4)
+
+
+@pytest.mark.parametrize("extension", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled_by_their_full_range(extension):
+    file = io.BytesIO()
+    PIL.Image.fromarray(SIXTEEN_BITS).save(file, extension)
+    assert gray(file.getvalue()) == EIGHT_BITS
+    assert gray(PIL.Image.fromarray(SIXTEEN_BITS)) == EIGHT_BITS
+
+
+def test_sixteen_bits_of_either_byte_order_dark_or_light_first():
+    assert gray(tiff(SIXTEEN_BITS, bits=16)) == EIGHT_BITS
+    assert gray(tiff(SIXTEEN_BITS, bits=16, order=">")) == EIGHT_BITS
+    assert gray(tiff(SIXTEEN_BITS, bits=16, photometric=0)) == [[255, 255, 254, 254], [239, 127, 1, 0]]
+    assert gray(tiff(bytes([0x00, 0x0F, 0xFF, 0x80, 0x80, 0x10]), bits=12)) == [[0, 255, 128, 1]]  # 0, 4095, 2056, 16
+    assert gray(b"P5\n4 1\n1023\n" + np.array([0, 1023, 512, 4], ">u2").tobytes()) == [[0, 255, 128, 1]]
+    colour = np.array([[[0, 32768, 65535]]], np.uint16)  # Pillow keeps the upper byte
+    header = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(b"\0" + colour.astype(">u2").tobytes()))
+    assert open_image(Image(header + pixels + png_chunk(b"IEND", b""))).getpixel((0, 0)) == (0, 128, 255)
+
+
+WIDER = [
+    (np.array([[0, 65535, 32768, 257]], np.int32), [[0, 255, 128, 1]]),
+    (np.array([[0, 255, 128, 1]], np.int32), [[0, 255, 128, 1]]),
+    (np.array([[0, 1, 0.5, 0.1]], np.float32), [[0, 255, 128, 26]]),
+    (np.array([[0, 255, 127.6, 1]], np.float32), [[0, 255, 127, 1]]),
+    (np.array([[7, 7, 7, 7]], np.int32), [[7, 7, 7, 7]]),
+    (np.array([[0, 0, 0, 0]], np.float32), [[0, 0, 0, 0]]),
+]
+
+
+@pytest.mark.parametrize(("levels", "expected"), WIDER, ids=[f"{a.dtype}-{a.max():g}" for a, _ in WIDER])
+def test_integers_and_floats_of_32_bits_are_scaled_by_the_range_they_fit(levels, expected):
+    assert gray(PIL.Image.fromarray(levels)) == expected
+    kind = 3 if levels.dtype == np.float32 else 1
+    assert gray(tiff(levels, bits=32, sample_format=kind)) == expected
+    assert gray(tiff(levels, bits=32, sample_format=3 if kind == 3 else 2, order=">")) == expected
+
+
+@pytest.mark.parametrize(
+    ("levels", "detail"),
+    [
+        (np.array([[0, 65536]], np.int32), "levels from 0 to 65536; expected 0 to 255 or 0 to 65,535"),
+        (np.array([[-1, 200]], np.int32), "levels from -1 to 200; expected 0 to 255 or 0 to 65,535"),
+        (np.array([[-0.5, 0.5]], np.float32), "levels from -0.5 to 0.5; expected 0 to 1 or 0 to 255"),
+        (np.array([[0, 3000]], np.float32), "levels from 0 to 3000; expected 0 to 1 or 0 to 255"),
+        (np.array([[0, np.nan]], np.float32), "levels from nan to nan; expected 0 to 1 or 0 to 255"),
+        (np.array([[0, np.inf]], np.float32), "levels from 0 to inf; expected 0 to 1 or 0 to 255"),
+        (np.array([[0, 200]], np.uint16), "levels from 0 to 200 of 65,535 are all one at 8 bits; stretch them first"),
+        (np.array([[65400, 65535]], np.uint16), "levels from 65400 to 65535 of 65,535 are all one at 8 bits"),
+        (np.array([[0, 0.003]], np.float32), "levels from 0 to 0.003 of 1 are all one at 8 bits"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_range_that_would_leave_a_blank_image_is_refused_by_name(levels, detail):
+    with pytest.raises(RecordError) as caught:
+        open_image(Image(PIL.Image.fromarray(levels)))
+    assert caught.value.reason == "unknown pixel range"
+    assert detail in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("1", 255, (255, 255, 255)),
+        ("L", 100, (100, 100, 100)),
+        ("LA", (100, 128), (100, 100, 100)),
+        ("P", 1, (1, 1, 1)),
+        ("PA", (1, 128), (1, 1, 1)),
+        ("RGBA", (10, 20, 30, 128), (10, 20, 30)),
+        ("RGBX", (10, 20, 30, 128), (10, 20, 30)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("YCbCr", (255, 128, 128), (255, 255, 255)),
+        ("HSV", (0, 255, 255), (255, 0, 0)),
+    ],
+)
+def test_every_other_mode_by_hand(mode, colour, expected):
+    picture = PIL.Image.new(mode, (2, 1), colour)
+    picture.putpixel((1, 0), 0 if isinstance(colour, int) else (0,) * len(colour))
+    if mode in ("P", "PA"):
+        picture.putpalette([level for level in range(256) for _ in range(3)])
+    assert open_image(Image(picture)).getpixel((0, 0)) == expected
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_a_picture_that_only_its_transparency_shows_is_put_on_white(mode):
+    letters = PIL.Image.new("RGBA", (3, 1), (0, 0, 0, 0))
+    letters.putpixel((1, 0), (0, 0, 0, 255))
+    if mode == "LA":
+        letters = letters.convert("LA")
+    elif mode in ("P", "PA"):
+        letters = PIL.Image.new("P", (3, 1), 0)
+        letters.putpixel((1, 0), 1)
+        letters.putpalette([0, 0, 0, 0, 0, 0])
+        letters.info["transparency"] = b"\0\xff"
+        letters = letters.convert("PA") if mode == "PA" else letters
+    opened = open_image(Image(letters))
+    assert [opened.getpixel((x, 0)) for x in range(3)] == [(255, 255, 255), (0, 0, 0), (255, 255, 255)]
+
+
+def test_the_first_page_of_a_tiff():
+    file = io.BytesIO()
+    red, blue = (PIL.Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
+    red.save(file, "TIFF", save_all=True, append_images=[blue])
+    assert open_image(Image(file.getvalue())).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_tiff_that_pillow_does_not_read_is_named_as_that():
+    double = tiff(np.array([[0, 1]], np.float64), bits=64, sample_format=3)
+    with pytest.raises(RecordError, match=r"corrupt image: .* damaged, or of a kind that Pillow does not read"):
+        open_image(Image(double))
+
+
 def test_white_black_and_gray_by_hand():
     white = Preprocessing((1, 1), mean=(0.5, 0.0, 0.2), std=(0.5, 1.0, 0.4))
     pixels = white.pixels(PIL.Image.new("RGB", (5, 4), (255, 0, 51)))
     assert pixels.tolist() == [[[1.0]], [[0.0]], [[0.0]]]
+
+
+def processor_of(folder, **settings):
+    """As a base's folder with such a preprocessor_config.json loads."""
+    config = {"image_processor_type": "IdeficsImageProcessor", "image_size": 64, **settings}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"resample": 0},
+        {"resample": 2},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_convert_rgb": False},
+        {"rescale_factor": 0.01},
+        {"size": {"height": 32, "width": 48}, "image_size": None},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 1, 2]},
+    ],
+    ids=str,
+)
+def test_settings_of_the_image_processor_are_followed(settings, tmp_path):
+    processor = processor_of(tmp_path, **settings)
+    picture = noise(37, 23)
+    pixels = Preprocessing.of(processor).pixels(picture)
+    assert pixels.dtype == np.float32
+    assert np.array_equal(pixels, processor([picture], return_tensors="np")[0].astype(np.float32))
+    assert not np.array_equal(pixels, ours(picture, 64)) or settings == {"do_convert_rgb": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"do_resize": False}, "do_resize: expected true: all images get one size, got False"),
+        ({"do_rescale": "no"}, "do_rescale: expected true or false, got 'no'"),
+        ({"do_normalize": None}, "do_normalize: expected true or false, got None"),
+        ({"do_center_crop": True}, "do_center_crop: expected false, got True"),
+        ({"do_pad": True}, "do_pad: expected false, got True"),
+        ({"resample": 9}, "resample: expected a filter of Pillow's, 0 to 5, got 9"),
+        ({"resample": "bicubic"}, "resample: expected a filter of Pillow's, 0 to 5, got 'bicubic'"),
+        ({"rescale_factor": None}, "rescale_factor: expected a number above 0, got None"),
+        ({"rescale_factor": 0}, "rescale_factor: expected a number above 0, got 0"),
+        ({"image_mean": 0.5}, "image_mean: expected three numbers, got 0.5"),
+        ({"image_std": [0, 1, 1]}, "image_std: expected three numbers above 0, got (0, 1, 1)"),
+        ({"image_size": "64"}, "size: expected a height and a width in pixels, got "),
+        ({"image_size": 10**9}, "size: expected a height and a width in pixels, got "),
+        ({"image_size": None, "size": {"shortest_edge": 64}}, "size: expected a height and a width in pixels, got "),
+    ],
+    ids=str,
+)
+def test_settings_of_the_image_processor_that_cannot_be_followed_are_named(settings, expected, tmp_path):
+    with pytest.raises(UserError) as caught:
+        Preprocessing.of(processor_of(tmp_path, **settings), "my/base")
+    assert str(caught.value).startswith(f"my/base: preprocessor_config.json: {expected}")
 
 
 def test_height_and_width_are_not_confused():
@@ -147,12 +345,13 @@ def test_the_first_frame_of_a_gif(tmp_path):
     assert open_image(Image(path)).getpixel((0, 0)) == (255, 0, 0)
 
 
-def png_header(width, height):
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def png_chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+def png_header(width, height):
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -163,6 +362,26 @@ def test_a_decompression_bomb_is_too_large(side):
 
 def test_a_large_header_alone_is_not_too_large():
     assert reason(png_header(9_459, 9_459)) == "corrupt image"  # 89,472,681 pixels, and none of them there
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_absurd_proportions():
+    assert reason(png_header(65_536, 1)) == reason(png_header(1, 10**8)) == "image too large"
+    assert reason(PIL.Image.new("RGB", (70_000, 2))) == "image too large"
+    line = open_image(Image(PIL.Image.new("RGB", (65_535, 1), "red")))
+    pixels = Preprocessing((4, 4), (0.0,) * 3, (1.0,) * 3).pixels(line)
+    assert pixels[0].tolist() == [[1.0] * 4] * 4
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_an_image_without_pixels_is_corrupt(size):
+    assert reason(PIL.Image.new("RGB", size)) == reason(png_header(*size)) == "corrupt image"
+
+
+def test_a_jpeg_of_endless_scans_is_not_decoded():
+    scan = b"\xff\xda\0\x08\1\1\0\0\x3f\0\0"
+    assert reason(saved("JPEG", progressive=True)[:-2] + 101 * scan) == "image too large"
+    assert open_image(Image(saved("JPEG", progressive=True))).size == (40, 40)
 
 
 def saved(extension, mode="RGB", **options):
@@ -284,6 +503,8 @@ def test_a_slice_is_what_it_holds(coding, tmp_path):
         Slice(path, 6, len(packed) + 6, "raw"),
         Slice(path, 10**9, 5, coding),
         Slice(path, 6, len(packed) // 2, coding),
+        Slice(path, 6, -1, coding),
+        Slice(path, -6, 5, coding),
     ]
     if coding != "raw":
         wrong.append(Slice(path, 5, len(packed), coding))

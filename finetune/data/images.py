@@ -1,9 +1,14 @@
-"""path | bytes | PIL -> RGB -> pixels, bit-identical to transformers' `load_image` + `IdeficsImageProcessorPil`."""
+"""path | bytes | PIL -> RGB -> pixels, bit-identical to transformers' `load_image` + `IdeficsImageProcessorPil`.
+
+Where `load_image` would leave a blank image, the image is scaled, or refused by name: see `_to_rgb`.
+"""
 
 import base64
 import hashlib
+import math
 import os
 import re
+import warnings
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +19,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import PIL.TiffImagePlugin
 
 from finetune.data.dialogue import Image, RecordError, Remote, Slice
+from modeling.errors import UserError
 from modeling.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -26,33 +33,54 @@ PIL.Image.init()  # Pillow finds its decoders lazily, and fails on a restricted 
 MAX_PIXELS = 89_478_485
 """Pillow's own threshold for a decompression bomb: a quarter of a gigabyte in RGB."""
 
+MAX_SIDE = 65_535
+"""JPEG's own limit; the tables that shrink a longer side would take gigabytes."""
+
 MAX_BYTES = 100_000_000
 """Of an encoded image, unpacked from an archive."""
+
+MAX_SCANS = 100
+"""Of a progressive JPEG, which usually has ten: each one decodes the whole image again."""
+
+# Pillow warns of images that it decodes nevertheless, and of sizes that are refused here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_image(image: Image) -> PIL.Image.Image:
     """Decode to RGB, EXIF rotation applied. Raises RecordError: missing, corrupt or too large."""
     if isinstance(image.source, PIL.Image.Image):
         return _decode(image.source, describe(image))
-    content = encoded(image)
+    content, name = encoded(image), describe(image)
+    if content.startswith(b"\xff\xd8") and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
+        raise RecordError("image too large", f"{name}: a JPEG of {scans:,} scans")
     try:
         with PIL.Image.open(BytesIO(content), formats=FORMATS) as opened:
-            return _decode(opened, describe(image))
+            return _decode(opened, name)
     except PIL.Image.DecompressionBombError as error:
-        raise RecordError("image too large", f"{describe(image)}: {error}") from error
+        raise RecordError("image too large", f"{name}: {error}") from error
     except PIL.UnidentifiedImageError as error:  # whose message names a place in memory
-        raise RecordError("corrupt image", f"{describe(image)}: none of {', '.join(FORMATS)}") from error
+        tiff = "a TIFF that is damaged, or of a kind that Pillow does not read"
+        detail = tiff if content.startswith(_TIFF) else f"none of {', '.join(FORMATS)}"
+        raise RecordError("corrupt image", f"{name}: {detail}") from error
     except RecordError:
         raise
     except Exception as error:  # hostile headers make Pillow raise struct.error, SyntaxError and more
-        raise RecordError("corrupt image", f"{describe(image)}: {error}") from error
+        raise RecordError("corrupt image", f"{name}: {error}") from error
+
+
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise RecordError("image too large", f"{name}: {image.width} x {image.height} pixels")
+    size = f"{name}: {image.width} x {image.height} pixels"
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+        raise RecordError("image too large", size)
+    if not min(image.size):
+        raise RecordError("corrupt image", size)
     try:
-        return _to_rgb(image)
+        return _to_rgb(image, name)
+    except RecordError:
+        raise
     except Exception as error:  # hostile EXIF makes Pillow raise struct.error, TypeError and more
         raise RecordError("corrupt image", f"{name}: {error}") from error
 
@@ -154,13 +182,52 @@ def _read(path: Path, offset: int = 0, length: int | None = None, *, limit: int 
     return content
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    rgb = PIL.ImageOps.exif_transpose(image).convert("RGB")
+def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """As transformers' `load_image` does it, except for levels of over 8 bits, and where all but the alpha is blank."""
+    turned = PIL.ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        turned = _to_8_bits(turned, *_range_of(image), name)
+    rgb = turned.convert("RGB")
     if rgb.info.get("transparency") is None:
-        return rgb
+        if not turned.has_transparency_data or rgb.getcolors(1) is None:
+            return rgb
+        rgb = turned  # such as black letters on transparent black
     # One colour stands for "nothing here": transformers' image processor puts white in its place.
     white = PIL.Image.new("RGBA", rgb.size, "white")
     return PIL.Image.alpha_composite(white, rgb.convert("RGBA")).convert("RGB")
+
+
+def _range_of(image: PIL.Image.Image) -> tuple[int | None, bool]:
+    """(the level that means white, if the file's format says it; whether light and dark are exchanged)."""
+    inverted = False
+    if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
+        inverted = image.tag_v2.get(262) == 0
+        if image.mode == "I;16" and image.tag_v2.get(258) == (12,):
+            return 4095, inverted
+    known = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    return 65_535 if known else None, inverted
+
+
+def _to_8_bits(image: PIL.Image.Image, top: int | None, inverted: bool, name: str) -> PIL.Image.Image:
+    """Levels of 16 or 32 bits, or in floating point -> L, 0 to `top` spread over 0 to 255.
+
+    Without a `top`, it is the least of 1 (floating point alone), 255 and 65,535 (integers alone) that no level exceeds.
+    """
+    levels = np.asarray(image)
+    low, high = levels.min(), levels.max()
+    tops = [top] if top else [1, 255] if image.mode == "F" else [255, 65_535]
+    top = next((each for each in tops if 0 <= low <= high <= each), None)  # none, if one is no number
+    if top is None:
+        expected = " or ".join(f"0 to {each:,}" for each in tops)
+        raise RecordError("unknown pixel range", f"{name}: levels from {low:g} to {high:g}; expected {expected}")
+    if 0 < high - low < top / 255:
+        detail = f"{name}: levels from {low:g} to {high:g} of {top:,} are all one at 8 bits; stretch them first"
+        raise RecordError("unknown pixel range", detail)
+    if image.mode == "F":
+        scaled = (np.rint(levels * np.float32(255)) if top == 1 else levels).astype(np.uint8)
+    else:
+        scaled = (((np.arange(top + 1) * 255 + top // 2) // top).astype(np.uint8))[levels]
+    return PIL.Image.fromarray(255 - scaled if inverted else scaled)
 
 
 @dataclass(frozen=True)
@@ -173,18 +240,41 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """RGB -> pixels: squashed to `size` (height, width) by bicubic interpolation, scaled, normalised per channel."""
+    """RGB -> pixels: squashed to `size` (height, width), scaled, normalised per channel."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     scale: float = 1 / 255
+    resample: PIL.Image.Resampling = PIL.Image.Resampling.BICUBIC
 
     @classmethod
-    def of(cls, processor: Any) -> "Preprocessing":
-        """The settings of a transformers `IdeficsImageProcessorPil`."""
+    def of(cls, processor: Any, base: str = "the base") -> "Preprocessing":
+        """The settings of a transformers `IdeficsImageProcessorPil`.
+
+        Raises UserError: one that this class cannot follow; `base` says whose they are.
+        """
         size = (processor.size["height"], processor.size["width"])
-        return cls(size, tuple(processor.image_mean), tuple(processor.image_std), processor.rescale_factor)
+        mean: Any = processor.image_mean if processor.do_normalize else (0.0,) * 3
+        std: Any = processor.image_std if processor.do_normalize else (1.0,) * 3
+        scale: Any = processor.rescale_factor if processor.do_rescale else 1.0
+        expected = {
+            "do_resize": (processor.do_resize is True, "true: all images get one size"),
+            "do_rescale": (type(processor.do_rescale) is bool, "true or false"),
+            "do_normalize": (type(processor.do_normalize) is bool, "true or false"),
+            "do_center_crop": (not processor.do_center_crop, "false"),
+            "do_pad": (not processor.do_pad, "false"),
+            "size": (all(type(side) is int and 0 < side <= 4096 for side in size), "a height and a width in pixels"),
+            "resample": (processor.resample in set(PIL.Image.Resampling), "a filter of Pillow's, 0 to 5"),
+            "rescale_factor": (_are_numbers((scale,), 1) and scale > 0, "a number above 0"),
+            "image_mean": (_are_numbers(mean, 3), "three numbers"),
+            "image_std": (_are_numbers(std, 3) and all(value > 0 for value in std), "three numbers above 0"),
+        }
+        for field, (fits, what) in expected.items():
+            if not fits:
+                got = getattr(processor, field)
+                raise UserError(f"{base}: preprocessor_config.json: {field}: expected {what}, got {got!r:.80}")
+        return cls(size, tuple(mean), tuple(std), scale, PIL.Image.Resampling(processor.resample))
 
     def pixels(
         self,
@@ -195,7 +285,7 @@ class Preprocessing:
     ) -> np.ndarray:
         """float32 [3, H, W]. With `augmentation`, `rng` decides."""
         height, width = self.size
-        levels_HWC = np.asarray(image.resize((width, height), PIL.Image.Resampling.BICUBIC))
+        levels_HWC = np.asarray(image.resize((width, height), self.resample))
         if augmentation and rng:
             levels_HWC = _augment(levels_HWC, augmentation, rng)
         return np.stack([self._table[channel][levels_HWC[..., channel]] for channel in range(3)])
@@ -206,6 +296,12 @@ class Preprocessing:
         scaled = (np.arange(256).astype(np.float64) * self.scale).astype(np.float32)
         mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
         return (scaled - mean) / std
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    """Whether there are so many finite numbers."""
+    listed = values if isinstance(values, list | tuple) else ()
+    return len(listed) == count and all(type(value) in (int, float) and math.isfinite(value) for value in listed)
 
 
 def _augment(levels_HWC: np.ndarray, augmentation: Augmentation, rng: np.random.Generator) -> np.ndarray:
