@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,14 +16,15 @@ from unittest import mock
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data import assemble, convert, fit
+from finetune.data import assemble, changes, convert, fit
 from finetune.data import prepare as module
 from finetune.data.account import Account
-from finetune.data.arrow import to_batches, write_arrow
+from finetune.data.arrow import ArrowFile, DamagedError, to_batches, write_arrow
 from finetune.data.dialogue import Image, RecordError, Slice
 from finetune.data.fit import Limits, fitter
 from finetune.data.images import open_image
@@ -664,31 +666,108 @@ def touch(path, content=None):
 
 @pytest.mark.parametrize("changed", ["a.bmp", "same-as-a.bmp"])
 @pytest.mark.parametrize("size", [1, 512])
-def test_a_changed_image_makes_its_set_anew(changed, size, folder, tiny_tokenizer):
+def test_a_changed_image_makes_another_set_beside_its_own(changed, size, folder, tiny_tokenizer):
     records = [record("a.bmp", question="1?"), record("same-as-a.bmp", question="2?"), record("b.bmp")]
     with parts_of(size):
         first, _ = run(folder, tiny_tokenizer, records, turns=5, ordered=False)
         assert len(first) == 2
-        old = (folder / changed).stat().st_size
+        whole, old = content(first.sets[0]), (folder / changed).read_bytes()
         touch(folder / changed, (folder / "c.bmp").read_bytes())
-        assert (folder / changed).stat().st_size == old
+        assert (folder / changed).stat().st_size == len(old)
         second, _ = run(folder, tiny_tokenizer, turns=5, ordered=False)
-    assert name(second) == name(first)
-    assert (len(second), len(second.images)) == (3, 3)
-    colors = {open_image(image).getpixel((0, 0)) for image in second.images}
-    assert colors == {(255, 0, 0), (0, 128, 0), (0, 0, 255)}
+        assert name(second) == f"{name(first)}-2"
+        assert content(first.sets[0]) == whole
+        assert (len(second), len(second.images)) == (3, 3)
+        colors = {open_image(image).getpixel((0, 0)) for image in second.images}
+        assert colors == {(255, 0, 0), (0, 128, 0), (0, 0, 255)}
+        again, _ = run(folder, tiny_tokenizer, turns=5, ordered=False)
+        assert name(again) == name(second)
+        touch(folder / changed, old)
+        back, _ = run(folder, tiny_tokenizer, turns=5, ordered=False)
+        assert name(back) == name(first)
+        touch(folder / changed, (folder / "b.bmp").read_bytes())
+        assert name(run(folder, tiny_tokenizer, turns=5, ordered=False)[0]) == f"{name(first)}-3"
 
 
-def test_a_missing_and_a_broken_image_that_were_mended_make_the_set_anew(folder, tiny_tokenizer):
+def test_a_missing_and_a_broken_image_that_were_mended_make_another_set(folder, tiny_tokenizer):
     records = [record("none.bmp"), record("broken.bmp"), record("a.bmp")]
-    assert run(folder, tiny_tokenizer, records)[1].rejected == {"missing image": 1, "corrupt image": 1}
+    first, account = run(folder, tiny_tokenizer, records)
+    assert account.rejected == {"missing image": 1, "corrupt image": 1}
     touch(folder / "none.bmp", (folder / "b.bmp").read_bytes())
-    assert run(folder, tiny_tokenizer)[1].rejected == {"corrupt image": 1}
+    second, account = run(folder, tiny_tokenizer)
+    assert (name(second), account.rejected) == (f"{name(first)}-2", {"corrupt image": 1})
     touch(folder / "broken.bmp", (folder / "c.bmp").read_bytes())
-    prepared, account = run(folder, tiny_tokenizer)
-    assert (account.rejected, account.kept, len(prepared.images)) == ({}, 3, 3)
-    (folder / "a.bmp").unlink()
+    third, account = run(folder, tiny_tokenizer)
+    assert (name(third), account.rejected, account.kept, len(third.images)) == (f"{name(first)}-3", {}, 3, 3)
+    (folder / "none.bmp").unlink()
+    touch(folder / "broken.bmp", (folder / "a.bmp").read_bytes()[:40])
+    assert name(run(folder, tiny_tokenizer)[0]) == name(first)
+
+
+@pytest.mark.parametrize("names", [["a.bmp", "broken.bmp"], ["none.bmp", "b.bmp", "a.bmp"]])
+def test_files_with_equal_content_are_the_same_whenever_they_were_written(names, folder, tiny_tokenizer, monkeypatch):
+    first, _ = run(folder, tiny_tokenizer, [record(one) for one in names])
+    for one in names:
+        if (folder / one).exists():
+            touch(folder / one, (folder / one).read_bytes())
+    assert name(run(folder, tiny_tokenizer)[0]) == name(first)
+    monkeypatch.setattr(changes, "file_digest", lambda path: pytest.fail(f"{path} is read again"))
+    assert name(run(folder, tiny_tokenizer)[0]) == name(first)
+    assert len(list((folder.parent / "made").glob("data*"))) == 1
+
+
+def test_a_copied_archive_of_images_is_the_same_and_one_with_other_content_is_not(folder, tiny_tokenizer):
+    def pack(*names):
+        with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+            for one in names:
+                archive.write(folder / one, "a.bmp")
+
+    pack("a.bmp")
+    first, _ = run(folder, tiny_tokenizer, [record("a.bmp")], image_root=(folder / "images.zip",))
+    assert isinstance(first.images[0].source, Slice)
+    touch(folder / "images.zip", (folder / "images.zip").read_bytes())
+    assert name(run(folder, tiny_tokenizer, image_root=(folder / "images.zip",))[0]) == name(first)
+    pack("b.bmp")
+    second, _ = run(folder, tiny_tokenizer, image_root=(folder / "images.zip",))
+    assert name(second).rpartition("-")[2] != name(first).rpartition("-")[2]
+    assert open_image(second.images[0]).getpixel((0, 0)) == (0, 128, 0)
+
+
+def test_a_missing_image_is_named_and_its_set_stays(folder, tiny_tokenizer):
+    first, _ = run(folder, tiny_tokenizer, [record("a.bmp"), record("b.bmp"), record("c.bmp")])
+    whole = content(first.sets[0])
+    (folder / "b.bmp").rename(folder / "elsewhere")
+    with pytest.raises(UserError) as error:
+        run(folder, tiny_tokenizer)
+    assert str(error.value) == (
+        f"{folder / 'data.jsonl'}[train]: {folder / 'b.bmp'}: the image file is missing\n"
+        f"  it was there when {first.sets[0].folder} was prepared: mount its disk or restore it; or, to do without, "
+        "delete that folder"
+    )
+    assert content(first.sets[0]) == whole
+    (folder / "elsewhere").rename(folder / "b.bmp")
+    assert name(run(folder, tiny_tokenizer)[0]) == name(first)
+    (folder / "b.bmp").unlink()
+    shutil.rmtree(first.sets[0].folder)
     assert run(folder, tiny_tokenizer)[1].rejected == {"missing image": 1}
+
+
+@pytest.mark.parametrize("roots", ["one", "two", "by name"])
+def test_of_a_disk_that_is_not_mounted_the_folder_is_named(roots, folder, tiny_tokenizer):
+    disk = folder / "disk"
+    (disk / "train").mkdir(parents=True)
+    for one in ("b.bmp", "c.bmp"):
+        (folder / one).rename(disk / "train" / one)
+    prefix = "disk/train/" if roots == "by name" else "train/"
+    images = {"one": (disk,), "two": (folder, disk), "by name": ()}[roots]
+    records = [record(f"{prefix}b.bmp"), record(f"{prefix}c.bmp")] + [record("a.bmp")] * (roots != "one")
+    first, _ = run(folder, tiny_tokenizer, records, image_root=images)
+    shutil.rmtree(disk / "train")
+    with pytest.raises(UserError) as error:
+        run(folder, tiny_tokenizer, image_root=images)
+    named = disk / "train" if roots == "by name" else disk
+    assert f"none of the 2 image files below {named} is there; is its disk mounted?" in str(error.value)
+    assert PreparedSet.open(first.sets[0].folder) is not None
 
 
 def test_an_image_that_changed_between_two_attempts_is_told(folder, tiny_tokenizer, converted):
@@ -698,10 +777,98 @@ def test_an_image_that_changed_between_two_attempts_is_told(folder, tiny_tokeniz
         with pytest.raises(Interrupted):
             run(folder, tiny_tokenizer, NUMBERED)
         stop_at(None)
-        touch(folder / "a.bmp", (folder / "same-as-a.bmp").read_bytes())
+        touch(folder / "a.bmp", (folder / "b.bmp").read_bytes())
         with pytest.raises(UserError, match="its images changed while they were prepared; start again"):
             run(folder, tiny_tokenizer)
         assert run(folder, tiny_tokenizer)[1].kept == 12
+
+
+def test_an_image_touched_between_two_attempts_is_the_same(folder, tiny_tokenizer, converted):
+    _, stop_at = converted
+    stop_at("5?")
+    with parts_of(3):
+        with pytest.raises(Interrupted):
+            run(folder, tiny_tokenizer, NUMBERED)
+        stop_at(None)
+        touch(folder / "a.bmp")
+        assert run(folder, tiny_tokenizer)[1].kept == 12
+
+
+@pytest.mark.parametrize("harm", ["empty", "half", "garbage", "missing"])
+@pytest.mark.parametrize(
+    "file", ["examples.arrow", "images.arrow", "files.arrow", "images/000000.bin", "account.json", "fingerprints.json"]
+)
+def test_a_damaged_set_is_made_anew(harm, file, folder, tiny_tokenizer):
+    records = [record("a.bmp"), record(inside(folder / "b.bmp")), record("none.bmp")]
+    first, _ = run(folder, tiny_tokenizer, records)
+    whole, path = content(first.sets[0]), first.sets[0].folder / file
+    if file == "fingerprints.json":
+        path = first.sets[0].folder.parent / file
+    harmed(path, harm)
+    again, account = run(folder, tiny_tokenizer)
+    assert (name(again), account.kept) == (name(first), 2)
+    written = content(again.sets[0])
+    assert len(written.pop("files.arrow")) == len(whole.pop("files.arrow"))  # it holds when images/*.bin was written
+    assert written == whole
+    assert sorted(open_image(image).getpixel((0, 0)) for image in again.images) == [(0, 128, 0), (255, 0, 0)]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"source": 5}', '{"read": "x"}'])
+def test_an_account_that_is_none_is_made_anew(text, folder, tiny_tokenizer):
+    first, _ = run(folder, tiny_tokenizer, [record("a.bmp")])
+    whole = content(first.sets[0])
+    (first.sets[0].folder / "account.json").write_text(text)
+    assert content(run(folder, tiny_tokenizer)[0].sets[0]) == whole
+
+
+def test_a_set_is_made_anew_whose_numbers_lead_outside(folder, tiny_tokenizer):
+    first, _ = run(folder, tiny_tokenizer, [record("a.bmp"), record()])
+    made = first.sets[0].folder
+    whole = content(first.sets[0])
+    (batch,) = ArrowFile(made / "examples.arrow").batches
+    ids, shown = batch.column("input_ids"), batch.column("images")
+    wrong = {
+        "offset beyond the values": pa.ListArray.from_arrays(
+            pa.array([0, 10**6, len(ids.values)], pa.int32()), ids.values
+        ),
+        "offsets that fall": pa.ListArray.from_arrays(pa.array([9, 0, len(ids.values)], pa.int32()), ids.values),
+        "image that is not there": pa.ListArray.from_arrays(shown.offsets, pa.array([7], pa.int32())),
+        "fewer examples": None,
+    }
+    for what, column in wrong.items():
+        name = "images" if "image" in what else "input_ids"
+        harmed_batch = (
+            batch.slice(1) if column is None else batch.set_column(batch.schema.get_field_index(name), name, column)
+        )
+        write_arrow(made / "examples.arrow", EXAMPLE_SCHEMA, [harmed_batch], image_token=str(first.sets[0].image_token))
+        with pytest.raises(DamagedError, match=r"examples\.arrow: damaged"):
+            PreparedSet.open(made)
+        assert content(run(folder, tiny_tokenizer)[0].sets[0]) == whole, what
+
+
+@pytest.mark.parametrize("harm", ["empty", "half", "garbage", "missing"])
+@pytest.mark.parametrize(("file", "anew"), [("000000.arrow", 3), ("000001.images", 3), ("000001.files", 3)])
+def test_a_damaged_part_is_converted_anew(harm, file, anew, folder, tiny_tokenizer, converted):
+    questions, stop_at = converted
+    stop_at("8?")
+    with parts_of(3):
+        with pytest.raises(Interrupted):
+            run(folder, tiny_tokenizer, NUMBERED)
+        stop_at(None)
+        (parts,) = (folder.parent / "made").glob("*/convert")
+        harmed(parts / file, harm)
+        questions.clear()
+        assert run(folder, tiny_tokenizer)[1].kept == 12
+    assert len(questions) == anew + 6
+
+
+def harmed(path, harm):
+    """What a power cut, a full disk or an editor can leave of a file."""
+    data = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "garbage": b"\xff\0<" * (len(data) // 3)}[harm])
 
 
 def inside(path):
@@ -771,7 +938,7 @@ def write_set(folder, image_ids):
         for row, ids in enumerate(image_ids)
     ]
     images = [
-        {"digest": bytes([number]) * 32, "path": "x", "offset": -1, "length": -1, "coding": "raw"}
+        {"digest": bytes([number]) * 32, "path": b"x", "offset": -1, "length": -1, "coding": "raw"}
         for number in range(16)
     ]
     write_arrow(folder / "examples.arrow", EXAMPLE_SCHEMA, to_batches(rows, EXAMPLE_SCHEMA), image_token="9")

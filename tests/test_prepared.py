@@ -8,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
 
 from finetune.data.dialogue import Dialogue, Image, Slice, Turn, assistant, user
 from finetune.data.images import open_image
 from finetune.data.prepare import prepare
 from finetune.data.prepared import (
+    IMAGE_SCHEMA,
     PreparedSet,
     View,
     dialogue_from_json,
     dialogue_to_json,
-    file_now,
     image_from_row,
     image_row,
 )
@@ -65,19 +66,28 @@ def test_a_dialogue_is_written_compactly_without_its_images():
     )
 
 
-@pytest.mark.parametrize("image", [Image(Path("a.png")), Image(Slice(Path("a.zip"), 7, 9, "deflate"))])
-def test_an_image_is_found_again_from_its_row(image):
-    row = image_row(image, b"x" * 32)
-    assert row["digest"] == b"x" * 32
-    assert image_from_row(row) == image
+@pytest.mark.parametrize(
+    ("image", "path"),
+    [
+        (Image(Path("/data/a.png")), b"/data/a.png"),
+        (Image(Slice(Path("/data/a.zip"), 7, 9, "deflate")), b"/data/a.zip"),
+        (Image(Slice(Path("/made/images/0.bin"), 7, 9)), b"images/0.bin"),
+        (Image(Path("/data/d\udcf6g \N{CAT}.png")), b"/data/d\xf6g \xf0\x9f\x90\x88.png"),
+    ],
+)
+def test_an_image_is_found_again_from_its_row_whatever_its_name(image, path):
+    row = image_row(image, b"x" * 32, Path("/made"))
+    assert (row["digest"], row["path"]) == (b"x" * 32, path)
+    assert pa.RecordBatch.from_pylist([row], IMAGE_SCHEMA).to_pylist() == [row]
+    assert image_from_row(row, Path("/made")) == image
 
 
-def test_a_file_that_is_gone_is_another_than_it_was(tmp_path):
-    path = tmp_path / "a"
-    path.write_bytes(b"123")
-    assert file_now(path) == (str(path), 3, path.stat().st_mtime_ns)
-    path.unlink()
-    assert file_now(path) == (str(path), -1, -1)
+def test_references_that_are_no_unicode_are_written_as_escapes():
+    dialogue = Dialogue((user("1?"), assistant("one", references=("\udcff\n", "\u2028"))))
+    text = dialogue_to_json(dialogue)
+    assert text.encode().count(b"\\udcff") == 1
+    assert "\n" not in text
+    assert dialogue_from_json(text, ()).turns[1].references == ("\udcff\n", "\u2028")
 
 
 def ask(*images, question="Who?", answer="Me."):

@@ -46,7 +46,7 @@ class Account:
         self._remember(place, error)
 
     def _remember(self, place: str, error: RecordError) -> None:
-        self.first_rejected.setdefault(error.reason, f"{place}: {error.detail}".removesuffix(": "))
+        self.first_rejected.setdefault(error.reason, unicode(f"{place}: {error.detail}".removesuffix(": ")))
 
     def add(self, other: "Account") -> None:
         """Take in what happened to further records of the same source."""
@@ -79,8 +79,25 @@ class Account:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The account that `to_json` or `partial` wrote. Raises ValueError: it is none."""
+        empty = vars(cls(""))
+        if values.keys() != empty.keys():
+            raise ValueError("other keys than an account's")
+        for name, value in values.items():
+            if isinstance(empty[name], dict):
+                kind = str if name == "first_rejected" else int
+                fits = isinstance(value, dict) and all(isinstance(one, kind) for one in value.values())
+            else:
+                fits = isinstance(value, type(empty[name])) or (empty[name] is None and isinstance(value, int | float))
+            if not fits:
+                raise ValueError(f"{name}: {value!r:.80}")
         counters = {name: Counter(values[name]) for name in ("rejected", "parts_rejected")}
         return cls(**{**values, **counters})
+
+
+def unicode(text: str) -> str:
+    """A text that can be written anywhere: bytes of a file's name that are not UTF-8 stand as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _list(counts: Mapping[str, int]) -> str:

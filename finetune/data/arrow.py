@@ -7,14 +7,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from modeling.errors import UserError
+from modeling.files import partial_of, put_in_place
+
+
+class DamagedError(UserError):
+    """A file of ours that is not as it was written: cut short, empty, or overwritten."""
+
+    def __init__(self, path: Path, what: object):
+        self.path, self.what = path, what
+        super().__init__(f"{path}: damaged ({what}); delete {path.parent} and give the same command again")
+
+    def __reduce__(self) -> tuple[type["DamagedError"], tuple[Path, str]]:
+        return DamagedError, (self.path, str(self.what))
+
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], **metadata: str) -> None:
-    """An Arrow file that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
+    """An Arrow file that is there whole or not at all, also after a power cut."""
+    partial = partial_of(path)
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def to_batches(rows: list[dict[str, Any]], schema: pa.Schema) -> list[pa.RecordBatch]:
@@ -22,13 +36,21 @@ def to_batches(rows: list[dict[str, Any]], schema: pa.Schema) -> list[pa.RecordB
 
 
 class ArrowFile:
-    """An Arrow file, memory-mapped: its rows by number."""
+    """An Arrow file, memory-mapped: its rows by number. Raises DamagedError: it is none.
+
+    Of a file that may be damaged, nothing else may be asked before `validate`: a wrong offset ends the process.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self.schema = reader.schema
-        self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self.schema = reader.schema
+            self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except FileNotFoundError as error:
+            raise DamagedError(path, "it is not there") from error
+        except (pa.ArrowException, OSError) as error:
+            raise DamagedError(path, error) from error
         self.bounds = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
         self._cells: dict[str, list[tuple[np.ndarray, pa.Array]]] = {}
 
@@ -37,6 +59,19 @@ class ArrowFile:
 
     def __len__(self) -> int:
         return int(self.bounds[-1])
+
+    def validate(self, schema: pa.Schema) -> "ArrowFile":
+        """Itself. Raises DamagedError: other columns, or an offset or a text that leads out of its buffer."""
+        if not self.schema.equals(schema):
+            raise DamagedError(self.path, "other columns than were written")
+        for batch in self.batches:
+            try:
+                batch.validate(full=True)
+            except pa.ArrowException as error:
+                raise DamagedError(self.path, error) from error
+            if any(column.null_count for column in batch.columns if not pa.types.is_fixed_size_binary(column.type)):
+                raise DamagedError(self.path, "a value that is missing")
+        return self
 
     def row(self, number: int) -> dict[str, Any]:
         batch, within = self._find(number)

@@ -1,7 +1,6 @@
 """Dialogues -> examples, the second pass of preparing: questions about one image joined, what is too long divided."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from finetune.data.template import IMAGE
 from finetune.data.tokens import IGNORED, Example
 from finetune.data.tracking import Track
 from finetune.data.turns import Piece, by_last_appearance
+from modeling.files import flush, write_json
 
 
 def assemble(
@@ -57,7 +57,7 @@ def assemble(
 
     def share() -> int:
         groups = _Groups(ArrowFile(made / DIALOGUES), join=source.turns is not None)
-        tasks = Unfinished(parts, track(groups, f"tokenise {source.label}"), team)
+        tasks = Unfinished(parts, track(groups, f"tokenise {source.label}"), team, schemas={".arrow": EXAMPLE_SCHEMA})
         run_all(tasks, _Assemble(made, fitter), workers=workers)
         return tasks.count
 
@@ -74,9 +74,8 @@ def _finish(made: Path, parts: Path, count: int, fitter: Fitter, account: Accoun
     batches = (batch for path in paths for batch in ArrowFile(path).batches)
     write_arrow(made / EXAMPLES, EXAMPLE_SCHEMA, batches, image_token=str(fitter.encoder.specials[IMAGE]))
     account.images = len(np.unique(ArrowFile(made / EXAMPLES).values("images")))
-    partial = made / f"{ACCOUNT}.partial"
-    partial.write_text(json.dumps(account.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(made / ACCOUNT)
+    flush(made.parent)
+    write_json(made / ACCOUNT, account.to_json())
     shutil.rmtree(parts)
     (made / DIALOGUES).unlink()
 
@@ -161,7 +160,7 @@ class _Assemble:
         dialogues = []
         for row in group:
             shown = self._dialogues.cell("images", row).tolist()
-            images = [image_from_row(self._images.row(image)) for image in shown]
+            images = [image_from_row(self._images.row(image), self.made) for image in shown]
             numbers.update(zip(images, shown, strict=True))
             coming = iter(images)
             lines = self._dialogues.text("dialogues", row).split("\n")

@@ -1,5 +1,6 @@
 """Records -> dialogues, the first pass of preparing: converted, their images opened, and named by content."""
 
+import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,8 +15,9 @@ import pyarrow as pa
 
 from finetune.data.account import Account
 from finetune.data.arrow import ArrowFile, to_batches, write_arrow
+from finetune.data.changes import FILE_SCHEMA, FILES, File, file_digest, file_now
 from finetune.data.dialogue import Dialogue, Image, RecordError, Remote, Slice
-from finetune.data.images import digest, encoded, open_image
+from finetune.data.images import MAX_BYTES, digest, encoded, open_image
 from finetune.data.parallel import run_all
 from finetune.data.parts import (
     DIALOGUE_SCHEMA,
@@ -24,18 +26,10 @@ from finetune.data.parts import (
     Unfinished,
     account_of,
     account_text,
+    is_whole,
     part_path,
 )
-from finetune.data.prepared import (
-    FILE_SCHEMA,
-    FILES,
-    IMAGE_SCHEMA,
-    IMAGES,
-    File,
-    dialogue_to_json,
-    file_now,
-    image_row,
-)
+from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, dialogue_to_json, image_row
 from finetune.data.records import lost_images, taken, to_dialogue
 from finetune.data.sources.download import Downloader
 from finetune.data.sources.roots import ImageRoot
@@ -43,9 +37,13 @@ from finetune.data.sources.source import Record, Source
 from finetune.data.team import Team
 from finetune.data.tracking import Track
 from finetune.data.turns import opening_images, without_images
+from modeling.files import flush
 
 PART_BYTES = 16_000_000
 """About so many bytes of records are in a part, if they are not too many."""
+
+PART_SCHEMAS = {".images": IMAGE_SCHEMA, ".files": FILE_SCHEMA, ".arrow": DIALOGUE_SCHEMA}
+"""The files of a part, in the order in which they are written."""
 
 
 def convert(source: Source, made: Path, *, downloads: Path, workers: int, track: Track, team: Team) -> Account:
@@ -58,15 +56,21 @@ def convert(source: Source, made: Path, *, downloads: Path, workers: int, track:
     def share() -> tuple[int, Account]:
         whole = Account(source.name)
         records = track(taken(source, whole), f"convert {source.label}")
-        tasks = Unfinished(parts, _in_parts(records), team)
+        tasks = Unfinished(parts, _in_parts(records), team, schemas=PART_SCHEMAS)
         run_all(tasks, _Convert(source, made, downloads), workers=workers)
         return tasks.count, whole
 
-    if not team.on_main("look for dialogues", lambda: (made / DIALOGUES).is_file()):
+    if not team.on_main("look for dialogues", lambda: _are_converted(made)):
         team.on_main("make room for parts", lambda: parts.mkdir(parents=True, exist_ok=True))
         count, whole = team.each(f"convert {source.label}", share)[0]
         team.on_main(f"join {source.label}", lambda: _merge_converted(made, count, whole))
     return team.on_main("read the account", lambda: account_of(ArrowFile(made / DIALOGUES)))
+
+
+def _are_converted(made: Path) -> bool:
+    """Whether this pass is done; what is damaged of it is made anew."""
+    written = {DIALOGUES: DIALOGUE_SCHEMA, IMAGES: IMAGE_SCHEMA, FILES: FILE_SCHEMA}
+    return all(is_whole(made / name, schema) for name, schema in written.items())
 
 
 def _in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -105,7 +109,7 @@ class _Convert:
         return ImageRoot(self.source)
 
     @cached_property
-    def _seen(self) -> OrderedDict[Image, tuple[File, bytes | RecordError]]:
+    def _seen(self) -> OrderedDict[Image, tuple[File, bytes | None, bytes | RecordError]]:
         """What became of the images met lately: neighbouring records often show the same one."""
         return OrderedDict()
 
@@ -114,7 +118,7 @@ class _Convert:
         account = Account(self.source.name)
         converted = [(place, _to_dialogue(place, record, self._root)) for place, record in records]
         fetched = self._fetch([dialogue for _, dialogue in converted if isinstance(dialogue, Dialogue)])
-        images = _PartImages(self.made / "images" / f"{number:06}.bin")
+        images = _PartImages(self.made, number)
         rows = []
         for place, dialogue in converted:
             row = (
@@ -166,7 +170,7 @@ class _Convert:
         return {"place": place, "dialogues": lines, "images": shown, "opens": opens}
 
     def _find(
-        self, image: Image, files: set[File], fetched: dict[str, Path | RecordError]
+        self, image: Image, files: dict[File, bytes | None], fetched: dict[str, Path | RecordError]
     ) -> tuple[Image, bytes] | RecordError:
         """Where the image is now, and its digest; or why it cannot be shown."""
         found = fetched[image.source.url] if isinstance(image.source, Remote) else image
@@ -176,18 +180,22 @@ class _Convert:
         content = self._look(located, files)
         return content if isinstance(content, RecordError) else (located, content)
 
-    def _look(self, image: Image, files: set[File]) -> bytes | RecordError:
+    def _look(self, image: Image, files: dict[File, bytes | None]) -> bytes | RecordError:
         """Its digest, decoded so that a broken image is found now and not in training; `files` learns of its file."""
         if isinstance(image.source, bytes | PIL.Image.Image):
             return _digest(image)
         if image not in self._seen:
             assert isinstance(image.source, Path | Slice)
-            file = file_now(image.source.path if isinstance(image.source, Slice) else image.source)
-            self._seen[image] = file, _digest(image)
+            path = image.source.path if isinstance(image.source, Slice) else image.source
+            file = file_now(path.absolute())
+            found, whole = _digest(image), None
+            if isinstance(image.source, Path) and file[1] <= MAX_BYTES:
+                whole = file_digest(image.source) if isinstance(found, RecordError) else found
+            self._seen[image] = file, whole, found
             if len(self._seen) > 8 * PART_RECORDS:
                 self._seen.popitem(last=False)
-        file, content = self._seen[image]
-        files.add(file)
+        file, whole, content = self._seen[image]
+        files[file] = whole
         return content
 
 
@@ -210,10 +218,11 @@ def _digest(image: Image) -> bytes | RecordError:
 class _PartImages:
     """The distinct images of one part; those that came inside records are kept in a file, encoded as they came."""
 
-    def __init__(self, kept: Path):
+    def __init__(self, made: Path, number: int):
         self.rows: list[dict[str, Any]] = []
-        self.files: set[File] = set()
-        self._kept = kept
+        self.files: dict[File, bytes | None] = {}
+        """The files in which images were looked for, with the digest of those that are one image."""
+        self._made, self._kept = made, made / "images" / f"{number:06}.bin"
         self._file: BinaryIO | None = None
         self._by_digest: dict[bytes, int] = {}
 
@@ -221,7 +230,7 @@ class _PartImages:
         row = self._by_digest.setdefault(content, len(self.rows))
         if row == len(self.rows):
             inside = isinstance(image.source, bytes | PIL.Image.Image)
-            self.rows.append(image_row(self._keep(image) if inside else image, content))
+            self.rows.append(image_row(self._keep(image) if inside else image, content, self._made))
         return row
 
     def _keep(self, image: Image) -> Image:
@@ -235,12 +244,19 @@ class _PartImages:
 
     @property
     def file_rows(self) -> list[dict[str, Any]]:
-        return [dict(zip(FILE_SCHEMA.names, file, strict=True)) for file in sorted(self.files)]
+        return [
+            dict(zip(FILE_SCHEMA.names, (os.fsencode(path), size, time, self.files[path, size, time]), strict=True))
+            for path, size, time in sorted(self.files)
+        ]
 
     def close(self) -> None:
+        """After that a power cut takes nothing away."""
         if self._file is not None:
             self._file.close()
-            self.files.add(file_now(self._kept))
+            flush(self._kept)
+            flush(self._kept.parent)
+            _, size, time = file_now(self._kept)
+            self.files[str(self._kept.relative_to(self._made)), size, time] = file_digest(self._kept)
 
 
 def _merge_converted(made: Path, parts: int, account: Account) -> None:
@@ -277,6 +293,6 @@ def _merge_converted(made: Path, parts: int, account: Account) -> None:
 
 
 def _distinct(files: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    """A file that changed meanwhile stays in twice, so that the set is stale."""
+    """A file whose content changed meanwhile stays in twice, so that the set is stale."""
     table = pa.Table.from_batches(files, FILE_SCHEMA)
     return table.group_by(FILE_SCHEMA.names, use_threads=False).aggregate([]).to_batches()

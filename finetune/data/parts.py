@@ -1,18 +1,21 @@
 """Work in numbered parts, each an Arrow file that is whole or not there, with an account of its records."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from finetune.data.account import Account
-from finetune.data.arrow import ArrowFile
+from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.team import Team
 
 PART_RECORDS = 512
 """Most records of a part."""
+
+ACCOUNT_KEY = b"account"
+"""Of a part's metadata."""
 
 DIALOGUES = "dialogues.arrow"
 DIALOGUE_SCHEMA = pa.schema(
@@ -25,14 +28,33 @@ that is lost; opens: whether it opens with its images, so that its turns can be 
 class Unfinished:
     """Numbered tasks of one share of a team's, without those whose part is there already; counts all."""
 
-    def __init__(self, parts: Path, tasks: Iterable[Any], team: Team):
+    def __init__(self, parts: Path, tasks: Iterable[Any], team: Team, *, schemas: Mapping[str, pa.Schema]):
         self.parts, self.tasks, self.team, self.count = parts, tasks, team, 0
+        self.schemas = schemas
+        """Suffix of a file of each part -> its columns."""
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for number, task in enumerate(self.tasks):
             self.count = number + 1
-            if number % self.team.of == self.team.which and not part_path(self.parts, number).is_file():
+            if number % self.team.of == self.team.which and not self._is_whole(part_path(self.parts, number)):
                 yield number, task
+
+    def _is_whole(self, part: Path) -> bool:
+        """What is damaged is made anew."""
+        return part.is_file() and all(
+            is_whole(part.with_suffix(suffix), schema) for suffix, schema in self.schemas.items()
+        )
+
+
+def is_whole(path: Path, schema: pa.Schema) -> bool:
+    """Whether an Arrow file is there as it was written."""
+    try:
+        found = ArrowFile(path).validate(schema)
+        if ACCOUNT_KEY in (found.schema.metadata or {}):
+            account_of(found)
+    except DamagedError:
+        return False
+    return True
 
 
 def part_path(parts: Path, number: int) -> Path:
@@ -44,4 +66,8 @@ def account_text(account: Account) -> str:
 
 
 def account_of(part: ArrowFile) -> Account:
-    return Account.from_json(json.loads(part.schema.metadata[b"account"]))
+    """The account in a file's metadata. Raises DamagedError."""
+    try:
+        return Account.from_json(json.loads(part.schema.metadata[ACCOUNT_KEY]))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise DamagedError(part.path, "no account") from error

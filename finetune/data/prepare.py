@@ -14,17 +14,20 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune.data.account import Account, why_nothing_is_left
+from finetune.data.arrow import DamagedError
 from finetune.data.assemble import assemble
+from finetune.data.changes import Changes, find_changes
 from finetune.data.convert import convert
 from finetune.data.fit import Fitter, Limits, fitter
-from finetune.data.prepared import ACCOUNT, Prepared, PreparedSet
+from finetune.data.prepared import Prepared, PreparedSet
 from finetune.data.sources.files import fingerprint
 from finetune.data.sources.source import Source
 from finetune.data.team import ALONE, Team
@@ -64,28 +67,83 @@ def prepare_source(
     track: Track = silently,
     team: Team = ALONE,
 ) -> PreparedSet:
-    """The set of one source. Its name holds a hash of its content, its settings, the tokenizer and this code."""
+    """The set of one source. Its name holds a hash of its content, its settings, the tokenizer and this code.
+
+    A set whose image files have changed stays, and another is made beside it. Raises UserError: some are missing.
+    """
 
     def name() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return place(source, fitter, folder)
 
-    def open_finished() -> PreparedSet | None:
-        found = PreparedSet.open(made)
-        if found is None and (made / ACCOUNT).is_file():  # whole, but an image has changed
-            shutil.rmtree(made)
+    def look() -> Found:
+        found = find_set(first)
+        if found.set is None and found.missing:
+            raise UserError(_say_missing(source, found.folder, found.missing))
+        if found.damaged:
+            shutil.rmtree(found.folder)
         return found
 
-    made = team.on_main(f"name {source.label}", name)
-    with team.lock(made.with_name(f".{made.name}.lock")):
-        if (found := team.on_main(f"open {source.label}", open_finished)) is not None:
-            return found
+    first = team.on_main(f"name {source.label}", name)
+    with team.lock(first.with_name(f".{first.name}.lock")):
+        found = team.on_main(f"open {source.label}", look)
+        if found.set is not None:
+            return found.set
+        made = found.folder
         options: dict[str, Any] = {"workers": workers, "track": track, "team": team}
         account = convert(source, made, downloads=folder / "downloads", **options)
         assemble(source, made, fitter, account, **options)
-        if (found := team.on_main(f"open {source.label}", lambda: PreparedSet.open(made))) is not None:
-            return found
+        found = team.on_main(f"open {source.label}", look)
+        if found.set is not None and found.folder == made:
+            return found.set
         raise UserError(f"{source.name}: its images changed while they were prepared; start again")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is there of a source: its set, or the folder in which to make it."""
+
+    set: PreparedSet | None
+    folder: Path
+    damaged: bool = False
+    missing: Changes | None = None
+    """Of the files that a set was made of, if some are gone: to make one without them may be far from what is meant."""
+
+
+def find_set(first: Path) -> Found:
+    """Look for the set in `first`, or beside it: the first one whose image files are as they were."""
+    missing: tuple[Path, Changes] | None = None
+    for number in count(1):
+        folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        try:
+            opened = PreparedSet.open(folder)
+            changes = find_changes(folder) if opened is not None else None
+        except DamagedError:
+            return Found(None, folder, damaged=True)
+        if opened is None or not changes:
+            break
+        missing = missing or ((folder, changes) if changes.missing else None)
+    if opened is None and missing:
+        return Found(None, missing[0], missing=missing[1])
+    return Found(opened, folder)
+
+
+def _say_missing(source: Source, made: Path, changes: Changes) -> str:
+    roots = [path.resolve() for path in source.image_root if path.is_dir()]
+    folder, several = changes.missing_folder(roots), len(changes.missing) > 1
+    where = f"none of the {len(changes.missing):,} image files below {folder} is there; is its disk mounted?"
+    if folder is None:
+        more = (
+            f" and {len(changes.missing) - 1:,} more image files are missing"
+            if several
+            else ": the image file is missing"
+        )
+        where = f"{changes.missing[0]}{more}"
+    were, them = ("they were", "their disk or restore them") if several else ("it was", "its disk or restore it")
+    return (
+        f"{source.name}: {where}\n"
+        f"  {were} there when {made} was prepared: mount {them}; or, to do without, delete that folder"
+    )
 
 
 def place(source: Source, fitter: Fitter, folder: Path) -> Path:

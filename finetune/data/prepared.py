@@ -5,9 +5,12 @@ NAME-KEY/   examples.arrow   an example a row: tokens, what is supervised, image
             files.arrow      the files in which images were looked for, as they were
             images/*.bin     images that came inside records, encoded as they came; pixels are never stored
             account.json     what became of every record; written last, so a set that has it is whole
+
+Paths are bytes, as names of files need not be UTF-8; those of images/*.bin are relative to the set's folder.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +20,15 @@ import numpy as np
 import pyarrow as pa
 
 from finetune.data.account import Account
-from finetune.data.arrow import ArrowFile
+from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.dialogue import Dialogue, Image, Slice, Turn
 from finetune.data.tokens import IGNORED, Example, see_images
+from modeling.errors import UserError
+from modeling.files import read_json
 
 Item = TypeVar("Item")
 
-EXAMPLES, IMAGES, FILES, ACCOUNT = "examples.arrow", "images.arrow", "files.arrow", "account.json"
+EXAMPLES, IMAGES, ACCOUNT = "examples.arrow", "images.arrow", "account.json"
 
 EXAMPLE_SCHEMA = pa.schema(
     {
@@ -41,16 +46,13 @@ EXAMPLE_SCHEMA = pa.schema(
 IMAGE_SCHEMA = pa.schema(
     {
         "digest": pa.binary(32),
-        "path": pa.string(),
+        "path": pa.binary(),
         "offset": pa.int64(),
         "length": pa.int64(),
         "coding": pa.string(),
     }
 )
 """offset and length are -1 where the image is the whole file."""
-
-FILE_SCHEMA = pa.schema({"path": pa.string(), "size": pa.int64(), "mtime_ns": pa.int64()})
-"""Broken and missing files, too (size and mtime_ns are -1 then), for a set is stale when they have been mended."""
 
 
 class View(Sequence[Item], Generic[Item]):
@@ -83,7 +85,10 @@ class PreparedSet:
     def __init__(self, folder: Path):
         self.folder = folder
         self.examples, self.images = ArrowFile(folder / EXAMPLES), ArrowFile(folder / IMAGES)
-        self.image_token = int((self.examples.schema.metadata or {})[b"image_token"])
+        try:
+            self.image_token = int((self.examples.schema.metadata or {})[b"image_token"])
+        except (KeyError, ValueError) as error:
+            raise DamagedError(folder / EXAMPLES, "other columns than were written") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedSet, (self.folder,)
@@ -93,15 +98,28 @@ class PreparedSet:
 
     @classmethod
     def open(cls, folder: Path) -> Self | None:
-        """The set in this folder, or None: not there, not finished, or an image's file has changed since."""
-        if not (folder / ACCOUNT).is_file():
+        """The set in this folder, or None: not there, or not finished.
+
+        Raises DamagedError: it is not as it was written.
+        """
+        if not (folder / ACCOUNT).exists():
             return None
         found = cls(folder)
-        return found if found._is_fresh() else None
+        found.examples.validate(EXAMPLE_SCHEMA)
+        found.images.validate(IMAGE_SCHEMA)
+        shown = found.examples.values("images")
+        if len(shown) and not 0 <= shown.min() <= shown.max() < len(found.images):
+            raise DamagedError(folder / EXAMPLES, "an image that is not in images.arrow")
+        if found.account.examples != len(found):
+            raise DamagedError(folder / EXAMPLES, f"{len(found)} examples, {ACCOUNT} has {found.account.examples}")
+        return found
 
     @property
     def account(self) -> Account:
-        return Account.from_json(json.loads((self.folder / ACCOUNT).read_text(encoding="utf-8")))
+        try:
+            return Account.from_json(read_json(self.folder / ACCOUNT) or {})
+        except (UserError, TypeError, KeyError, ValueError) as error:
+            raise DamagedError(self.folder / ACCOUNT, "not the account of a source") from error
 
     @property
     def digests(self) -> np.ndarray:
@@ -114,16 +132,11 @@ class PreparedSet:
         return Example(input_ids, labels, see_images(input_ids, self.image_token))
 
     def image(self, row: int) -> Image:
-        return image_from_row(self.images.row(row))
+        return image_from_row(self.images.row(row), self.folder)
 
     def dialogue(self, row: int) -> Dialogue:
         images = [self.image(int(image)) for image in self.examples.cell("images", row)]
         return dialogue_from_json(self.examples.text("dialogue", row), images)
-
-    def _is_fresh(self) -> bool:
-        files = ArrowFile(self.folder / FILES)
-        columns = (files.values(name) for name in FILE_SCHEMA.names)
-        return all(file_now(path) == (path, size, mtime) for path, size, mtime in zip(*columns, strict=True))
 
 
 class Prepared:
@@ -249,29 +262,18 @@ def _locate(bounds: np.ndarray, number: int) -> tuple[int, int]:
     return which, int(number - bounds[which])
 
 
-File = tuple[str, int, int]
-"""A row of files.arrow: what tells that a file is still the same."""
-
-
-def file_now(path: Path | str) -> File:
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return str(path), -1, -1
-    return str(path), status.st_size, status.st_mtime_ns
-
-
-def image_row(image: Image, digest: bytes) -> dict[str, Any]:
-    """A row of images.arrow."""
+def image_row(image: Image, digest: bytes, folder: Path) -> dict[str, Any]:
+    """A row of images.arrow, of the set in `folder`."""
     source = image.source
     assert isinstance(source, Path | Slice)
-    path = source.path if isinstance(source, Slice) else source
+    path, own = (source.path if isinstance(source, Slice) else source).absolute(), folder.absolute()
+    name = os.fsencode(path.relative_to(own) if path.is_relative_to(own) else path)
     place = (source.offset, source.length, source.coding) if isinstance(source, Slice) else (-1, -1, "raw")
-    return dict(zip(IMAGE_SCHEMA.names, (digest, str(path), *place), strict=True))
+    return dict(zip(IMAGE_SCHEMA.names, (digest, name, *place), strict=True))
 
 
-def image_from_row(row: dict[str, Any]) -> Image:
-    path = Path(row["path"])
+def image_from_row(row: dict[str, Any], folder: Path) -> Image:
+    path = folder / os.fsdecode(row["path"])
     return Image(path if row["offset"] < 0 else Slice(path, row["offset"], row["length"], row["coding"]))
 
 
@@ -281,7 +283,8 @@ def dialogue_to_json(dialogue: Dialogue) -> str:
         [turn.role, [part if isinstance(part, str) else None for part in turn.parts], list(turn.references)]
         for turn in dialogue.turns
     ]
-    return json.dumps({"turns": turns, "goes_on": dialogue.goes_on}, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps({"turns": turns, "goes_on": dialogue.goes_on}, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate, in references, as JSON escapes it
 
 
 def dialogue_from_json(text: str, images: Iterable[Image]) -> Dialogue:

@@ -1,6 +1,5 @@
 """Prepared data -> the rows a run will have: how many, and the largest. Opens what is there, prepares nothing."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from finetune.data.fit import Limits, fitter
-from finetune.data.prepare import place
-from finetune.data.prepared import ACCOUNT, Prepared, PreparedSet
+from finetune.data.prepare import find_set, place
+from finetune.data.prepared import ACCOUNT, Prepared
 from finetune.data.schedule import build_schedule
 from finetune.data.sources import hold_dialogues
 from finetune.data.sources.source import Source
@@ -20,6 +19,7 @@ from finetune.planning.setup import RowSize
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
 from modeling.errors import UserError
+from modeling.files import read_json
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,12 @@ def prepared_lengths(recipe: Recipe) -> Lengths | None:
     return _lengths(recipe, make_dataset(recipe, sources, tokenizer))
 
 
-def _source_of(account: Path) -> str:
-    return json.loads(account.read_text(encoding="utf-8"))["source"]
+def _source_of(account: Path) -> str | None:
+    """None where that cannot be read: preparing makes such a set anew."""
+    try:
+        return (read_json(account) or {}).get("source")
+    except UserError:
+        return None
 
 
 def _has_tokenizer(base: str, revision: str | None) -> bool:
@@ -76,7 +80,7 @@ def _is_prepared(source: Source, encoder: Encoder, recipe: Recipe) -> bool:
     folder = Path(recipe.data.prepared)
     limits = Limits(recipe.data.max_length, recipe.training.row_images)
     how = fitter(source, encoder, limits, seed=recipe.training.seed)
-    return PreparedSet.open(place(source, how, folder)) is not None
+    return find_set(place(source, how, folder)).set is not None
 
 
 def _lengths(recipe: Recipe, dataset: Dataset) -> Lengths:

@@ -191,8 +191,8 @@ def fingerprint(source: Source, cache: Path | None = None) -> str:
             files += [file for file in below if file.suffix.lower() not in IMAGE_SUFFIXES]
         else:
             files += files_of(replace(source, paths=(path,)))
-    stats = [locate(path)[0].stat() for path in source.image_root if not path.is_dir()]
-    parts += [*_digests(files, cache), *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)]
+    files += [locate(path)[0] for path in source.image_root if not path.is_dir()]
+    parts += _digests(files, cache)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -208,7 +208,7 @@ def _digests(files: list[Path], cache: Path | None) -> list[str]:
         stat, key = file.stat(), str(file.resolve())
         version = [stat.st_size, stat.st_mtime_ns]
         entry = kept.get(key)
-        if not (isinstance(entry, list) and entry[:2] == version and len(entry) == 3):
+        if not (isinstance(entry, list) and len(entry) == 3 and entry[:2] == version and isinstance(entry[2], str)):
             with file.open("rb") as opened:
                 entry = [*version, hashlib.file_digest(opened, "sha256").hexdigest()]
             if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
