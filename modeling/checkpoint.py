@@ -45,6 +45,10 @@ PIECE_BYTES = 2**18
 BLOCK_ELEMENTS = 2**20
 """Of a tensor that are worked on at once: enough for threads to meet seldom, few megabytes in memory."""
 
+ROW_GROUP = 64
+"""Rows of which every block has a whole number: a multiple of the rows that matrix kernels work on together. The rows
+left over go to other kernels, which add in another order, so a block of any height rounds unlike the whole matrix."""
+
 
 Block = TypeVarTuple("Block")
 Result = TypeVar("Result")
@@ -63,14 +67,14 @@ class Rows(Protocol):
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive blocks of rows, of about `BLOCK_ELEMENTS` at most (or one row).
+    """(start, stop) of consecutive blocks of rows, of about `BLOCK_ELEMENTS`.
 
-    They are of one size: a matrix library may round a product of very few rows in another way.
+    Each starts at a multiple of `ROW_GROUP`; the last also takes the rows that are no whole group.
     """
-    rows = shape[0] if shape else 1
-    blocks = min(rows, max(1, -(-math.prod(shape) // BLOCK_ELEMENTS)))
-    for number in range(blocks):
-        yield rows * number // blocks, rows * (number + 1) // blocks
+    rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
+    height = max(1, BLOCK_ELEMENTS // max(1, width) // ROW_GROUP) * ROW_GROUP
+    starts = [start for start in range(0, rows, height) if start == 0 or rows - start >= ROW_GROUP]
+    yield from zip(starts, [*starts[1:], rows], strict=False)
 
 
 def in_threads(

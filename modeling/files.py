@@ -73,7 +73,7 @@ def read_json(path: Path, *, repair: str = "delete it, and give the same command
     """
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); it may be cut short: {repair}") from error

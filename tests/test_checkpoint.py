@@ -106,21 +106,26 @@ def test_rows_are_the_tensor_s_slice(tmp_path_factory, dtype, shape, start, stop
     assert got.shape == tensor[start:stop].shape
 
 
-@given(array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40), st.integers(1, 200))
-def test_blocks_cover_all_rows_once_within_the_limit_and_are_of_one_size(shape, limit):
+@given(array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40), st.integers(1, 200), st.integers(1, 7))
+def test_row_blocks_cover_all_rows_once_in_whole_groups_within_the_limit(shape, limit, group):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "BLOCK_ELEMENTS", limit)
+        patch.setattr(checkpoint, "ROW_GROUP", group)
         blocks = list(row_blocks(shape))
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
     assert [row for start, stop in blocks for row in range(start, stop)] == list(range(rows))
-    sizes = [stop - start for start, stop in blocks]
-    assert all(size == 1 or (size - 1) * width < limit for size in sizes)
-    assert max(sizes, default=0) - min(sizes, default=0) <= 1
+    assert all(start % group == 0 and stop - start >= min(group, rows) for start, stop in blocks)
+    assert all(stop - start < 2 * group or (stop - start - group + 1) * width <= limit for start, stop in blocks)
 
 
-def test_blocks_of_true_matrices():
+def test_row_blocks_of_true_matrices():
     assert list(row_blocks((11008, 4096)))[-2:] == [(10496, 10752), (10752, 11008)]
-    assert {stop - start for start, stop in row_blocks((4096, 11008))} == {95, 96}
+    assert list(row_blocks((4096, 11008)))[:2] == [(0, 64), (64, 128)]
+    assert list(row_blocks((32003, 4096)))[-2:] == [(31488, 31744), (31744, 32003)]
+    assert list(row_blocks((2, 4096))) == [(0, 2)]
+    assert list(row_blocks((4096,))) == [(0, 4096)]
+    assert list(row_blocks(())) == [(0, 1)]
+    assert list(row_blocks((0, 7))) == []
 
 
 def test_blocks_made_in_threads_come_in_order_a_few_ahead_and_leave_torch_s_threads_alone():
@@ -162,6 +167,7 @@ def test_a_block_that_fails_is_told_where_it_is_used():
 @pytest.mark.parametrize("block", [checkpoint.BLOCK_ELEMENTS, 20])
 def test_tensors_written_in_blocks_and_copied_are_those_given(tmp_path, monkeypatch, block):
     monkeypatch.setattr(checkpoint, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(checkpoint, "ROW_GROUP", 3)
     tensor = random_tensor((50, 7), torch.bfloat16)
     save_file({"copied": tensor}, tmp_path / "source.safetensors")
     stored = read_header(tmp_path / "source.safetensors")["copied"]

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import statistics
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_train import trained
 from finetune import train as module
 from finetune.recipe_file import load_recipe
 from finetune.run import Run
-from finetune.stability import FEWEST, LEAST_RISE, Event, Seen, Watch, read_events, write_events
+from finetune.stability import FEWEST, LEAST_RISE, WINDOW, Event, Seen, Watch, read_events, write_events
 from modeling.errors import UserError
 
 POISONED = 17
@@ -183,7 +184,17 @@ def test_a_checkpoint_that_did_not_help_is_gone_back_behind(recipe_file, tmp_pat
 
 @given(st.lists(st.floats(0.5, 1.5), min_size=FEWEST, max_size=100), st.floats(0, 1.9))
 def test_what_is_less_than_a_nat_above_the_median_is_no_spike(before, loss):
-    assert Watch(spike=0.01).reason(min(loss, sorted(before)[len(before) // 2] + 0.99), 1.0, before) is None
+    assert Watch(spike=0.01).reason(min(loss, statistics.median(before[-WINDOW:]) + 0.99), 1.0, before) is None
+
+
+def test_spike_window_holds_the_last_64_losses():
+    """As many low as high: one more on either side, and the median would be that side's value."""
+    low, high = [1.0] * 32, [9.0] * 32
+    between = 5.0 + 20.0 * 1.4826 * 4.0
+    assert Watch(spike=20.0).limit([9.0, *low, *high]) == pytest.approx(between, rel=1e-12)
+    assert Watch(spike=20.0).limit([*low, *high][1:]) == 9.0 + 1.0
+    assert Watch(spike=20.0).limit([9.0] * 15) == math.inf
+    assert Watch(spike=20.0).limit([9.0] * 16) == 9.0 + 1.0
 
 
 def test_reasons():
