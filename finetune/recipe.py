@@ -136,6 +136,14 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _named(value: Any) -> Any:
+    if not isinstance(value, str | list | tuple):
+        raise ValueError(f"expected a key or a list of keys, got {value!r:.80}")
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Name, ...], BeforeValidator(_named)]
+"""One key, or a list of them."""
 Places = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
 """One path, or a list of them."""
 
@@ -172,6 +180,10 @@ class Source(Section):
     """Whether turns build on each other, so that their order is kept; without it, what the format says."""
     download: Literal[False, True, "http"] = False
     """Fetch images that are URLs, over https; http: over plain http, too."""
+    placeholders: Literal["images", "text"] = "images"
+    """What "<image>" and the like in a user's text stand for: the images that records list, or text to be kept."""
+    ignore: Names = ()
+    """Keys of records, or of their messages, to read as if they were not there: [tools, videos]."""
     license: str | None = None
     """For the dataset card."""
 

@@ -27,6 +27,8 @@ def to_source(source: recipe.Source) -> Source:
         limit=source.limit,
         turns=source.turns,
         ordered=source.ordered,
+        placeholders=source.placeholders,
+        ignore=source.ignore,
         license=source.license,
     )
     if source.format != "auto":

@@ -1,6 +1,7 @@
 """What a dialogue is, and the reason by which everything else is refused."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -58,6 +59,7 @@ def test_a_conversation_or_a_document_is_accepted(turns):
         ("empty answer", (user("Who?"), assistant())),
         ("empty answer", (user("Who?"), assistant(""))),
         ("empty answer", (user("Who?"), assistant(" \n\t\u00a0"))),
+        ("empty answer", (user("Who?"), assistant("\u200b\ufeff \x00"))),
         ("empty answer", (user("Who?"), assistant(CAT))),
         ("empty answer", (user("Who?"), assistant("Me."), user("Who?"), assistant(" "))),
         ("empty question", (user(), assistant("Me."))),
@@ -137,6 +139,11 @@ def test_prompts_are_everything_before_each_answer_with_its_references():
         (Dialogue((system("Be kind."), first)), ("A cat.", "Tom.")),
         (Dialogue((system("Be kind."), first, answer, second)), ("So.",)),
     ]
+
+
+def test_an_answer_that_is_not_supervised_is_no_prompt_of_its_own():
+    turns = (user("Who?"), replace(assistant("You."), supervised=False), user("Who?"), assistant("Me."))
+    assert list(Dialogue(turns).prompts()) == [(Dialogue(turns[:3]), ("Me.",))]
 
 
 def test_a_document_has_no_prompts():

@@ -46,6 +46,7 @@ DIALOGUES = {
     "images between texts": Dialogue((user(A, "Who?", B), assistant("Me."))),
     "references": Dialogue((user("1?"), assistant("one", references=("one", "1")), user(A), assistant("two"))),
     "system, image in an answer": Dialogue((Turn("system", ("Be kind.",)), user("é\n猫?"), assistant("So", A))),
+    "an answer not trained on": Dialogue((user("1?"), Turn("assistant", ("two",), supervised=False))),
     "document": Dialogue((Turn("document", (A, "A dog.", A)),)),
     "document that goes on": Dialogue((Turn("document", ("A dog.",)),), goes_on=True),
 }

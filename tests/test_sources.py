@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
+from finetune.data.records import to_dialogue
 from finetune.data.sources import FORMATS, easy_vqa, hold_dialogues, messages, recognise_source
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
@@ -120,6 +121,113 @@ def test_listed_images_open_the_first_user_turn_after_a_system_message(root, cat
 )
 def test_a_record_that_is_no_dialogue_is_refused(reason, record, root):
     assert refusal(messages.convert, record, root) == reason
+
+
+def weighted(**weights):
+    """Two questions; the first answer has these weights."""
+    bad = {"role": "assistant", "content": "You.", **weights}
+    return {"messages": [asked(TEXT), bad, asked(TEXT), ANSWER]}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}, {"training": 0}, {"weight": 1, "loss": False}],
+)
+def test_weight_of_an_answer_that_is_not_trained_on(weights, root):
+    turns = messages.convert(weighted(**weights), root).turns
+    assert [turn.supervised for turn in turns] == [True, False, True, True]
+    assert turns[1] == Turn("assistant", ("You.",), supervised=False)
+
+
+@pytest.mark.parametrize("weights", [{}, {"weight": 1}, {"weight": None}, {"loss": True, "train": 1.0}])
+def test_weight_of_an_answer_that_is_trained_on(weights, root):
+    assert messages.convert(weighted(**weights), root).turns[1] == assistant("You.")
+
+
+@pytest.mark.parametrize("weights", [{"weight": "0"}, {"weight": 0.5}, {"loss": "false"}, {"train": []}, {"weight": 2}])
+def test_weight_that_is_none(weights, root):
+    assert refusal(messages.convert, weighted(**weights), root) == "unknown weight"
+
+
+def test_weight_of_a_question_is_counted(root):
+    record = {"messages": [{**asked(TEXT), "weight": 1, "loss": False}, ANSWER]}
+    assert messages.convert(record, root).ignored == ("messages[].weight of a user message",)
+
+
+def test_weight_of_no_answer_leaves_nothing_to_train_on(root):
+    record = {"system": "Be kind.", "messages": [asked(TEXT), {**ANSWER, "weight": 0}]}
+    with pytest.raises(RecordError, match=r"^nothing supervised: every answer has a weight of 0"):
+        to_dialogue("line 1", record, root)
+
+
+KIND, BRIEF = {"role": "system", "content": "Be kind."}, {"role": "developer", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("record", "system"),
+    [
+        ({"messages": [BRIEF, asked(TEXT), ANSWER]}, ("Be brief.",)),
+        ({"messages": [KIND, BRIEF, asked(TEXT), ANSWER]}, ("Be kind.", "Be brief.")),
+        ({"system": "In French.", "messages": [asked(TEXT), ANSWER]}, ("In French.",)),
+        ({"system": "In French.", "messages": [KIND, asked(TEXT), ANSWER]}, ("In French.", "Be kind.")),
+        ({"system": "Be kind.", "messages": [KIND, asked(TEXT), ANSWER]}, ("Be kind.",)),
+        ({"system_prompt": "In French.", "system": None, "messages": [asked(TEXT), ANSWER]}, ("In French.",)),
+        ({"system": " ", "messages": [{**KIND, "content": ""}, asked(TEXT), ANSWER]}, None),
+    ],
+)
+def test_system_messages_are_one(record, system, root):
+    opened = (Turn("system", system),) if system else ()
+    assert messages.convert(record, root).turns == (*opened, user("Who?"), assistant("Me."))
+
+
+@pytest.mark.parametrize("system", [7, ["Be kind."], {"text": "Be kind."}, True])
+def test_system_that_is_no_text(system, root):
+    assert refusal(messages.convert, {"system": system, "messages": [asked(TEXT), ANSWER]}, root) == "unknown content"
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("tool calls", {"content": None, "tool_calls": [{"id": "1", "type": "function"}]}),
+        ("tool calls", {"content": "", "function_call": {"name": "look"}}),
+        ("tool calls", {"tool_calls": [{"id": "1"}]}),
+        ("refusal", {"content": None, "refusal": "I cannot."}),
+        ("reasoning", {"reasoning_content": "It has whiskers."}),
+        ("reasoning", {"thinking": "It has whiskers."}),
+        ("audio", {"audio": {"id": "a"}}),
+        ("video", {"videos": ["v.mp4"]}),
+        ("answer trained in part", {"train_detail": [{"begin_offset": 0}]}),
+        ("unknown content", {"content": None}),
+        ("unknown content", {"content": [{"type": "video", "video": "v.mp4"}]}),
+        ("unknown content", {"content": [{"type": "image", "image": "cat.jpg", "text": "A cat."}]}),
+        ("image not read", {"content": [{"type": "text", "text": "Me.", "image": "cat.jpg"}]}),
+    ],
+)
+def test_field_of_a_message_that_is_not_read(reason, change, root):
+    assert refusal(messages.convert, {"messages": [asked(TEXT), {**ANSWER, **change}]}, root) == reason
+
+
+def test_field_of_a_message_that_holds_nothing_or_is_unknown(root):
+    empty = {"tool_calls": [], "function_call": None, "refusal": None, "audio": False, "reasoning_content": " "}
+    known = {"id": "7", "timestamp": 1, "name": "Tom", "emotion": "calm"}
+    record = {"messages": [asked({**TEXT, "image": None, "url": "", "lang": "en"}), {**ANSWER, **empty, **known}]}
+    dialogue = messages.convert(record, root)
+    assert dialogue.turns == (user("Who?"), assistant("Me."))
+    assert dialogue.ignored == ("messages[].name", "messages[].emotion")
+
+
+@pytest.mark.parametrize(
+    "history", [7, "Who?", [7], [["Who?"]], [["Who?", "Me.", "Why?"]], [["Who?", 7]], [{"user": "Who?"}], ["Who?"]]
+)
+def test_history_of_another_shape(history, root):
+    record = {"instruction": "Who?", "output": "Me.", "history": history}
+    assert refusal(FORMATS["alpaca"].convert, record, root) == "unknown content"
+
+
+def test_history_becomes_earlier_turns(root, cat):
+    record = {"instruction": "Why?", "output": "So.", "system": "Be kind.", "images": ["cat.jpg"]}
+    turns = FORMATS["alpaca"].convert({**record, "history": [["Who?", "Me."]]}, root).turns
+    assert turns == (Turn("system", ("Be kind.",)), user(cat, "Who?"), assistant("Me."), user("Why?"), assistant("So."))
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 38_575), ("test", 9_673)])

@@ -1,5 +1,6 @@
 """The text that the model reads, written out by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,22 @@ def test_pieces_and_supervision_of_a_conversation():
         Text("Who?"),
         Special("<end_of_utterance>"),
         Text("\nAssistant: Me.", supervised_from=11),  # " Me."
+        Special("<end_of_utterance>", supervised=True),
+        Special("</s>"),
+    )
+
+
+def test_an_answer_that_is_not_supervised_is_context():
+    turns = (user("Who?"), replace(assistant("Me."), supervised=False), user("Why?"), assistant("So."))
+    assert render(Dialogue(turns)).pieces == (
+        Special("<s>"),
+        Text("User: Who?"),
+        Special("<end_of_utterance>"),
+        Text("\nAssistant: Me."),
+        Special("<end_of_utterance>"),
+        Text("\nUser: Why?"),
+        Special("<end_of_utterance>"),
+        Text("\nAssistant: So.", supervised_from=11),
         Special("<end_of_utterance>", supervised=True),
         Special("</s>"),
     )

@@ -1,11 +1,16 @@
 """What became of every record of a source."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from finetune.data.dialogue import RecordError
+
+MOST_NAMES = 50
+"""So many names are counted each by itself."""
+
+_COUNTERS = ("rejected", "parts_rejected", "ignored")
 
 
 @dataclass
@@ -26,6 +31,8 @@ class Account:
     """Reason -> turns, texts or images of documents, that were left out of records not rejected for it."""
     documents_cut: int = 0
     """Documents that became several examples: too long for one, or an image within them is lost."""
+    ignored: dict[str, int] = field(default_factory=Counter)
+    """What dialogues do without -> records that have it: keys that are not known, and placeholders that stay text."""
     dialogues: int = 0
     """Dialogues and documents the records became, before they were joined, divided or cut."""
     examples: int = 0
@@ -44,6 +51,19 @@ class Account:
     def reject_part(self, place: str, error: RecordError, *, parts: int = 1) -> None:
         self.parts_rejected[error.reason] += parts
         self._remember(place, error)
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Count what a record holds that its dialogue does without."""
+        for name in names:
+            known = unicode(name[:80])
+            self.ignored[known if known in self.ignored or len(self.ignored) < MOST_NAMES else "other keys"] += 1
+
+    @property
+    def unused(self) -> str:
+        """ "score 10, url 3 and 7 more": the most frequent ones."""
+        counts = sorted(self.ignored.items(), key=lambda item: -item[1])
+        more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
+        return _list(dict(counts[:8])) + more
 
     def _remember(self, place: str, error: RecordError) -> None:
         self.first_rejected.setdefault(error.reason, unicode(f"{place}: {error.detail}".removesuffix(": ")))
@@ -67,6 +87,8 @@ class Account:
             said.append(f"{sum(self.rejected.values())} of {self.read} records rejected: {_list(self.rejected)}")
         if self.parts_rejected:
             said.append(f"parts of kept records left out: {_list(self.parts_rejected)}")
+        if self.ignored:
+            said.append(f"not used of records: {self.unused}")
         return "; ".join(said) or None
 
     def to_json(self) -> dict[str, Any]:
@@ -74,13 +96,15 @@ class Account:
         return self.partial()
 
     def partial(self) -> dict[str, Any]:
-        """The same of an account that is not complete yet."""
-        return {**vars(self), "rejected": dict(self.rejected), "parts_rejected": dict(self.parts_rejected)}
+        """The same of an account that is not complete yet; "ignored" where there is anything."""
+        values = {**vars(self), **{name: dict(getattr(self, name)) for name in _COUNTERS}}
+        return values if self.ignored else {name: value for name, value in values.items() if name != "ignored"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The account that `to_json` or `partial` wrote. Raises ValueError: it is none."""
         empty = vars(cls(""))
+        values = {"ignored": {}, **values}
         if values.keys() != empty.keys():
             raise ValueError("other keys than an account's")
         for name, value in values.items():
@@ -91,7 +115,7 @@ class Account:
                 fits = isinstance(value, type(empty[name])) or (empty[name] is None and isinstance(value, int | float))
             if not fits:
                 raise ValueError(f"{name}: {value!r:.80}")
-        counters = {name: Counter(values[name]) for name in ("rejected", "parts_rejected")}
+        counters = {name: Counter(values[name]) for name in _COUNTERS}
         return cls(**{**values, **counters})
 
 

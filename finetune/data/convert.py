@@ -121,6 +121,7 @@ class _Convert:
         images = _PartImages(self.made, number)
         rows = []
         for place, dialogue in converted:
+            account.ignore(dialogue.ignored if isinstance(dialogue, Dialogue) else ())
             row = (
                 dialogue if isinstance(dialogue, RecordError) else self._row(place, dialogue, images, fetched, account)
             )

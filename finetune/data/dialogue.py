@@ -1,7 +1,8 @@
 """What a conversation is. Anything that is not one raises, with the reason by which it is counted."""
 
+import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -69,6 +70,8 @@ class Turn:
     parts: tuple[Part, ...]
     references: tuple[str, ...] = ()
     """Of an answer: all that people gave, the trained one among them. Evaluation alone reads them."""
+    supervised: bool = True
+    """Of an answer: whether it is trained on and evaluated; if not, it is context."""
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -92,6 +95,8 @@ class Dialogue:
     turns: tuple[Turn, ...]
     goes_on: bool = False
     """Of a document: it was cut here, so nothing says that it ends."""
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+    """What its record holds that is not in it: unknown keys, and placeholders that stay text."""
 
     def __post_init__(self) -> None:
         _check_roles(tuple(turn.role for turn in self.turns))
@@ -111,9 +116,9 @@ class Dialogue:
         return tuple(image for turn in self.turns for image in turn.images)
 
     def prompts(self) -> Iterable[tuple["Dialogue", tuple[str, ...]]]:
-        """(everything up to an answer, its references), for each assistant turn."""
+        """(everything up to an answer, its references), for each answer that is supervised."""
         for index, turn in enumerate(self.turns):
-            if turn.role == "assistant":
+            if turn.role == "assistant" and turn.supervised:
                 yield Dialogue(self.turns[:index]), turn.references or (turn.text,)
 
 
@@ -137,11 +142,16 @@ def _check_roles(roles: tuple[str, ...]) -> None:
         raise RecordError("roles do not alternate", f"expected [system,] user, assistant, user, ...; got {got}")
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, zero-width and control characters alone."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
+
+
 _EMPTY = {"system": "empty system message", "user": "empty question", "assistant": "empty answer"}
 
 
 def _check_parts(turn: Turn, number: int) -> None:
-    if not turn.text and (turn.role == "assistant" or turn.role == "system" or not turn.images):
+    if is_blank(turn.text) and (turn.role in ("assistant", "system") or not turn.images):
         raise RecordError(_EMPTY.get(turn.role, "empty document"), f"turn {number}")
     for part in turn.parts:
         if isinstance(part, str):

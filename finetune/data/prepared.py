@@ -280,7 +280,12 @@ def image_from_row(row: dict[str, Any], folder: Path) -> Image:
 def dialogue_to_json(dialogue: Dialogue) -> str:
     """Without the images, which stand as null: they are the example's, in order."""
     turns = [
-        [turn.role, [part if isinstance(part, str) else None for part in turn.parts], list(turn.references)]
+        [
+            turn.role,
+            [part if isinstance(part, str) else None for part in turn.parts],
+            turn.references,
+            *([] if turn.supervised else [False]),
+        ]
         for turn in dialogue.turns
     ]
     text = json.dumps({"turns": turns, "goes_on": dialogue.goes_on}, ensure_ascii=False, separators=(",", ":"))
@@ -290,7 +295,7 @@ def dialogue_to_json(dialogue: Dialogue) -> str:
 def dialogue_from_json(text: str, images: Iterable[Image]) -> Dialogue:
     values, next_image = json.loads(text), iter(images)
     turns = tuple(
-        Turn(role, tuple(next(next_image) if part is None else part for part in parts), tuple(references))
-        for role, parts, references in values["turns"]
+        Turn(role, tuple(next(next_image) if part is None else part for part in parts), tuple(references), *supervised)
+        for role, parts, references, *supervised in values["turns"]
     )
     return Dialogue(turns, values["goes_on"])

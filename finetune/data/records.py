@@ -7,6 +7,8 @@ from finetune.data.account import Account
 from finetune.data.dialogue import Dialogue, Image, RecordError, Remote
 from finetune.data.images import open_image
 from finetune.data.sources import FORMATS
+from finetune.data.sources.build import without
+from finetune.data.sources.placeholders import hide, reveal
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
 from finetune.data.tracking import Track, silently
@@ -36,11 +38,17 @@ def to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoo
     """
     if isinstance(record, RecordError):
         raise record
-    dialogue = FORMATS[root.source.format].convert(record, root)
+    source = root.source
+    record = without(record, source.ignore) if source.ignore else record
+    convert = FORMATS[source.format].convert
+    dialogue = reveal(convert(hide(record), root)) if source.placeholders == "text" else convert(record, root)
     if dialogue.is_prompt and not prompt:
         raise RecordError("no answer to the last question", "the dialogue ends with the user")
     if prompt and not dialogue.is_prompt:
         raise RecordError("not a prompt", "expected a dialogue that ends with the user")
+    answers = [turn for turn in dialogue.turns if turn.role == "assistant"]
+    if not prompt and answers and not any(turn.supervised for turn in answers):
+        raise RecordError("nothing supervised", "every answer has a weight of 0")
     return dialogue
 
 
@@ -79,6 +87,7 @@ def read_dialogues(
         except RecordError as error:
             account.reject(place, error)
             continue
+        account.ignore(dialogue.ignored)
         for part in lost:
             account.reject_part(place, part)
         if lost:

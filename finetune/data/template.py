@@ -9,7 +9,8 @@ The canonical instruct text (idefics-9b-instruct's model card, and its authors' 
 
 Neighbouring images share the fake token between them. A system message stands before the first "User:", on a line of
 its own. A document is `<s>`, its texts and images, `</s>`. Supervised: the assistant's text from the space after
-"Assistant:", its `<end_of_utterance>`; all text of a document and its `</s>`. Never an image token, nor a fake one.
+"Assistant:", its `<end_of_utterance>`, unless the turn says no; all text of a document and its `</s>`. Never an image
+token, nor a fake one.
 """
 
 from dataclasses import dataclass, field
@@ -124,8 +125,8 @@ def _write_user(writer: _Writer, turn: Turn) -> None:
 
 def _write_assistant(writer: _Writer, turn: Turn) -> None:
     writer.text("\nAssistant:")
-    writer.parts(turn, lead=" ", between="\n", supervised=True)
-    writer.special(END_OF_UTTERANCE, supervised=True)
+    writer.parts(turn, lead=" ", between="\n", supervised=turn.supervised)
+    writer.special(END_OF_UTTERANCE, supervised=turn.supervised)
 
 
 def _write_document(writer: _Writer, turn: Turn) -> None:

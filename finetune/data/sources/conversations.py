@@ -4,32 +4,20 @@
                                                 {"from": "gpt", "value": "White and red."}]}
 """
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-from finetune.data.dialogue import Dialogue, Image, Part, RecordError, Role, Turn
-from finetune.data.sources.fields import first_item, has, listed_images, open_with, own_image, required, required_list
+from finetune.data.dialogue import Dialogue, Turn
+from finetune.data.sources.build import build
+from finetune.data.sources.fields import first_item, has, listed_images, own_image, required_list
+from finetune.data.sources.messages import turn_of
 from finetune.data.sources.roots import ImageRoot
-
-PLACEHOLDER = "<image>"
-"""Where an image goes in what the user says; in an answer it is text."""
-
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-}
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """ShareGPT, LLaVA-Instruct, LLaVAR, LLaVA's mix665k. Without a placeholder the images open the first question."""
-    images = listed_images(record, root)
-    return Dialogue(_placed([_turn(said) for said in required_list(record, "conversations", dict)], images))
+    """ShareGPT, LLaVA-Instruct, LLaVAR, LLaVA's mix665k; messages with "role" and "content", too."""
+    ignored: list[str] = []
+    turns = [turn_of(said, root, ignored) for said in required_list(record, "conversations", dict)]
+    return build(record, root, turns, listed_images(record, root), ignored=ignored)
 
 
 def is_llava(record: dict[str, Any]) -> bool:
@@ -45,11 +33,13 @@ def convert_svit(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
     {"image_id": 2410153, "conversations": [{"content": [{"from": "user", "value": ...}, ...]}, ...]}
     """
-    items = required_list(record, "conversations", dict)
-    several = any("content" in item for item in items)
+    items, ignored = required_list(record, "conversations", dict), list[str]()
+    several = any("content" in item and "role" not in item for item in items)
     conversations = [required_list(item, "content", dict) for item in items] if several else [items]
-    turns = [turn for said in conversations for turn in Dialogue(tuple(map(_turn, said))).turns]
-    return Dialogue(_placed(turns, [own_image(record, root, "{image_id}.jpg")]))
+    spoken = [tuple(turn_of(said, root, ignored) for said in conversation) for conversation in conversations]
+    turns = [turn for one in spoken for turn in Dialogue(one).turns]
+    images = [own_image(record, root, "{image_id}.jpg")]
+    return build(record, root, turns, images, ignored=ignored)
 
 
 def is_svit(record: dict[str, Any]) -> bool:
@@ -61,7 +51,8 @@ def is_svit(record: dict[str, Any]) -> bool:
 def convert_ultrachat(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """UltraChat: {"id": "0", "data": [question, answer, question, answer, ...]}."""
     said = required_list(record, "data", str)
-    return Dialogue(tuple(Turn("assistant" if index % 2 else "user", (text,)) for index, text in enumerate(said)))
+    turns = [Turn("assistant" if index % 2 else "user", (text,)) for index, text in enumerate(said)]
+    return build(record, root, turns)
 
 
 def is_ultrachat(record: dict[str, Any]) -> bool:
@@ -69,30 +60,6 @@ def is_ultrachat(record: dict[str, Any]) -> bool:
 
 
 def _is_said(item: object) -> bool:
-    return isinstance(item, dict) and has(item, "from") and "value" in item
-
-
-def _turn(said: dict[str, Any]) -> Turn:
-    speaker = required(said, "from", str)
-    if speaker not in _ROLES:
-        raise RecordError("unknown role", f'"from": expected one of {", ".join(_ROLES)}; got {speaker!r:.80}')
-    return Turn(_ROLES[speaker], (required(said, "value", str),))
-
-
-def _placed(turns: Sequence[Turn], images: Sequence[Image]) -> tuple[Turn, ...]:
-    """The turns with every placeholder of the user's replaced by the next image."""
-    places = sum(turn.text.count(PLACEHOLDER) for turn in turns if turn.role == "user")
-    if not places:
-        return open_with(images, turns)
-    if places != len(images):
-        raise RecordError("image count", f"{len(images)} images for {places} {PLACEHOLDER} in the questions")
-    left = iter(images)
-    return tuple(Turn("user", tuple(_filled(turn.text, left))) if turn.role == "user" else turn for turn in turns)
-
-
-def _filled(text: str, images: Iterator[Image]) -> Iterator[Part]:
-    for index, piece in enumerate(text.split(PLACEHOLDER)):
-        if index:
-            yield next(images)
-        if piece.strip():
-            yield piece
+    return isinstance(item, dict) and (
+        (has(item, "from") and "value" in item) or (has(item, "role") and "content" in item)
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from finetune.data.dialogue import Image, RecordError, Turn
+from finetune.data.dialogue import Image, RecordError
 from finetune.data.sources.roots import ImageRoot
 
 T = TypeVar("T")
@@ -60,15 +60,6 @@ def listed_images(
 def own_image(record: dict[str, Any], root: ImageRoot, default: str) -> Image:
     """The record's "image", or the file that the source or `default` names by its number. Raises RecordError."""
     return root.image(record["image"]) if has(record, "image") else root.named(record, default)
-
-
-def open_with(images: Sequence[Image], turns: Iterable[Turn]) -> tuple[Turn, ...]:
-    """The turns, the first of the user's opened by the images. Turns without a user are no Dialogue anyway."""
-    opened = list(turns)
-    first = next((index for index, turn in enumerate(opened) if turn.role == "user"), None)
-    if first is not None:
-        opened[first] = Turn("user", (*images, *opened[first].parts))
-    return tuple(opened)
 
 
 def checked(value: object, name: str, kind: type[T]) -> T:

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
+from finetune.data.sources.build import build, leftovers
 from finetune.data.sources.fields import checked, has, listed_images, required, required_list
 from finetune.data.sources.files import files_of, read_pairs, read_records, refuse_columns
+from finetune.data.sources.placeholders import kinds_in, place_images
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
+
+_READ = ("instruction", "answer", "image_ids", "images", "rel_ins_ids")
 
 
 def read(source: Source) -> Iterator[Record]:
@@ -31,16 +35,23 @@ def read(source: Source) -> Iterator[Record]:
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """Related instructions are earlier turns; images are shown again only where others were shown in between."""
+    """Related instructions are earlier turns; images are shown again only where others were shown in between.
+
+    Placeholders are the places of an instruction's own images.
+    """
     related = required_list(record, "related", dict) if has(record, "related") else []
-    turns: list[Turn] = []
+    turns, ignored = list[Turn](), list[str]()
     shown: tuple[Image, ...] = ()
     for item in (*related, record):
         images = listed_images(item, root, ("image_ids", "images"))
         question = required(item, "instruction", str)
-        turns += [user(*(images if images != shown else ()), question), assistant(required(item, "answer", str))]
+        again = () if images == shown and not kinds_in(question) else images
+        placed, _ = place_images([user(question)], again, root)
+        turns += [*placed, assistant(required(item, "answer", str))]
         shown = images or shown
-    return Dialogue(tuple(turns))
+        if item is not record:
+            ignored += leftovers(item, _READ, shows=True, inside="related[].")
+    return build(record, root, turns, ignored=ignored)
 
 
 def is_mimic_it(record: dict[str, Any]) -> bool:

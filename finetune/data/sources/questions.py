@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from finetune.data.dialogue import Dialogue, Image, Turn, assistant, user
+from finetune.data.dialogue import Dialogue, Image, assistant, user
+from finetune.data.sources.build import build, history, leftovers
 from finetune.data.sources.fields import (
     first_item,
     has,
     joined,
     listed_images,
-    open_with,
     optional,
     own_image,
     required,
@@ -21,8 +21,8 @@ DIFFERENCES = "What are the differences between the two images?"
 
 def convert_lrv(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """LRV-Instruction: {"image_id": "2392588", "question": ..., "answer": ..., "task": ...}, or "image" itself."""
-    image = own_image(record, root, "{image_id}.jpg")
-    return Dialogue((user(image, required(record, "question", str)), assistant(required(record, "answer", str))))
+    turns = (user(required(record, "question", str)), assistant(required(record, "answer", str)))
+    return build(record, root, [*history(record), *turns], [own_image(record, root, "{image_id}.jpg")])
 
 
 def is_lrv(record: dict[str, Any]) -> bool:
@@ -37,7 +37,8 @@ def convert_m3it(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """M3IT: {"instruction", "inputs", "outputs", "image_base64_str": [base64, ...]}, on the hub with "image"."""
     images = (*_base64_images(record, root), *listed_images(record, root))
     question = joined((required(record, "instruction", str), optional(record, "inputs", str)))
-    return Dialogue((user(*images, question), assistant(required(record, "outputs", str))))
+    turns = (user(question), assistant(required(record, "outputs", str)))
+    return build(record, root, [*history(record), *turns], images)
 
 
 def is_m3it(record: dict[str, Any]) -> bool:
@@ -45,11 +46,10 @@ def is_m3it(record: dict[str, Any]) -> bool:
 
 
 def convert_alpaca(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """Alpaca: {"instruction", "input", "output"}, with "system" and images where there are any."""
-    system = optional(record, "system", str)
+    """Alpaca: {"instruction", "input", "output"}, with "system", "history" and images where there are any."""
     question = joined((required(record, "instruction", str), optional(record, "input", str)))
-    turns = (user(*listed_images(record, root), question), assistant(required(record, "output", str)))
-    return Dialogue((Turn("system", (system,)), *turns) if system and system.strip() else turns)
+    turns = (user(question), assistant(required(record, "output", str)))
+    return build(record, root, [*history(record), *turns], listed_images(record, root))
 
 
 def is_alpaca(record: dict[str, Any]) -> bool:
@@ -58,12 +58,14 @@ def is_alpaca(record: dict[str, Any]) -> bool:
 
 def convert_cauldron(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """The Cauldron: {"images": [...], "texts": [{"user", "assistant", "source"}, ...]}, all texts about all images."""
+    texts = required_list(record, "texts", dict)
     turns = [
         turn
-        for text in required_list(record, "texts", dict)
+        for text in texts
         for turn in (user(required(text, "user", str)), assistant(required(text, "assistant", str)))
     ]
-    return Dialogue(open_with(listed_images(record, root), turns))
+    ignored = [key for text in texts for key in leftovers(text, ("user", "assistant"), shows=False, inside="texts[].")]
+    return build(record, root, turns, listed_images(record, root), ignored=ignored)
 
 
 def is_cauldron(record: dict[str, Any]) -> bool:
@@ -76,7 +78,7 @@ def convert_spot_the_diff(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     first = root.named(record, "{img_id}.png")
     second = root.named({**record, "img_id": f"{record.get('img_id')}_2"}, "{img_id}.png")
     sentences = [_sentence(text) for text in required_list(record, "sentences", str) if text.strip()]
-    return Dialogue((user(first, second, DIFFERENCES), assistant(" ".join(sentences))))
+    return build(record, root, (user(DIFFERENCES), assistant(" ".join(sentences))), (first, second))
 
 
 def is_spot_the_diff(record: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.data.dialogue import Dialogue, RecordError
 
@@ -41,6 +41,10 @@ class Source:
     """Questions about one image are joined, and longer dialogues divided, into dialogues of at most so many turns."""
     ordered: bool | None = None
     """Whether the order of turns matters; None: as the format has it."""
+    placeholders: Literal["images", "text"] = "images"
+    """What "<image>" in a text stands for: an image of the record, or itself."""
+    ignore: tuple[str, ...] = ()
+    """Keys of records that are read as if they were not there."""
     license: str | None = None
 
     @property
