@@ -19,7 +19,7 @@ from transformers import IdeficsProcessor
 from finetune.data.tracking import Track, silently
 from finetune.folder import commit
 from finetune.verify import PROVENANCE, compare, digests, require_rounding, weight_digests
-from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
+from modeling.adapter_files import ADAPTER_FILES
 from modeling.checkpoint import (
     Planned,
     Rows,
@@ -43,9 +43,6 @@ SHARD_BYTES = 5 * 10**9
 
 MADE_OF = "made_of.json"
 """Beside weights that are still being written: what they are made of."""
-
-ADAPTER_FILES = (PEFT_CONFIG, "adapter_model.safetensors", "adapter_model.bin", TRAINED_FILE)
-"""Of an adapter folder, what its merge depends on."""
 
 SPARE_BYTES = 200_000_000
 """Of disk, beyond the weights."""
@@ -93,7 +90,7 @@ def merge(
     stored = {name: one for name, one in stored.items() if not is_computed(name)}
     _require_base(folder, stored, tensor_shapes(base_config))
     shapes = tensor_shapes(config)
-    changes.require_home(shapes)
+    changes.require_fit(shapes)
     if base_identity and base_identity != made_of["base"]:
         raise UserError(f"{adapter}: was trained on other weights than those of {base}: same shapes, other content")
     if record := _done(out, made_of):

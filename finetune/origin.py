@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from modeling.adapters import PEFT_CONFIG
+from modeling.adapter_files import PEFT_CONFIG
 from modeling.deltas import Onto
 from modeling.errors import UserError
 from modeling.files import read_json, write_json

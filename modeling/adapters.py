@@ -5,36 +5,30 @@ An adapter folder holds PEFT's own files (LoRA, and the added tokens through `mo
 and everything trained is in `trained.safetensors`.
 """
 
+import math
+import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import IdeficsForVisionText2Text
 
 from modeling import gates
+from modeling.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE
+from modeling.deltas import Adapter
 from modeling.errors import UserError
 from modeling.lora import fuse_linears
 from modeling.quantize import quantized_layers
-from modeling.shapes import Config, count_lora, count_parameters
+from modeling.shapes import Config, count_lora, count_parameters, tensor_shapes
 from modeling.towers import ADDED_ROWS, LORA_TOWERS, TOWERS, is_lora, lora_pattern, stock_name, tower_of
-
-TRAINED_FILE = "trained.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 
 Modes = Mapping[str, str]
 """Tower -> "frozen" | "lora" | "full"; a tower not named is frozen."""
@@ -180,7 +174,7 @@ def save_adapter(model: nn.Module, folder: Path, *, state_dict: Mapping[str, tor
 def copy_adapter(folder: Path, to: Path) -> None:
     """The files of an adapter alone, out of a folder that holds others, too."""
     to.mkdir(parents=True, exist_ok=True)
-    for name in (PEFT_CONFIG, SAFETENSORS_WEIGHTS_NAME, TRAINED_FILE):
+    for name in (PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, to / name)
 
@@ -188,56 +182,78 @@ def copy_adapter(folder: Path, to: Path) -> None:
 def load_adapter_weights(model: nn.Module, folder: Path) -> None:
     """Fill an attached model from an adapter folder. Every tensor must find its place, every place its tensor.
 
-    PEFT alone is silent about tensors it has no place for. Raises UserError.
+    Raises UserError: not whole, made for another base, or trained as the model's recipe does not.
     """
-    trained, places = _read_trained(folder), trained_parameters(model)
-    _require_fit(folder / TRAINED_FILE, trained, places)
-    has_lora = (folder / PEFT_CONFIG).is_file()
-    if has_lora != isinstance(model, PeftModel):
-        raise UserError(f"{folder}: the adapter has {'' if has_lora else 'no '}LoRA and this recipe says otherwise")
-    if isinstance(model, PeftModel):
-        weights = load_peft_weights(str(folder), device="cpu")
-        _require_fit(folder, weights, get_peft_model_state_dict(model, save_embedding_layers=False))
-        set_peft_model_state_dict(model, weights)
-    for name, parameter in places.items():
-        parameter.data.copy_(trained[name])
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapter = Adapter.read(folder)
+    adapter.require_fit(tensor_shapes(plain.config.to_dict()))
+    if bool(adapter.lora) != isinstance(model, PeftModel):
+        raise UserError(f"{folder}: the adapter has {'' if adapter.lora else 'no '}LoRA and this recipe says otherwise")
+    _fill(model, adapter, {name: one for name, one in model.named_parameters() if one.requires_grad})
+    for name, layer in _lora_layers(model):
+        if not math.isclose(got := adapter.scaling(name), expected := layer.scaling["default"]):
+            raise UserError(
+                f"{folder}: {name}: its LoRA was trained at a scale (alpha / rank) of {got:.4g}, and this recipe's is "
+                f"{expected:.4g}; name the adapter's own alpha"
+            )
 
 
 def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
     """Attach what an adapter folder holds to its (extended) base, filled and frozen, ready to be asked.
 
-    What was trained in full is rounded to the base's dtype, as it will be in the merged model.
+    What was trained in full is rounded to the base's dtype, as it will be in the merged model. Raises UserError.
     """
-    trained, lora = _read_trained(folder), None
-    surplus = sorted(trained.keys() - {name for name, _ in model.named_parameters()})
-    if surplus:
-        raise UserError(f"{folder / TRAINED_FILE}: {len(surplus)} tensors have no place in the model: {surplus[:3]}")
-    full = {tower_of(name) for name in trained}
-    if (folder / PEFT_CONFIG).is_file():
-        lora = LoraConfig.from_pretrained(str(folder))
-        if lora.modules_to_save:
-            full.add("added_tokens")
-    elif not trained:
-        raise UserError(f"{folder}: expected an adapter folder ({PEFT_CONFIG} or {TRAINED_FILE}), found neither")
+    adapter, lora = Adapter.read(folder), None
+    adapter.require_fit(tensor_shapes(model.config.to_dict()))
+    full = {tower_of(name) for name in adapter.replaced}
     _refuse_quantized(model, full)
+    if adapter.config:  # PEFT gets modules by name: patterns of others are not matched again
+        ranks = {name.removesuffix(".weight"): len(one["lora_A"]) for name, one in adapter.lora.items()}
+        lora = LoraConfig(
+            r=adapter.config.r,
+            target_modules=list(ranks),
+            rank_pattern={
+                f"({'|'.join(re.escape(name) for name in ranks if ranks[name] == rank)})": rank
+                for rank in {*ranks.values()} - {adapter.config.r}
+            },
+            use_dora=bool(adapter.config.use_dora),
+        )
     wrapped = _attach(model, full, lora)
-    load_adapter_weights(wrapped, folder)
+    kept = adapter.replaced.keys()
+    places = {name: one for name, one in wrapped.named_parameters() if is_lora(name) or stock_name(name) in kept}
+    _fill(wrapped, adapter, places)
+    for name, layer in _lora_layers(wrapped):
+        layer.scaling["default"] = adapter.scaling(name)
     return wrapped.requires_grad_(False).eval()
 
 
-def _read_trained(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / TRAINED_FILE) if (folder / TRAINED_FILE).is_file() else {}
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(stock name of its weight, layer) of each layer with LoRA."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield f"{stock_name(name)}.weight", module
 
 
-def _require_fit(where: Path, got: Mapping[str, torch.Tensor], places: Mapping[str, torch.Tensor]) -> None:
-    """Names and shapes must be those of `places`: copying would broadcast a wrong shape. Raises UserError."""
-    missing, surplus = sorted(places.keys() - got.keys()), sorted(got.keys() - places.keys())
+def _fill(model: nn.Module, adapter: Adapter, places: Mapping[str, nn.Parameter]) -> None:
+    """Copy the adapter's tensors into parameters of the model. Names and shapes must agree. Raises UserError."""
+    got = {(name, ""): tensor for name, tensor in adapter.replaced.items()}
+    got |= {(name, key): tensor for name, factors in adapter.lora.items() for key, tensor in factors.items()}
+    into = {(stock_name(name), _factor(name)): parameter for name, parameter in places.items()}
+    missing, surplus = ([" ".join(one) for one in sorted(names)] for names in (into.keys() - got, got.keys() - into))
     if missing or surplus:
         raise UserError(
-            f"{where}: the adapter does not fit the model: {len(missing)} tensors missing {missing[:3]}, "
+            f"{adapter.folder}: the adapter does not fit the model: {len(missing)} tensors missing {missing[:3]}, "
             f"{len(surplus)} with no place {surplus[:3]}"
         )
-    for name, place in places.items():
-        if got[name].shape != place.shape:
-            shapes = f"{tuple(got[name].shape)}, expected {tuple(place.shape)}"
-            raise UserError(f"{where}: the adapter does not fit the model: {name} is {shapes}")
+    for key, place in into.items():
+        if got[key].shape != place.shape:
+            shapes = f"{tuple(got[key].shape)}, expected {tuple(place.shape)}"
+            raise UserError(f"{adapter.folder}: the adapter does not fit the model: {' '.join(key)} is {shapes}")
+    for key, place in into.items():
+        place.data.copy_(got[key])
+
+
+def _factor(parameter: str) -> str:
+    """What a parameter is of its weight's LoRA: lora_A, lora_B, lora_magnitude_vector; "" for the weight itself."""
+    found = re.search(r"\.(lora_\w+)\.", parameter)
+    return found[1] if found else ""

@@ -24,6 +24,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -32,9 +34,18 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Of a model's weights; eight bits are weights only together with scales, which IDEFICS has no place for."""
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LFS_POINTER = b"version "
+"""How the text begins that git leaves in place of a large file."""
+
 MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""
+
+MAX_SIZE = 2**62
+"""Of one axis of a tensor: above it, torch's arithmetic with sizes could overflow."""
 
 IDENTITY_BYTES = 4096
 """Of each tensor that `identity` looks at, at its beginning and at its end."""
@@ -156,7 +167,10 @@ def read_header(path: Path) -> dict[str, Stored]:
     """Name -> tensor of one file. Raises UserError: no safetensors, truncated, or tensors that overlap."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        if first == LFS_POINTER:
+            raise UserError(f"{path}: is a git-lfs pointer, not the weights: git lfs pull, in its folder")
+        length = int.from_bytes(first, "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise UserError(f"{path}: not a safetensors file, or a truncated one ({size:,} bytes)")
         try:
@@ -164,7 +178,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             header.pop("__metadata__", None)
             tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: the safetensors header cannot be read: {error!r}") from error
+            raise UserError(f"{path}: the safetensors header cannot be read: {repr(error)[:300]}") from error
     _require_filled(path, tensors, start=8 + length, size=size)
     return tensors
 
@@ -175,6 +189,8 @@ def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:
         raise ValueError(f"expected a dtype of {', '.join(DTYPES)}, got {code!r}")
     if not all(type(number) is int and number >= 0 for number in (first, last, *shape)):
         raise ValueError(f"expected a shape and offsets of whole numbers, got {shape} and {[first, last]}")
+    if not all(number <= MAX_SIZE for number in shape):
+        raise ValueError(f"expected sizes of {MAX_SIZE} at most, got {shape}")
     stored = Stored(DTYPES[code], tuple(shape), path, start + first)
     if last - first != stored.nbytes:
         raise ValueError(f"{last - first} bytes for {stored.shape} {code}")
@@ -233,12 +249,18 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def require_shapes(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """A checkpoint holds every tensor that its config implies. Raises UserError."""
+    """A checkpoint holds every tensor that its config implies, as floating-point weights. Raises UserError."""
     if missing := sorted(expected.keys() - stored.keys()):
         raise UserError(f"{folder}: lacks {len(missing)} tensors of its own config: {missing[:3]}")
-    for name, shape in expected.items():
-        if stored[name].shape != shape:
-            raise UserError(f"{stored[name].file}: {name} is {stored[name].shape}, its config says {shape}")
+    if others := [name for name, shape in expected.items() if stored[name].shape != shape]:
+        name, more = others[0], f" (and {len(others) - 1} more differ)" if len(others) > 1 else ""
+        raise UserError(f"{stored[name].file}: {name} is {stored[name].shape}, its config says {expected[name]}{more}")
+    if others := [name for name in expected if stored[name].dtype not in WEIGHT_DTYPES]:
+        name, more = others[0], f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+        raise UserError(
+            f"{stored[name].file}: {name} is {stored[name].dtype}{more}: a quantised model; expected weights in bf16, "
+            f"fp16, fp32 or fp64, as the model was released"
+        )
 
 
 def weight_bytes(tensors: Mapping[str, Stored], dtype: torch.dtype) -> int:

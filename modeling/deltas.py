@@ -1,24 +1,35 @@
-"""What an adapter changes, and onto what: base tensor in, merged tensor out, in blocks of rows."""
+"""What an adapter changes, and onto what: base tensor in, merged tensor out, in blocks of rows.
+
+`Adapter.read` and `require_fit` are the one rule by which merging, chat, evaluation and continued training take an
+adapter: all of it is there, all of it fits, or it is refused by name.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Literal
 
 import torch
-from peft import LoraConfig, load_peft_weights
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
+from peft import LoraConfig
 
-from modeling.adapters import PEFT_CONFIG, TRAINED_FILE
+from modeling.adapter_files import (
+    PEFT_CONFIG,
+    TRAINED_FILE,
+    has_peft_tensors,
+    read_lora_config,
+    read_peft_tensors,
+    read_trained,
+    require_adapter,
+)
 from modeling.checkpoint import Rows, Stored
 from modeling.errors import UserError
 from modeling.quantize import Nf4, quantized_names
 from modeling.shapes import Config
-from modeling.towers import EXACT_LORA, stock_name, tower_of
+from modeling.targets import by_pattern, lora_targets, saved_modules
+from modeling.towers import ADDED_WEIGHTS, stock_name
 
 Onto = Literal["full", "nf4"]
 """The released weights, or these as a model in NF4 computes with them."""
@@ -69,6 +80,10 @@ def rounded(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return converted
 
 
+_HEADS = {"lm_head.weight", "model.embed_tokens.weight"}
+"""Each with the added tokens' rows in a module of its own."""
+
+
 @dataclass
 class Adapter:
     """An adapter folder's tensors by stock name."""
@@ -79,33 +94,34 @@ class Adapter:
     """Stock name -> gates, added rows, towers trained in full."""
     config: LoraConfig | None
     """None where there is no LoRA."""
+    folder: Path = Path()
 
     @classmethod
     def read(cls, folder: Path) -> "Adapter":
-        """Raises UserError: no adapter folder, or one whose merge would not be exact."""
-        replaced = load_file(folder / TRAINED_FILE) if (folder / TRAINED_FILE).is_file() else {}
-        if not (folder / PEFT_CONFIG).is_file():
-            if not replaced:
-                found = "a model" if (folder / "config.json").is_file() else "neither"
-                expected = f"an adapter folder ({PEFT_CONFIG} or {TRAINED_FILE})"
-                raise UserError(f"{folder}: expected {expected}, found {found}")
-            return cls({}, replaced, None)
-        config = LoraConfig.from_pretrained(str(folder))
-        if not isinstance(config, LoraConfig):
-            raise UserError(f"{folder}: expected LoRA, got an adapter of PEFT's type {config.peft_type.value}")
-        for key, values in EXACT_LORA.items():
-            if getattr(config, key) not in values:
-                raise UserError(f"{folder}: cannot be merged exactly: {key} is {getattr(config, key)!r}")
+        """Raises UserError: no adapter folder, a damaged one, or one whose merge would not be exact."""
+        require_adapter(folder)
+        config, replaced = read_lora_config(folder), read_trained(folder)
         lora: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_peft_weights(str(folder), device="cpu").items():
+        for name, tensor in (read_peft_tensors(folder) if config else {}).items():
             home, mark, rest = name.partition(".lora_")
             if mark:
                 lora.setdefault(f"{stock_name(home)}.weight", {})[f"lora_{rest}".removesuffix(".weight")] = tensor
-            else:
-                replaced[stock_name(name)] = tensor
+                continue
+            stock = stock_name(name)
+            if stock in replaced:
+                raise UserError(f"{folder}: {stock} is there twice, in PEFT's file and in {TRAINED_FILE}")
+            if not stock.startswith(("model.embed_tokens.", "lm_head.")) and not saved_modules(
+                config.modules_to_save or [] if config else [], _paths(stock)
+            ):
+                raise UserError(f"{folder}: holds {stock}, which its {PEFT_CONFIG} does not name in modules_to_save")
+            replaced[stock] = tensor
         for name, factors in lora.items():
             _require_factors(folder, name, factors)
-        return cls(lora, replaced, config)
+        if config and not lora:
+            raise UserError(f"{folder}: not whole: {PEFT_CONFIG} is one of LoRA, and no tensor of LoRA is there")
+        if not config and has_peft_tensors(folder):
+            raise UserError(f"{folder}: adapter_model.* lies there without its {PEFT_CONFIG}; copy that beside it")
+        return cls(lora, replaced, config, folder)
 
     @property
     def names(self) -> set[str]:
@@ -115,25 +131,79 @@ class Adapter:
     @property
     def added_tokens(self) -> int | None:
         """How many added tokens it has rows for; None where it has none."""
-        rows = [len(tensor) for name, tensor in self.replaced.items() if tower_of(name) == "added_tokens"]
+        rows = [len(tensor) for name, tensor in self.replaced.items() if name in ADDED_WEIGHTS and tensor.ndim]
         return rows[0] if rows else None
 
-    def require_home(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Every tensor of the adapter must fit one of the model's `shapes`, by stock name. Raises UserError."""
-        homeless = sorted(self.names - shapes.keys())
-        if homeless:
-            raise UserError(f"{len(homeless)} tensors of the adapter have no place in the base: {homeless[:3]}")
+    def require_fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The adapter is whole, and made for a model of these `shapes` (by stock name). Raises UserError."""
+        if homeless := sorted(self.names - shapes.keys()):
+            raise UserError(
+                f"{self.folder}: {len(homeless)} tensors of the adapter have no place in the base: {homeless[:3]}; "
+                f"it was made for another model"
+            )
         for name, tensor in self.replaced.items():
-            _require_shape(name, tuple(tensor.shape), shapes[name])
+            self._require_shape(name, tuple(tensor.shape), shapes[name])
         for name, factors in self.lora.items():
-            _require_shape(name, (factors["lora_B"].shape[0], factors["lora_A"].shape[1]), shapes[name])
+            self._require_shape(name, (factors["lora_B"].shape[0], factors["lora_A"].shape[1]), shapes[name])
+        if both := sorted(self.lora.keys() & self.replaced.keys() - _HEADS):
+            raise UserError(
+                f"{self.folder}: {both[0]} is there whole, and has LoRA as well: which of them was trained?"
+            )
+        if self.config:
+            self._require_all(self.config, shapes)
+            for name in self.lora:
+                self.scaling(name)  # its patterns are matched here, before anything is written
+
+    def _require_shape(self, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if got != expected:
+            raise UserError(
+                f"{self.folder}: the adapter was made for another base: {name} is {got} there and {expected} here"
+            )
+
+    def _require_all(self, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Every module that the config names has its tensors, of the config's rank, and no other has any."""
+        if on_head := sorted(self.lora.keys() & _HEADS):
+            raise UserError(
+                f"{self.folder}: LoRA on {on_head[0]}, which in IDEFICS is two matrices, to which PEFT's LoRA does "
+                f"not add: the model would not run; train without it in target_modules"
+            )
+        where = str(self.folder / PEFT_CONFIG)
+        modules = sorted({name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)})
+        targets = {f"{module}.weight" for module in lora_targets(config, modules, where=where)}
+        if missing := sorted(targets - self.lora.keys()):
+            raise UserError(
+                f"{self.folder}: not whole: target_modules names {len(targets)} matrices of the base, and there is "
+                f"LoRA for {len(targets) - len(missing)} of them, not for {missing[0]}; save the adapter again"
+            )
+        if surplus := sorted(self.lora.keys() - targets):
+            raise UserError(f"{self.folder}: has LoRA for {surplus[0]}, which {where} does not name in target_modules")
+        ranks = by_pattern(config.rank_pattern, config.r, modules, where=f"{where}: rank_pattern")
+        for name, factors in self.lora.items():
+            if (got := len(factors["lora_A"])) != (expected := ranks[name.removesuffix(".weight")]):
+                raise UserError(f"{self.folder}: {name} has LoRA of rank {got}, and {where} says {expected}")
+            if ("lora_magnitude_vector" in factors) != bool(config.use_dora):
+                found = "no magnitude" if config.use_dora else "a magnitude"
+                raise UserError(f"{self.folder}: {name} has {found}, and {where} says use_dora {config.use_dora}")
+        saved = saved_modules(config.modules_to_save or [], {path for name in shapes for path in _paths(name)})
+        expected_names = {name for name in shapes if saved & {*_paths(name)}}
+        if missing := sorted(expected_names - self.replaced.keys()):
+            raise UserError(
+                f"{self.folder}: not whole: modules_to_save names {missing[0]}, which is not there; "
+                f"fetch or save the adapter again"
+            )
+
+    @cached_property
+    def _alphas(self) -> dict[str, float]:
+        """Module -> alpha, of the modules that have LoRA."""
+        assert self.config is not None
+        modules, where = [name.removesuffix(".weight") for name in self.lora], self.folder / PEFT_CONFIG
+        return by_pattern(self.config.alpha_pattern, self.config.lora_alpha, modules, where=f"{where}: alpha_pattern")
 
     def scaling(self, name: str) -> float:
         """By which the product of a weight's factors is multiplied (LoRA: alpha / r; rsLoRA: alpha / sqrt(r))."""
         assert self.config is not None
-        module, rank = name.removesuffix(".weight"), self.lora[name]["lora_A"].shape[0]
-        patterns = self.config.alpha_pattern
-        alpha = patterns.get(get_pattern_key(patterns.keys(), module), self.config.lora_alpha)
+        rank = self.lora[name]["lora_A"].shape[0]
+        alpha = self._alphas[name.removesuffix(".weight")]
         return float(alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
 
     def merge_rows(self, name: str, weight: torch.Tensor, start: int) -> torch.Tensor:
@@ -159,6 +229,11 @@ def _require_factors(folder: Path, name: str, factors: dict[str, torch.Tensor]) 
     raise UserError(f"{folder}: {name}: expected LoRA of a linear layer, lora_A [r, n] and lora_B [m, r], got {shapes}")
 
 
-def _require_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if got != expected:
-        raise UserError(f"the adapter was made for another base: {name} is {got} there and {expected} here")
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return name.endswith(".weight") and len(shape) > 1
+
+
+def _paths(name: str) -> list[str]:
+    """The modules that a tensor lies in: of `a.b.weight`, `a` and `a.b`."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]

@@ -75,6 +75,8 @@ def read_json(path: Path, *, repair: str = "delete it, and give the same command
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; {repair}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); it may be cut short: {repair}") from error
     if not isinstance(value, dict):

@@ -32,6 +32,9 @@ GATES = ("alpha_cross_attn", "alpha_dense")
 ADDED_ROWS = ("additional_embedding", "additional_fc")
 """Modules holding the rows of the added tokens: input side, output side."""
 
+ADDED_WEIGHTS = ("model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight")
+"""Their tensors."""
+
 EXACT_LORA: Mapping[str, tuple[object, ...]] = {
     "bias": ("none",),
     # The others rewrite the base's own matrices before training starts.
@@ -46,6 +49,8 @@ EXACT_LORA: Mapping[str, tuple[object, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "alora_invocation_tokens": (None,),
+    "megatron_config": (None,),
+    "velora_config": (None,),
 }
 """LoraConfig fields and the values under which base + adapter is a sum of matrices, so that a merge is exact."""
 

@@ -316,7 +316,7 @@ def test_a_file_that_is_no_safetensors(tmp_path, lie):
 HEADERS = {
     "unknown dtype": (
         {"a": entry(0, 8, dtype="F8")},
-        "expected a dtype of F64, F32, F16, BF16, I64, I32, I16, I8, U8, BO",
+        "expected a dtype of F64, F32, F16, BF16, F8_E4M3, F8_E5M2, I64, I32, I16, I8, U8, BO",
     ),
     "no dtype": ({"a": {"shape": [8], "data_offsets": [0, 8]}}, "KeyError('dtype')"),
     "an entry that is none": ({"a": 3}, "TypeError"),

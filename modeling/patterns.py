@@ -1,0 +1,103 @@
+"""Regular expressions out of other people's files, matched in bounded time and memory.
+
+PEFT gives the patterns of an adapter's config to `re`, where `(\\w+\\.?)*x` takes longer than a life on one name. Here
+a pattern with a quantifier is matched by another process, which is ended when its time is over.
+"""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from modeling.errors import UserError
+
+LIMIT_S = 10
+"""Seconds for all patterns of one question; a pattern that people write takes a millisecond."""
+
+MEMORY_BYTES = 2**30
+"""Address space of the process that matches."""
+
+_LINEAR = re.compile(r"[\w.\\-]*")
+"""Patterns without quantifiers and alternatives: they can be matched at once."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A pattern as a file has it, and what is written around it."""
+
+    text: str
+    before: str = ""
+    after: str = ""
+    whole: bool = False
+    """Whether it must match a name to its end."""
+
+
+def matching(
+    patterns: Sequence[Pattern], names: Sequence[str], *, where: str, known: Collection[str] = ()
+) -> list[dict[str, str]]:
+    """For each pattern, the names it matches from their beginning, each with what its group `idx` found (or "").
+
+    `known` patterns are our own. Raises UserError, which begins with `where`: no regular expression, or a match that
+    takes longer than `LIMIT_S`.
+    """
+    try:
+        if all(one.text in known or _LINEAR.fullmatch(one.text) for one in patterns):
+            return _match(patterns, names)
+        return _match_elsewhere(patterns, names)
+    except re.error as error:
+        raise UserError(f"{where}: {error.pattern!r} is no regular expression: {error.msg}") from error
+    except subprocess.TimeoutExpired as error:
+        texts = ", ".join(repr(one.text) for one in patterns[:3])
+        raise UserError(
+            f"{where}: {texts}: matching takes longer than {LIMIT_S} s (nested quantifiers?); name the modules instead"
+        ) from error
+
+
+def _match(patterns: Sequence[Pattern], names: Sequence[str]) -> list[dict[str, str]]:
+    found = []
+    for one in patterns:
+        try:
+            compiled = re.compile(f"{one.before}{one.text}{one.after}")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise re.error(str(error), one.text) from error
+        match = compiled.fullmatch if one.whole else compiled.match
+        matches = {name: hit for name in names if (hit := match(name))}
+        found.append({name: hit.groupdict().get("idx") or "" for name, hit in matches.items()})
+    return found
+
+
+def _match_elsewhere(patterns: Sequence[Pattern], names: Sequence[str]) -> list[dict[str, str]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "modeling.patterns"],
+        input=json.dumps([[asdict(one) for one in patterns], list(names)]),
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise re.error(f"it cannot be matched in {MEMORY_BYTES >> 20} MiB", patterns[0].text)
+    answer = json.loads(done.stdout)
+    if isinstance(answer, dict):
+        raise re.error(answer["message"], answer["pattern"])
+    return answer
+
+
+def _main() -> None:
+    """Patterns and names on stdin -> what they match on stdout, or what is wrong with a pattern."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    patterns, names = json.load(sys.stdin)
+    try:
+        answer: object = _match([Pattern(**one) for one in patterns], names)
+    except re.error as error:
+        answer = {"message": error.msg, "pattern": error.pattern}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()
