@@ -1,7 +1,9 @@
 """The command `finetune`: one verb per stage. Imports torch only inside a verb that needs it."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from finetune import launch
-from finetune.outcome import fail, finish, guarded, quiet
+from finetune.outcome import DOES_NOT_FIT, NOT_ALL_ANSWERED, fail, finish, guarded, quiet
 from finetune.places import check_place
 from finetune.visible import visible
 
@@ -84,7 +86,10 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a recipe will cost in memory, disk and steps, before anything is loaded; and what would make it fit."""
+    """What a recipe will cost in memory, disk and steps, before anything is loaded; and what would make it fit.
+
+    Ends with status 3 where it does not fit.
+    """
     from finetune.planning.plan import plan as plan_recipe
     from finetune.recipe_file import load_recipe
 
@@ -94,7 +99,8 @@ def plan(
             check_place("--picture", picture)
         return plan_recipe(loaded, gpu=gpu, processes=processes, picture=picture, show=not as_json)
 
-    finish(guarded(work, interrupted="nothing is written"), as_json)
+    figures = guarded(work, interrupted="nothing is written")
+    finish(figures, as_json, status=0 if not figures["gpu"] or figures["gpu"]["fits"] else DOES_NOT_FIT)
 
 
 @app.command(epilog="Example: `finetune prepare recipes/own_data.yaml`")
@@ -258,7 +264,7 @@ def chat(
     def work() -> dict[str, Any]:
         quiet()
         from finetune.chat import Conversation, converse, open_assistant
-        from finetune.progress import write
+        from finetune.progress import say, write
 
         conversation = Conversation(open_assistant(model, adapter=adapter, quantize=quantize), max_new_tokens)
         for path in image or []:
@@ -266,10 +272,10 @@ def chat(
         if question:
             write(conversation.ask(question))
         else:
-            converse(conversation, lambda: input("> "), write)
+            converse(conversation, lambda: input("> " if sys.stdin.isatty() else ""), write, say)
         return {}
 
-    guarded(work, interrupted="the conversation is not saved")
+    guarded(work, interrupted="nothing is written" if question else "the conversation is not saved")
 
 
 @app.command(epilog="Example: `finetune generate runs/mine/merged prompts.jsonl answers.jsonl`")
@@ -282,19 +288,32 @@ def generate(
     max_new_tokens: NewTokens = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a file of prompts, one line each; a record that cannot be asked gets its reason."""
+    """Answer a file of prompts, one line each; a record that cannot be asked gets its reason.
+
+    Interrupted, the same command goes on. Ends with status 4 where a record could not be asked.
+    """
 
     def work() -> dict[str, Any]:
         quiet()
-        from finetune.chat import answer_file, open_assistant
+        from finetune.answers import answer_file, asked, count_prompts
+        from finetune.chat import open_assistant
         from finetune.progress import say, track
 
+        total = count_prompts(prompts, answers)
         assistant = open_assistant(model, adapter=adapter, quantize=quantize)
-        counts = answer_file(assistant, prompts, answers, max_new_tokens=max_new_tokens, track=track)
+        counts = answer_file(
+            assistant,
+            prompts,
+            answers,
+            model=asked(model, adapter=adapter, quantize=quantize),
+            max_new_tokens=max_new_tokens,
+            track=partial(track, total=total),
+        )
         say(f"{answers}: {counts['answered']} answers, {counts['errors']} errors")
         return dict(counts)
 
-    finish(guarded(work, interrupted=f"answers so far are in {answers}, and the same command goes on"), as_json)
+    counts = guarded(work, interrupted=f"what is answered is kept beside {answers}, and the same command goes on")
+    finish(counts, as_json, status=NOT_ALL_ANSWERED if counts["errors"] else 0)
 
 
 def _load(path: Path, overrides: list[str] | None, *, runs: bool = False) -> Any:

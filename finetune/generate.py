@@ -1,6 +1,6 @@
 """Dialogue in, text out: the same template as in training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -61,22 +61,38 @@ def generate(
 
     `together`: all processes ask the same, answer their share of the batches, and get all answers.
     """
+    batches, answer = _batches(assistant, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if together:
+        answered = ranks.share_out("answer", batches, answer, track=track)
+    else:
+        answered = [answer(batch) for batch in track(batches, "answer")]
+    by_prompt = dict(zip(chain.from_iterable(batches), chain.from_iterable(answered), strict=True))
+    return [by_prompt[index] for index in range(len(prompts))]
+
+
+def generate_each(
+    assistant: Assistant, prompts: Sequence[Dialogue], *, max_new_tokens: int, batch_size: int
+) -> Iterator[tuple[int, Answer]]:
+    """(index of a prompt, its answer), as they are made."""
+    batches, answer = _batches(assistant, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    for batch in batches:
+        yield from zip(batch, answer(batch), strict=True)
+
+
+def _batches(
+    assistant: Assistant, prompts: Sequence[Dialogue], *, max_new_tokens: int, batch_size: int
+) -> tuple[list[list[int]], Callable[[list[int]], list[Answer]]]:
+    """(indices of prompts that are answered together, what answers them)."""
     rendered = [render(prompt) for prompt in prompts]
     examples = [tokenize(text, assistant.tokenizer) for text in rendered]
     # Similar lengths together, so that little is padded; else in order, so that neighbours share an image's features.
     order = sorted(range(len(prompts)), key=lambda index: len(examples[index]) // PADDING)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def answer(batch: list[int]) -> list[Answer]:
         inputs = _inputs(assistant, [examples[index] for index in batch], [rendered[index] for index in batch])
         return [_answer(assistant.tokenizer, ids) for ids in _continue(assistant, inputs, max_new_tokens)]
 
-    if together:
-        answered = ranks.share_out("answer", batches, answer, track=track)
-    else:
-        answered = [answer(batch) for batch in track(batches, "answer")]
-    by_prompt = dict(zip(order, chain.from_iterable(answered), strict=True))
-    return [by_prompt[index] for index in range(len(prompts))]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)], answer
 
 
 def _continue(assistant: Assistant, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[list[int]]:

@@ -60,12 +60,14 @@ def fail(message: str, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
-def finish(result: dict[str, Any], as_json: bool) -> None:
+def finish(result: dict[str, Any], as_json: bool, *, status: int = 0) -> None:
     """End with the figures on stdout, where they are asked for."""
     if as_json:
         from finetune.progress import write_figures
 
         write_figures(result)
+    if status:
+        raise typer.Exit(status)
 
 
 def quiet() -> None:

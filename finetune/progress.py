@@ -177,10 +177,11 @@ class _Lines(Progress):
         )
 
 
-def track(items: Iterable[Any], description: str) -> Iterable[Any]:
-    """Iterate with a bar; of a length where the items have one."""
+def track(items: Iterable[Any], description: str, *, total: int | None = None) -> Iterable[Any]:
+    """Iterate with a bar; of `total` items, or as many as there are where they have a length."""
     with bar() as progress:
-        total = len(items) if isinstance(items, Sequence) else None
+        if total is None and isinstance(items, Sequence):
+            total = len(items)
         task = progress.add_task(description.replace("\n", " "), total=total, note="")
         for item in items:
             yield item

@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
-from finetune.chat import HELP, Conversation, answer_file, converse, open_assistant
+from finetune.chat import HELP, Conversation, converse
 from finetune.cli import app
 from finetune.data.dialogue import Image, RecordError
 from finetune.generate import Answer
@@ -49,7 +49,7 @@ def talk(*lines):
         except StopIteration:
             raise EOFError from None
 
-    converse(Conversation(assistant=None), read, written.append)
+    converse(Conversation(assistant=None), read, written.append, written.append)
     return written
 
 
@@ -91,26 +91,45 @@ def test_a_base_with_its_adapter_answers_as_the_merged_model(base_folder, adapte
     assert merged.stdout == with_adapter.stdout != plain.stdout
 
 
-def test_a_file_of_prompts_gets_a_line_for_every_record(base_folder, dialogue_folder, tmp_path):
-    records = [
-        {"messages": [{"role": "user", "content": "hello"}], "id": 7},
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}]},
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-    ]
-    prompts = tmp_path / "in.jsonl"
-    prompts.write_text("\n".join([*map(json.dumps, records), "{broken"]))
-    counts = answer_file(open_assistant(str(base_folder)), prompts, tmp_path / "out.jsonl", max_new_tokens=3)
-    assert counts == {"records": 4, "answered": 1, "errors": 3}
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert lines[0].keys() == {"messages", "id", "answer", "stopped"}
-    assert lines[1]["error"].startswith("missing image")
-    assert lines[2]["error"].startswith("not a prompt")
-    assert lines[3]["place"] == "in.jsonl:4"
-
-
 def test_an_image_that_is_none_is_told(base_folder, tmp_path):
     outcome = CliRunner().invoke(app, ["chat", str(base_folder), "what?", "--image", str(tmp_path / "no.png")])
     assert outcome.exit_code == 1
     assert "missing image" in outcome.output
     with pytest.raises(RecordError, match="missing image"):
         Conversation(assistant=None).show("no.png")
+
+
+def test_what_cannot_be_asked_or_saved_is_said_and_the_conversation_goes_on(spoken, tmp_path):
+    (tmp_path / "file").touch()
+    written = talk("a\udcff", f"/save {tmp_path}", f"/save {tmp_path / 'file' / 'x'}", "/image \0", "/image", "b")
+    assert written[1] == "text is not Unicode: turn 1: surrogates not allowed"
+    assert written[2] == f"/save: '{tmp_path}' is a folder; expected a file"
+    assert written[3].startswith(f"/save: '{tmp_path / 'file' / 'x'}' cannot be written: {tmp_path / 'file'} is a file")
+    assert written[6:] == ["answer 1"]
+
+
+def test_a_conversation_is_saved_into_a_new_folder_whatever_it_holds(spoken, tmp_path):
+    talk("a\x1b[2J\u202e", f"/save {tmp_path / 'new' / 'talk.jsonl'}")
+    saved = (tmp_path / "new" / "talk.jsonl").read_text(encoding="utf-8")
+    assert json.loads(saved)["messages"][0]["content"][0]["text"] == "a\x1b[2J\u202e"
+    assert "\u202e" not in saved
+
+
+def test_answers_are_on_stdout_in_visible_characters_and_all_else_on_stderr(base_folder, monkeypatch):
+    monkeypatch.setattr(
+        "finetune.chat.generate", lambda *asked, **options: [Answer("a\x1b]0;b\x07\u202e\n\U0001f600", True)]
+    )
+    outcome = CliRunner().invoke(app, ["chat", str(base_folder)], input="hello\n")
+    assert (outcome.exit_code, outcome.stdout) == (0, "a␛]0;b␇[U+202E]\n\U0001f600\n")
+    assert "/quit" in outcome.stderr
+
+
+def test_ctrl_c_says_what_it_leaves(base_folder, monkeypatch):
+    def interrupted(*asked, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.chat.generate", interrupted)
+    outcome = CliRunner().invoke(app, ["chat", str(base_folder)], input="hello\n")
+    assert (outcome.exit_code, outcome.stderr.splitlines()[-1]) == (130, "interrupted; the conversation is not saved")
+    outcome = CliRunner().invoke(app, ["chat", str(base_folder), "hello"])
+    assert (outcome.exit_code, outcome.stderr.splitlines()[-1]) == (130, "interrupted; nothing is written")

@@ -491,8 +491,14 @@ def test_what_is_not_counted_is_said():
     assert "adapter.use_dora is not counted" in notes
 
 
+@pytest.mark.parametrize(("gpu", "status"), [("1GiB", 3), ("8GiB", 0)])
+def test_the_verb_s_status_says_whether_the_recipe_fits(recipe_file, gpu, status):
+    outcome = invoke("plan", recipe_file, "--gpu", gpu, "--json")
+    assert (outcome.exit_code, json.loads(outcome.stdout)["gpu"]["fits"]) == (status, status == 0)
+
+
 def test_the_verb_prints_tables_json_and_a_picture(recipe_file, tmp_path):
-    shown = invoke("plan", recipe_file, "--gpu", "1GiB", "--picture", tmp_path / "plan.png")
+    shown = invoke("plan", recipe_file, "--gpu", "8GiB", "--picture", tmp_path / "plan.png")
     assert shown.exit_code == 0, shown.output
     assert "memory at its peak" in shown.output
     assert "predicted" in shown.output
