@@ -34,7 +34,7 @@ from modeling.checkpoint import (
 from modeling.deltas import Adapter, Onto, rounded, weights_of
 from modeling.errors import UserError
 from modeling.files import read_json, write_json
-from modeling.loading import generation_config, load_processor, open_base, save_processor
+from modeling.loading import generation_config, load_processor, open_base, require_agreement, save_processor
 from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
 
@@ -100,6 +100,7 @@ def merge(
         name: _planned(name, shapes[name], changes, dtype or stored[name].dtype, weights, config) for name in weights
     }
     processor = load_processor(base, revision=revision, instruct=instruct)
+    require_agreement(config, processor, where=base)
     partial = _write_weights(out, made_of, planned, plan_shards(planned, shard_bytes), track)
     _write_rest(partial, config, processor, card)
     merged = read_checkpoint(partial)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from typing import Any, Protocol, TypeVar, TypeVarTuple
 import torch
 
 from modeling.errors import UserError
+from modeling.files import read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -238,13 +240,13 @@ def _read_indexed(folder: Path) -> dict[str, Stored]:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file beside the index. Raises UserError: no index, or one that leads out of its folder."""
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = sorted({file for file in weight_map.values() if Path(file).name != file})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: expected an index with a weight_map of file names: {error!r}") from error
-    if outside:
-        raise UserError(f"{index}: expected names of files beside it, got {outside[0]!r}")
+    content = read_json(index, repair="fetch it again, or delete it where one file holds all weights") or {}
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: expected an index with a weight_map of file names")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or not re.fullmatch(r"[^\0]{1,200}\.safetensors", file):
+            raise UserError(f"{index}: expected names of files beside it, got {repr(file)[:80]}")
     return weight_map
 
 

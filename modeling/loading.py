@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from modeling.attention import PACKED
+from modeling.checkpoint import read_checkpoint, require_shapes
 from modeling.errors import UserError
 from modeling.forward import PackedIdefics
 from modeling.quantize import settle
-from modeling.shapes import Config, read_config
+from modeling.shapes import Config, hub_errors, is_folder, read_config, require_hub_id, tensor_shapes
 from modeling.tiny import ADDED
 
 FAKE, IMAGE, END_OF_UTTERANCE = ADDED
@@ -58,13 +59,14 @@ def load(
     model takes `image_features` alone. Without `weights` nothing is read, and its parameters are only room for them:
     for a process that FSDP gives its share of another's.
     """
-    config = read_config(base, revision=revision)
-    place, at = (str(quantized), None) if quantized else (base, revision)
-    architecture = _towerless(place, at) if not image_towers else IdeficsConfig.from_pretrained(place, revision=at)
+    folder, config = open_base(base, revision=revision)
+    place = quantized or folder
+    architecture = _architecture(place, image_towers=image_towers)
     if weights:
+        if not quantized:  # transformers fills what a file lacks with random numbers
+            require_shapes(folder, read_checkpoint(folder), tensor_shapes(config))
         model = PackedIdefics.from_pretrained(
-            place,
-            revision=at,
+            str(place),
             config=architecture,
             dtype=dtype,
             attn_implementation=PACKED,
@@ -75,16 +77,15 @@ def load(
         with init_empty_weights(include_buffers=False):
             model = PackedIdefics._from_config(architecture, dtype=dtype, attn_implementation=PACKED)
         _make_room(model)
-        model.name_or_path = base
+    model.name_or_path = base
     if not image_towers:
         _remove_image_towers(model, config)
     if quantized:
         settle(model, config, dtype=dtype)
-        model.name_or_path = base
     processor = load_processor(base, revision=revision, instruct=instruct)
     if instruct:
         extend_vocabulary(model)
-    _require_agreement(model, processor.tokenizer)
+    require_agreement(model.config.to_dict(), processor, where=base)
     model.generation_config = generation_config(processor.tokenizer)
     return Idefics(model.to(device).eval(), processor)
 
@@ -100,11 +101,22 @@ def _make_room(model: nn.Module) -> None:
             setattr(module, name, nn.Parameter(room, requires_grad=parameter.requires_grad))
 
 
-def _towerless(base: str, revision: str | None) -> IdeficsConfig:
-    """A configuration whose image towers have no layer: transformers passes over the weights of those there were."""
-    config = IdeficsConfig.from_pretrained(base, revision=revision)
-    config.vision_config.num_hidden_layers = config.perceiver_config.resampler_depth = 0
+def _architecture(folder: Path, *, image_towers: bool) -> IdeficsConfig:
+    """The folder's configuration, as transformers reads it. Raises UserError.
+
+    Without image towers these have no layer: transformers passes over the weights of those there were.
+    """
+    try:
+        config = IdeficsConfig.from_pretrained(str(folder))
+    except Exception as error:  # transformers checks fields by libraries of its own, each with its own exceptions
+        raise UserError(f"{folder / 'config.json'}: transformers refuses it: {_first_line(error)}") from error
+    if not image_towers:
+        config.vision_config.num_hidden_layers = config.perceiver_config.resampler_depth = 0
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _remove_image_towers(model: IdeficsForVisionText2Text, config: Config) -> None:
@@ -116,36 +128,37 @@ def _remove_image_towers(model: IdeficsForVisionText2Text, config: Config) -> No
 
 def local_folder(base: str, *, revision: str | None = None) -> Path:
     """The base's files on this machine; those of a hub id are fetched first. Raises UserError."""
-    if Path(base).is_dir():
+    if is_folder(base):
         return Path(base)
+    require_hub_id(base)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    with hub_errors(base):
         wanted = ["*.safetensors", "*.json", "*.model"]
         return Path(snapshot_download(base, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"{base!r}: the hub did not give its files: {str(error).splitlines()[0]}") from error
 
 
 def open_base(base: str, *, revision: str | None = None) -> tuple[Path, Config]:
-    """The base's folder on this machine, and its config. Raises UserError: neither a folder nor a model of the hub.
-
-    What the file of a released model leaves out is as it was published.
-    """
-    published = read_config(base, revision=revision)
+    """The base's folder on this machine, and its config. Raises UserError: neither a folder nor a model of the hub."""
+    read_config(base, revision=revision)  # of a hub id, before its weights are fetched
     folder = local_folder(base, revision=revision)
-    return folder, {**published, **read_config(str(folder))}
+    return folder, read_config(str(folder))
 
 
 def load_processor(base: str, *, revision: str | None = None, instruct: bool = True) -> IdeficsProcessor:
-    """The stock processor, with the PIL image processor that IDEFICS was trained with, whatever is installed."""
+    """The stock processor, with the PIL image processor that IDEFICS was trained with, whatever is installed.
+
+    Raises UserError: files that are missing, damaged, or ask for code of their own.
+    """
+    if not is_folder(base):
+        require_hub_id(base)
+    options = {"revision": revision, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
-        images = AutoImageProcessor.from_pretrained(base, revision=revision, backend="pil")
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        images = AutoImageProcessor.from_pretrained(base, backend="pil", **options)
+    except Exception as error:  # tokenizers, written in Rust, raises bare ones
         raise UserError(
-            f"{base}: expected tokenizer and image processor files beside the weights: {str(error).splitlines()[0]}"
+            f"{base}: expected tokenizer and image processor files beside the weights: {_first_line(error)}"
         ) from error
     if instruct and tokenizer.convert_tokens_to_ids(END_OF_UTTERANCE) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"extra_special_tokens": list(ADDED)})
@@ -170,12 +183,28 @@ def extend_vocabulary(model: IdeficsForVisionText2Text) -> None:
     model.config.additional_vocab_size = len(rows_in)
 
 
-def _require_agreement(model: IdeficsForVisionText2Text, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokens = list(ADDED[: model.config.additional_vocab_size])
-    expected = [model.config.vocab_size + index for index in range(len(tokens))]
+def require_agreement(config: Config, processor: IdeficsProcessor, *, where: str) -> None:
+    """Tokenizer and image processor are those of a model of this config. Raises UserError, beginning with `where`."""
+    tokenizer, vocabulary = processor.tokenizer, config["vocab_size"]
+    tokens = list(ADDED[: config["additional_vocab_size"]])
+    expected = [vocabulary + index for index in range(len(tokens))]
     actual = tokenizer.convert_tokens_to_ids(tokens)
     if actual != expected:
-        raise UserError(f"tokenizer and model disagree on the ids of {', '.join(tokens)}: {actual}, not {expected}")
+        raise UserError(
+            f"{where}: tokenizer and model disagree on the ids of {', '.join(tokens)}: {actual}, not {expected}"
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        if (got := getattr(tokenizer, name)) != config[name]:
+            raise UserError(f"{where}: tokenizer and model disagree on {name}: {got}, not {config[name]}")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{where}: its tokenizer has no pad_token; in the released models it is <unk>")
+    if (largest := max(tokenizer.get_vocab().values())) >= vocabulary + len(tokens):
+        raise UserError(f"{where}: its tokenizer has ids up to {largest}, its model {vocabulary + len(tokens)} tokens")
+    size, seen = processor.image_processor.image_size, config["vision_config"]["image_size"]
+    if size != seen:
+        raise UserError(
+            f"{where}: its image processor makes images of {size} pixels, and its vision tower takes {seen}"
+        )
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

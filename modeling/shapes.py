@@ -3,14 +3,16 @@
 The published values are those of the released config.json files (HuggingFaceM4/idefics-9b and -80b).
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from modeling.config_fields import complete
 from modeling.errors import UserError
+from modeling.files import read_json
 from modeling.towers import TOWERS, lora_pattern, tower_of
 
 Config = Mapping[str, Any]
@@ -128,53 +130,77 @@ def stand_in(config: Config) -> Config:
 
 
 def read_config(base: str, *, revision: str | None = None) -> Config:
-    """The config.json of a folder or hub id, as a dict; the released models need no hub. Raises UserError."""
-    if Path(base).is_dir():
+    """The config.json of a folder or hub id, complete and verified; released models need no hub. Raises UserError."""
+    if is_folder(base):
         path = Path(base) / "config.json"
         if not path.is_file():
-            raise UserError(f"{base}: expected a model folder with a config.json, found none")
+            adapter = any((Path(base) / name).is_file() for name in ("adapter_config.json", "trained.safetensors"))
+            hint = "; it is an adapter: name its base here, and the adapter beside it" if adapter else ""
+            raise UserError(f"{base}: expected a model folder with a config.json, found none{hint}")
         return verify(_read_json(path), where=str(path))
     if base in RELEASED and revision is None:
         return RELEASED[base]
-    if base.count("/") != 1 or Path(base).parent.is_dir() or base.startswith((".", "/", "~")):
-        raise UserError(f"{base!r} is neither a folder here nor a hub id (OWNER/NAME)")  # no use in asking the hub
+    require_hub_id(base)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with hub_errors(base):
         path = Path(hf_hub_download(base, "config.json", revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"{base!r} is neither a folder here nor a model the hub gave: {str(error).splitlines()[0]}"
-        ) from error
     return verify(_read_json(path), where=f"{base} (hub)")
+
+
+def is_folder(name: str) -> bool:
+    """Whether a base's name is that of a folder here."""
+    try:
+        return name != "" and Path(name).is_dir()
+    except OSError:  # longer than any name can be
+        return False
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
+
+
+def require_hub_id(base: str) -> None:
+    """Raises UserError for what looks like a folder that is not here: there is no use in asking the hub for it."""
+    if not _HUB_ID.fullmatch(base) or is_folder(str(Path(base).parent)):
+        raise UserError(f"{base!r} is neither a folder here nor a hub id (OWNER/NAME)")
+
+
+@contextmanager
+def hub_errors(base: str) -> Iterator[None]:
+    """Whatever way the hub fails in, offline or not, becomes one line. Raises UserError."""
+    try:
+        yield
+    except Exception as error:  # of the hub's client, of its transport, of the file system: they have no common one
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{base!r} is neither a folder here nor a model the hub gave: {reason}") from error
 
 
 def _read_json(path: Path) -> Config:
     """The object in a file. Raises UserError."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path}: expected a model's configuration as JSON: {error}; fetch the file again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}; fetch the file again")
+    config = read_json(path, repair="fetch the file again")
+    if config is None:
+        raise UserError(f"{path}: is gone; fetch the file again")
     return config
 
 
 def verify(config: Config, *, where: str) -> Config:
-    """`config` if it is that of an IDEFICS this project can train. Raises UserError."""
+    """`config`, complete, if it is that of an IDEFICS this project can train. Raises UserError."""
     model_type = config.get("model_type", "idefics")
     if model_type != "idefics":
-        raise UserError(f"{where}: expected an IDEFICS model (model_type 'idefics'), got model_type {model_type!r}")
-    if not config.get("use_resampler"):
+        other = {"idefics2": ", another architecture", "idefics3": ", another architecture"}
+        raise UserError(
+            f"{where}: expected an IDEFICS model (model_type 'idefics'), got model_type {str(model_type)[:80]!r}"
+            f"{other.get(str(model_type), '')}"
+        )
+    if config.get("use_resampler") is not True:
         raise UserError(f"{where}: got an IDEFICS without a perceiver resampler; the released models all have one")
     added = config.get("additional_vocab_size", 0)
-    if added not in (2, 3):
+    if type(added) is not int or added not in (2, 3):
         raise UserError(
             f"{where}: expected additional_vocab_size 2 (base: fake token, image) or 3 (instruct: and end of "
-            f"utterance), got {added}"
+            f"utterance), got {str(added)[:80]}"
         )
-    return config
+    return complete(config, where=where)
 
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -120,7 +120,8 @@ def _write(folder, **changes):
 
 
 def test_the_config_of_a_folder_is_read(tmp_path):
-    assert read_config(_write(tmp_path)) == {"model_type": "idefics", **TINY}
+    expected = {"model_type": "idefics", **TINY, "vision_config": {**TINY["vision_config"], "num_channels": 3}}
+    assert read_config(_write(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(
@@ -144,17 +145,18 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b'{"model_type": "idef', "as JSON: Unterminated string"),
-        (b"", "as JSON: Expecting value"),
-        (b"\xff\xfe", "as JSON: 'utf-8' codec"),
-        (b"[]", "a JSON object, got list"),
+        (b'{"model_type": "idef', "not JSON .*Unterminated string.*fetch the file again"),
+        (b"", "not JSON .*Expecting value"),
+        (b"\xff", "not JSON .*codec"),
+        (b'{"a":' * 100_000, "not JSON .*recursion"),
+        (b"[]", "expected a JSON object, got list"),
     ],
 )
 def test_a_config_cut_short_is_refused_by_name(tmp_path, content, told):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=told) as caught:
         read_config(str(tmp_path))
-    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: expected")
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
 
 
 @pytest.mark.parametrize("base", ["nobody/no-such-model", "not a name at all", "HuggingFaceM4/idefics-9b@main"])
