@@ -465,10 +465,10 @@ def test_other_ways_to_quantise_are_refused(value):
         Model(base="somewhere", quantize=value)
 
 
-def test_a_tower_in_4_bits_is_not_trained_in_full(load_nf4, base_folder, tmp_path):
+def test_a_tower_in_4_bits_is_not_trained_in_full(load_nf4, bf16_folder, tmp_path):
     with pytest.raises(UserError, match=r"decoder: trained in full.*holds it in 4 bits"):
         attached(load_nf4(), modes={"decoder": "full"})
-    full = attach(loading.load(str(base_folder)).model, {"cross_attention": "full"}, lora={}, base="")
+    full = attach(loading.load(str(bf16_folder)).model, {"cross_attention": "full"}, lora={}, base="")
     save_adapter(full, tmp_path)
     with pytest.raises(UserError, match=r"cross_attention: trained in full.*load the model without quantize"):
         open_adapter(load_nf4(), tmp_path)
