@@ -1,6 +1,5 @@
 """Recipe -> its data: every source prepared, held-out data kept apart, and a report of where each record went."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from finetune.data.team import ALONE, Team
 from finetune.progress import say, track
 from finetune.recipe import Recipe
 from finetune.recipe_sources import to_source
+from modeling.cores import available_cores
 from modeling.errors import UserError
 from modeling.files import read_json, write_json
 
@@ -74,7 +74,7 @@ def prepare_sources(
         max_images=recipe.training.row_images,
         seed=recipe.training.seed,
         folder=Path(recipe.data.prepared),
-        workers=recipe.data.workers or os.cpu_count() or 1,
+        workers=recipe.data.workers or available_cores(),
         track=track,
         team=team,
     )

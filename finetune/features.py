@@ -8,7 +8,7 @@ is needed, and mapped from disk from then on; the run itself then does without t
 
 A file is written aside and renamed, so it is whole or not there: a writer that is killed loses one file's work. Files
 are never changed, so runs may share a cache, and fill it one after the other. The processes of one run fill it
-together, each with files of its own.
+together, each with files of its own. What a run that is alive uses stays, however old: `finetune/holds.py`.
 """
 
 import hashlib
@@ -33,9 +33,12 @@ from finetune.data.dialogue import Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.tracking import Track, silently
 from finetune.device import device
+from finetune.holds import holding
 from finetune.sizes import show_size
 from modeling.checkpoint import Stored, read_header
+from modeling.cores import available_cores
 from modeling.errors import UserError
+from modeling.files import put_in_place
 
 BATCH = {"cpu": 4, "cuda": 16}
 """Images that go through the towers at once. What a few make on the way fits a processor's caches."""
@@ -75,8 +78,14 @@ class ImageFeatures:
 
 @lru_cache(maxsize=1024)
 def _mapped(stored: Stored) -> torch.Tensor:
-    """A tensor in a file, its pages read when they are touched."""
-    content = np.memmap(stored.file, np.uint8, mode="c", offset=stored.offset, shape=(stored.nbytes,))
+    """A tensor in a file, its pages read when they are touched. Raises UserError: the file is gone, or cut short."""
+    try:
+        content = np.memmap(stored.file, np.uint8, mode="c", offset=stored.offset, shape=(stored.nbytes,))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{stored.file}: image features that were there when this run began cannot be read ({error}); give the "
+            "same command again: it computes them anew, and goes on"
+        ) from error
     return torch.from_numpy(content).view(stored.dtype).view(stored.shape)
 
 
@@ -128,17 +137,34 @@ class FeatureCache:
                 batches = [missing[start : start + size] for start in range(0, len(missing), size)]
                 mine = batches[ranks.rank() :: ranks.count()]
                 ranks.each("compute features", lambda: self._fill(images, digests, mine, towers, track))
-                places, files = ranks.on_main("find features", lambda: self._find(digests, wanted))
+                places, files = ranks.on_main("find features", lambda: self._find_and_hold(digests, wanted))
+                if (places[wanted, 0] < 0).any():
+                    raise UserError(f"{self.path}: files were deleted while they were computed; start again")
         ranks.on_main("touch features", lambda: _touch(files[file].file for file in np.unique(places[wanted, 0])))
         return ImageFeatures(files, places, self.shape, self.dtype)
 
     def _find_or_make_room(self, digests: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[Stored]]:
-        """As `_find`. Where something is missing, there is room for it, and nothing is left of a killed writer."""
-        places, files = self._find(digests, wanted)
-        if missing := int((places[wanted, 0] < 0).sum()):
-            self._make_room(len(wanted), missing, used={one.file for one in files})
+        """As `_find`. Where something is missing, there is room for it, and nothing is left of a killed writer.
+
+        From here on no other run deletes a file that this one uses, or will have written.
+        """
+        with holding(self.folder) as hold:
+            places, files = self._find(digests, wanted)
+            missing = int((places[wanted, 0] < 0).sum())
+            if not missing:
+                hold.keep(files[file].file for file in np.unique(places[wanted, 0]))
+                return places, files
+            hold.keep([self.path])
+            self._make_room(len(wanted), missing, used={one.file for one in files}, held=hold.others())
             for leftover in self.path.glob("*.partial"):  # whoever writes does so while the lock is held
                 leftover.unlink()
+        return places, files
+
+    def _find_and_hold(self, digests: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[Stored]]:
+        with holding(self.folder) as hold:
+            places, files = self._find(digests, wanted)
+            hold.kept.discard(self.path)
+            hold.keep({files[file].file for file in places[wanted, 0] if file >= 0})
         return places, files
 
     def _find(self, digests: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[Stored]]:
@@ -147,10 +173,9 @@ class FeatureCache:
         files: list[Stored] = []
         order = wanted[np.argsort(digests[wanted])]
         for path in sorted(self.path.glob(f"*.{ENDING}")):
-            try:
-                tensors = read_header(path)
-            except UserError:  # cut short by a full disk, or by hand
-                path.unlink()
+            tensors = self._read(path)
+            if tensors is None:
+                path.unlink(missing_ok=True)
                 continue
             held = tensors["images"].rows().numpy().copy().view("S32")[:, 0]
             found = np.searchsorted(held_sorted := held[by := np.argsort(held)], digests[order])
@@ -160,19 +185,37 @@ class FeatureCache:
             files.append(tensors["features"])
         return places, files
 
-    def _make_room(self, wanted: int, missing: int, *, used: set[Path]) -> None:
+    def _read(self, path: Path) -> dict[str, Stored] | None:
+        """The tensors of a file; None of one that was cut short by a full disk, or is another."""
+        try:
+            tensors = read_header(path)
+        except (UserError, OSError):
+            return None
+        images, features = tensors.get("images"), tensors.get("features")
+        if images is None or features is None or images.dtype != torch.uint8 or images.shape[1:] != (32,):
+            return None
+        whole = features.dtype == self.dtype and features.shape == (*images.shape[:1], *self.shape)
+        return tensors if whole else None
+
+    def _make_room(self, wanted: int, missing: int, *, used: set[Path], held: Callable[[Path], bool]) -> None:
+        """Delete what no run has used for longest, and none that is alive uses. Raises UserError."""
         needed = wanted * self.image_bytes
         if needed > self.limit:
             raise UserError(
                 f"data.feature_cache_size: the features of {wanted:,} images take {show_size(needed)}, and the cache "
                 f"may take {show_size(self.limit)}; allow more, or set data.cache_features=false"
             )
-        held = {path: path.stat() for path in self.folder.glob(f"*/*.{ENDING}")}
-        total = sum(status.st_size for status in held.values()) + missing * self.image_bytes
-        for path in sorted(held.keys() - used, key=lambda path: held[path].st_mtime):
-            if total > self.limit:
+        there = {path: path.stat() for path in self.folder.glob(f"*/*.{ENDING}")}
+        total = sum(status.st_size for status in there.values()) + missing * self.image_bytes
+        for path in sorted(there.keys() - used, key=lambda path: there[path].st_mtime):
+            if total > self.limit and not held(path):
                 path.unlink()
-                total -= held[path].st_size
+                total -= there[path].st_size
+        if total > self.limit and any(map(held, there)):
+            raise UserError(
+                f"data.feature_cache_size: with what other runs use now, {show_size(total)} are needed, and the cache "
+                f"may take {show_size(self.limit)}; allow more, wait for them, or set data.cache_features=false"
+            )
         free = shutil.disk_usage(self.folder).free
         if missing * self.image_bytes > free:
             raise UserError(
@@ -209,7 +252,7 @@ class FeatureCache:
         held = torch.from_numpy(np.ascontiguousarray(digests).view(np.uint8).reshape(len(digests), 32).copy())
         partial = path.with_suffix(".partial")
         save_file({"images": held, "features": features.contiguous()}, partial)
-        partial.rename(path)
+        put_in_place(partial, path)
 
 
 def _touch(files: Iterable[Path]) -> None:
@@ -230,7 +273,7 @@ class _Ahead(Sequence[torch.Tensor]):
         return torch.from_numpy(np.stack([self.pixels(image) for image in self.batches[index]]))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(available_cores()) as pool:
 
             def start(batch: Sequence[int]) -> list[Future[np.ndarray]]:
                 return [pool.submit(self.pixels, image) for image in batch]

@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from finetune.progress import complain, say
+from modeling.cores import available_cores
 from modeling.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
@@ -92,7 +93,7 @@ def _check(processes: int, parallel: str) -> None:
 def _environment(processes: int) -> dict[str, str]:
     """What torchrun and the processes read; what the user has set stays."""
     wanted = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        "OMP_NUM_THREADS": str(max(1, available_cores() // processes)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_SAVE),
     }
     return {name: os.environ.get(name, value) for name, value in wanted.items()}

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 import torch
 
+from modeling.cores import available_cores
 from modeling.errors import UserError
 from modeling.files import read_json
 
@@ -91,13 +92,14 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def in_threads(
-    work: Callable[[*Block], Result], blocks: Iterable[tuple[*Block]], *, threads: int = os.cpu_count() or 1
+    work: Callable[[*Block], Result], blocks: Iterable[tuple[*Block]], *, threads: int | None = None
 ) -> Iterator[Result]:
     """`work(*block)` of every block, in order, made a few blocks ahead of whoever uses them.
 
     A block is one thread's from beginning to end: where other programs run, too, threads that share one wait for each
     other far longer than they work.
     """
+    threads = threads or available_cores()
     before, waiting = torch.get_num_threads(), deque[Future[Result]]()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -3,12 +3,15 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finetune.data.dialogue import Image
 from finetune.data.images import Preprocessing, digest
@@ -184,6 +187,92 @@ def test_features_longest_unused_give_way(cache, towers, images):
     opened(replace(cache, limit=limit), images, [4, 5], lambda: towers)
     assert not old.exists()
     assert young.exists()
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from finetune.holds import holding
+cache, *files = map(Path, sys.argv[1:])
+with holding(cache) as hold:
+    hold.keep(files)
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def another_run():
+    """Starts a process that uses these files of a cache, as a run does; all end with the test."""
+    processes = []
+
+    def start(cache, *files):
+        command = [sys.executable, "-c", HOLDER, str(cache.folder), *map(str, files)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout.readline() == "holds\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_eviction_leaves_what_a_live_run_uses(cache, towers, images, another_run):
+    files = {}
+    for number, name in enumerate(("file", "folder", "idle")):
+        other = replace(cache, towers=name)
+        files[name] = opened(other, images, [number], lambda: towers).files[0].file
+        os.utime(files[name], (number + 1, number + 1))
+    first, second = another_run(cache, files["file"]), another_run(cache, files["folder"].parent)
+    size = files["file"].stat().st_size
+    small = replace(cache, limit=2 * size + cache.image_bytes)
+    opened(small, images, [4], lambda: towers)
+    assert [path.exists() for path in files.values()] == [True, True, False]
+    with pytest.raises(UserError, match=r"data\.feature_cache_size: with what other runs use now, .* are needed"):
+        opened(small, images, [4, 5], lambda: towers)
+    first.kill()
+    first.wait()
+    opened(small, images, [4, 5], lambda: towers)
+    assert [path.exists() for path in files.values()] == [False, True, False]
+    second.terminate()
+    second.wait()
+    opened(small, images, [4, 5, 6], lambda: towers)
+    assert not files["folder"].exists()
+    assert len(list(cache.folder.glob(".*.in-use"))) == 1  # this process's own
+
+
+@pytest.mark.parametrize("harm", ["deleted", "cut"])
+def test_features_that_vanished_meanwhile_are_named_with_their_repair(harm, cache, towers, images):
+    features = opened(cache, images, [0], lambda: towers)
+    file = features.files[0].file
+    file.unlink() if harm == "deleted" else file.write_bytes(b"")
+    with pytest.raises(UserError, match="give the same command again: it computes them anew, and goes on") as error:
+        features([0])
+    assert str(error.value).startswith(f"{file}: image features that were there when this run began")
+
+
+@pytest.mark.parametrize("harm", ["empty", "half", "garbage", "other names", "other shape", "other type", "missing"])
+def test_damaged_features_are_computed_anew(harm, cache, towers, images):
+    whole = opened(cache, images, [0, 1], lambda: towers)
+    (path,) = cache.path.glob("*.safetensors")
+    expected, data = whole([0, 1]), path.read_bytes()
+    held = torch.zeros(2, 32, dtype=torch.uint8)
+    tensors = {
+        "other names": {"images": held},
+        "other shape": {"images": held, "features": torch.zeros(2, 1, 1)},
+        "other type": {"images": held, "features": torch.zeros(2, *cache.shape, dtype=torch.float16)},
+    }
+    if harm in tensors:
+        save_file(tensors[harm], path)
+    elif harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "garbage": b"\xff" * len(data)}[harm])
+    again = opened(cache, images, [0, 1], lambda: towers)
+    torch.testing.assert_close(again([0, 1]), expected, rtol=RELATIVE, atol=RELATIVE)
+    assert not path.exists()
 
 
 def test_what_is_used_stays_and_becomes_the_youngest(cache, towers, images):

@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from finetune import launch as launch_module
 from finetune.cli import app
 from finetune.launch import CONFIGS, launch
+from modeling.cores import available_cores
 from modeling.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +85,7 @@ def test_so_many_processes_run_as_one_group_and_the_first_alone_speaks(parallel,
     processes = json.loads(stdout)["processes"]
     assert len({process.pop("pid") for process in processes}) == 3
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    threads = ENVIRONMENT.get("OMP_NUM_THREADS", str(max(1, os.cpu_count() // 3)))
+    threads = ENVIRONMENT.get("OMP_NUM_THREADS", str(max(1, available_cores() // 3)))
     same = {"of": 3, "OMP_NUM_THREADS": threads, "ACCELERATE_MIXED_PRECISION": "no", **fsdp}
     assert all(backend in process.pop("backend") for process in processes)
     assert processes == [{"rank": rank, **same} for rank in range(3)]
@@ -99,7 +100,7 @@ def test_accelerate_launch_by_hand_starts_the_same_group():
 
 @pytest.mark.parametrize(("processes", "threads"), [(1, 6), (4, 1), (100, 1)])
 def test_processes_share_the_cores_unless_the_user_says_otherwise(monkeypatch, processes, threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(launch_module, "available_cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert launch_module._environment(processes)["OMP_NUM_THREADS"] == str(threads)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
