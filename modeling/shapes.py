@@ -194,6 +194,8 @@ def verify(config: Config, *, where: str) -> Config:
         )
     if config.get("use_resampler") is not True:
         raise UserError(f"{where}: got an IDEFICS without a perceiver resampler; the released models all have one")
+    if config.get("tie_word_embeddings"):
+        raise UserError(f"{where}: tie_word_embeddings is true: its head has no weights of its own to train or merge")
     added = config.get("additional_vocab_size", 0)
     if type(added) is not int or added not in (2, 3):
         raise UserError(

@@ -170,6 +170,7 @@ def test_a_base_that_nobody_has_is_refused(base):
     [
         ({"model_type": "idefics2"}, "expected an IDEFICS model .* got model_type 'idefics2'"),
         ({"use_resampler": False}, "without a perceiver resampler"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
         ({"additional_vocab_size": 0}, "expected additional_vocab_size 2 .* got 0"),
         ({"additional_vocab_size": 4}, "expected additional_vocab_size 2 .* got 4"),
     ],
