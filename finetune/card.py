@@ -55,7 +55,7 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
                 "read",
                 "kept",
                 "rejected",
-                "not taken",
+                "after the limit",
                 "examples",
                 "tokens",
                 "trained on",
@@ -68,7 +68,7 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
                     account.read,
                     account.kept,
                     sum(account.rejected.values()),
-                    account.not_taken,
+                    "not counted" if account.limited else None,
                     account.examples,
                     account.tokens,
                     account.supervised_tokens,
@@ -97,6 +97,10 @@ def _rejections(dataset: Dataset) -> list[tuple[Any, ...]]:
         (account.source, reason, records, account.first_rejected[reason])
         for account in dataset.accounts
         for reason, records in {**account.rejected, **account.parts_rejected}.items()
+    ] + [
+        (account.source, "file breaks off", "not counted", broken)
+        for account in dataset.accounts
+        for broken in account.broken
     ]
 
 

@@ -11,6 +11,7 @@ from finetune.data.images import open_image
 from finetune.data.sources import FORMATS, hold_dialogues
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
+from finetune.data.sources.streams import BrokenFileError
 from finetune.data.template import Special, render
 from finetune.progress import display, panel, table
 from finetune.recipe import Recipe
@@ -80,6 +81,9 @@ def _first_records(source: Source) -> tuple[dict[str, Any], Dialogue | None]:
     rejected: list[str] = []
     first = None
     for place, record in islice(family.read(source), FIRST_RECORDS):
+        if isinstance(record, BrokenFileError):
+            rejected.append(f"{place} breaks off: {record}")
+            continue
         report["read"] += 1
         try:
             if isinstance(record, RecordError):

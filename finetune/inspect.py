@@ -202,14 +202,14 @@ def _print(inspection: Inspection, *, ids: bool) -> None:
 
 def accounts_table(accounts: Sequence[dict[str, Any]]) -> Any:
     """What became of the records of each source."""
-    columns = ("source", "read", "kept", "rejected", "not taken", "examples", "tokens", "trained on", "repeats")
+    columns = ("source", "read", "kept", "rejected", "after the limit", "examples", "tokens", "trained on", "repeats")
     rows = [
         (
             account["source"],
             account["read"],
             account["kept"],
             sum(account["rejected"].values()),
-            account["not_taken"],
+            "not counted" if account["limited"] else "-",
             account["examples"],
             account["tokens"],
             f"{account['supervised_tokens'] / max(account['tokens'], 1):.0%}",

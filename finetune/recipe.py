@@ -173,7 +173,9 @@ class Source(Section):
     weight: Rate | None = None
     """Sampling ratio among the sources that have one; without weights each example is drawn once an epoch."""
     limit: Positive | None = None
-    """Take only the first so many records."""
+    """Read only the first so many records."""
+    on_broken: Literal["stop", "keep"] = "stop"
+    """Where a file cannot be read to its end: stop with an error, or keep the records before and report the loss."""
     turns: Positive | None = None
     """Join questions about one image, and divide longer dialogues, into dialogues of at most so many turns."""
     ordered: bool | None = None

@@ -25,6 +25,7 @@ def to_source(source: recipe.Source) -> Source:
         download=bool(source.download),
         download_http=source.download == "http",
         limit=source.limit,
+        on_broken=source.on_broken,
         turns=source.turns,
         ordered=source.ordered,
         placeholders=source.placeholders,

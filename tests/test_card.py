@@ -96,7 +96,7 @@ tags:
 
 ## Records
 
-| source | read | kept | rejected | not taken | examples | tokens | trained on | images | repeats |
+| source | read | kept | rejected | after the limit | examples | tokens | trained on | images | repeats |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | {path}/data.jsonl\\[train\\] | 5 | 2 | 3 | 0 | 2 | {tokens} | {trained} | 1 | 1.0 |
 | {path}/data.jsonl\\[train\\] | 5 | 1 | 0 | 4 | 1 | {one} | {one_trained} | 1 | 1.0 |

@@ -34,7 +34,8 @@ ACCOUNTS = [
         "source": SHAPES,
         "read": 12,
         "kept": 9,
-        "not_taken": 1,
+        "limited": True,
+        "broken": [],
         "rejected": {"corrupt image": 2},
         "first_rejected": {"corrupt image": "shapes.jsonl:4: b.png: truncated"},
         "dialogues": 9,
@@ -48,7 +49,8 @@ ACCOUNTS = [
         "source": CHAT,
         "read": 1000,
         "kept": 1000,
-        "not_taken": 0,
+        "limited": False,
+        "broken": [],
         "rejected": {},
         "first_rejected": {},
         "dialogues": 500,
@@ -278,7 +280,7 @@ def test_the_summary_adds_the_sources_up():
 
 def test_the_table_has_a_row_a_source_and_their_sums():
     page = inspect()
-    heads = ["read", "kept", "not taken", "rejected", "dialogues", "examples", "tokens", "trained on", "images"]
+    heads = ["read", "kept", "rejected", "dialogues", "examples", "tokens", "trained on", "images"]
     assert texts(page, "th")[:11] == ["source", *heads, "draws an epoch"]
     assert texts(page, "th")[11:] == [SHAPES, CHAT, "together"]
     assert texts(page, "td")[:10] == ["12", "9", "1", "2", "9", "9", "1,000", "250 (25.0%)", "9", "9"]

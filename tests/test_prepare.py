@@ -152,23 +152,23 @@ def said(messages):
 
 @given(
     st.lists(st.sampled_from(sorted(KINDS)), max_size=12),
-    st.none() | st.integers(0, 12),
+    st.none() | st.integers(1, 12),
     st.sampled_from((None, 1, 3)),
     st.sampled_from((None, False, True)),
 )
 @settings(max_examples=60, deadline=None)
-def test_read_is_kept_and_rejected_and_not_taken(pictures, tiny_tokenizer, kinds, limit, turns, ordered):
+def test_read_is_kept_and_rejected(pictures, tiny_tokenizer, kinds, limit, turns, ordered):
     lines = [KINDS[kind][0] for kind in kinds]
     with TemporaryDirectory() as made, parts_of(3):
         prepared, account = run(
             pictures, tiny_tokenizer, lines, limit=limit, turns=turns, ordered=ordered, made=Path(made)
         )
         taken = [KINDS[kind][1] for kind in kinds[:limit]]
-        assert account.read == len(kinds)
-        assert account.not_taken == len(kinds) - len(taken)
+        assert account.read == len(taken)
+        assert account.limited == (limit is not None and limit <= len(kinds))
         assert account.kept == taken.count(None)
         assert account.rejected == Counter(reason for reason in taken if reason)
-        assert account.read == account.kept + sum(account.rejected.values()) + account.not_taken
+        assert account.read == account.kept + sum(account.rejected.values())
         assert account.parts_rejected == {}
         assert Account.from_json(json.loads(json.dumps(account.to_json()))) == account
         check_examples(prepared, account, tiny_tokenizer, turns)
@@ -223,7 +223,7 @@ def test_what_is_counted_of_what_is_kept(folder, tiny_tokenizer):
 
 
 def test_the_first_of_a_reason_is_the_earliest_whatever_found_it(folder, tiny_tokenizer):
-    """Broken base64 is found while converting, a broken file when it is opened."""
+    """BrokenFileError base64 is found while converting, a broken file when it is opened."""
     _, account = run(folder, tiny_tokenizer, [record("broken.bmp"), record("data:image/png;base64,!"), record()])
     assert account.rejected == {"corrupt image": 2}
     assert account.first_rejected["corrupt image"].startswith("data.jsonl:1: ")
@@ -1041,7 +1041,7 @@ def test_a_lost_record_is_never_reported():
 
 
 def test_accounts_of_parts_add_up_and_keep_the_first_place():
-    whole, second = Account("x", read=9, not_taken=1), Account("", kept=2, tokens=7)
+    whole, second = Account("x", read=8, limited=True), Account("", kept=2, tokens=7, broken=["f.json breaks off"])
     whole.reject("x:1", RecordError("too long", "9 tokens"))
     whole.reject_part("x:2", RecordError("corrupt image"))
     second.reject("x:5", RecordError("missing image", "a.bmp"))
@@ -1053,7 +1053,8 @@ def test_accounts_of_parts_add_up_and_keep_the_first_place():
         "source": "x",
         "read": 9,
         "kept": 5,
-        "not_taken": 1,
+        "limited": True,
+        "broken": ["f.json breaks off"],
         "rejected": {"too long": 2, "missing image": 1},
         "first_rejected": {
             "too long": "x:1: 9 tokens",

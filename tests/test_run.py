@@ -149,7 +149,8 @@ def streaming_recipe(write_recipe, tmp_path):
 STREAMED = {
     "read": 9,
     "kept": 6,
-    "not_taken": 0,
+    "limited": False,
+    "broken": [],
     "rejected": {"not JSON": 1, "not an object": 1, "corrupt image": 1},
     "parts_rejected": {},
     "dialogues": 7,
@@ -327,7 +328,7 @@ def test_every_rejected_record_has_its_line_in_data_json(recipe_file, tmp_path):
         lines.write("\n" + "\n".join(bad) + "\n")
     Run(load_recipe(recipe_file, ["data.sources.0.limit=16"])).do("train")
     (source,) = json.loads((tmp_path / "run" / "data.json").read_text())["sources"]
-    assert (source["read"], source["kept"], source["not_taken"]) == (17, 12, 1)
+    assert (source["read"], source["kept"], source["limited"]) == (16, 12, True)
     assert source["rejected"] == {
         "not JSON": 1,
         "empty answer": 1,

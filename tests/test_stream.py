@@ -301,7 +301,7 @@ def test_read_is_kept_and_rejected_at_any_row_and_nothing_is_read_beyond_the_lim
         assert account.kept >= 0
     reasons = [KINDS[kind][1] for kind in kinds[:limit]]
     assert rows.epoch(11) > 0
-    assert (account.read, account.not_taken) == (len(reasons), 0)
+    assert (account.read, account.limited) == (len(reasons), limit is not None and limit <= len(kinds))
     assert account.kept == reasons.count(None)
     assert account.rejected == Counter(reason for reason in reasons if reason)
     assert account.parts_rejected == {}

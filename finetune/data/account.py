@@ -15,14 +15,16 @@ _COUNTERS = ("rejected", "parts_rejected", "ignored")
 
 @dataclass
 class Account:
-    """The records of one source: read = kept + rejected + not taken."""
+    """The records of one source: read = kept + rejected."""
 
     source: str
     read: int = 0
     kept: int = 0
     """Records of which something is trained on."""
-    not_taken: int = 0
-    """Records beyond the limit."""
+    limited: bool = False
+    """Whether reading ended at the limit, so that what follows was not counted."""
+    broken: list[str] = field(default_factory=list)
+    """Files that break off, with what was wrong and how much of them was not read: records that nobody can count."""
     rejected: dict[str, int] = field(default_factory=Counter)
     """Reason -> records."""
     first_rejected: dict[str, str] = field(default_factory=dict)
@@ -76,13 +78,17 @@ class Account:
                 mine.update(value)
             elif isinstance(mine, dict):
                 setattr(self, name, {**mine, **value, **mine})
+            elif isinstance(mine, list):
+                setattr(self, name, [*mine, *value])
+            elif isinstance(mine, bool):
+                setattr(self, name, mine or value)
             elif isinstance(mine, int):
                 setattr(self, name, mine + value)
 
     @property
     def loss(self) -> str | None:
         """ "4 of 10 records rejected: corrupt image 2, missing image 2", or None."""
-        said = []
+        said = list(self.broken)
         if self.rejected:
             said.append(f"{sum(self.rejected.values())} of {self.read} records rejected: {_list(self.rejected)}")
         if self.parts_rejected:
@@ -92,7 +98,7 @@ class Account:
         return "; ".join(said) or None
 
     def to_json(self) -> dict[str, Any]:
-        assert self.read == self.kept + sum(self.rejected.values()) + self.not_taken, f"records lost: {self}"
+        assert self.read == self.kept + sum(self.rejected.values()), f"records lost: {self}"
         return self.partial()
 
     def partial(self) -> dict[str, Any]:
@@ -135,4 +141,5 @@ def why_nothing_is_left(accounts: Sequence[Account]) -> str:
         for account in accounts
         for reason, count in account.rejected.items()
     ]
+    reasons += [f"  {broken}" for account in accounts for broken in account.broken]
     return "\n".join(["no dialogue is left:", *(reasons or ["  the sources are empty"])])

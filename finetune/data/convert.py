@@ -47,7 +47,7 @@ PART_SCHEMAS = {".images": IMAGE_SCHEMA, ".files": FILE_SCHEMA, ".arrow": DIALOG
 
 
 def convert(source: Source, made: Path, *, downloads: Path, workers: int, track: Track, team: Team) -> Account:
-    """Records -> dialogues.arrow and images.arrow. Returns the account so far: read, not taken, not converted.
+    """Records -> dialogues.arrow and images.arrow. Returns the account so far: read, not converted, broken off.
 
     Every process of the team that takes part reads all records, and converts those of its parts.
     """

@@ -17,11 +17,16 @@ class RecordError(UserError):
     """A record that cannot become a dialogue: `reason` is what it is counted under, `detail` what was got."""
 
     def __init__(self, reason: str, detail: str = ""):
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, as_unicode(detail)
+        super().__init__(f"{reason}: {self.detail}" if detail else reason)
 
     def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str]]:
         return RecordError, (self.reason, self.detail)
+
+
+def as_unicode(text: str) -> str:
+    """A text that can be written anywhere: lone surrogates, as in file names that are not UTF-8, become escapes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from finetune.data.account import Account
-from finetune.data.dialogue import Dialogue, Image, RecordError, Remote
+from finetune.data.dialogue import Dialogue, Image, RecordError, Remote, as_unicode
 from finetune.data.images import open_image
 from finetune.data.sources import FORMATS
 from finetune.data.sources.build import without
 from finetune.data.sources.placeholders import hide, reveal
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
+from finetune.data.sources.streams import BrokenFileError
 from finetune.data.tracking import Track, silently
 from finetune.data.turns import without_images
 
@@ -19,16 +20,16 @@ Look = Callable[[Image], object]
 
 
 def taken(source: Source, account: Account) -> Iterator[Record]:
-    """The records within the limit; those beyond are counted, unless that would mean reading a hub or a stream on."""
+    """The records within the limit; after that nothing is read. A file that breaks off is no record, but a loss."""
     for place, record in FORMATS[source.format].read(source):
-        if source.limit is not None and account.read >= source.limit:
-            if source.hub or source.stream:
-                return
-            account.not_taken += 1
-            account.read += 1
+        if isinstance(record, BrokenFileError):
+            account.broken.append(as_unicode(f"{record.file} breaks off: {record}"))
             continue
         account.read += 1
-        yield place, record
+        yield as_unicode(place), record
+        if account.read == source.limit:
+            account.limited = True
+            return
 
 
 def to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoot, *, prompt: bool = False) -> Dialogue:

@@ -70,7 +70,7 @@ def inspection_page(
         sources=sources,
         figures=_summary(accounts),
         table=_table(accounts),
-        rejections=[account for account in accounts if account["rejected"]],
+        rejections=[account for account in accounts if account["rejected"] or account["broken"]],
         charts=[draw(histogram) for histogram in histograms],
         size=CHART,
         sections=[
@@ -90,7 +90,6 @@ def _data_uri(uri: str) -> str:
 _COLUMNS = {
     "read": "read",
     "kept": "kept",
-    "not_taken": "not taken",
     "rejected": "rejected",
     "dialogues": "dialogues",
     "examples": "examples",

@@ -11,11 +11,19 @@ from functools import partial
 from pathlib import Path
 
 from finetune.data.sources import hub
-from finetune.data.sources.json_files import read_header, read_items, read_json, read_json_lines, read_pairs
+from finetune.data.sources.csv_files import read_csv
+from finetune.data.sources.json_files import (
+    read_header,
+    read_items,
+    read_json,
+    read_json_lines,
+    read_keys,
+    read_pairs,
+)
 from finetune.data.sources.shards import COMPRESSED_TARS, read_shard
 from finetune.data.sources.source import Record, Source
-from finetune.data.sources.streams import COMPRESSIONS
-from finetune.data.sources.tables import read_arrow, read_csv, read_parquet
+from finetune.data.sources.streams import COMPRESSIONS, stop_if_broken
+from finetune.data.sources.tables import read_arrow, read_parquet
 from modeling.errors import UserError
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "locate",
     "read_header",
     "read_items",
+    "read_keys",
     "read_pairs",
     "read_records",
     "refuse_columns",
@@ -130,10 +139,11 @@ def _known() -> str:
 def read_records(source: Source) -> Iterator[Record]:
     """(place, record), columns renamed.
 
-    A file that breaks off gives its records and a RecordError. Raises UserError: a path or hub id that leads to
-    nothing, a suffix that is not known, a column that no record has.
+    Raises UserError: a path or hub id that leads to nothing, a suffix that is not known, a column that no record has,
+    a file that breaks off; with `on_broken: keep`, BrokenFileError stands in the place of what is lost of it.
     """
-    return _rename(source, hub.read_hub(source) if source.hub else _read_files(source))
+    records = hub.read_hub(source) if source.hub else _read_files(source)
+    return _rename(source, stop_if_broken(source, records))
 
 
 def _read_files(source: Source) -> Iterator[Record]:

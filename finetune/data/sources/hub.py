@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.data.sources.source import Record, Source
-from finetune.data.sources.streams import until_corrupt
+from finetune.data.sources.streams import until_broken
 from finetune.data.sources.tables import BATCH_ROWS, number_rows
 from modeling.errors import UserError
 
@@ -19,10 +19,8 @@ SAVED = ("state.json", "dataset_dict.json")
 
 def read_hub(source: Source) -> Iterator[Record]:
     """Rows of one split. Raises UserError: not found, not reachable, or nothing that can be loaded."""
-    import pyarrow
-
     name = str(source.hub)
-    return until_corrupt(name, number_rows(name, _tables(source)), (pyarrow.ArrowException,))
+    return until_broken(name, number_rows(name, _tables(source)))
 
 
 def _tables(source: Source) -> Iterator["pyarrow.Table"]:

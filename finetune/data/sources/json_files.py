@@ -2,31 +2,24 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from finetune.data.dialogue import RecordError
-from finetune.data.sources import streams
+from finetune.data.sources.json_scan import is_deep, open_scan, too_many_values
 from finetune.data.sources.source import Record
-from finetune.data.sources.streams import open_text, read_lines, until_corrupt
-
-MAX_DEPTH = 100
-"""Of lists and objects in each other; no dataset comes near it, and Python fails at about a thousand."""
+from finetune.data.sources.streams import BrokenFileError, open_text, read_lines, until_broken
 
 CONTAINERS = ("data", "records", "samples", "examples", "annotations", "questions")
 """Keys under which an object holds the list of its records; the split's name is another."""
 
 Scalar = str | int | float | bool | None
-Place = list[str | None]
-"""Where a value stands in a JSON file: keys of objects, None for any place in a list."""
 
 
 def read_json_lines(path: Path) -> Iterator[Record]:
     """One JSON object a line; blank lines are no records."""
-    return until_corrupt(path.name, _json_lines(path))
+    return until_broken(path, _json_lines(path))
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
@@ -38,17 +31,18 @@ def _json_lines(path: Path) -> Iterator[Record]:
                 yield f"{path.name}:{number}", parse_record(line)
 
 
-def parse_record(text: bytes) -> dict[str, Any] | RecordError:
+def parse_record(line: bytes) -> dict[str, Any] | RecordError:
     """A JSON object, or why it is none."""
     try:
-        value = json.loads(text.decode("utf-8-sig"))
+        text = line.decode("utf-8-sig")
+        if fault := too_many_values(text):
+            return fault
+        value = json.loads(text)
     except UnicodeDecodeError as error:
         return RecordError("not UTF-8", f"{error.reason} at byte {error.start}")
     except (ValueError, RecursionError) as error:
         return RecordError("not JSON", str(error))
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _is_deep(value):
-        return RecordError("not JSON", f"nested over {MAX_DEPTH} deep")
-    return as_record(value)
+    return is_deep(value, text, 0, len(text)) or as_record(value)
 
 
 def as_record(value: object) -> dict[str, Any] | RecordError:
@@ -57,28 +51,17 @@ def as_record(value: object) -> dict[str, Any] | RecordError:
     return RecordError("not an object", f"expected a JSON object, got {type(value).__name__}")
 
 
-def _is_deep(value: object) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _children(outer)]
-    return any(isinstance(value, dict | list) for value in level)
-
-
-def _children(value: object) -> list[object]:
-    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-
-
 def read_json(path: Path, split: str) -> Iterator[Record]:
     """The objects of a list, at the top or under one of `split` and `CONTAINERS`; JSON lines; or a single object."""
-    return until_corrupt(path.name, _json_records(path, (split, *CONTAINERS)))
+    return until_broken(path, _json_records(path, (split, *CONTAINERS)))
 
 
 def _json_records(path: Path, containers: tuple[str, ...]) -> Iterator[Record]:
     if _holds_lines(path):
         yield from _json_lines(path)
         return
-    at = _find_list(path, containers)
-    values = _whole(path) if at is None else _members(path, at, "start_array")
+    key = _find_list(path, containers)
+    values = _whole(path) if key is None else _members(path, key, "[")
     for number, (_, value) in enumerate(values):
         yield f"{path.name}#{number}", as_record(value)
 
@@ -93,138 +76,79 @@ def _holds_lines(path: Path) -> bool:
     return len(lines) == 2 and any(isinstance(line, bytes) and isinstance(parse_record(line), dict) for line in lines)
 
 
-def _find_list(path: Path, keys: tuple[str, ...]) -> Place | None:
-    """Where the list of records is: [] at the top, [key] in an object, None nowhere."""
-    with _open_walk(path) as walk:
-        for place, event, _ in walk:
-            if event == "start_array" and (place == [] or (len(place) == 1 and place[0] in keys)):
-                return list(place)
-    return None
+def _find_list(path: Path, keys: tuple[str, ...]) -> str | None:
+    """Where the list of records is: "" at the top, a key of the object there, None nowhere."""
+    with open_scan(path) as scan:
+        opening = scan.peek()
+        if opening == "{":
+            for key in scan.members():
+                if key in keys and scan.peek() == "[":
+                    return key
+                scan.skip()
+        return "" if opening == "[" else None
 
 
-def read_items(path: Path, prefix: str) -> Iterator[tuple[str, object | RecordError]]:
-    """(place, item) of the list at a prefix such as "item" (the top) or "data.item"; the last may be what is wrong."""
-    at: Place = [None if step == "item" else step for step in prefix.split(".")][:-1]
-    items = ((f"{path.name}#{number}", item) for number, (_, item) in enumerate(_members(path, at, "start_array")))
-    return until_corrupt(path.name, items)
+def read_items(path: Path, key: str) -> Iterator[tuple[str, object | RecordError]]:
+    """(place, item) of the list under a key, "" being the top; the last may be what is wrong."""
+    items = ((f"{path.name}#{number}", item) for number, (_, item) in enumerate(_members(path, key, "[")))
+    return until_broken(path, items)
 
 
-def read_pairs(path: Path, prefix: str) -> Iterator[tuple[str, str, object | RecordError]]:
-    """(place, key, value) of the object at a prefix such as "data", "" being the top; the last may be what is wrong."""
-    at: Place = [None if step == "item" else step for step in prefix.split(".")] if prefix else []
-    pairs = ((f"{path.name}/{key}", (key, value)) for key, value in _members(path, at, "start_map"))
-    for place, pair in until_corrupt(path.name, pairs):
+def read_pairs(path: Path, key: str) -> Iterator[tuple[str, str, object | RecordError]]:
+    """(place, key, value) of the object under a key, "" being the top; the last may be what is wrong."""
+    pairs = ((f"{path.name}/{name}", (name, value)) for name, value in _members(path, key, "{"))
+    for place, pair in until_broken(path, pairs):
         yield (place, "", pair) if isinstance(pair, RecordError) else (place, str(pair[0]), pair[1])
 
 
 def read_header(path: Path, key: str) -> Scalar:
     """The value of a scalar of a JSON file's top object, None if there is none; nothing after it is read."""
-    with _open_walk(path) as walk:
-        return next((value for place, event, value in walk if place == [key] and event not in _NEW), None)
+    try:
+        with open_scan(path) as scan:
+            for name in scan.members() if scan.peek() == "{" else ():
+                if name == key and scan.peek() not in "[{":
+                    value = scan.take()
+                    return value if isinstance(value, Scalar) else None
+                scan.skip()
+    except BrokenFileError:
+        pass  # what is wrong with it, the reader of its records says
+    return None
+
+
+def read_keys(path: Path) -> Iterator[str]:
+    """The keys of a JSON file's top object, each before the value behind it is read. Raises BrokenFileError."""
+    with open_scan(path) as scan:
+        for key in scan.members() if scan.peek() == "{" else ():
+            yield str(key)
+            scan.skip()
 
 
 def _whole(path: Path) -> Iterator[tuple[None, object]]:
-    with _open_walk(path) as walk:
-        for _, event, value in walk:
-            yield None, walk.take(event, value)
+    with open_scan(path) as scan:
+        yield None, scan.take()
+        scan.end()
 
 
-def _members(path: Path, at: Place, opening: str) -> Iterator[tuple[str | None, object]]:
-    """(key, value) of an object, (None, value) of a list."""
+def _members(path: Path, key: str, opening: str) -> Iterator[tuple[str | None, object]]:
+    """(key, value) of an object, (None, value) of a list; it is at the top, or under a key there."""
     found = False
-    with _open_walk(path) as walk:
-        for place, event, value in walk:
-            if place and place[:-1] == at and (place[-1] is None) == (opening == "start_array"):
-                yield place[-1], walk.take(event, value)
-            elif place == at and event == opening:
-                found = True
-    if not found:
-        kind, where = "a list" if opening == "start_array" else "an object", ".".join(step or "item" for step in at)
-        raise RecordError("no records", f"expected {kind} at {where or 'the top'}")
-
-
-_NEW: dict[str, type[Any]] = {"start_map": dict, "start_array": list}
-
-
-class _Walk:
-    """(place, event, value) of each value of a JSON file, outermost first; inside of one that is taken, none."""
-
-    def __init__(self, file: BufferedReader):
-        import ijson
-
-        self._metered = _Metered(file)
-        self._events = ijson.basic_parse(self._metered, use_float=True)
-        self._taken = False
-
-    def __iter__(self) -> Iterator[tuple[Place, str, Any]]:
-        place: Place = []
-        for event, value in self._events:
-            self._metered.count = 0
-            if event == "map_key":
-                place[-1] = value
-            elif event in ("end_map", "end_array"):
-                place.pop()
-            else:
-                self._taken = False
-                yield place, event, value
-                if event in _NEW and not self._taken:
-                    place.append(None if event == "start_array" else "")
-                    _check_depth(place)
-
-    def take(self, event: str, value: Any) -> object:
-        """The whole value that the latest event begins."""
-        self._taken = True
-        if event not in _NEW:
-            return value
-        outermost = _NEW[event]()
-        open_values, key = [outermost], ""
-        for event, value in self._events:
-            if event == "map_key":
-                key = value
-            elif event in ("end_map", "end_array"):
-                if open_values.pop() is outermost:
-                    break
-            else:
-                inner = _NEW[event]() if event in _NEW else value
-                innermost = open_values[-1]
-                if isinstance(innermost, dict):
-                    innermost[key] = inner
+    with open_scan(path) as scan:
+        first = scan.peek()
+        if not key and first == opening:
+            found = True
+            for name in scan.members():
+                yield name, scan.take()
+        elif key and first == "{":
+            for outer in scan.members():
+                if outer == key and scan.peek() == opening:
+                    found = True
+                    for name in scan.members():
+                        yield name, scan.take()
                 else:
-                    innermost.append(inner)
-                if event in _NEW:
-                    open_values.append(inner)
-                    _check_depth(open_values)
-        return outermost
-
-
-def _check_depth(open_values: list[Any]) -> None:
-    if len(open_values) > MAX_DEPTH:
-        raise RecordError("not JSON", f"nested over {MAX_DEPTH} deep")
-
-
-class _Metered:
-    """A file that gives no more than `MAX_RECORD_BYTES` between two resets of `count`."""
-
-    def __init__(self, file: BufferedReader):
-        self._file, self.count = file, 0
-
-    def read(self, size: int) -> bytes:
-        piece = self._file.read1(size)  # what there is, even if the file breaks off after it
-        self.count += len(piece)
-        if self.count > streams.MAX_RECORD_BYTES + size:
-            raise RecordError("record too large", f"over {streams.MAX_RECORD_BYTES:,} bytes")
-        return piece
-
-
-@contextmanager
-def _open_walk(path: Path) -> Iterator[_Walk]:
-    """Raises RecordError: no JSON."""
-    import ijson
-
-    with open_text(path) as file:
-        try:
-            yield _Walk(file)
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            text = error.args[0]
-            message = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-            raise RecordError("not JSON", message.partition("\n")[0]) from error
+                    scan.skip()
+        elif first:
+            scan.skip()
+        scan.end()
+    if not found:
+        kind = "a list" if opening == "[" else "an object"
+        raise BrokenFileError("no records", f"expected {kind} at {key or 'the top'}", "nothing of the file was read")

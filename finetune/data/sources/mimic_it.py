@@ -18,6 +18,7 @@ from finetune.data.sources.files import files_of, read_pairs, read_records, refu
 from finetune.data.sources.placeholders import kinds_in, place_images
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
+from finetune.data.sources.streams import stop_if_broken
 
 _READ = ("instruction", "answer", "image_ids", "images", "rel_ins_ids")
 
@@ -28,7 +29,7 @@ def read(source: Source) -> Iterator[Record]:
     for file in files:
         if _is_json(file):
             refuse_columns(source)
-            yield from _read_json(file)
+            yield from stop_if_broken(source, _read_json(file))
     others = tuple(file for file in files if not _is_json(file))
     if others or source.hub:
         yield from read_records(replace(source, paths=others))

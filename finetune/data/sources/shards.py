@@ -13,9 +13,12 @@ from finetune.data.images import encoded
 from finetune.data.sources import streams
 from finetune.data.sources.json_files import parse_record
 from finetune.data.sources.source import Record
-from finetune.data.sources.streams import open_file, until_corrupt
+from finetune.data.sources.streams import BrokenFileError, lost_after, open_file, until_broken
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst")
+
+MAX_HEADER_BYTES = 2**20
+"""Of one member, with all that extends its name: names are shorter, and chains of headers have no other end."""
 
 _TEXTS = ("txt", "text", "caption", "cls")
 
@@ -30,62 +33,88 @@ class Member:
 
 
 def read_members(path: Path) -> Iterator[Member]:
-    """The files of an archive, in order; folders are passed over. Raises OSError, EOFError or tarfile.TarError."""
+    """The files of an archive, in order; folders are passed over. Raises BrokenFileError."""
     plain = path.suffix.lower() == ".tar"
     with open_file(path) as file:
-        watched = _Forward(file)
-        archive = tarfile.TarFile(fileobj=cast(BinaryIO, watched))
-        while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps them all
-            if not member.isdir():
-                yield Member(member.name, _content(path if plain else None, archive, member))
-        if watched.latest.strip(b"\0"):
-            raise tarfile.ReadError(f"byte {archive.offset}: no header of a member")
+        watched = _Forward(file, path.stat().st_size if plain else None)
+        archive = None
+        while True:
+            start = max(watched.tell(), archive.offset) if archive else 0
+            watched.header_bytes = 0
+            try:
+                archive = archive or tarfile.TarFile(fileobj=cast(BinaryIO, watched))
+                member = archive.next()
+                archive.members = []  # type: ignore[attr-defined]  # or tarfile keeps them all
+                if member is None and watched.latest.strip(b"\0"):
+                    raise tarfile.ReadError("no header of a member")
+                content = None if member is None or member.isdir() else _content(path, watched, member)
+            except BrokenFileError:
+                raise
+            except Exception as error:  # a damaged header makes tarfile raise errors of many kinds
+                lost = lost_after(start, watched.size) if watched.size else "what follows was not read"
+                raise BrokenFileError(
+                    "corrupt file", f"{error or type(error).__name__}, at byte {start:,}", lost
+                ) from error
+            if member is None:
+                return
+            if content is not None:
+                yield Member(member.name, content)
 
 
-def _content(path: Path | None, archive: tarfile.TarFile, member: tarfile.TarInfo) -> Slice | bytes | RecordError:
+def _content(path: Path, file: "_Forward", member: tarfile.TarInfo) -> Slice | bytes | RecordError:
+    """Raises tarfile.ReadError."""
+    end = member.offset_data + member.size
+    if member.size < 0 or (file.size is not None and member.isreg() and end > file.size):
+        raise tarfile.ReadError(f"{member.name:.200}: {member.size:,} bytes, which the archive does not have")
     if not member.isreg() or member.issparse():
-        return RecordError("not a file", f"{member.name}: a link or the like in the archive")
-    if path:
-        if member.offset_data + member.size > path.stat().st_size:
-            raise tarfile.ReadError(f"{member.name}: the archive ends before it does")
+        return RecordError("not a file", f"{member.name:.200}: a link or the like in the archive")
+    if file.size is not None:
         return Slice(path, member.offset_data, member.size)
     if member.size > streams.MAX_RECORD_BYTES:
-        return RecordError("record too large", f"{member.name}: {member.size:,} bytes")
-    content = archive.extractfile(member)
-    assert content is not None
-    read = content.read()
-    if len(read) < member.size:
-        raise tarfile.ReadError(f"{member.name}: the archive ends before it does")
-    return read
+        return RecordError("record too large", f"{member.name:.200}: {member.size:,} bytes")
+    file.seek(member.offset_data)
+    content = file.read_data(member.size)
+    if len(content) < member.size:
+        raise tarfile.ReadError(f"{member.name:.200}: the archive ends before it does")
+    return content
 
 
 class _Forward:
-    """A file as tarfile reads it: onwards only; `latest` holds what it read last.
+    """A file as tarfile reads it: onwards only, its headers of bounded size; `latest` holds what it read last.
 
     tarfile takes a damaged header for the end of an archive; that is told from a real end by `latest`.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, size: int | None):
         self._file, self._position, self.latest = file, 0, b""
+        self.size = size
+        """Of a plain archive, in bytes."""
+        self.header_bytes = 0
+        """Read since the latest member."""
 
     def tell(self) -> int:
         return self._position
 
     def seek(self, position: int) -> int:
-        assert position >= self._position
+        if position < self._position:
+            raise tarfile.ReadError(f"a header leads back to byte {position:,}")
         if self._file.seekable():
             self._position = self._file.seek(position)
-        while self._position < position and self.read(min(2**20, position - self._position)):
+        while self._position < position and self.read_data(min(2**20, position - self._position)):
             pass
         return self._position
 
     def read(self, size: int) -> bytes:
-        if size > streams.MAX_RECORD_BYTES:
-            raise tarfile.ReadError(f"a header of {size:,} bytes")
-        self.latest = self._file.read(size)
-        self._position += len(self.latest)
+        self.header_bytes += size
+        if size < 0 or self.header_bytes > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"headers of over {MAX_HEADER_BYTES:,} bytes")
+        self.latest = self.read_data(size)
         return self.latest
+
+    def read_data(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._position += len(data)
+        return data
 
 
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<kind>[^/]+)", re.DOTALL)
@@ -98,7 +127,7 @@ def read_shard(path: Path) -> Iterator[Record]:
     What its JSON file holds stands beside them. Where an archive breaks off, its last record may lack files: it is left
     out.
     """
-    return until_corrupt(path.name, _shard_records(path), (tarfile.TarError,))
+    return until_broken(path, _shard_records(path))
 
 
 def _shard_records(path: Path) -> Iterator[Record]:

@@ -37,6 +37,9 @@ class Source:
     download_http: bool = False
     """Whether plain http is good enough, too."""
     limit: int | None = None
+    """Only the first so many records are read."""
+    on_broken: Literal["stop", "keep"] = "stop"
+    """What a file that breaks off does: end the verb, or give the records before."""
     turns: int | None = None
     """Questions about one image are joined, and longer dialogues divided, into dialogues of at most so many turns."""
     ordered: bool | None = None

@@ -16,10 +16,10 @@ from typing import Any
 
 from finetune.data.dialogue import Dialogue, RecordError, assistant, user
 from finetune.data.sources.fields import checked, first_item, has, own_image, required
-from finetune.data.sources.files import files_of, read_header, read_items, read_records, refuse_columns
+from finetune.data.sources.files import files_of, read_header, read_items, read_keys, read_records, refuse_columns
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
-from finetune.data.sources.streams import open_text
+from finetune.data.sources.streams import BrokenFileError, stop_if_broken
 
 
 def read(source: Source) -> Iterator[Record]:
@@ -32,7 +32,7 @@ def read(source: Source) -> Iterator[Record]:
         files[_part_of(path)].append(path)
     if files["questions"] or files["annotations"]:
         refuse_columns(source)
-    yield from _joined(files["questions"], files["annotations"])
+    yield from stop_if_broken(source, _joined(files["questions"], files["annotations"]))
     if files[""] or source.hub:
         yield from read_records(replace(source, paths=tuple(files[""])))
 
@@ -56,15 +56,12 @@ def is_vqa(record: dict[str, Any]) -> bool:
 
 def _part_of(path: Path) -> str:
     """Whether a JSON file is an official one of "questions" or "annotations", or "", by the first key that tells."""
-    import ijson
-
     if ".json" not in path.suffixes[-2:]:
         return ""
     try:
-        with open_text(path) as file:
-            keys = (value for place, event, value in ijson.parse(file) if (place, event) == ("", "map_key"))
-            return next((key for key in keys if key in ("questions", "annotations", "data")), "").replace("data", "")
-    except (RecordError, OSError, EOFError, ijson.JSONError):
+        keys = (key for key in read_keys(path) if key in ("questions", "annotations", "data"))
+        return next(keys, "").replace("data", "")
+    except BrokenFileError:
         return ""  # what is wrong with it, its reader tells
 
 
@@ -78,7 +75,7 @@ def _joined(questions: Iterable[Path], annotations: Iterable[Path]) -> Iterator[
             yield place, RecordError("question_id repeated", f"{question['question_id']}")
         else:
             asked[question["question_id"]] = place, question
-    for place, annotation in (record for path in annotations for record in _identified(path, "annotations.item")):
+    for place, annotation in (record for path in annotations for record in _identified(path, "annotations")):
         if isinstance(annotation, RecordError):
             yield place, annotation
         elif annotation["question_id"] not in asked:
@@ -92,23 +89,23 @@ def _joined(questions: Iterable[Path], annotations: Iterable[Path]) -> Iterator[
 def _questions(paths: Iterable[Path]) -> Iterator[Record]:
     for path in paths:
         subtype = read_header(path, "data_subtype")
-        for place, item in _identified(path, "questions.item"):
+        for place, item in _identified(path, "questions"):
             yield place, item if isinstance(item, RecordError) else item | {"data_subtype": subtype}
 
 
-def _identified(path: Path, prefix: str) -> Iterator[Record]:
+def _identified(path: Path, key: str) -> Iterator[Record]:
     """Objects that have a question_id."""
-    for place, item in _items(path, prefix):
+    for place, item in _items(path, key):
         if isinstance(item, dict) and not isinstance(item.get("question_id"), str | int):
             yield place, RecordError("missing field", f'expected "question_id", got {item!r:.80}')
         else:
             yield place, item
 
 
-def _items(path: Path, prefix: str) -> Iterator[Record]:
-    for place, item in read_items(path, prefix):
+def _items(path: Path, key: str) -> Iterator[Record]:
+    for place, item in read_items(path, key):
         try:
-            yield place, item if isinstance(item, RecordError) else checked(item, prefix, dict)
+            yield place, item if isinstance(item, RecordError) else checked(item, key, dict)
         except RecordError as error:
             yield place, error
 
