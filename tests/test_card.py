@@ -98,9 +98,9 @@ tags:
 
 | source | read | kept | rejected | after the limit | examples | tokens | trained on | images | repeats |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-| {path}/data.jsonl\\[train\\] | 5 | 2 | 3 | 0 | 2 | {tokens} | {trained} | 1 | 1.0 |
-| {path}/data.jsonl\\[train\\] | 5 | 1 | 0 | 4 | 1 | {one} | {one_trained} | 1 | 1.0 |
-| {path}/held.jsonl\\[train\\] | 1 | 1 | 0 | 0 | 1 | {one} | {one_trained} | 1 | - |
+| {path}/data.jsonl\\[train\\] | 5 | 2 | 3 | - | 2 | {tokens} | {trained} | 1 | 1.0 |
+| {path}/data.jsonl\\[train\\] | 1 | 1 | 0 | not counted | 1 | {one} | {one_trained} | 1 | 1.0 |
+| {path}/held.jsonl\\[train\\] | 1 | 1 | 0 | - | 1 | {one} | {one_trained} | 1 | - |
 
 ## Rejections
 

@@ -32,7 +32,7 @@ SHAPES, CHAT = "shapes.jsonl[train]", "chat.json[train]"
 ACCOUNTS = [
     {
         "source": SHAPES,
-        "read": 12,
+        "read": 11,
         "kept": 9,
         "limited": True,
         "broken": [],
@@ -281,11 +281,11 @@ def test_the_summary_adds_the_sources_up():
 def test_the_table_has_a_row_a_source_and_their_sums():
     page = inspect()
     heads = ["read", "kept", "rejected", "dialogues", "examples", "tokens", "trained on", "images"]
-    assert texts(page, "th")[:11] == ["source", *heads, "draws an epoch"]
-    assert texts(page, "th")[11:] == [SHAPES, CHAT, "together"]
-    assert texts(page, "td")[:10] == ["12", "9", "1", "2", "9", "9", "1,000", "250 (25.0%)", "9", "9"]
-    sums = ["1,012", "1,009", "1", "2", "509", "509", "10,000", "5,000 (50.0%)", "9", "–"]
-    assert texts(page, "td")[20:] == sums
+    assert texts(page, "th")[:10] == ["source", *heads, "draws an epoch"]
+    assert texts(page, "th")[10:] == [SHAPES, CHAT, "together"]
+    assert texts(page, "td")[:9] == ["11", "9", "2", "9", "9", "1,000", "250 (25.0%)", "9", "9"]
+    sums = ["1,011", "1,009", "2", "509", "509", "10,000", "5,000 (50.0%)", "9", "–"]
+    assert texts(page, "td")[18:] == sums
 
 
 def test_other_numbers_of_an_account_have_columns_and_repeats_are_not_added():
@@ -294,7 +294,7 @@ def test_other_numbers_of_an_account_have_columns_and_repeats_are_not_added():
         {**ACCOUNTS[0], "source": "b", "repeats": 0.5, "too_long": 4},
     ]
     page = inspect([], accounts)
-    assert texts(page, "th")[11:13] == ["repeats", "too long"]
+    assert texts(page, "th")[10:12] == ["repeats", "too long"]
     rows = [texts(row, "td")[-2:] for row in re.findall(r"<tr data-row.*?</tr>|<tr class=.*?</tr>", page, re.DOTALL)]
     assert rows == [["2", "3"], ["0.5", "4"], ["–", "7"]]
 
@@ -303,6 +303,8 @@ def test_rejections_are_shown_with_their_first():
     page = inspect()
     assert "<b>2</b> corrupt image" in page
     assert "shapes.jsonl:4: b.png: truncated" in page
+    broken = {**ACCOUNTS[1], "broken": ["chat.json breaks off: not JSON: <b>"]}
+    assert "<dd>chat.json breaks off: not JSON: &lt;b&gt;</dd>" in inspect(accounts=[broken], dialogues=())
     assert "Rejected records" not in inspect(accounts=ACCOUNTS[1:], dialogues=())
 
 

@@ -274,7 +274,8 @@ def test_a_file_is_decoded_once(folder, tiny_tokenizer, monkeypatch):
 
 def test_sources_keep_their_order_and_sizes(folder, tiny_tokenizer, tmp_path):
     first = Source("messages", (write(folder, [record("a.bmp"), "[]", record("b.bmp")]),))
-    nothing, few = (replace(first, limit=limit) for limit in (0, 1))
+    nothing, few = replace(first, paths=(tmp_path / "none.jsonl",)), replace(first, limit=1)
+    (tmp_path / "none.jsonl").write_text("[]")
     prepared, accounts = prepare(
         [first, nothing, few], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=tmp_path / "made"
     )

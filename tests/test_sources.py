@@ -545,8 +545,27 @@ def test_compressed_official_files_are_joined_too(tmp_path):
     assert [record for record in read("vqa", *paths) if isinstance(record, dict)] == [JOINED[2], JOINED[4]]
 
 
-def test_a_broken_official_file_is_told_not_passed_over(tmp_path):
+def test_json_breaks_off_in_an_official_file(tmp_path):
     questions, annotations = written(tmp_path, q__json=QUESTIONS, a__json=json.dumps(ANNOTATIONS)[:-40])
-    reasons = [record[0] for record in read("vqa", questions, annotations) if isinstance(record, tuple)]
+    kept = {"on_broken": "keep"}
+    reasons = [record[0] for record in read("vqa", questions, annotations, **kept) if isinstance(record, tuple)]
     assert reasons.count("not JSON") == 1
-    assert "not JSON" in [record[0] for record in read("mimic_it", annotations)]
+    assert "not JSON" in [record[0] for record in read("mimic_it", annotations, **kept)]
+    for paths in ((questions, annotations), (annotations, questions)):
+        with pytest.raises(UserError, match=r"a\.json: the file breaks off: not JSON: "):
+            read("vqa", *paths)
+    with pytest.raises(UserError, match=r"a\.json: the file breaks off: "):
+        read("mimic_it", annotations)
+
+
+def test_json_breaks_off_in_the_metadata_of_an_image_folder(tmp_path):
+    lines = gzip.compress(b'{"file_name": "a.png", "text": "A."}\n')
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "metadata.csv").write_text('file_name,text\na.png,"A.\n')
+    with pytest.raises(UserError, match=r"metadata\.csv: the file breaks off: not CSV: a quote opens in line 2"):
+        read("image_folder", tmp_path / "images")
+    got = read("image_folder", tmp_path / "images", on_broken="keep")
+    assert [record[0] for record in got] == ["not CSV"]
+    (tmp_path / "cut.jsonl.gz").write_bytes(lines[:-4])
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz: the file breaks off: corrupt file"):
+        read("pairs", tmp_path / "cut.jsonl.gz")

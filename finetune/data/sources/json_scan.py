@@ -20,8 +20,10 @@ _SPACE = re.compile(r"[ \t\n\r]*+")
 _NAME = re.compile(r'[^\s"\[\]{},:]++')
 _STRING = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)
 """Of a string, what is there of it without its quotes."""
-_TO_BRACKET = re.compile(r'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")++', re.DOTALL)
-"""What can be passed over inside of brackets: up to the next one, or to a string that goes on beyond the window."""
+_FLAT = r'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")'
+_NESTED = rf"(?:{_FLAT}|\[{_FLAT}*+\]|\{{{_FLAT}*+\}})"
+_WITHIN = re.compile(rf"(?:{_NESTED}|\[{_NESTED}*+\]|\{{{_NESTED}*+\}})++", re.DOTALL)
+"""What can be passed over inside of brackets at once: all but brackets three deep, and what the window cuts."""
 _AT_THE_END = 16
 """An error so near to the window's end may be one of a value that goes on; the longest word is -Infinity."""
 
@@ -118,7 +120,7 @@ class Scan:
                 self._pass_over(_NAME)
             if depth <= 0:
                 return
-            if within := _TO_BRACKET.match(self._text, self._at):
+            if within := _WITHIN.match(self._text, self._at):
                 self._at = within.end()
 
     def _skip_string(self) -> None:
@@ -194,19 +196,25 @@ def _too_large(size: int) -> RecordError:
 
 
 def too_many_values(text: str, at: int = 0) -> RecordError | None:
-    """Whether a text holds more values than a record may: known before any of them is made."""
+    """Whether the value that begins at a place holds more values than a record may: known before any is made."""
     most = streams.MAX_VALUES
     if len(text) - at <= most or sum(text.count(sign, at) for sign in ",[{") <= most:
         return None
-    for _ in range(most):
-        found = _TO_VALUE.match(text, at)
+    count = depth = 0
+    while count <= most:
+        found = _TO_SIGN.match(text, at)
         if not found:
             return None
         at = found.end()
+        sign = text[at - 1]
+        depth += (sign in "[{") - (sign in "]}")
+        count += sign in ",[{"
+        if depth <= 0:
+            return None
     return RecordError("record too large", f"over {most:,} values")
 
 
-_TO_VALUE = re.compile(r'(?:[^",\[{]++|"(?:[^"\\]++|\\.)*+")*+[,\[{]', re.DOTALL)
+_TO_SIGN = re.compile(r'(?:[^",\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+[,\[\]{}]', re.DOTALL)
 
 
 def is_deep(value: object, text: str, start: int, end: int) -> RecordError | None:

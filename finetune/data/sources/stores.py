@@ -6,7 +6,6 @@ import posixpath
 import re
 import stat
 import struct
-import tarfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from finetune.data.dialogue import Image, RecordError, Slice
 from finetune.data.images import decode_base64
 from finetune.data.sources.files import locate
 from finetune.data.sources.shards import COMPRESSED_TARS, read_members
+from finetune.data.sources.streams import BrokenFileError
 from modeling.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ class Tar(_Archive):
     def _members(self) -> dict[str, Slice | bytes | RecordError]:
         try:
             return {posixpath.normpath(member.name): member.content for member in read_members(self.path)}
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{self.path}: a tar archive that cannot be read: {error}") from error
+        except BrokenFileError as error:
+            raise UserError(f"{self.path}: a tar archive that cannot be read: {error.detail}") from error
 
     def _open(self, path: str) -> Image | None:
         content = self._members.get(path)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from finetune.data.dialogue import RecordError
 from finetune.data.sources.source import Record
-from finetune.data.sources.streams import BrokenFileError, until_broken
+from finetune.data.sources.streams import BrokenFileError, open_file, until_broken
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,7 +22,7 @@ def read_parquet(path: Path) -> Iterator[Record]:
 def _parquet_batches(path: Path) -> Iterator["pyarrow.RecordBatch"]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
+    with open_file(path) as opened, pyarrow.parquet.ParquetFile(opened, buffer_size=2**20) as file:
         yield from file.iter_batches(BATCH_ROWS, use_threads=False)
 
 
@@ -34,6 +34,7 @@ def read_arrow(path: Path) -> Iterator[Record]:
 def _arrow_batches(path: Path) -> Iterator["pyarrow.RecordBatch"]:
     import pyarrow
 
+    open_file(path).close()
     with pyarrow.memory_map(str(path)) as file:
         if file.read(6) == b"ARROW1":
             saved = pyarrow.ipc.open_file(file)
