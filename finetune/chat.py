@@ -7,6 +7,9 @@ from pathlib import Path
 from finetune.base import QUANTIZED, load_model
 from finetune.data.dialogue import Dialogue, Image, Turn, assistant, user
 from finetune.data.images import Preprocessing, open_image
+from finetune.data.sources.placeholders import place_images
+from finetune.data.sources.roots import ImageRoot
+from finetune.data.sources.source import Source
 from finetune.device import auto_dtype, device
 from finetune.generate import Assistant, generate
 from finetune.places import check_place
@@ -43,8 +46,14 @@ class Conversation:
         self.waiting.append(image)
 
     def ask(self, question: str) -> str:
-        """The model's answer, remembered. Raises RecordError for an empty question."""
-        turns = [*self.turns, user(*self.waiting, question)]
+        """The model's answer, remembered; "<image>" in a question is the place of an image that waits.
+
+        Raises RecordError for an empty question, or another number of places than of images.
+        """
+        asked: tuple[Turn, ...] = (user(question),)
+        if self.waiting:
+            asked, _ = place_images(asked, self.waiting, ImageRoot(Source("messages")))
+        turns = [*self.turns, *asked]
         prompt = Dialogue(tuple(turns))
         (answer,) = generate(self.assistant, [prompt], max_new_tokens=self.max_new_tokens)
         self.turns = [*turns, assistant(answer.text or "...")]

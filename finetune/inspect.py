@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.data.account import Account
+from finetune.data.account import Account, most_frequent
 from finetune.data.dialogue import Dialogue, Image, RecordError
 from finetune.data.images import describe, open_image
 from finetune.data.records import look, read_dialogues
@@ -193,6 +193,8 @@ def _print(inspection: Inspection, *, ids: bool) -> None:
         for reason, records in {**account["rejected"], **account["parts_rejected"]}.items():
             first = account["first_rejected"][reason]
             display(f"{account['source']}: {records} x {reason} (first: {first})", "yellow")
+        if ignored := account.get("ignored"):
+            display(f"{account['source']}: not used of records: {most_frequent(ignored)}", "yellow")
     for drawn in inspection.histograms:
         display(bars(drawn))
     for shown in inspection.shown:

@@ -4,6 +4,7 @@ import json
 import os
 from types import SimpleNamespace
 
+import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
@@ -67,6 +68,21 @@ def test_a_file_of_prompts_gets_a_line_for_every_record(base_folder, tmp_path):
     assert found[2]["error"].startswith("not a prompt")
     assert found[3]["place"] == "in.jsonl:4"
     assert sorted(path.name for path in (tmp_path / "no" / "such").iterdir()) == ["out.jsonl"]
+
+
+def test_placeholder_in_a_prompt_is_the_place_of_its_image(scripted, tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    records = [
+        prompt("in <image>?", images=["a.png"], system="be kind"),
+        prompt("in <image>?"),
+        prompt("in <video>?", videos=["v.mp4"]),
+        prompt("is <image> or <image>?", image="a.png"),
+    ]
+    ask(scripted, written(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl")
+    assert scripted.asked == ["in ?"]
+    answered, *refused = lines(tmp_path / "out.jsonl")
+    assert answered["answer"] == "IN ?"
+    assert [line["error"].partition(":")[0] for line in refused] == ["image count", "video", "image count"]
 
 
 def test_odd_records_get_their_line_and_lose_no_other(scripted, tmp_path):

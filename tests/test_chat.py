@@ -53,6 +53,16 @@ def talk(*lines):
     return written
 
 
+def test_placeholder_in_a_typed_question_is_the_place_of_its_image(spoken, tmp_path):
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    written = talk(
+        "what is <image>?", f"/image {tmp_path / 'a.png'}", "what is <image> or <image>?", "what is <image>?"
+    )
+    assert [turn.parts for turn in spoken[0].turns] == [("what is <image>?",)]
+    assert spoken[1].turns[-1].parts == ("what is ", Image(tmp_path / "a.png"), "?")
+    assert written[3:] == ["image count: 1 images for 2 <image> in the questions", "answer 2"]
+
+
 def test_images_go_with_the_next_question_and_turns_are_remembered(spoken, tmp_path):
     PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     written = talk(f"/image {tmp_path / 'a.png'}", "what is it?", "", "and now?")

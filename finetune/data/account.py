@@ -60,13 +60,6 @@ class Account:
             known = unicode(name[:80])
             self.ignored[known if known in self.ignored or len(self.ignored) < MOST_NAMES else "other keys"] += 1
 
-    @property
-    def unused(self) -> str:
-        """ "score 10, url 3 and 7 more": the most frequent ones."""
-        counts = sorted(self.ignored.items(), key=lambda item: -item[1])
-        more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
-        return _list(dict(counts[:8])) + more
-
     def _remember(self, place: str, error: RecordError) -> None:
         self.first_rejected.setdefault(error.reason, unicode(f"{place}: {error.detail}".removesuffix(": ")))
 
@@ -94,7 +87,7 @@ class Account:
         if self.parts_rejected:
             said.append(f"parts of kept records left out: {_list(self.parts_rejected)}")
         if self.ignored:
-            said.append(f"not used of records: {self.unused}")
+            said.append(f"not used of records: {most_frequent(self.ignored)}")
         return "; ".join(said) or None
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +121,12 @@ class Account:
 def unicode(text: str) -> str:
     """A text that can be written anywhere: bytes of a file's name that are not UTF-8 stand as escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def most_frequent(counts: Mapping[str, int], most: int = 8) -> str:
+    """ "score 10, url 3 and 7 more"."""
+    first = sorted(counts.items(), key=lambda item: -item[1])[:most]
+    return _list(dict(first)) + (f" and {len(counts) - most} more" if len(counts) > most else "")
 
 
 def _list(counts: Mapping[str, int]) -> str:

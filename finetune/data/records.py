@@ -40,9 +40,12 @@ def to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoo
     if isinstance(record, RecordError):
         raise record
     source = root.source
-    record = without(record, source.ignore) if source.ignore else record
     convert = FORMATS[source.format].convert
-    dialogue = reveal(convert(hide(record), root)) if source.placeholders == "text" else convert(record, root)
+    try:
+        record = without(record, source.ignore) if source.ignore else record
+        dialogue = reveal(convert(hide(record), root)) if source.placeholders == "text" else convert(record, root)
+    except RecursionError as error:
+        raise RecordError("nested too deeply", "expected lists and objects in a few levels") from error
     if dialogue.is_prompt and not prompt:
         raise RecordError("no answer to the last question", "the dialogue ends with the user")
     if prompt and not dialogue.is_prompt:
