@@ -19,6 +19,7 @@ from finetune.data.template import render
 from finetune.data.tokens import tokenize
 from finetune.data.tracking import Track, silently
 from finetune.generate import Assistant, generate_each
+from finetune.origin import named_model
 from finetune.places import check_place
 from finetune.visible import to_json
 from modeling.errors import UserError
@@ -42,7 +43,8 @@ def count_prompts(prompts: Path, out: Path) -> int:
 
 def asked(model: str, *, adapter: Path | None, quantize: str | None) -> dict[str, Any]:
     """What tells one model from another, so that a journal holds the answers of one: its name, and its weight files."""
-    folders = [Path(model), *([adapter] if adapter else [])]
+    named = named_model(model, adapter)
+    folders = [Path(named.model), *([named.adapter] if named.adapter else [])]
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     stats = [(str(file), file.stat()) for file in files]
     weights = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]

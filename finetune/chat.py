@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.base import QUANTIZED, load_model
+from finetune.base import QUANTIZED, load_model, local_base
 from finetune.data.dialogue import Dialogue, Image, Turn, assistant, user
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.sources.placeholders import place_images
@@ -12,9 +12,12 @@ from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from finetune.device import auto_dtype, device
 from finetune.generate import Assistant, generate
+from finetune.origin import named_model
 from finetune.places import check_place
 from finetune.visible import to_json
 from modeling.adapters import open_adapter
+from modeling.checkpoint import identity, read_checkpoint
+from modeling.errors import UserError
 from modeling.files import atomic_write
 
 HELP = (
@@ -23,11 +26,22 @@ HELP = (
 
 
 def open_assistant(model: str, *, adapter: Path | None = None, quantize: str | None = None) -> Assistant:
-    """A merged model or an instruct one (folder or hub id), or a base with its `adapter`. Raises UserError."""
-    cache = Path("runs") / QUANTIZED
-    loaded = load_model(model, dtype=auto_dtype(), instruct=adapter is not None, quantize=quantize, cache=cache)
-    wrapped = open_adapter(loaded.model, adapter) if adapter else loaded.model
-    return Assistant(wrapped.to(device()), loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor, model))
+    """An instruct model (folder or hub id), a run, an adapter, or a base and its `adapter`. Raises UserError."""
+    named, cache = named_model(model, adapter), Path("runs") / QUANTIZED
+    if named.identity and named.identity != identity(read_checkpoint(local_base(named.model, revision=named.revision))):
+        raise UserError(f"{named.adapter}: was trained on other weights than those of {named.model}")
+    loaded = load_model(
+        named.model,
+        revision=named.revision,
+        dtype=auto_dtype(),
+        instruct=named.instruct,
+        quantize=quantize,
+        cache=cache,
+    )
+    wrapped = open_adapter(loaded.model, named.adapter) if named.adapter else loaded.model
+    return Assistant(
+        wrapped.to(device()), loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor, named.model)
+    )
 
 
 @dataclass

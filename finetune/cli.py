@@ -239,7 +239,7 @@ def inspect(
 
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A merged model: folder or hub id; or a base.", show_default=False)
+    str, typer.Argument(metavar="MODEL", help="A model (folder or hub id), a run, or an adapter.", show_default=False)
 ]
 AdapterFolder = Annotated[
     Path | None, typer.Option("--adapter", help="With a base: the adapter folder to put on it.", show_default=False)

@@ -18,7 +18,7 @@ from transformers import IdeficsProcessor
 
 from finetune.data.tracking import Track, silently
 from finetune.folder import commit
-from finetune.verify import PROVENANCE, compare, digests, require_rounding, weight_digests
+from finetune.verify import PROVENANCE, compare, folder_digests, require_rounding, weight_digests
 from modeling.adapter_files import ADAPTER_FILES
 from modeling.checkpoint import (
     Planned,
@@ -33,7 +33,7 @@ from modeling.checkpoint import (
 )
 from modeling.deltas import Adapter, Onto, rounded, weights_of
 from modeling.errors import UserError
-from modeling.files import read_json, write_json
+from modeling.files import digests, read_json, write_json
 from modeling.loading import generation_config, load_processor, open_base, require_agreement, save_processor
 from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
@@ -75,6 +75,9 @@ def merge(
     """
     out = out.resolve()
     folder, base_config = open_base(base, revision=revision)
+    for place, what in ((folder, "base"), (adapter, "adapter")):
+        if out == place.resolve():
+            raise UserError(f"{out}: is the {what} itself, which a merge leaves as it is; name another folder: --out")
     stored, changes = read_checkpoint(folder), Adapter.read(adapter)
     instruct = instruct or changes.added_tokens == 3
     config = _merged_config(base_config, instruct, dtype)
@@ -111,6 +114,8 @@ def merge(
         other: asdict(compare(config, weights_of(stored, base_config, other), merged, changes, track=track))
         for other in others
     }
+    merged_files = folder_digests(partial, track)
+    del merged_files[MADE_OF]
     record = {
         **(provenance or {}),
         "commit": commit(),
@@ -123,7 +128,7 @@ def merge(
         "left_out": left_out,
         "proof": asdict(proof),
         "against": against,
-        "sha256": {"base": weight_digests(folder, track), "merged": weight_digests(partial, track)},
+        "sha256": {"base": weight_digests(folder, track), "merged": merged_files},
     }
     (partial / MADE_OF).unlink()
     write_json(partial / PROVENANCE, record)
@@ -158,6 +163,8 @@ def _done(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     record = read_json(out / PROVENANCE)
     if record and record.get("made_of") == made_of:
+        if gone := [name for name in record["sha256"]["merged"] if not (out / name).is_file()]:
+            raise UserError(f"{out}: is not whole any more: {gone[0]} is gone; delete the folder, and merge again")
         return record
     raise UserError(f"{out}: is not empty, and not the result of this merge; choose another folder, or delete it")
 

@@ -1,15 +1,22 @@
 """What an adapter was trained on: a note beside its weights, written with them, and read when it is merged or used."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from modeling.adapter_files import PEFT_CONFIG
+from modeling.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE, is_adapter, require_adapter
 from modeling.deltas import Onto
 from modeling.errors import UserError
-from modeling.files import read_json, write_json
+from modeling.files import digests, read_json, write_json
+from modeling.shapes import is_folder
 
 NOTE = "finetune.json"
 """The note's file. An adapter made elsewhere has none."""
+
+SHA256 = "sha256"
+"""In the note: the hash of each weight file, so that a flipped byte is noticed."""
+
+_REPAIR = "copy the adapter again; or delete this file, and name the base: --base FOLDER_OR_HUB_ID"
 
 
 @dataclass(frozen=True)
@@ -32,17 +39,105 @@ class Origin:
         return "nf4" if self.quantize == "nf4" else "full"
 
     def write(self, adapter: Path) -> None:
-        write_json(adapter / NOTE, asdict(self))
+        weights = [adapter / name for name in (PEFT_WEIGHTS, TRAINED_FILE) if (adapter / name).is_file()]
+        write_json(adapter / NOTE, {**asdict(self), SHA256: digests(weights)})
 
     @classmethod
     def of(cls, adapter: Path, base: str | None = None) -> "Origin":
-        """As the note says; of an adapter made elsewhere, as PEFT's own file says, or `base`. Raises UserError."""
-        if note := read_json(adapter / NOTE):
-            return cls(**note)
-        config = read_json(adapter / PEFT_CONFIG)
-        if config is None:
-            found = "a model" if (adapter / "config.json").is_file() else "neither"
-            raise UserError(f"{adapter}: expected an adapter folder ({NOTE} or {PEFT_CONFIG}), found {found}")
-        if not (named := config.get("base_model_name_or_path") or base):
+        """As the note says; of an adapter made elsewhere, as PEFT's own file says, or `base`. Raises UserError.
+
+        Also where the adapter's weights are no longer those that the note was written with.
+        """
+        if (note := read_json(adapter / NOTE, repair=_REPAIR)) is not None:
+            return cls._of_note(adapter, note)
+        require_adapter(adapter)
+        config = read_json(adapter / PEFT_CONFIG, repair="fetch or save the adapter again") or {}
+        named, revision = config.get("base_model_name_or_path") or base, config.get("revision")
+        if named is None:
             raise UserError(f"{adapter}: does not say what base it was made for; name it: --base FOLDER_OR_HUB_ID")
-        return cls(named, config.get("revision"))
+        for key, value in (("base_model_name_or_path", named), ("revision", revision)):
+            if not (_is_text(value) or (key == "revision" and value is None)):
+                raise UserError(f"{adapter / PEFT_CONFIG}: {key}: expected a text, got {repr(value)[:80]}")
+        return cls(named, revision)
+
+    @classmethod
+    def _of_note(cls, adapter: Path, note: dict[str, Any]) -> "Origin":
+        hashes = note.pop(SHA256, {})
+        if unknown := sorted(note.keys() - {field.name for field in fields(cls)}):
+            raise UserError(f"{adapter / NOTE}: unknown key {unknown[0][:80]!r}; {_REPAIR}")
+        for key in fields(cls):
+            value = note.get(key.name, None if key.name == "base" else key.default)
+            right = isinstance(value, bool) if key.name == "instruct" else value is None or _is_text(value)
+            if not right or (key.name == "base" and value is None):
+                raise UserError(f"{adapter / NOTE}: {key.name}: unexpected {repr(value)[:80]}; {_REPAIR}")
+        if note.get("quantize") not in (None, "nf4"):
+            raise UserError(
+                f"{adapter / NOTE}: quantize: expected nf4 or null, got {note['quantize'][:80]!r}; {_REPAIR}"
+            )
+        if not isinstance(hashes, dict) or not hashes.keys() <= {PEFT_WEIGHTS, TRAINED_FILE}:
+            raise UserError(f"{adapter / NOTE}: {SHA256}: expected hashes of weight files; {_REPAIR}")
+        for name, digest in digests(adapter / name for name in hashes).items():
+            if digest != hashes[name]:
+                raise UserError(
+                    f"{adapter / name}: is not the file that training left: its SHA-256 is another; copy the adapter "
+                    f"again, or, if you changed it yourself, delete {SHA256} from {NOTE}"
+                )
+        origin = cls(**note)
+        beside = adapter.parent / Path(origin.base).name
+        if (
+            not is_folder(origin.base) and (beside / "config.json").is_file()
+        ):  # the run's folder has moved, base and all
+            return cls(**{**note, "base": str(beside)})
+        return origin
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
+
+
+@dataclass(frozen=True)
+class Named:
+    """What is to be loaded for a model that a user named."""
+
+    model: str
+    """Folder or hub id."""
+    adapter: Path | None = None
+    revision: str | None = None
+    instruct: bool = False
+    """Whether a base gains `<end_of_utterance>`."""
+    identity: str | None = None
+    """Of the base that the adapter was trained on, where that is known."""
+
+
+def named_model(name: str, adapter: Path | None = None) -> Named:
+    """A model as it was named: a model, a run folder, an adapter folder, or a base and its adapter. Raises UserError.
+
+    A run folder stands for its merged model, or for its base and adapter while nothing is merged.
+    """
+    folder = Path(name)
+    is_model = not is_folder(name) or (folder / "config.json").is_file()
+    if adapter is not None:
+        inner = adapter / "adapter" if (adapter / "recipe.yaml").is_file() else adapter
+        require_adapter(inner)
+        if not is_model:
+            raise UserError(f"{name}: expected the base of {inner}, a model; found none; or name the adapter alone")
+        return _on_base(name, inner)
+    if is_model:
+        return Named(name)
+    if (folder / "recipe.yaml").is_file():
+        if (folder / "merged" / "config.json").is_file():
+            return Named(str(folder / "merged"))
+        if not is_adapter(folder / "adapter"):
+            raise UserError(f"{folder}: a run folder in which nothing is trained yet; first: finetune train RECIPE")
+        return _on_base(None, folder / "adapter")
+    if is_adapter(folder) or (folder / NOTE).is_file():
+        return _on_base(None, folder)
+    raise UserError(f"{folder}: expected a model (config.json), an adapter or a run folder; found none of them")
+
+
+def _on_base(base: str | None, adapter: Path) -> Named:
+    """An adapter on the base that was named, or on the one that it was trained on."""
+    origin = Origin.of(adapter, base)
+    instruct = origin.instruct if (adapter / NOTE).is_file() else True
+    revision = None if base else origin.revision
+    return Named(base or origin.base, adapter, revision, instruct, origin.identity)

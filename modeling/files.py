@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, also after a power cut; JSON that names itself where it is damaged."""
 
 import errno
+import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -64,6 +66,17 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is there whole or not at all."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def digests(files: Iterable[Path]) -> dict[str, str]:
+    """File name -> SHA-256; of a file that is not there, an empty one."""
+    found = {}
+    for path in files:
+        found[path.name] = ""
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def read_json(path: Path, *, repair: str = "delete it, and give the same command again") -> dict[str, Any] | None:

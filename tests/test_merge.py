@@ -192,7 +192,9 @@ def test_provenance_and_shards(base_folder, make_rows, tmp_path):
     assert record["sources"]["base"] == str(base_folder)
     assert record["made_of"]["base"] == identity(read_checkpoint(base_folder))
     assert record["made_of"]["adapter"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
-    assert list(record["sha256"]["merged"]) == shards
+    others = ("config.json", "generation_config.json", "model.safetensors.index.json", "processor_config.json")
+    tokenizer = ("tokenizer.json", "tokenizer_config.json")
+    assert sorted(record["sha256"]["merged"]) == sorted([*shards, *others, *tokenizer])
     assert list(record["sha256"]["base"]) == ["model.safetensors"]
     assert all(len(digest) == 64 for digests in record["sha256"].values() for digest in digests.values())
     assert record["proof"]["tensors"] == 177

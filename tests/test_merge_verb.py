@@ -134,7 +134,7 @@ def test_a_run_trained_in_4_bits_is_merged_as_it_was_trained(run, base_folder, t
 def test_what_changed_is_told_by_verify(run):
     merge_folder(run, base=None, out=None, onto=None, dtype=None, shard_size=None, show=False)
     spoil(run / "merged" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].add_(1))
-    assert "its weights have changed since they were merged" in told(invoke(run / "merged", "--verify"))
+    assert "has changed since it was merged: model.safetensors is another" in told(invoke(run / "merged", "--verify"))
     assert "expected a merged model with its provenance.json, found none" in told(invoke(run, "--verify"))
 
 
@@ -142,9 +142,12 @@ MISTAKES = {
     "no folder": (["gone"], "gone: no such adapter folder"),
     "no adapter": (
         ["empty"],
-        "empty: expected an adapter folder (finetune.json or adapter_config.json), found neither",
+        "empty: expected an adapter folder (adapter_config.json or trained.safetensors), found neither",
     ),
-    "a model": (["model"], "model: expected an adapter folder (finetune.json or adapter_config.json), found a model"),
+    "a model": (
+        ["model"],
+        "model: expected an adapter folder (adapter_config.json or trained.safetensors), found a model",
+    ),
     "untrained": (["untrained"], "untrained/adapter: no such adapter folder; first: finetune train"),
     "dtype": (["mine", "--dtype", "int8"], "--dtype: expected fp32 or bf16 or fp16, got 'int8'"),
     "onto": (["mine", "--onto", "nf5"], "--onto: expected full or nf4, got 'nf5'"),
