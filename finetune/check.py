@@ -28,7 +28,7 @@ def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
     """Read what can be read in seconds. Raises UserError if a source has no usable record among its first ones."""
     config = _config(recipe)
     training = [to_source(source) for source in recipe.data.sources]
-    towers = _towers(config, recipe, instruct=hold_dialogues(source.format for source in training))
+    towers = _towers(config, recipe, instruct=hold_dialogues(training))
     sources, first = [], None
     for source in (*training, *map(to_source, recipe.data.eval_sources)):
         report, dialogue = _first_records(source)

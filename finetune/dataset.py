@@ -40,7 +40,7 @@ def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, t
     """Prepare, or open what is prepared already. `sources`: the recipe's training sources, their formats known."""
     prepared = [source for source in sources if not source.stream]
     training, accounts = prepare_sources(recipe, prepared, tokenizer, team=team)
-    apart = [to_source(source) for source in recipe.data.eval_sources]
+    apart = [to_source(source, seed=recipe.training.seed) for source in recipe.data.eval_sources]
     held, held_accounts = prepare_sources(recipe, apart, tokenizer, team=team)
     if not recipe.data.streams:
         require_examples(training, accounts)

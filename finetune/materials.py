@@ -30,7 +30,7 @@ from finetune.features import FeatureCache, ImageFeatures
 from finetune.generate import Assistant
 from finetune.progress import track
 from finetune.recipe import Recipe
-from finetune.recipe_sources import to_source
+from finetune.recipe_sources import say_if_documents, to_source
 from finetune.sizes import parse_size
 from finetune.stability import read_events
 from modeling import loading
@@ -69,7 +69,9 @@ class Materials:
 
     @cached_property
     def sources(self) -> list[Source]:
-        return [to_source(source) for source in self.recipe.data.sources]
+        sources = [to_source(source, seed=self.recipe.training.seed) for source in self.recipe.data.sources]
+        say_if_documents(sources)
+        return sources
 
     def load(self, *, image_towers: bool | None = None, divided: bool = False) -> loading.Idefics:
         """The base as this recipe trains it, on its device; quantised weights are kept beside the prepared sets.
@@ -90,7 +92,7 @@ class Materials:
     @property
     def instruct(self) -> bool:
         """Dialogues need `<end_of_utterance>`; a run on documents alone leaves a base a base."""
-        return hold_dialogues(source.format for source in self.sources)
+        return hold_dialogues(self.sources)
 
     @cached_property
     def processor(self) -> Any:
@@ -146,7 +148,7 @@ class Materials:
         evaluation = self.recipe.evaluation
         if not evaluation or not evaluation.documents:
             return None
-        sources = [to_source(source) for source in evaluation.documents]
+        sources = [to_source(source, seed=self.recipe.training.seed) for source in evaluation.documents]
         _require_all_here()
         prepared, accounts = prepare_sources(self.recipe, sources, self.processor.tokenizer, team=ranks.nodes())
         require_examples(prepared, accounts)
@@ -253,8 +255,9 @@ def _by_image(rows: RowCollator, features: Features) -> Callable[[Sequence[Image
 
 def open_dataset(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
     """(training sources, what is prepared, tokenizer), without a run folder or a model."""
-    sources = [to_source(source) for source in recipe.data.sources]
-    instruct = hold_dialogues(source.format for source in sources)
+    sources = [to_source(source, seed=recipe.training.seed) for source in recipe.data.sources]
+    say_if_documents(sources)
+    instruct = hold_dialogues(sources)
     if recipe.model.init:
         # The ids of the fresh base that a run would make; the extension to an instruct vocabulary comes on top.
         tokenizer = learn_tokenizer(SHAPES[recipe.model.init], sources, instruct=instruct)

@@ -123,11 +123,16 @@ class Adapter(BaseModel):
 
 Format = Literal[
     "auto", "messages", "sharegpt", "llava", "svit", "lrv", "m3it", "mimic_it", "spot_the_diff", "ultrachat", "alpaca",
-    "cauldron", "vqa", "obelics", "pairs", "image_folder", "text", "easy_vqa", "easy_vqa_captions",
+    "cauldron", "vqa", "prompt_completion", "preference", "qa", "obelics", "pairs", "image_folder", "class_folders",
+    "text", "easy_vqa", "easy_vqa_captions",
 ]  # fmt: skip
 """Dataset families; auto: recognised from the first records."""
 
 Name = Annotated[str, Field(min_length=1)]
+
+
+CAPTIONS = ("pairs", "image_folder", "class_folders", "easy_vqa_captions")
+"""Formats of images with their captions."""
 
 
 def _listed(value: Any) -> Any:
@@ -142,10 +147,19 @@ def _named(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+def _prompts(value: Any) -> Any:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(one, str) and one.strip() for one in values):
+        raise ValueError(f"expected what a user asks, or a list of such texts, got {value!r:.80}")
+    return tuple(values)
+
+
 Names = Annotated[tuple[Name, ...], BeforeValidator(_named)]
 """One key, or a list of them."""
 Places = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
 """One path, or a list of them."""
+Prompts = Annotated[tuple[str, ...], BeforeValidator(_prompts)]
+"""One text, or a list of them."""
 
 
 class Source(Section):
@@ -180,6 +194,9 @@ class Source(Section):
     """Join questions about one image, and divide longer dialogues, into dialogues of at most so many turns."""
     ordered: bool | None = None
     """Whether turns build on each other, so that their order is kept; without it, what the format says."""
+    prompt: Prompts = ()
+    """Of captions: what a user asks for one, which makes dialogues of them; of a list, one is drawn for each record.
+    Without it captions are documents, and a model does not learn to answer from documents."""
     download: Literal[False, True, "http"] = False
     """Fetch images that are URLs, over https; http: over plain http, too."""
     placeholders: Literal["images", "text"] = "images"
@@ -196,6 +213,8 @@ class Source(Section):
         if len(given) != (0 if packaged else 1):
             expected = "neither path nor hub" if packaged else "either path or hub"
             raise ValueError(f"format {self.format}: expected {expected}, got {' and '.join(given) or 'neither'}")
+        if self.prompt and self.format not in ("auto", *CAPTIONS):
+            raise ValueError(f"prompt makes dialogues of captions ({', '.join(CAPTIONS)}), got format {self.format}")
         if not self.hub and (self.subset or self.revision):
             raise ValueError("subset and revision belong to a dataset on the hub")
         return self

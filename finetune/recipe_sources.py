@@ -1,16 +1,22 @@
-"""A recipe's sources -> the data package's, each with a format."""
+"""A recipe's sources -> the data package's, each with a format; what a person must know of them is said."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from finetune import recipe
-from finetune.data.sources import recognise_source
+from finetune.data.sources import FORMATS, hold_dialogues
+from finetune.data.sources.recognise import recognise_source
 from finetune.data.sources.source import Source
 from finetune.progress import say
+from modeling.errors import UserError
 
 
-def to_source(source: recipe.Source) -> Source:
-    """A recipe's source as the data package knows it, its format recognised where it is `auto`."""
+def to_source(source: recipe.Source, *, seed: int = 0) -> Source:
+    """A recipe's source as the data package knows it, its format recognised where it is `auto`.
+
+    `seed` draws among several prompts. Raises UserError: what the source says does not go with its format.
+    """
     found = Source(
         format=source.format,
         paths=tuple(map(Path, source.path)),
@@ -30,10 +36,42 @@ def to_source(source: recipe.Source) -> Source:
         ordered=source.ordered,
         placeholders=source.placeholders,
         ignore=source.ignore,
+        prompt=source.prompt,
+        prompt_seed=seed if len(source.prompt) > 1 else 0,
         license=source.license,
     )
-    if source.format != "auto":
-        return found
-    recognised = replace(found, format=recognise_source(found))
-    say(f"{found.name}: format {recognised.format} (recognised from its first records)")
-    return recognised
+    if source.format == "auto":
+        recognised = recognise_source(found)
+        found = replace(found, format=recognised.format)
+        say(f"{found.name}: format {recognised.format} (recognised from its first records)")
+        for note in recognised.notes:
+            say(f"{found.name}: {note}")
+    if FORMATS[found.format].note:
+        say(f"{found.name}: {FORMATS[found.format].note}")
+    _check(found)
+    return found
+
+
+def say_if_documents(sources: Sequence[Source]) -> None:
+    """Say that no instruct model comes of documents alone, and what would help."""
+    if not hold_dialogues(sources):
+        captions = any(FORMATS[source.format].captions for source in sources)
+        hint = '; prompt: "Describe the image." in a source makes dialogues of its captions' if captions else ""
+        say(f"the sources hold documents alone: the base learns to continue them, not to answer{hint}")
+
+
+def _check(source: Source) -> None:
+    family = FORMATS[source.format]
+    if source.prompt and not family.captions:
+        raise UserError(
+            f"{source.name}: prompt makes dialogues of captions ({', '.join(recipe.CAPTIONS)}), "
+            f"got format {source.format}"
+        )
+    in_name = source.image_name or ""
+    unknown = [name for name in source.columns if name not in family.names and f"{{{name}" not in in_name]
+    if unknown:
+        fields = ", ".join(family.names) or "no fields by name"
+        raise UserError(
+            f"{source.name}: columns: format {source.format} reads no {', '.join(unknown)}; it reads {fields}, and "
+            f"columns says {{its name: the name in the records}}"
+        )

@@ -516,9 +516,9 @@ def test_webdataset_shard_with_images_where_they_lie(tmp_path):
     assert [place for place, _ in records] == ["s.tar/a/000", "s.tar/a/001", "s.tar/" + "long" * 60 + "/ü"]
     (_, first), (_, second), (_, third) = records
     assert first == {"__key__": "a/000", "jpg": first["jpg"], "txt": "été"}
-    assert second == {"__key__": "a/001", "question": "Who?", "n": [1], "seg.png": second["seg.png"]}
+    assert second == {"__key__": "a/001", "question": "Who?", "n": [1], "image": second["image"]}
     assert isinstance(first["jpg"], Slice)
-    assert [encoded(Image(image)) for image in (first["jpg"], second["seg.png"], third["webp"])] == [
+    assert [encoded(Image(image)) for image in (first["jpg"], second["image"], third["webp"])] == [
         PNG,
         PNG + b"\0",
         PNG,
@@ -532,7 +532,7 @@ def test_webdataset_shard_that_is_compressed(name, tmp_path):
     (place, first), (_, second), (_, third) = read(path)
     assert place == f"{name}/a/000"
     assert first == {"__key__": "a/000", "jpg": PNG, "txt": "été"}
-    assert second == {"__key__": "a/001", "question": "Who?", "n": [1], "seg.png": PNG + b"\0"}
+    assert second == {"__key__": "a/001", "question": "Who?", "n": [1], "image": PNG + b"\0"}
     assert third["webp"] == PNG
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.sources import FORMATS, recognise
+from finetune.data.sources import FORMATS
 from finetune.data.sources.questions import DIFFERENCES
+from finetune.data.sources.recognise import recognise
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from modeling.errors import UserError
@@ -120,6 +121,42 @@ CASES = [
      Dialogue((user(image("7.jpg"), "What?"), assistant("b", references=("b", "a", "a", "b"))))),
     ("vqa", {"image": "cat.jpg", "image_id": 9, "question": "What?", "multiple_choice_answer": "net", "answers": []},
      Dialogue((user(CAT, "What?"), assistant("net")))),
+    ("vqa", {"questionId": 337, "question": "What?", "docId": 279, "image": "cat.jpg", "answers": ["net", "a net"]},
+     Dialogue((user(CAT, "What?"), assistant("net", references=("net", "a net"))))),
+    ("vqa", {"query": "How many?", "imgname": "cat.jpg", "label": [14, 14]},
+     Dialogue((user(CAT, "How many?"), assistant("14", references=("14", "14"))))),
+    ("lrv", {"image": "cat.jpg", "question": "Cats?", "answer": 3}, Dialogue((user(CAT, "Cats?"), assistant("3")))),
+    ("lrv", {"image_id": 7, "question": "A cat?", "answer": True},
+     Dialogue((user(image("7.jpg"), "A cat?"), assistant("true")))),
+    ("lrv", {"image": "cat.jpg", "question": "How much?", "answer": 0.5},
+     Dialogue((user(CAT, "How much?"), assistant("0.5")))),
+    ("qa", {"query": "Why?", "response": "So.", "history": [["Who?", "Me."]], "images": ["cat.jpg"]}, about(CAT)),
+    ("qa", {"query": "Why?", "response": "So.", "system": "Be kind.", "history": []},
+     Dialogue((Turn("system", ("Be kind.",)), user("Why?"), assistant("So.")))),
+    ("qa", {"id": 1, "system_prompt": "", "question": "How many?", "response": 2},
+     Dialogue((user("How many?"), assistant("2")))),
+    ("qa", {"instruction": "Who?", "context": "Obelix is fat.", "response": "Obelix.", "category": "closed_qa"},
+     Dialogue((user("Who?\nObelix is fat."), assistant("Obelix.")))),
+    ("qa", {"question": "Who?", "answers": {"text": ["Me", "I"], "answer_start": [0, 3]}},
+     Dialogue((user("Who?"), assistant("Me")))),
+    ("qa", {"question": "Who?", "answers": ["Me", "I"]},
+     Dialogue((user("Who?"), assistant("Me", references=("Me", "I"))))),
+    ("qa", {"query": "Who?", "label": "Me.", "image_id": 7},
+     Dialogue((user(image("7.jpg"), "Who?"), assistant("Me.")))),
+    ("prompt_completion", {"prompt": "Who?", "completion": "Me."}, Dialogue((user("Who?"), assistant("Me.")))),
+    ("prompt_completion", {"prompt": [{"role": "user", "content": [{"type": "image"},
+                                                                   {"type": "text", "text": "Who?"}]}],
+                           "completion": [{"role": "assistant", "content": "Me."}], "images": ["cat.jpg"]},
+     Dialogue((user(CAT, "Who?"), assistant("Me.")))),
+    ("preference", {"prompt": "Who?", "chosen": "Me.", "rejected": "You.", "images": ["cat.jpg"]},
+     Dialogue((user(CAT, "Who?"), assistant("Me.")))),
+    ("preference", {"prompt": [{"role": "user", "content": "Who?"}],
+                    "chosen": [{"role": "assistant", "content": "Me."}],
+                    "rejected": [{"role": "assistant", "content": "You."}]},
+     Dialogue((user("Who?"), assistant("Me.")))),
+    ("preference", {"prompt": "Who?", "rejected": [], "chosen": [{"role": "user", "content": "Who?"},
+                                                                 {"role": "assistant", "content": "Me."}]},
+     Dialogue((user("Who?"), assistant("Me.")))),
     ("obelics", {"images": ["cat.jpg", None, "dog.jpg", {"bytes": PNG, "path": None}, None],
                  "texts": [None, "One.\n\nTwo,\nlonger.\n \n", None, None, "Three."],
                  "metadata": "[{}, null]", "general_metadata": "{}"},
@@ -135,6 +172,11 @@ CASES = [
     ("pairs", {"__key__": "0001", "png": {"bytes": PNG, "path": None}, "json": {"caption": "A cat.", "width": 9}},
      document(Image(PNG), "A cat.")),
     ("pairs", {"URL": "cat.jpg", "TEXT": "A cat.", "pwatermark": 0.1}, document(CAT, "A cat.")),
+    ("pairs", {"file_name": "cat.jpg", "text": "A cat."}, document(CAT, "A cat.")),
+    ("pairs", {"image_path": "cat.jpg", "caption": "A cat.", "split": "train"}, document(CAT, "A cat.")),
+    ("pairs", {"path": "cat.jpg", "captions": [" ", "A cat."]}, document(CAT, "A cat.")),
+    ("pairs", {"image": JPEG64 * 9, "text": "A cat."}, document(Image(base64.b64decode(JPEG64 * 9)), "A cat.")),
+    ("text", {"path": "notes.md", "text": "One."}, document("One.")),
     ("text", {"text": "One.\r\n\r\nTwo.\n\n\n\nThree."}, document("One.", "Two.", "Three.")),
     ("text", {"id": "1", "url": "https://example.org/wiki/Gaul", "title": "Gaul", "text": "It is divided."},
      document("Gaul", "It is divided.")),
@@ -187,7 +229,12 @@ def test_a_record_is_recognised(name, record, expected):
 
 
 def test_every_format_has_a_case_or_is_read_from_more_than_records():
-    assert set(FORMATS) - {name for name, _, _ in CASES} == {"image_folder", "easy_vqa", "easy_vqa_captions"}
+    assert set(FORMATS) - {name for name, _, _ in CASES} == {
+        "image_folder",
+        "class_folders",
+        "easy_vqa",
+        "easy_vqa_captions",
+    }
 
 
 def test_what_most_records_are_is_recognised():
@@ -206,7 +253,6 @@ def test_what_most_records_are_is_recognised():
         ("vqa", {"image_id": 9, "question_id": 9000, "multiple_choice_answer": "net", "answers": [{"answer": "net"}]}),
         ("lrv", {"image_id": 9, "question_id": 9000, "question": "What?", "answer": "A net."}),
         ("mimic_it", {"meta": {}, "data": {"I1": {"instruction": "Who?", "answer": "Me.", "image_ids": ["X"]}}}),
-        ("image_folder", {"file_name": "cat.jpg", "text": "A cat."}),
         ("text", {"url": "https://example.org", "text": "A page.", "timestamp": "2019"}),
         ("pairs", {"url": "https://example.org/a.jpg", "caption": "A cat."}),
     ],
@@ -220,9 +266,8 @@ def test_records_of_no_format_are_told_with_their_keys(records):
     with pytest.raises(UserError) as caught:
         recognise(records)
     keys = ", ".join(sorted({key for record in records for key in record})) or "(none)"
-    assert f"{len(records)} records with the keys {keys} are of no format known here: messages, svit" in str(
-        caught.value
-    )
+    assert f"{len(records)} records with the keys {keys} are of no known format" in str(caught.value)
+    assert "formats: messages, svit, llava" in str(caught.value)
 
 
 MISSING, UNKNOWN, COUNT = "missing field", "unknown content", "image count"
@@ -259,7 +304,7 @@ REFUSED = [
     ("ultrachat", {"data": ["Who?", None]}, (UNKNOWN, '"data[1]": expected text, got None')),
     ("ultrachat", {"data": ["Who?", " "]}, ("empty answer", "turn 2")),
     ("lrv", {"image_id": 7, "question": "Who?"}, (MISSING, 'expected "answer"')),
-    ("lrv", {"image_id": 7, "question": "How many?", "answer": 2}, (UNKNOWN, '"answer": expected text, got 2')),
+    ("lrv", {"image_id": 7, "question": "How many?", "answer": {"n": 2}}, (UNKNOWN, '"answer": expected text, got')),
     ("m3it", {"instruction": "Who?", "image_base64_str": [7], "outputs": "Me."},
      (UNKNOWN, '"image_base64_str[0]": expected text')),
     ("m3it", {"instruction": "Who?", "image_base64_str": ["?"], "outputs": "Me."}, ("corrupt image", "")),
@@ -275,7 +320,8 @@ REFUSED = [
     ("vqa", {"image_id": 7, "question": "What?"}, ("no answer", '"answers" or "multiple_choice_answer"')),
     ("vqa", {"image_id": 7, "question": "What?", "answers": []}, ("no answer", "")),
     ("vqa", {"image_id": 7, "question": "What?", "answers": [{"id": 1}]}, (MISSING, 'expected "answer"')),
-    ("vqa", {"image_id": 7, "question": "What?", "answers": ["a", 7]}, (UNKNOWN, '"answers[1]": expected text, got 7')),
+    ("vqa", {"image_id": 7, "question": "What?", "answers": ["a", None]},
+     (UNKNOWN, '"answers[1]": expected text, got None')),
     ("obelics", {"images": ["cat.jpg"], "texts": [None, "One."]}, (PAGE, "1 images, 2 texts")),
     ("obelics", {"images": ["cat.jpg"], "texts": ["One."]}, (PAGE, "position 0: expected one of the two, got both")),
     ("obelics", {"images": ["cat.jpg", None], "texts": [None, None]},
@@ -284,7 +330,9 @@ REFUSED = [
     ("obelics", {"images": [OBELIX], "texts": [None]}, ("image is a URL", "obelix.jpg")),
     ("obelics", {"images": [], "texts": []}, ("empty document", "")),
     ("pairs", {"image": "cat.jpg"}, (MISSING, "expected one of text, caption, TEXT")),
-    ("pairs", {"text": "A cat."}, (MISSING, "expected one of image, jpg")),
+    ("pairs", {"text": "A cat."}, (MISSING, "expected one of image, images, image_path")),
+    ("pairs", {"image": "cat.jpg", "text": " \u200b\n"}, ("empty caption", "\"text\": expected words, got ' ")),
+    ("pairs", {"image": "cat.jpg", "captions": ["", " "]}, ("empty caption", '"captions": expected words')),
     ("pairs", {"url": OBELIX, "caption": "A cat."}, ("image is a URL", "obelix.jpg")),
     ("pairs", {"image": "cat.jpg", "captions": []}, (UNKNOWN, '"captions": expected text, got []')),
     ("pairs", {"image": "cat.jpg", "sentences": [{"tokens": []}]}, (MISSING, 'expected "caption"')),
@@ -341,9 +389,11 @@ class Watched:
     """An image root that remembers what it gave out."""
 
     def __init__(self, root):
-        self.root, self.given = root, []
+        self.root, self.source, self.given = root, root.source, []
 
     def image(self, reference):
+        if isinstance(reference, Image):
+            return reference  # given out before
         return self._give(self.root.image(reference))
 
     def base64(self, text):

@@ -110,6 +110,16 @@ def test_every_format_is_listed_with_a_line_that_selects_it():
     assert {source.format for source in sources} == set(FORMATS)
 
 
+def test_the_fields_shown_are_those_that_formats_read():
+    (block,) = re.findall(r"^  ```\n(  IMAGE  .*?)^  ```", README, re.MULTILINE | re.DOTALL)
+    joined = re.sub(r"\n {9,}", lambda match: " ", block).replace("| ", "|")
+    shown = dict(line.split(maxsplit=1) for line in joined.splitlines())
+    words = [(word, shown.pop(word)) for word in ("IMAGE", "CAPTION")]
+    for word, names in words:
+        shown = {name: fields.replace(word, names) for name, fields in shown.items()}
+    assert shown == {name: ", ".join(family.reads) for name, family in FORMATS.items() if family.reads}
+
+
 def test_the_quickstart_s_script_runs_the_quickstart_s_recipe(tmp_path):
     script = (ROOT / "scripts" / "quickstart.sh").read_text()
     (line,) = [line for line in script.splitlines() if line.startswith("exec")]

@@ -270,7 +270,7 @@ data:
       split: val
       image_root: [images, more.zip]
       image_name: "COCO_train2014_{image_id:012d}.jpg"
-      columns: {text: caption}
+      columns: {question: asked}
       weight: 1.5
       limit: 9
       turns: 7
@@ -310,7 +310,7 @@ def test_every_key_of_the_data_arrives_and_paths_are_relative_to_the_recipe(tmp_
         split="val",
         image_root=(tmp_path / "images", tmp_path / "more.zip"),
         image_name="COCO_train2014_{image_id:012d}.jpg",
-        columns={"text": "caption"},
+        columns={"question": "asked"},
         download=True,
         download_http=True,
         limit=9,
@@ -359,7 +359,7 @@ def test_a_format_that_is_not_named_is_recognised_and_said(tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "format sharegpt (recognised from its first records)" in said
     (tmp_path / "a.jsonl").write_text('{"a": 1, "b": 2}\n')
-    with pytest.raises(UserError, match="format: auto: 1 records with the keys a, b are of no format known here"):
+    with pytest.raises(UserError, match="format: auto: 1 records with the keys a, b are of no known format"):
         to_source(recipe.data.sources[0])
 
 

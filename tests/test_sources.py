@@ -9,7 +9,8 @@ import pytest
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.records import to_dialogue
-from finetune.data.sources import FORMATS, easy_vqa, hold_dialogues, messages, recognise_source
+from finetune.data.sources import FORMATS, easy_vqa, hold_dialogues, messages
+from finetune.data.sources.recognise import recognise_source
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from modeling.errors import UserError
@@ -337,11 +338,14 @@ def test_what_formats_say_of_themselves():
     def those(wanted):
         return {name for name, family in FORMATS.items() if wanted(family)}
 
-    assert those(lambda family: family.documents) == {"obelics", "pairs", "image_folder", "text", "easy_vqa_captions"}
+    assert those(lambda family: family.documents) == {
+        *("obelics", "pairs", "image_folder", "class_folders", "text", "easy_vqa_captions")
+    }
     assert those(lambda family: not family.ordered) == {"m3it", "cauldron", "vqa", "lrv", "easy_vqa"}
     assert those(lambda family: not family.needs_files) == {"easy_vqa", "easy_vqa_captions"}
-    assert hold_dialogues(["text", "lrv"])
-    assert not hold_dialogues(["text", "pairs"])
+    assert hold_dialogues([Source("text"), Source("lrv")])
+    assert not hold_dialogues([Source("text"), Source("pairs")])
+    assert hold_dialogues([Source("text"), Source("pairs", prompt=("What is it?",))])
 
 
 def test_a_surrogate_in_json_reaches_the_dialogue_and_is_refused(root):
@@ -452,6 +456,8 @@ def test_mimic_it_shows_images_again_only_after_others(root, cat, tmp_path):
 def test_mimic_it_copies_are_read_as_they_are(tmp_path):
     record = {"instruction": "Who?", "answer": "Me.", "images": ["cat.jpg"]}
     assert read("mimic_it", *written(tmp_path, c__jsonl=record)) == [record]
+    paths = written(tmp_path, list__json=[record, record], lines__json=f"{json.dumps(record)}\n{json.dumps(record)}")
+    assert [read("mimic_it", path) for path in paths] == [[record, record]] * 2
 
 
 def test_an_image_folder_is_read_with_its_captions(tmp_path):
@@ -524,7 +530,7 @@ def test_a_folder_of_text_files_stands_for_them_and_any_other_for_its_records(tm
 
 def test_the_first_records_of_a_source_tell_its_format(tmp_path):
     def told(path):
-        return recognise_source(Source("auto", paths=(path,)))
+        return recognise_source(Source("auto", paths=(path,))).format
 
     mimic = {"meta": {}, "data": {"I1": {"instruction": "Who?", "answer": "Me.", "image_ids": ["X"]}}}
     paths = written(
@@ -550,7 +556,7 @@ def test_json_breaks_off_in_an_official_file(tmp_path):
     kept = {"on_broken": "keep"}
     reasons = [record[0] for record in read("vqa", questions, annotations, **kept) if isinstance(record, tuple)]
     assert reasons.count("not JSON") == 1
-    assert "not JSON" in [record[0] for record in read("mimic_it", annotations, **kept)]
+    assert read("mimic_it", annotations, **kept)[-1][0] == "not JSON"
     for paths in ((questions, annotations), (annotations, questions)):
         with pytest.raises(UserError, match=r"a\.json: the file breaks off: not JSON: "):
             read("vqa", *paths)

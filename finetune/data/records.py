@@ -1,10 +1,12 @@
 """Records -> dialogues whose images can be shown: by one rule for check, prepare, inspect, streams and generate."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune.data.account import Account
-from finetune.data.dialogue import Dialogue, Image, RecordError, Remote, as_unicode
+from finetune.data.dialogue import Dialogue, Image, RecordError, Remote, as_unicode, assistant, is_blank, user
 from finetune.data.images import open_image
 from finetune.data.sources import FORMATS
 from finetune.data.sources.build import without
@@ -46,6 +48,8 @@ def to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoo
         dialogue = reveal(convert(hide(record), root)) if source.placeholders == "text" else convert(record, root)
     except RecursionError as error:
         raise RecordError("nested too deeply", "expected lists and objects in a few levels") from error
+    if dialogue.is_document and is_blank(dialogue.turns[0].text):
+        raise RecordError("empty document", "expected words beside its images")
     if dialogue.is_prompt and not prompt:
         raise RecordError("no answer to the last question", "the dialogue ends with the user")
     if prompt and not dialogue.is_prompt:
@@ -53,7 +57,16 @@ def to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoo
     answers = [turn for turn in dialogue.turns if turn.role == "assistant"]
     if not prompt and answers and not any(turn.supervised for turn in answers):
         raise RecordError("nothing supervised", "every answer has a weight of 0")
-    return dialogue
+    return _asked(dialogue, place, source) if source.prompt else dialogue
+
+
+def _asked(caption: Dialogue, place: str, source: Source) -> Dialogue:
+    """A caption as the answer to one of the source's prompts, which the record's place draws."""
+    (turn,) = caption.turns
+    drawn = hashlib.blake2b(f"{source.prompt_seed}/{place}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    prompt = source.prompt[int.from_bytes(drawn) % len(source.prompt)]
+    words = tuple(part for part in turn.parts if isinstance(part, str))
+    return replace(caption, turns=(user(*turn.images, prompt), assistant(*words)))
 
 
 def lost_images(dialogue: Dialogue, found: Sequence[object]) -> list[RecordError]:

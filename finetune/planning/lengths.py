@@ -42,7 +42,8 @@ def prepared_lengths(recipe: Recipe) -> Lengths | None:
     if model.init or data.streams or not _has_tokenizer(str(model.base), model.revision):
         return None
     try:
-        sources, held = ([to_source(source) for source in group] for group in (data.sources, data.eval_sources))
+        seed = recipe.training.seed
+        sources, held = ([to_source(one, seed=seed) for one in group] for group in (data.sources, data.eval_sources))
         prepared = {_source_of(account) for account in Path(data.prepared).glob(f"*/{ACCOUNT}")}
         if not {source.name for source in (*sources, *held)} <= prepared:
             return None
@@ -72,7 +73,7 @@ def _has_tokenizer(base: str, revision: str | None) -> bool:
 def _tokenizer(recipe: Recipe, sources: Sequence[Source]) -> Any:
     from modeling.loading import load_processor
 
-    instruct = hold_dialogues(source.format for source in sources)
+    instruct = hold_dialogues(sources)
     return load_processor(str(recipe.model.base), revision=recipe.model.revision, instruct=instruct).tokenizer
 
 

@@ -225,7 +225,10 @@ def _config(recipe: Recipe) -> Config:
     """Of the model that is trained: dialogues extend a base to an instruct vocabulary."""
     model = recipe.model
     config = SHAPES[model.init] if model.init else read_config(str(model.base), revision=model.revision)
-    documents = all(source.format != "auto" and FORMATS[source.format].documents for source in recipe.data.sources)
+    documents = all(
+        source.format != "auto" and FORMATS[source.format].documents and not source.prompt
+        for source in recipe.data.sources
+    )
     return config if documents else {**config, "additional_vocab_size": 3}
 
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.data.dialogue import Dialogue, Part, RecordError, Turn
+from finetune.data.dialogue import Dialogue, Part, RecordError, Turn, is_blank
 from finetune.data.sources.fields import checked, first_item, has, optional, required, required_list
 from finetune.data.sources.files import files_of, read_records, refuse_columns
+from finetune.data.sources.names import CAPTIONS, IMAGES, SUFFIX_NAMES, first_name, name_of
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
 
-_IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_url", "url", "URL")
-_CAPTIONS = ("text", "caption", "TEXT", "txt", "captions", "sentences", "json")
+PAIR_IMAGES = (*IMAGES, *SUFFIX_NAMES, "url")
 
 
 def convert_obelics(record: dict[str, Any], root: ImageRoot) -> Dialogue:
@@ -41,14 +41,18 @@ def is_obelics(record: dict[str, Any]) -> bool:
 
 def convert_pair(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """PMD, LAION, COCO's captions, WebDataset: an image, then its caption, the first where there are several."""
-    image = record[_name_of(record, _IMAGES)]
-    name = _name_of(record, _CAPTIONS)
-    return _document(root.image(image), _caption(record[name], name))
+    image, name = record[name_of(record, PAIR_IMAGES)], name_of(record, CAPTIONS)
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    caption = _caption(record[name], name)
+    if is_blank(caption):
+        raise RecordError("empty caption", f'"{name}": expected words, got {caption!r:.80}')
+    return _document(root.image(image), caption)
 
 
 def is_pair(record: dict[str, Any]) -> bool:
     """A "url" beside a "text" is no image: it is where Wikipedia's and other pages are from."""
-    image, caption = (next((name for name in names if has(record, name)), "") for names in (_IMAGES, _CAPTIONS))
+    image, caption = first_name(record, PAIR_IMAGES), first_name(record, CAPTIONS)
     return bool(image and caption) and (image, caption) != ("url", "text")
 
 
@@ -101,17 +105,11 @@ def _paragraphs(text: str) -> list[str]:
     return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 
 
-def _name_of(record: dict[str, Any], names: tuple[str, ...]) -> str:
-    for name in names:
-        if has(record, name):
-            return name
-    raise RecordError("missing field", f"expected one of {', '.join(names)}; got keys {sorted(map(str, record))[:8]}")
-
-
 def _caption(value: object, name: str) -> str:
-    """A text, the first of a list, or what an object holds under "raw" (COCO) or "caption" (WebDataset)."""
+    """A text, the first of a list that says anything, or an object's "raw" (COCO) or "caption" (WebDataset)."""
     if isinstance(value, list) and value:
-        return _caption(value[0], f"{name}[0]")
+        captions = [_caption(item, f"{name}[{index}]") for index, item in enumerate(value)]
+        return next((caption for caption in captions if not is_blank(caption)), captions[0])
     if isinstance(value, dict):
         return required(value, "raw" if "raw" in value else "caption", str)
     return checked(value, name, str)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from finetune.data.dialogue import Image, RecordError
+from finetune.data.sources.names import IMAGES, answer_text, first_name
 from finetune.data.sources.roots import ImageRoot
 
 T = TypeVar("T")
@@ -27,6 +28,11 @@ def optional(record: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
 def required_list(record: Mapping[str, Any], name: str, kind: type[T]) -> list[T]:
     """record[name], a list of str or of dict. Raises RecordError as `required`, and for an item of another type."""
     return [checked(item, f"{name}[{index}]", kind) for index, item in enumerate(required(record, name, list))]
+
+
+def answer_of(record: Mapping[str, Any], name: str) -> str:
+    """record[name] as text; a number, true or false as JSON writes it. Raises RecordError: missing, or another type."""
+    return answer_text(required(record, name, object), name)
 
 
 def has(record: Mapping[str, Any], name: str, kind: type[object] = object) -> bool:
@@ -58,8 +64,15 @@ def listed_images(
 
 
 def own_image(record: dict[str, Any], root: ImageRoot, default: str) -> Image:
-    """The record's "image", or the file that the source or `default` names by its number. Raises RecordError."""
-    return root.image(record["image"]) if has(record, "image") else root.named(record, default)
+    """The record's "image", the file that the source or `default` names by its number, or an image under another name.
+
+    Raises RecordError.
+    """
+    name = first_name(record, IMAGES)
+    if name and (name == "image" or not (root.source.image_name or has(record, "image_id"))):
+        value = record[name]
+        return root.image(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    return root.named(record, default)
 
 
 def checked(value: object, name: str, kind: type[T]) -> T:

@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from finetune.data.dialogue import RecordError
 from finetune.data.sources import hub
 from finetune.data.sources.csv_files import read_csv
 from finetune.data.sources.json_files import (
@@ -20,6 +23,8 @@ from finetune.data.sources.json_files import (
     read_keys,
     read_pairs,
 )
+from finetune.data.sources.names import IMAGE_SUFFIXES
+from finetune.data.sources.samples import unfold
 from finetune.data.sources.shards import COMPRESSED_TARS, read_shard
 from finetune.data.sources.source import Record, Source
 from finetune.data.sources.streams import COMPRESSIONS, stop_if_broken
@@ -27,10 +32,10 @@ from finetune.data.sources.tables import read_arrow, read_parquet
 from modeling.errors import UserError
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "files_of",
     "fingerprint",
     "locate",
+    "read_first",
     "read_header",
     "read_items",
     "read_keys",
@@ -61,8 +66,6 @@ READERS: dict[str, Reader] = {
     **{name: _plain(read_shard) for name in (".tar", *COMPRESSED_TARS)},
 }
 """How a file of each suffix is read."""
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 _BOOKKEEPING = (*hub.SAVED, "dataset_info.json", "dataset_infos.json")
 """Files of the datasets library that hold no records."""
@@ -143,13 +146,19 @@ def read_records(source: Source) -> Iterator[Record]:
     a file that breaks off; with `on_broken: keep`, BrokenFileError stands in the place of what is lost of it.
     """
     records = hub.read_hub(source) if source.hub else _read_files(source)
-    return _rename(source, stop_if_broken(source, records))
+    return _rename(source, unfold(stop_if_broken(source, records), source.columns))
 
 
 def _read_files(source: Source) -> Iterator[Record]:
     readers = [(_reader(path), path) for path in files_of(source)]
     for read, path in readers:
         yield from read(path, source.split)
+
+
+def read_first(source: Source, path: Path, *, count: int) -> list[Record]:
+    """The first records of one of a source's files, columns renamed where they are there."""
+    records = unfold(_reader(path)(path, source.split), source.columns)
+    return [(place, renamed(record, source.columns)) for place, record in islice(records, count)]
 
 
 def _reader(path: Path) -> Reader:
@@ -171,15 +180,19 @@ def _rename(source: Source, records: Iterable[Record]) -> Iterator[Record]:
         if isinstance(record, dict) and source.columns:
             missing -= record.keys()
             got = got or list(record)
-            renamed = {name: record[actual] for name, actual in source.columns.items() if actual in record}
-            kept = {name: value for name, value in record.items() if name not in source.columns.values()}
-            yield place, {**kept, **renamed}
-        else:
-            yield place, record
+        yield place, renamed(record, source.columns)
     if missing and got:
         raise UserError(
             f"{source.name}: columns: no record has {', '.join(sorted(missing))}; the first has {', '.join(got)}"
         )
+
+
+def renamed(record: dict[str, Any] | RecordError, columns: Mapping[str, str]) -> dict[str, Any] | RecordError:
+    """A record under the names that its format expects."""
+    if isinstance(record, RecordError) or not columns:
+        return record
+    kept = {name: value for name, value in record.items() if name not in columns.values()}
+    return {**kept, **{name: record[actual] for name, actual in columns.items() if actual in record}}
 
 
 def fingerprint(source: Source, cache: Path | None = None) -> str:

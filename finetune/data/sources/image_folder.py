@@ -1,7 +1,8 @@
 """Folders of images with captions -> records for `documents.convert_pair`.
 
 A caption is the text file of the same name (cat.jpg, cat.txt), or a line of a metadata.jsonl or metadata.csv in the
-image's folder or above it: {"file_name": "cat.jpg", "text": "A cat."}.
+image's folder or above it: {"file_name": "cat.jpg", "text": "A cat."}. In class folders it is the name of the image's
+folder: golden_retriever/1.jpg, "golden retriever".
 """
 
 from collections.abc import Iterator
@@ -11,29 +12,48 @@ from typing import Any
 
 from finetune.data.dialogue import RecordError
 from finetune.data.sources.documents import read_text
-from finetune.data.sources.fields import has, required
-from finetune.data.sources.files import IMAGE_SUFFIXES, read_records
+from finetune.data.sources.fields import required
+from finetune.data.sources.files import read_records
+from finetune.data.sources.names import CAPTIONS, IMAGE_SUFFIXES, name_of
 from finetune.data.sources.source import Record, Source
 from modeling.errors import UserError
+
+FILES = ("file_name", "image", "filename", "image_path", "path")
+"""Under these a line of a metadata file names its image."""
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def read(source: Source) -> Iterator[Record]:
     """Every image below source.paths, by name, with its caption; then every caption whose image is missing."""
-    if not source.paths:
-        raise UserError(f"format image_folder: expected folders as path, got {source.name}")
-    for folder in source.paths:
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: expected a folder of images, found {'a file' if folder.exists() else 'nothing'}"
-            )
+    for folder in _folders(source):
         yield from _read_folder(folder, source)
 
 
-def is_line(record: dict[str, Any]) -> bool:
-    """A line of a metadata file."""
-    return has(record, "file_name", str) and has(record, "text")
+def read_classes(source: Source) -> Iterator[Record]:
+    """Every image below source.paths, by name, with the name of the folder it lies in."""
+    for folder in _folders(source):
+        for image in _images_below(folder):
+            place, label = str(image.relative_to(folder)), image.parent.name.replace("_", " ").strip()
+            if image.parent == folder:
+                yield place, RecordError("no class", f"expected images in folders named by class, below {folder.name}")
+            else:
+                yield place, {"image": str(image), "text": label}
+
+
+def _folders(source: Source) -> tuple[Path, ...]:
+    if not source.paths:
+        raise UserError(f"format {source.format}: expected folders as path, got {source.name}")
+    for folder in source.paths:
+        if not folder.is_dir():
+            found = "a file" if folder.exists() else "nothing"
+            raise UserError(f"{folder}: format {source.format}: expected a folder of images, found {found}")
+    return source.paths
+
+
+def _images_below(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _read_folder(folder: Path, source: Source) -> Iterator[Record]:
@@ -59,7 +79,8 @@ def _read_metadata(path: Path, source: Source, lines: dict[Path, tuple[str, str]
         try:
             if isinstance(line, RecordError):
                 raise line
-            image, caption = path.parent / required(line, "file_name", str), required(line, "text", str)
+            image = path.parent / required(line, name_of(line, FILES), str)
+            caption = required(line, name_of(line, CAPTIONS), str)
             if image in lines:
                 raise RecordError("two captions", f"{image.name}: also at {lines[image][0]}")
             lines[image] = place, caption
@@ -71,7 +92,9 @@ def _captioned(image: Path, line: str | None, text: Path | None) -> dict[str, An
     if line is not None and text is not None:
         return RecordError("two captions", f"{image.name}: in a metadata file, and in {text.name}")
     if line is None and text is None:
-        return RecordError("no caption", f"expected {image.stem}.txt or a line of a metadata.jsonl")
+        return RecordError(
+            "no caption", f"expected {image.stem}.txt or a line of a metadata.jsonl; by folders: class_folders"
+        )
     try:
         return {"image": str(image), "text": read_text(text) if text else line}
     except RecordError as error:

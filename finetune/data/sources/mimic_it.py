@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.sources.build import build, leftovers
-from finetune.data.sources.fields import checked, has, listed_images, required, required_list
+from finetune.data.sources.fields import answer_of, checked, has, listed_images, required, required_list
 from finetune.data.sources.files import files_of, read_pairs, read_records, refuse_columns
 from finetune.data.sources.placeholders import kinds_in, place_images
 from finetune.data.sources.roots import ImageRoot
@@ -26,11 +26,11 @@ _READ = ("instruction", "answer", "image_ids", "images", "rel_ins_ids")
 def read(source: Source) -> Iterator[Record]:
     """Every instruction of the JSON files, those it is related to under "related"; other files as they are."""
     files = files_of(source)
-    for file in files:
-        if _is_json(file):
-            refuse_columns(source)
-            yield from stop_if_broken(source, _read_json(file))
-    others = tuple(file for file in files if not _is_json(file))
+    official = [file for file in files if ".json" in file.suffixes[-2:] and _holds_instructions(file)]
+    for file in official:
+        refuse_columns(source)
+        yield from stop_if_broken(source, _read_json(file))
+    others = tuple(file for file in files if file not in official)
     if others or source.hub:
         yield from read_records(replace(source, paths=others))
 
@@ -48,7 +48,7 @@ def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
         question = required(item, "instruction", str)
         again = () if images == shown and not kinds_in(question) else images
         placed, _ = place_images([user(question)], again, root)
-        turns += [*placed, assistant(required(item, "answer", str))]
+        turns += [*placed, assistant(answer_of(item, "answer"))]
         shown = images or shown
         if item is not record:
             ignored += leftovers(item, _READ, shows=True, inside="related[].")
@@ -59,12 +59,13 @@ def is_mimic_it(record: dict[str, Any]) -> bool:
     """An instruction, or a file of them."""
     data = record.get("data")
     item: Any = next(iter(data.values()), None) if isinstance(data, dict) else record
-    asked = isinstance(item, dict) and has(item, "instruction", str) and has(item, "answer", str)
+    asked = isinstance(item, dict) and has(item, "instruction", str) and has(item, "answer")
     return asked and (has(item, "image_ids") or has(item, "images"))
 
 
-def _is_json(path: Path) -> bool:
-    return ".json" in path.suffixes[-2:]
+def _holds_instructions(path: Path) -> bool:
+    """Whether a file is an official one: an object of instructions under "data"; other files hold records."""
+    return not isinstance(next((item for _, _, item in read_pairs(path, "data")), None), RecordError)
 
 
 def _read_json(path: Path) -> Iterator[Record]:

@@ -5,6 +5,7 @@ from typing import Any
 from finetune.data.dialogue import Dialogue, Image, assistant, user
 from finetune.data.sources.build import build, history, leftovers
 from finetune.data.sources.fields import (
+    answer_of,
     first_item,
     has,
     joined,
@@ -21,14 +22,14 @@ DIFFERENCES = "What are the differences between the two images?"
 
 def convert_lrv(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """LRV-Instruction: {"image_id": "2392588", "question": ..., "answer": ..., "task": ...}, or "image" itself."""
-    turns = (user(required(record, "question", str)), assistant(required(record, "answer", str)))
+    turns = (user(required(record, "question", str)), assistant(answer_of(record, "answer")))
     return build(record, root, [*history(record), *turns], [own_image(record, root, "{image_id}.jpg")])
 
 
 def is_lrv(record: dict[str, Any]) -> bool:
     return (
         has(record, "question", str)
-        and has(record, "answer", str)
+        and isinstance(record.get("answer"), str | int | float)
         and (has(record, "image_id") or has(record, "image"))
     )
 
@@ -37,7 +38,7 @@ def convert_m3it(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """M3IT: {"instruction", "inputs", "outputs", "image_base64_str": [base64, ...]}, on the hub with "image"."""
     images = (*_base64_images(record, root), *listed_images(record, root))
     question = joined((required(record, "instruction", str), optional(record, "inputs", str)))
-    turns = (user(question), assistant(required(record, "outputs", str)))
+    turns = (user(question), assistant(answer_of(record, "outputs")))
     return build(record, root, [*history(record), *turns], images)
 
 
@@ -48,7 +49,7 @@ def is_m3it(record: dict[str, Any]) -> bool:
 def convert_alpaca(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """Alpaca: {"instruction", "input", "output"}, with "system", "history" and images where there are any."""
     question = joined((required(record, "instruction", str), optional(record, "input", str)))
-    turns = (user(question), assistant(required(record, "output", str)))
+    turns = (user(question), assistant(answer_of(record, "output")))
     return build(record, root, [*history(record), *turns], listed_images(record, root))
 
 
@@ -60,9 +61,7 @@ def convert_cauldron(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """The Cauldron: {"images": [...], "texts": [{"user", "assistant", "source"}, ...]}, all texts about all images."""
     texts = required_list(record, "texts", dict)
     turns = [
-        turn
-        for text in texts
-        for turn in (user(required(text, "user", str)), assistant(required(text, "assistant", str)))
+        turn for text in texts for turn in (user(required(text, "user", str)), assistant(answer_of(text, "assistant")))
     ]
     ignored = [key for text in texts for key in leftovers(text, ("user", "assistant"), shows=False, inside="texts[].")]
     return build(record, root, turns, listed_images(record, root), ignored=ignored)
@@ -70,7 +69,7 @@ def convert_cauldron(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 def is_cauldron(record: dict[str, Any]) -> bool:
     first = first_item(record, "texts")
-    return isinstance(first, dict) and has(first, "user", str) and has(first, "assistant", str)
+    return isinstance(first, dict) and has(first, "user", str) and has(first, "assistant")
 
 
 def convert_spot_the_diff(record: dict[str, Any], root: ImageRoot) -> Dialogue:

@@ -33,9 +33,11 @@ class ImageRoot:
     def image(self, reference: object) -> Image:
         """The image that a record's value stands for. Raises RecordError.
 
-        A path under a root, an id in a MIMIC-IT file, a `data:image/...;base64,` URL, an https URL if the source allows
-        it, encoded bytes, {"bytes", "path"}, or what is an image already.
+        A path under a root, an id in a MIMIC-IT file, base64 with `data:image/...;base64,` before it or without, an
+        https URL if the source allows it, encoded bytes, {"bytes", "path"}, or what is an image already.
         """
+        if isinstance(reference, Image):
+            return reference
         if isinstance(reference, dict) and ("bytes" in reference or "path" in reference):
             reference = reference.get("bytes") or reference.get("path")
         if isinstance(reference, bytes | Slice | PIL.Image.Image):
@@ -46,6 +48,8 @@ class ImageRoot:
             return _from_data_url(reference)
         if _URL.match(reference):
             return self._remote(reference)
+        if _BASE64.fullmatch(reference):
+            return Image(decode_base64(reference))
         return self._stored(reference)
 
     def base64(self, text: object) -> Image:
@@ -92,6 +96,8 @@ class ImageRoot:
         raise RecordError("missing image", f"{name:.200}: not in {where}" if where else f"{name:.200}: no image_root")
 
 
+_BASE64 = re.compile(r"\s*(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}+={0,2}\s*+")
+"""An image's first bytes (JPEG, PNG, GIF, WebP, BMP, TIFF) in base64, which has no dot, as names of files do."""
 _NO_PATH = re.compile(r"[\0\\\ud800-\udfff]")
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|https?|ftp):")
 

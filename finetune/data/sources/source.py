@@ -48,6 +48,10 @@ class Source:
     """What "<image>" in a text stands for: an image of the record, or itself."""
     ignore: tuple[str, ...] = ()
     """Keys of records that are read as if they were not there."""
+    prompt: tuple[str, ...] = ()
+    """What a user asks for a caption: one of these for each record, which makes dialogues of captions."""
+    prompt_seed: int = 0
+    """Draws among several prompts."""
     license: str | None = None
 
     @property
@@ -71,8 +75,19 @@ class Format:
     """Records in a stable order."""
     fits: Callable[[dict[str, Any]], bool] = lambda record: False
     """Whether a record looks like one of this family, for `format: auto`."""
+    reads: tuple[str, ...] = ()
+    """The fields it reads, each as its names, the first that is there taken: ("image|jpg", "text|caption")."""
     documents: bool = False
     """Whether its records become documents, which no `<end_of_utterance>` ends."""
+    captions: bool = False
+    """Whether a document is an image and its caption, of which a prompt makes a dialogue."""
+    note: str = ""
+    """What a person must know who trains on it."""
     ordered: bool = True
     """Whether the turns of a dialogue build on each other; if not, they may be shuffled."""
     needs_files: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the fields it reads."""
+        return tuple(name for names in self.reads for name in names.split("|"))

@@ -1,11 +1,11 @@
-"""VQAv2, OK-VQA and TextVQA -> Dialogue: a question, trained with its most common answer, judged by all of them.
+"""VQAv2, OK-VQA, TextVQA and DocVQA -> Dialogue: a question with its most common answer, judged by all of them.
 
 VQAv2 and OK-VQA are two files, in any order, joined by question_id:
 
     {"data_subtype": "train2014", "questions": [{"image_id": 9, "question": "What is it?", "question_id": 9000}, ...]}
     {"annotations": [{"question_id": 9000, "multiple_choice_answer": "dog", "answers": [{"answer": "dog"}, ...]}, ...]}
 
-TextVQA is one, {"data": [...]}, of records that hold both; so is any copy of these on the hub.
+TextVQA and DocVQA are one, {"data": [...]}, of records that hold both; so is any copy of these on the hub.
 """
 
 from collections import Counter
@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dialogue import Dialogue, RecordError, assistant, user
-from finetune.data.sources.fields import checked, first_item, has, own_image, required
+from finetune.data.sources.fields import answer_of, checked, first_item, has, own_image, required
 from finetune.data.sources.files import files_of, read_header, read_items, read_keys, read_records, refuse_columns
+from finetune.data.sources.names import IMAGES, all_answers, first_name, name_of
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
 from finetune.data.sources.streams import BrokenFileError, stop_if_broken
+
+ASKED = ("question", "query")
+ANSWERED = ("answers", "answer", "label", "direct_answers")
 
 
 def read(source: Source) -> Iterator[Record]:
@@ -39,19 +43,27 @@ def read(source: Source) -> Iterator[Record]:
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """The most common answer (the earliest of equals) is trained; without any, "multiple_choice_answer"."""
-    answers = _answers(record) if has(record, "answers") else []
+    listed = _listed(record)
+    answers = all_answers(record, listed) if listed and record[listed] else []
     trained = Counter(answers).most_common(1)[0][0] if answers else _multiple_choice(record)
     named = "COCO_{data_subtype}_{image_id:012d}.jpg" if has(record, "data_subtype") else "{image_id}.jpg"
-    question = user(own_image(record, root, named), required(record, "question", str))
+    question = user(own_image(record, root, named), required(record, name_of(record, ASKED), str))
     return Dialogue((question, assistant(trained, references=tuple(answers))))
 
 
 def is_vqa(record: dict[str, Any]) -> bool:
     """A question with its answers, or a line of one of the official files."""
-    asked, named = has(record, "question", str), has(record, "question_id") and has(record, "image_id")
-    if isinstance(first_item(record, "answers"), str | dict) or has(record, "multiple_choice_answer"):
-        return named or (asked and (has(record, "image_id") or has(record, "image")))
+    asked = isinstance(record.get(first_name(record, ASKED) or ""), str)
+    named = has(record, "question_id") and has(record, "image_id")
+    listed = _listed(record)
+    if has(record, "multiple_choice_answer") or (listed and first_item(record, listed) is not None):
+        return named or (asked and (has(record, "image_id") or first_name(record, IMAGES) is not None))
     return asked and named and not has(record, "answer")
+
+
+def _listed(record: dict[str, Any]) -> str | None:
+    """Under which name a record lists answers."""
+    return next((name for name in ANSWERED if isinstance(record.get(name), list)), None)
 
 
 def _part_of(path: Path) -> str:
@@ -110,14 +122,7 @@ def _items(path: Path, key: str) -> Iterator[Record]:
             yield place, error
 
 
-def _answers(record: dict[str, Any]) -> list[str]:
-    return [
-        required(item, "answer", str) if isinstance(item, dict) else checked(item, f"answers[{index}]", str)
-        for index, item in enumerate(required(record, "answers", list))
-    ]
-
-
 def _multiple_choice(record: dict[str, Any]) -> str:
     if not has(record, "multiple_choice_answer"):
         raise RecordError("no answer", 'expected "answers" or "multiple_choice_answer"')
-    return required(record, "multiple_choice_answer", str)
+    return answer_of(record, "multiple_choice_answer")

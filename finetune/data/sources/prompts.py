@@ -1,0 +1,86 @@
+"""Prompts with their answers, under the names that people give them -> Dialogue: ms-swift, TRL, question and answer.
+
+{"query": "<image>What is it?", "response": "A cat.", "history": [["Hello", "Hello."]], "images": ["cat.jpg"]}
+{"prompt": "What is it?", "completion": "A cat.", "images": ["cat.jpg"]}, or both as lists of messages
+{"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}, trained on the chosen answer alone
+
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
+from finetune.data.sources.build import build, history
+from finetune.data.sources.fields import has, joined, listed_images, optional, required
+from finetune.data.sources.messages import turn_of
+from finetune.data.sources.names import ANSWERS, CONTEXTS, IMAGES, QUESTIONS, all_answers, first_name, name_of
+from finetune.data.sources.roots import ImageRoot
+
+CHOICES = ("choices", "options")
+
+
+def convert_qa(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """A question and its answer; earlier ones in "history", what the question is about in "context"."""
+    question, answer = name_of(record, QUESTIONS), name_of(record, ANSWERS)
+    if choices := first_name(record, CHOICES):
+        raise RecordError("multiple choice", f'"{choices}": expected the choices written into "{question}"')
+    context = first_name(record, CONTEXTS)
+    asked = joined((required(record, question, str), optional(record, context, str) if context else None))
+    answers = all_answers(record, answer)
+    references = tuple(answers) if isinstance(record[answer], list) else ()
+    turns = [*history(record), user(asked), assistant(answers[0], references=references)]
+    return build(record, root, turns, _images(record, root))
+
+
+def is_qa(record: dict[str, Any]) -> bool:
+    asked, answered = first_name(record, QUESTIONS), first_name(record, ANSWERS)
+    return bool(asked and answered) and isinstance(record[asked or ""], str)
+
+
+def convert_prompt_completion(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """TRL: both are texts, or both lists of messages."""
+    ignored: list[str] = []
+    turns = [*_said(record, "prompt", root, ignored), *_said(record, "completion", root, ignored)]
+    return build(record, root, [*history(record), *turns], _images(record, root), ignored=ignored)
+
+
+def is_prompt_completion(record: dict[str, Any]) -> bool:
+    return _is_said(record, "prompt") and has(record, "completion")
+
+
+def convert_preference(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """TRL: the prompt with the chosen answer, or "chosen" as the whole conversation."""
+    ignored: list[str] = []
+    chosen = _said(record, "chosen", root, ignored)
+    whole = bool(chosen) and chosen[0].role != "assistant"
+    prompt = _said(record, "prompt", root, ignored) if has(record, "prompt") or not whole else []
+    if whole and any(turn not in chosen for turn in prompt):
+        raise RecordError("prompt and chosen do not match", '"chosen" is a whole conversation without the "prompt"')
+    turns = [*history(record), *([] if whole else prompt), *chosen]
+    return build(record, root, turns, _images(record, root), ignored=ignored)
+
+
+def is_preference(record: dict[str, Any]) -> bool:
+    return _is_said(record, "chosen") and has(record, "rejected")
+
+
+def _said(record: Mapping[str, Any], name: str, root: ImageRoot, ignored: list[str]) -> list[Turn]:
+    """The turns of a list of messages; a text is the user's in "prompt", else the assistant's."""
+    value = record.get(name)
+    if isinstance(value, list):
+        return [turn_of(message, root, ignored) for message in value]
+    return [user(required(record, name, str)) if name == "prompt" else assistant(all_answers(record, name)[0])]
+
+
+def _is_said(record: Mapping[str, Any], name: str) -> bool:
+    value = record.get(name)
+    return isinstance(value, str) or (isinstance(value, list) and isinstance(value[0] if value else None, dict))
+
+
+def _images(record: dict[str, Any], root: ImageRoot) -> tuple[Image, ...]:
+    """The images that a record lists, under whichever name, or the one whose number it gives."""
+    if any(has(record, name) for name in ("image", "images")):
+        return listed_images(record, root)
+    if name := first_name(record, IMAGES):
+        return listed_images(record, root, (name,))
+    return (root.named(record, "{image_id}.jpg"),) if has(record, "image_id") else ()
