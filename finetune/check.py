@@ -34,7 +34,12 @@ def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
         report, dialogue = _first_records(source)
         first = first or dialogue
         sources.append(report)
-    result = {"model": recipe.model.base or f"init: {recipe.model.init}", "towers": towers, "sources": sources}
+    result = {
+        "model": recipe.model.base or f"init: {recipe.model.init}",
+        "towers": towers,
+        "sources": sources,
+        "doubts": recipe.doubts(None),
+    }
     if show:
         _show(result, first)
     bad = [report for report in sources if not report["usable"]]
@@ -111,6 +116,8 @@ def _show(result: dict[str, Any], first: Dialogue | None) -> None:
         display(title, "green" if report["usable"] else "red")
         for line in report["rejected"]:
             display(f"  {line}", "yellow")
+    for doubt in result["doubts"]:
+        display(doubt, "yellow")
     if first:
         display(panel(_coloured(first), title="the first dialogue; trained on: green"))
 

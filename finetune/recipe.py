@@ -1,20 +1,18 @@
 """What a recipe may say: one class a section, every key with its default, what does not fit together refused."""
 
-import difflib
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from finetune.recipe_adapter import Adapter
+from finetune.recipe_values import Name, Names, Places, Positive, Prompts, Rate, Real, Seed, Share, Whole
 from finetune.sizes import parse_size
 from modeling.errors import UserError
-from modeling.towers import EXACT_LORA, IMAGE_TOWERS, QUANTIZED_TOWERS
+from modeling.towers import IMAGE_TOWERS, QUANTIZED_TOWERS
 
 Mode = Literal["frozen", "lora", "full"]
 Switch = Literal["frozen", "full"]
-Positive = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -26,11 +24,11 @@ class Section(BaseModel):
 class Model(Section):
     """Where the run starts, and what it trains."""
 
-    base: str | None = None
+    base: Name | None = None
     """Folder or hub id of a base or instruct IDEFICS."""
     init: Literal["tiny", "idefics-9b", "idefics-80b"] | None = None
     """Instead of `base`: a shape, for a fresh one with a vocabulary learnt from the recipe's own texts."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of what is not trained; auto: bf16 where the hardware has it, else fp32."""
@@ -43,7 +41,7 @@ class Model(Section):
     gates: Switch = "full"
     added_tokens: Switch = "full"
     embeddings_and_head: Switch = "frozen"
-    continue_from: str | None = None
+    continue_from: Name | None = None
     """An adapter folder made earlier, trained on from where it stands."""
 
     @model_validator(mode="after")
@@ -81,46 +79,6 @@ class Model(Section):
         return any(self.modes[tower] != "frozen" for tower in IMAGE_TOWERS)
 
 
-LORA_FIELDS = (
-    *("bias", "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *("alpha_pattern", "megatron_config", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
-    *("corda_config", "lora_ga_config", "use_dora", "velora_config", "alora_invocation_tokens", "use_qalora"),
-    *("qalora_group_size", "monteclora_config", "layer_replication", "runtime_config", "lora_bias"),
-    *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying", "exclude_modules"),
-    *("fan_in_fan_out",),
-)
-"""Fields of peft.LoraConfig a recipe may set: a literal, because importing peft takes seconds. A test compares."""
-
-
-class Adapter(BaseModel):
-    """LoRA. Any other field of `peft.LoraConfig` is passed through to it."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    rank: Positive = 16
-    alpha: Positive = 32
-    dropout: Share = 0.0
-
-    @model_validator(mode="after")
-    def _known_fields(self) -> Self:
-        ours = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
-        ours |= dict.fromkeys(("target_modules", "modules_to_save"), "the towers under model")
-        for key in self.model_extra or {}:
-            if key in ours:
-                raise ValueError(f"{key} is set by {ours[key]}")
-            if key not in LORA_FIELDS:
-                near = difflib.get_close_matches(key, ("rank", "alpha", "dropout", *LORA_FIELDS), n=1)
-                raise ValueError(f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
-            if key in EXACT_LORA and (value := (self.model_extra or {})[key]) not in EXACT_LORA[key]:
-                raise ValueError(f"{key}: {value!r} could not be merged exactly; expected one of {EXACT_LORA[key]}")
-        return self
-
-    @property
-    def lora(self) -> dict[str, Any]:
-        """Arguments of `peft.LoraConfig`."""
-        return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **(self.model_extra or {})}
-
-
 Format = Literal[
     "auto", "messages", "sharegpt", "llava", "svit", "lrv", "m3it", "mimic_it", "spot_the_diff", "ultrachat", "alpaca",
     "cauldron", "vqa", "prompt_completion", "preference", "qa", "obelics", "pairs", "image_folder", "class_folders",
@@ -128,38 +86,8 @@ Format = Literal[
 ]  # fmt: skip
 """Dataset families; auto: recognised from the first records."""
 
-Name = Annotated[str, Field(min_length=1)]
-
-
 CAPTIONS = ("pairs", "image_folder", "class_folders", "easy_vqa_captions")
 """Formats of images with their captions."""
-
-
-def _listed(value: Any) -> Any:
-    if not isinstance(value, str | list | tuple):
-        raise ValueError(f"expected a path or a list of paths, got {value!r:.80}")
-    return (value,) if isinstance(value, str) else value
-
-
-def _named(value: Any) -> Any:
-    if not isinstance(value, str | list | tuple):
-        raise ValueError(f"expected a key or a list of keys, got {value!r:.80}")
-    return (value,) if isinstance(value, str) else value
-
-
-def _prompts(value: Any) -> Any:
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list | tuple) or not all(isinstance(one, str) and one.strip() for one in values):
-        raise ValueError(f"expected what a user asks, or a list of such texts, got {value!r:.80}")
-    return tuple(values)
-
-
-Names = Annotated[tuple[Name, ...], BeforeValidator(_named)]
-"""One key, or a list of them."""
-Places = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
-"""One path, or a list of them."""
-Prompts = Annotated[tuple[str, ...], BeforeValidator(_prompts)]
-"""One text, or a list of them."""
 
 
 class Source(Section):
@@ -170,10 +98,10 @@ class Source(Section):
     """Files, folders or patterns: json, jsonl (also .gz, .zst), csv, parquet, arrow, webdataset tar, txt, images."""
     hub: Name | None = None
     """Instead of a path: a dataset on the hub."""
-    subset: str | None = None
+    subset: Name | None = None
     """Its configuration."""
-    split: str = "train"
-    revision: str | None = None
+    split: Name = "train"
+    revision: Name | None = None
     """Branch, tag or commit of a hub dataset."""
     stream: bool = False
     """Train on it as it is read, without preparing it."""
@@ -244,7 +172,7 @@ class Augment(Section):
 
     flip: bool = False
     """Mirror left to right, by a coin."""
-    shift: Annotated[int, Field(ge=0)] = 0
+    shift: Whole = 0
     """Move by up to so many pixels of the model's input, each way."""
 
 
@@ -256,7 +184,7 @@ class Data(Section):
     """Held-out data that comes as its own split or file."""
     eval_split: Share = 0.0
     """Without `eval_sources`: the share of the examples to hold out, no image on both sides."""
-    max_length: Annotated[int, Field(ge=8)] = 1024
+    max_length: Annotated[Positive, Field(ge=8)] = 1024
     """Longest example in tokens. A longer document is cut between its texts; a longer dialogue is divided where `turns`
     allows, else rejected and counted."""
     weigh: Literal["examples", "tokens"] = "examples"
@@ -266,7 +194,7 @@ class Data(Section):
     dropped as well."""
     shuffle_buffer: Positive = 1000
     """Examples of a streamed source among which the next one is drawn."""
-    prepared: str = "runs/prepared"
+    prepared: Name = "runs/prepared"
     """Folder of prepared sets, which runs share, relative to where the command is given."""
     workers: Positive | None = None
     """Processes that prepare; without it, one a core."""
@@ -311,7 +239,7 @@ class Instability(Section):
     """skip: do without the dialogues to blame from there on; lower_rate: halve the rates; stop: tell, and end."""
     spike: Rate | None = 20.0
     """A spike is so many robust standard deviations, and a nat, above the median of the last 64 losses; null: none."""
-    rollbacks: Annotated[int, Field(ge=0)] = 3
+    rollbacks: Whole = 3
     """How often the run may go back before it ends with the reason."""
 
 
@@ -327,21 +255,21 @@ class Training(Section):
     tokens_per_step: Positive = 16384
     """Tokens of one optimiser step: round(tokens_per_step / row_tokens) rows, over all processes."""
     learning_rate: Rate = 2e-4
-    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    final_learning_rate: Real = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Whole = 0
+    weight_decay: Real = 0.0
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """8bit: its two moments in 8 bits; paged: moved to main memory while a GPU's runs short."""
     betas: tuple[Share, Share] = (0.9, 0.999)
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    clip: Real = 1.0
     """Largest gradient norm; 0 does not clip."""
     checkpointing: bool | Positive = False
     """Keep only each layer's input for the backward, and compute the rest again: less memory, a third more work. A
     number: in as many of the decoder's layers, and in the cross-attention before them."""
     gates_learning_rate: Rate | None = None
     added_tokens_learning_rate: Rate | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; without it, a tenth of the run, or `evaluate_every`."""
     evaluate_every: Positive | None = None
@@ -395,7 +323,7 @@ class Recipe(Section):
     evaluation: Evaluation | None = None
     """Leave out to skip this stage."""
     merge: bool = True
-    output: str
+    output: Name
     """The run folder, relative to where the command is given."""
 
     @model_validator(mode="after")
@@ -425,6 +353,20 @@ class Recipe(Section):
             asker = "evaluation" if self.evaluation else "training.evaluate_every"
             raise ValueError(f"{asker} needs held-out data: set data.eval_sources or data.eval_split")
         return self
+
+    def doubts(self, steps: int | None) -> list[str]:
+        """What a run of so many steps (as many as the recipe says, where they are not known) will never come to."""
+        training, steps = self.training, steps or self.training.steps
+        found = []
+        if steps and training.warmup_steps >= steps:
+            found.append(f"warmup_steps ({training.warmup_steps}) lasts for the whole run: the rate is never reached")
+        if steps and (training.checkpoint_every or 0) > steps:
+            found.append(f"checkpoint_every ({training.checkpoint_every}) is longer: the only checkpoint is the last")
+        if steps and (training.evaluate_every or 0) > steps:
+            found.append(f"evaluate_every ({training.evaluate_every}) is longer: nothing is evaluated on the way")
+        if steps and (training.early_stop or 0) * (training.evaluate_every or 0) >= steps:
+            found.append(f"early_stop ({training.early_stop} x {training.evaluate_every} steps) is never reached")
+        return [f"training, {steps:,} steps: {doubt}" for doubt in found]
 
     @property
     def caches_features(self) -> bool:

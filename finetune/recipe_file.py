@@ -1,17 +1,22 @@
 """recipe.yaml + key=value overrides -> Recipe. All errors at once, each with its place, what was got and expected."""
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.recipe import Recipe, Source
+from finetune.recipe_yaml import DEEPEST, MOST_BYTES, parse_yaml
 from modeling.errors import UserError
+from modeling.files import open_regular
+
+MOST_PROBLEMS = 20
+"""So many are listed; more are counted."""
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -22,63 +27,68 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        problems += [_explain(details) for details in error.errors()]
+        problems += [_explain(details) for details in error.errors(include_url=False)]
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
-        raise UserError("\n".join([f"{path}: {count}", *(f"  {problem}" for problem in problems)]))
-    return _anchor(recipe, path.resolve().parent)
+        listed = [f"  {problem}" for problem in problems[:MOST_PROBLEMS]]
+        more = [f"  and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        raise UserError("\n".join([f"{path}: {count}", *listed, *more]))
+    try:
+        return _anchor(recipe, path.resolve().parent)
+    except OSError as error:
+        raise UserError(f"{path}: {error.filename!r:.200}: {error.strerror}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
-        raise UserError(f"{path}: no such recipe" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {error}") from error
+        with open_regular(path) as file:
+            content = file.read(MOST_BYTES + 1)
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{path}: no such recipe{hint}") from error
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(path)!r:.200}: no recipe can be read here: {reason}") from error
+    try:
+        document = parse_yaml(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a mapping (model:, data:, training: ...), got {type(document).__name__}")
+        raise UserError(f"{path}: expected a mapping (model:, data:, training: ...), got {_kind(document)}")
     return document
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose second mention of a key is an error, not a silent replacement."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _apply(document: dict[str, Any], override: str) -> str | None:
     """Set one "section.key=value" in place; an index selects from a list. Returns what is wrong, if anything."""
-    keys, equals, value = override.partition("=")
+    keys, equals, text = override.partition("=")
     if not equals or not keys:
-        return f"{override!r}: expected key=value, such as training.steps=10"
+        return f"{override!r:.200}: expected key=value, such as training.steps=10"
+    try:
+        value = parse_yaml(text)
+    except UserError as error:
+        return f"{override!r:.200}: the value is {error}"
     *parents, last = keys.split(".")
     place: Any = document
     try:
+        if len(parents) > DEEPEST:
+            raise IndexError(keys)
         for key in parents:
-            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+            if isinstance(place, dict) and place.get(key) is None:
+                place[key] = {}
+            place = place[int(key) if isinstance(place, list) else key]
+        place[int(last) if isinstance(place, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError):
-        return f"{override!r}: the recipe has no {keys} to set"
-    except yaml.YAMLError:
-        return f"{override!r}: the value is not YAML"
+        return f"{override!r:.200}: the recipe has no {keys:.200} to set"
     return None
 
 
 def _explain(details: ErrorDetails) -> str:
     """One error of pydantic's as "key path: what was expected, what was got, the nearest valid key"."""
-    location = ".".join(str(part) for part in details["loc"]) or "recipe"
-    kind, message = details["type"], details["msg"].removeprefix("Value error, ")
+    location = ".".join(f"{part!s:.80}" for part in details["loc"] if not _is_of_pydantic(part))[:200] or "recipe"
+    kind, message = details["type"], details["msg"].removeprefix("Value error, ")[:400]
     if kind == "extra_forbidden":
-        key, known = str(details["loc"][-1]), _keys_at(details["loc"][:-1])
+        key, known = str(details["loc"][-1])[:80], _keys_at(details["loc"][:-1])
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
         return f"{location}: unknown key; {hint}"
@@ -87,9 +97,19 @@ def _explain(details: ErrorDetails) -> str:
     if kind == "value_error":
         return f"{location}: {message}"
     got = details["input"]
-    near = difflib.get_close_matches(str(got), str(details.get("ctx", {}).get("expected", "")).split("'")[1::2], n=1)
+    named = str(details.get("ctx", {}).get("expected", "")).split("'")[1::2]
+    near = difflib.get_close_matches(got[:80], named, n=1) if isinstance(got, str) else []
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{location}: {message[0].lower()}{message[1:]}, got {got!r:.80} ({type(got).__name__}){hint}"
+    return f"{location}: {message[0].lower()}{message[1:]}, got {got!r:.80} ({_kind(got)}){hint}"
+
+
+def _is_of_pydantic(part: int | str) -> bool:
+    """Whether a part of an error's place names one of several types that a key may have, and no key."""
+    return isinstance(part, str) and bool(re.match(r"(function-|constrained-|literal\[|list\[|dict\[)", part))
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:

@@ -133,6 +133,8 @@ def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
     plan = _plan(recipe, len(rows), autocast=_autocast(recipe, made.dtype), watch=watch, rate_cuts=cuts)
     resume_from = ranks.on_main("look for a checkpoint", lambda: last_checkpoint(run.folder))
     started = time.perf_counter()
+    for doubt in recipe.doubts(len(rows) // plan.packs_per_step):
+        say(doubt)
     say(f"train: {counts.total:,} parameters" + (f", going on from {resume_from.name}" if resume_from else ""))
     trainer = train(
         model,

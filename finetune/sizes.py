@@ -10,10 +10,10 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB
 def parse_size(option: str, text: str) -> int:
     """ "24GiB" -> 25_769_803_776; "24GB" -> 24_000_000_000. Raises UserError."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
-    size = int(float(match[1]) * UNITS.get(match[2].upper(), 0)) if match else 0
-    if not size:
-        raise UserError(f"{option}: expected a size with its unit, such as 5GB or 24GiB, got {text!r}")
-    return size
+    size = float(match[1]) * UNITS.get(match[2].upper(), 0) if match else 0.0
+    if not 1 <= size < 2**63:
+        raise UserError(f"{option}: expected a size with its unit, such as 5GB or 24GiB, got {text!r:.80}")
+    return int(size)
 
 
 def show_size(nbytes: int) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from typing import get_args
 
 import peft
@@ -10,7 +11,8 @@ import yaml
 
 from finetune.data.sources import FORMATS
 from finetune.data.sources.source import Source
-from finetune.recipe import LORA_FIELDS, Format
+from finetune.recipe import Format
+from finetune.recipe_adapter import LORA_FIELDS
 from finetune.recipe_file import load_recipe
 from finetune.recipe_sources import to_source
 from modeling.errors import UserError
@@ -167,7 +169,87 @@ def test_all_errors_come_at_once_each_with_its_place_what_was_got_and_the_neares
         ("adapter.target_modules=all-linear", "adapter: target_modules is set by the towers under model"),
         ("adapter.bias=all", "adapter: bias: 'all' could not be merged exactly; expected one of ('none',)"),
         ("data.sources.3.limit=1", "'data.sources.3.limit=1': the recipe has no data.sources.3.limit to set"),
-        ("training.seed=[", "'training.seed=[': the value is not YAML"),
+        (
+            "training.seed=[",
+            "'training.seed=[': the value is not YAML: expected the node content, but found '<stream end>', line 1, "
+            "column 2",
+        ),
+        (
+            "training.seed={{ seed }}",
+            "'training.seed={{ seed }}': the value is not YAML that a recipe can be: a key that is "
+            "no text, line 1; is it a template?",
+        ),
+        ("training.early_stop=true", "training.early_stop: expected a number, got True (bool)"),
+        ("training.warmup_steps=yes", "training.warmup_steps: expected a number, got True (bool)"),
+        ("training.epochs=on", "training.epochs: expected a number, got True (bool)"),
+        ("training.learning_rate=true", "training.learning_rate: expected a number, got True (bool)"),
+        ("training.betas=[0.9, false]", "training.betas.1: expected a number, got False (bool)"),
+        ("training.instability={spike: true}", "training.instability.spike: expected a number, got True (bool)"),
+        (
+            "training.instability={rollbacks: true}",
+            "training.instability.rollbacks: expected a number, got True (bool)",
+        ),
+        ("data.augment={shift: true}", "data.augment.shift: expected a number, got True (bool)"),
+        ("data.sources.0.turns=true", "data.sources.0.turns: expected a number, got True (bool)"),
+        ("data.sources.0.limit=true", "data.sources.0.limit: expected a number, got True (bool)"),
+        ("data.sources.0.weight=true", "data.sources.0.weight: expected a number, got True (bool)"),
+        ("data.max_length=true", "data.max_length: expected a number, got True (bool)"),
+        ("adapter.rank=true", "adapter.rank: expected a number, got True (bool)"),
+        ("adapter.dropout=false", "adapter.dropout: expected a number, got False (bool)"),
+        ("data.sources.0.limit=0", "data.sources.0.limit: input should be greater than 0, got 0 (int)"),
+        (
+            "training.epochs=1.5",
+            "training.epochs: input should be a valid integer, got a number with a fractional part, got 1.5 (float)",
+        ),
+        ("training.weight_decay=.inf", "training.weight_decay: input should be a finite number, got inf (float)"),
+        ("training.clip=inf", "training.clip: input should be a finite number, got 'inf' (str)"),
+        ("training.learning_rate=1e999", "training.learning_rate: input should be a finite number, got '1e999' (str)"),
+        ("adapter.alpha=.inf", "adapter.alpha: input should be a finite number, got inf (float)"),
+        ("adapter.dropout=.nan", "adapter.dropout: input should be greater than or equal to 0, got nan (float)"),
+        ("training.betas=[0.9, .nan]", "training.betas.1: input should be greater than or equal to 0, got nan (float)"),
+        (
+            "training.epochs=9223372036854775808",
+            "training.epochs: input should be less than or equal to 1000000000000000, got '9223372036854775808' (str)",
+        ),
+        ("training.seed=4294967296", "training.seed: input should be less than 4294967296, got 4294967296 (int)"),
+        (
+            "data.feature_cache_size=9e999GB",
+            "data.feature_cache_size: feature_cache_size: expected a size with its unit, such as 5GB or 24GiB, "
+            "got '9e999GB'",
+        ),
+        ("output=", "output: input should be a valid string, got None (NoneType)"),
+        ("output=''", "output: string should have at least 1 character, got '' (str)"),
+        ("data.prepared=''", "data.prepared: string should have at least 1 character, got '' (str)"),
+        ("adapter.use_dora=1", "adapter: use_dora: expected true or false, got 1 (int)"),
+        ("adapter.use_rslora='yes'", "adapter: use_rslora: expected true or false, got 'yes' (str)"),
+        (
+            "adapter.rank_pattern={q_proj: 8.5}",
+            "adapter: rank_pattern: expected {pattern of names: rank}, got {'q_proj': 8.5} (dict)",
+        ),
+        (
+            "adapter.rank_pattern={'[': 8}",
+            "adapter: rank_pattern: expected {pattern of names: rank}, got {'[': 8} (dict)",
+        ),
+        (
+            "adapter.alpha_pattern={q_proj: true}",
+            "adapter: alpha_pattern: expected {pattern of names: alpha}, got {'q_proj': True} (dict)",
+        ),
+        ("adapter.exclude_modules=3", "adapter: exclude_modules: expected a pattern, or a list of names, got 3 (int)"),
+        (
+            "adapter.exclude_modules='('",
+            "adapter: exclude_modules: expected a pattern, or a list of names, got '(' (str)",
+        ),
+        ("adapter.lora_bias=0", "adapter: lora_bias: 0 could not be merged exactly; expected one of (False,)"),
+        (
+            "adapter.eva_config={rho: 2}",
+            "adapter: eva_config: expected null: its settings are objects that a recipe cannot hold, "
+            "got {'rho': 2} (dict)",
+        ),
+        (
+            "adapter.layers_to_transform=[0]",
+            "adapter: layers_to_transform: expected null: PEFT takes it only beside a list of modules, and the towers "
+            "are a pattern; see exclude_modules, got [0] (list)",
+        ),
     ],
 )
 def test_one_mistake(tmp_path, override, problem):
@@ -239,14 +321,123 @@ def test_everything_frozen_is_no_training(tmp_path):
 
 
 def test_a_key_given_twice_is_an_error(tmp_path):
-    (line,) = [line for line in problems(written(tmp_path, MINIMAL + "training: {steps: 5}\n")) if "twice" in line]
-    assert "'training' is there twice" in line
+    path = written(tmp_path, MINIMAL + "training: {steps: 5}\n")
+    assert problems(path) == [f"{path}: not YAML that a recipe can be: key 'training' is there twice, line 5"]
 
 
 def test_what_is_not_a_recipe(tmp_path):
     assert "expected a mapping" in problems(written(tmp_path, "- 1\n"))[0]
     assert "not YAML" in problems(written(tmp_path, "model: [\n"))[0]
     assert "did you mean" in problems(tmp_path / "mien.yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("training.learning_rate=2e-4", "learning_rate", 2e-4),
+        ("training.learning_rate='2e-4'", "learning_rate", 2e-4),
+        ("training.tokens_per_step=1e4", "tokens_per_step", 10_000),
+        ("training.tokens_per_step=10000.0", "tokens_per_step", 10_000),
+        ("training.tokens_per_step=1_0000", "tokens_per_step", 10_000),
+        ("training.warmup_steps=010", "warmup_steps", 10),
+        ("training.checkpointing=yes", "checkpointing", True),
+        ("training.checkpointing=3.0", "checkpointing", 3),
+        ("training.weight_decay=1", "weight_decay", 1.0),
+    ],
+)
+def test_numbers_as_people_write_them(tmp_path, override, key, value):
+    found = getattr(load_recipe(written(tmp_path), [override]).training, key)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_an_override_of_a_list_s_entry_changes_no_other_that_is_an_alias_of_the_same(tmp_path):
+    text = MINIMAL.replace("[{format: easy_vqa}]", "[&one {format: easy_vqa}, *one]")
+    recipe = load_recipe(written(tmp_path, text), ["data.sources.0.limit=3"])
+    assert [source.limit for source in recipe.data.sources] == [3, None]
+
+
+def test_a_section_that_is_null_can_be_filled(tmp_path):
+    text = MINIMAL + "evaluation:\n"
+    recipe = load_recipe(written(tmp_path, text), ["data.eval_split=0.1", "evaluation.limit=7"])
+    assert recipe.evaluation.limit == 7
+
+
+def test_of_many_mistakes_the_first_are_listed_and_the_others_counted(tmp_path):
+    path = written(tmp_path)
+    found = problems(path, "data.sources=[" + "{fromat: x}, " * 300 + "]", "y" * 100_000)
+    assert found[0] == f"{path}: 301 errors"
+    assert found[-1] == "  and 281 more"
+    assert (len(found), max(map(len, found)) < 500) == (22, True)
+
+
+@pytest.mark.parametrize(
+    "keys", ["a." * 50_000 + "b", "data.sources.0.columns" + ".a" * 5_000, "data.sources." + "9" * 6_000]
+)
+def test_a_place_that_no_recipe_has_is_a_short_error(tmp_path, keys):
+    path = written(tmp_path)
+    (_, line) = problems(path, f"{keys}=1")
+    assert line == f"  {keys + '=1'!r:.200}: the recipe has no {keys:.200} to set"
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.mkdir(), "expected a file, found a folder"),
+        (lambda path: os.mkfifo(path), "expected a file, found a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "expected a file, found a device"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+    ],
+)
+def test_what_is_no_file_is_no_recipe(tmp_path, make, reason):
+    path = tmp_path / "r.yaml"
+    make(path)
+    assert problems(path) == [f"{str(path)!r}: no recipe can be read here: {reason}"]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("x" * 300, "File name too long"), ("a\0b", "embedded null byte")])
+def test_a_name_that_no_file_can_have(tmp_path, name, reason):
+    (line,) = problems(tmp_path / name)
+    assert line.endswith(f": no recipe can be read here: {reason}")
+
+
+def test_a_file_that_is_too_large_for_a_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    with path.open("wb") as sparse:
+        sparse.truncate(2**40)
+    assert problems(path) == [f"{path}: too large for a recipe: at most 256 KiB were expected"]
+
+
+def test_a_path_that_no_folder_can_have_is_named(tmp_path):
+    (line,) = problems(written(tmp_path), "model.base=" + "x" * 300)
+    assert line.endswith(": File name too long")
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "doubts"),
+    [
+        ({}, 100, []),
+        ({"warmup_steps": 99, "checkpoint_every": 100, "evaluate_every": 25, "early_stop": 3}, 100, []),
+        (
+            {"warmup_steps": 100, "checkpoint_every": 101, "evaluate_every": 101},
+            None,
+            [
+                "warmup_steps (100) lasts for the whole run: the rate is never reached",
+                "checkpoint_every (101) is longer: the only checkpoint is the last",
+                "evaluate_every (101) is longer: nothing is evaluated on the way",
+            ],
+        ),
+        ({"evaluate_every": 25, "early_stop": 4}, 100, ["early_stop (4 x 25 steps) is never reached"]),
+        ({"warmup_steps": 60}, 50, ["warmup_steps (60) lasts for the whole run: the rate is never reached"]),
+    ],
+)
+def test_what_a_run_will_never_come_to_is_said(tmp_path, changes, steps, doubts):
+    overrides = ["data.eval_split=0.1", "training.epochs=null", "training.steps=100"]
+    recipe = load_recipe(written(tmp_path), overrides + [f"training.{key}={value}" for key, value in changes.items()])
+    assert recipe.doubts(steps) == [f"training, {steps or 100} steps: {doubt}" for doubt in doubts]
+
+
+def test_how_long_a_run_is_may_not_be_known_yet(tmp_path):
+    assert load_recipe(written(tmp_path), ["training.warmup_steps=1000000"]).doubts(None) == []
 
 
 def test_other_lora_fields_pass_through(tmp_path):

@@ -187,6 +187,7 @@ class Planner:
         if self.recipe.caches_features and self.images is None:
             image = show_size(feature_bytes(self.setup(self.recipe)))
             notes.append(f"cached features take {image} of disk an image; how many there are, the prepared data tells")
+        notes += self.recipe.doubts(self.steps)
         notes += self._notes_of_processes()
         if self.on_gpu:
             notes.append(
