@@ -6,8 +6,9 @@ import json
 import os
 import stat
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from modeling.errors import UserError
 
@@ -20,7 +21,7 @@ KINDS = {
 }
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file to read its bytes; never wait for a pipe, a socket or a device.
 
     Raises OSError: nothing is there, or something else than a file.
@@ -32,7 +33,7 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was exchanged meanwhile
         os.close(descriptor)
         raise OSError(errno.EINVAL, "expected a file, found something else", str(path))
-    return cast(BinaryIO, os.fdopen(descriptor, "rb"))
+    return os.fdopen(descriptor, "rb")
 
 
 def flush(path: Path) -> None:

@@ -1,85 +1,130 @@
-"""Places to write to are looked at before the work: what cannot be written is one line, and nothing is made."""
+"""Paths and patterns -> files and folders."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from finetune.places import check_place
+from finetune.data.sources.files import files_of, fingerprint, read_records
+from finetune.data.sources.places import expand, files_below, locate
+from finetune.data.sources.source import Source
 from modeling.errors import UserError
+
+NAMES = (
+    *("s/a/d.jsonl", "s/b/d.jsonl", "s/b/deep/d.jsonl", "s/b/e.csv", "s/.hidden/d.jsonl", "s/top.jsonl"),
+    *("t[1]/d.jsonl", "t1/d.jsonl", "[ab]/x.jsonl", "a/x.jsonl", "b/x.jsonl"),
+)
 
 
 @pytest.fixture
-def around(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
-    Path("file").write_text("x")
-    os.mkfifo("pipe")
-    Path("loop").symlink_to("loop")
-    Path("dangling").symlink_to("nowhere/at/all")
-    Path("linked").symlink_to("folder")
+def tree(tmp_path):
+    for name in NAMES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "' + name + '"}\n')
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("path", "folder", "problem"),
+    ("pattern", "expected"),
     [
-        ("folder", False, "is a folder; expected a file"),
-        ("linked", False, "is a folder; expected a file"),
-        ("pipe", False, "is a pipe or a device; expected a file"),
-        ("/dev/null", False, "is a pipe or a device; expected a file"),
-        ("file", True, "is a file; expected a folder"),
-        ("pipe", True, "is a file; expected a folder"),
-        ("file/below/it", True, "cannot be written: {}/file is a file, and no folder; choose another place"),
-        ("file/page.html", False, "cannot be written: {}/file is a file, and no folder; choose another place"),
-        ("loop", False, "is no name of a place: Too many levels of symbolic links"),
-        ("loop/x", True, "is no name of a place: Too many levels of symbolic links"),
-        ("a\0b", False, "is no name of a place: embedded null byte"),
-        ("no/such/" + "é" * 150, True, "is no name of a place: a part of it has 300 bytes, and 255 is the most"),
-        ("x" * 250, False, "is no name of a place: a part of it has 258 bytes, and 255 is the most"),
-        ("x/" * 3000, True, "is no name of a place: File name too long"),
+        ("s/*/d.jsonl", ["s/a/d.jsonl", "s/b/d.jsonl"]),
+        ("s/?/d.jsonl", ["s/a/d.jsonl", "s/b/d.jsonl"]),
+        ("s/**/*.jsonl", ["s/top.jsonl", "s/a/d.jsonl", "s/b/d.jsonl", "s/b/deep/d.jsonl"]),
+        ("s/**/d.jsonl", ["s/a/d.jsonl", "s/b/d.jsonl", "s/b/deep/d.jsonl"]),
+        ("**/deep/d.jsonl", ["s/b/deep/d.jsonl"]),
+        ("s/**/**/deep/*", ["s/b/deep/d.jsonl"]),
+        ("s/b/[!f-z].c*", ["s/b/e.csv"]),
+        ("s/[!a]/d.jsonl", ["s/b/d.jsonl"]),
+        ("s/.*/d.jsonl", ["s/.hidden/d.jsonl"]),
+        ("t[1]/d.jsonl", ["t[1]/d.jsonl"]),
+        ("t[1]/*.jsonl", ["t[1]/d.jsonl"]),
+        ("[ab]/x.jsonl", ["[ab]/x.jsonl"]),
+        ("[a-b]/x.jsonl", ["a/x.jsonl", "b/x.jsonl"]),
+        ("s/b", ["s/b"]),
     ],
 )
-def test_what_cannot_be_written(around, path, folder, problem):
-    with pytest.raises(UserError) as raised:
-        check_place("--out", Path(path), folder=folder)
-    assert str(raised.value) == f"--out: {str(Path(path))!r:.200} {problem.format(around)}"
+def test_pattern_in_any_part_of_a_path(pattern, expected, tree, monkeypatch):
+    assert expand(tree / pattern) == [tree / name for name in expected]
+    monkeypatch.chdir(tree)
+    assert list(map(str, expand(Path(pattern)))) == expected
 
 
-@pytest.mark.parametrize("path", ["\ud800", "a/\udfff/b"])
-def test_a_name_that_no_file_can_have(around, path):
-    with pytest.raises(UserError, match=r"^--out: '.*' is no name of a place: "):
-        check_place("--out", Path(path))
+def test_pattern_of_folders_stands_for_the_files_below_them_once(tree):
+    below = [tree / name for name in ("s/b/d.jsonl", "s/b/deep/d.jsonl", "s/b/e.csv")]
+    assert files_of(Source("auto", (tree / "s/b",))) == files_of(Source("auto", (tree / "s/b/**",))) == below
+    assert files_of(Source("auto", (tree / "s/[b-z]",))) == below
+    assert [record["text"] for _, record in read_records(Source("text", (tree / "s/*/d.jsonl",)))] == [
+        "s/a/d.jsonl",
+        "s/b/d.jsonl",
+    ]
+
+
+def test_fingerprint_follows_a_pattern(tree):
+    source = Source("text", (tree / "s/*/d.jsonl",))
+    before = fingerprint(source)
+    (tree / "s/c").mkdir()
+    (tree / "s/c/d.jsonl").write_text("{}")
+    assert fingerprint(source) != before
 
 
 @pytest.mark.parametrize(
-    ("path", "folder"),
+    ("pattern", "message"),
     [
-        ("file", False),
-        ("folder", True),
-        ("linked", True),
-        ("new", False),
-        ("no/such/yet", True),
-        ("no/such/yet.html", False),
-        ("dangling", False),
-        ("folder/../new", False),
-        ("x" * 247, False),
-        (".", True),
+        ("s/*/none.jsonl", "s/*/none.jsonl: nothing is there that fits this pattern"),
+        ("none/*/d.jsonl", "none/*/d.jsonl: nothing is there that fits this pattern"),
+        ("s/top.json", "s/top.json: nothing is there; did you mean top.jsonl?"),
+        ("s/zzz/d.jsonl", "s/zzz is no folder"),
+        ("s/top.jsonl/d", "s/top.jsonl is no folder"),
     ],
 )
-def test_what_can_be_written_is_not_made(around, path, folder):
-    before = sorted(around.rglob("*"))
-    check_place("--out", Path(path), folder=folder)
-    assert sorted(around.rglob("*")) == before
+def test_nothing_fits(pattern, message, tree):
+    with pytest.raises(UserError) as caught:
+        expand(tree / pattern)
+    assert str(caught.value).endswith(message)
 
 
-@pytest.mark.parametrize(
-    ("path", "folder"), [("shut/new", False), ("shut/file", False), ("shut", True), ("shut/a/b", True)]
-)
-def test_what_is_read_only(around, monkeypatch, path, folder):
-    (around / "shut").mkdir()
-    (around / "shut" / "file").touch()
-    shut = lambda place, mode: not str(place).startswith(f"{around}/shut")  # noqa: E731 - root may write everywhere
-    monkeypatch.setattr("finetune.places.os.access", shut)
-    with pytest.raises(UserError, match="read-only; choose another place"):
-        check_place("--out", Path(path), folder=folder)
+def test_a_link_that_leads_nowhere_is_named(tree):
+    (tree / "s/c").mkdir()
+    (tree / "s/c/d.jsonl").symlink_to("gone.jsonl")
+    for pattern in ("s/c/d.jsonl", "s/*/d.jsonl"):
+        with pytest.raises(UserError, match=r"s/c/d\.jsonl: a link to gone\.jsonl, where nothing is"):
+            expand(tree / pattern)
+
+
+def test_files_below_follow_links_to_folders_elsewhere_once(tree, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "far.jsonl").write_text("")
+    for name, target in (
+        ("here", elsewhere),
+        ("again", elsewhere),
+        ("up", tree),
+        ("root", "/"),
+        ("side", tree / "s/a"),
+    ):
+        (tree / "s/b" / name).symlink_to(target)
+    (tree / "s/b/loop").symlink_to("loop")
+    (elsewhere / "back").symlink_to(tree / "s")
+    found = [str(path.relative_to(tree / "s/b")) for path in files_below(tree / "s/b")]
+    assert len([name for name in found if name.endswith("far.jsonl")]) == 1
+    assert sorted(name for name in found if "far" not in name and "back" not in name) == [
+        "d.jsonl",
+        "deep/d.jsonl",
+        "e.csv",
+        "side/d.jsonl",
+    ]
+
+
+def test_places_inside_files(tree):
+    archive = tree / "t.zip"
+    archive.write_bytes(b"")
+    assert locate(archive / "train" / "x") == [(archive, "train/x")]
+    assert locate(tree / "?.zip" / "train") == [(archive, "train")]
+    assert locate(tree / "s") == [(tree / "s", ".")]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tree):
+    if os.geteuid() == 0:
+        pytest.skip("root may read all")
+    (tree / "s/a").chmod(0)
+    with pytest.raises(UserError, match="a folder that cannot be read: Permission denied"):
+        expand(tree / "s/*/*.jsonl")

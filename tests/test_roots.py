@@ -3,10 +3,15 @@
 import base64
 import io
 import json
+import os
 import pickle
 import stat
+import struct
 import tarfile
+import tracemalloc
+import warnings
 import zipfile
+from contextlib import contextmanager
 
 import numpy as np
 import PIL.Image
@@ -58,6 +63,17 @@ def mistake(function, *arguments):
         function(*arguments)
     assert not isinstance(caught.value, RecordError)
     return str(caught.value)
+
+
+@contextmanager
+def at_most(memory):
+    """Fails where Python held more bytes at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < memory
+    finally:
+        tracemalloc.stop()
 
 
 def zipped(path, files=FILES, method=zipfile.ZIP_STORED):
@@ -198,9 +214,133 @@ def test_what_names_no_image(reference, folder, tmp_path):
         assert refusal(root.image, reference) == "not an image reference"
 
 
-@pytest.mark.parametrize("reference", ["sub\\flat.png", "C:\\cat.png", "..\\secret.png", "\\\\host\\cat.png"])
-def test_windows_paths_are_told(reference, folder):
-    assert refusal(root_of(folder).image, reference) == "not an image reference"
+def missing(root, reference):
+    with pytest.raises(RecordError) as caught:
+        open_image(root.image(reference))
+    assert caught.value.reason == "missing image"
+    return caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("reference", "near"),
+    [
+        ("sub\\flat.png", "sub/flat.png"),
+        ("SUB\\flat.png", "sub/flat.png"),
+        ("C:\\images\\cat.png", "cat.png"),
+        ("..\\cat.png", "cat.png"),
+        ("Cat.PNG", "cat.png"),
+        ("cat", "cat.png"),
+        ("cat.jpg", "cat.png"),
+        ("Sub/flat.png", "sub/flat.png"),
+        ("sub/d%C3%B6g.jpg", "sub/dög.jpg"),
+        ("sub%2Fflat.png", "sub/flat.png"),
+        ("images/cat.png", "cat.png"),
+        ("images/train/cat.png", "cat.png"),
+        ("cats.png", "cat.png"),
+        ("nothing like it.png", None),
+    ],
+)
+def test_missing_image_names_the_nearest_one(reference, near, folder, tmp_path):
+    path = folder / reference
+    hint = f"; did you mean {folder / near}?" if near else ""
+    assert missing(root_of(folder), reference) == f"{path}: nothing is there{hint}"
+    for archive in (zipped(tmp_path / "a.zip"), tarred(tmp_path / "a.tar")):
+        detail = missing(root_of(archive), reference)
+        assert detail.startswith(f"{reference}: not in {archive}")
+        assert detail.endswith(f"; did you mean {near}?" if near else str(archive))
+
+
+def test_missing_image_in_a_folder_of_many_costs_one_listing(folder, monkeypatch):
+    for number in range(300):
+        (folder / f"COCO_{number:06}.png").write_bytes(b"")
+    listed = []
+    scandir = os.scandir
+    monkeypatch.setattr("finetune.data.near.os.scandir", lambda path: listed.append(path) or scandir(path))
+    root = root_of(folder)
+    assert missing(root, "COCO_000299.jpg").endswith("did you mean " + str(folder / "COCO_000299.png") + "?")
+    assert all(missing(root, f"COCO_9{number:05}.png") for number in range(20))
+    assert listed == [str(folder)]
+
+
+def test_file_urls_are_paths(folder):
+    for reference in (f"file://{folder}/cat.png", f"FILE://localhost{folder}/cat.png", f"file:{folder}/cat.png"):
+        assert root_of(folder).image(reference) == Image(folder / "cat.png")
+    assert root_of(folder).image(f"file://{folder}/sub/d%C3%B6g.jpg") == Image(folder / "sub" / "dög.jpg")
+    assert missing(root_of(folder), f"file://{folder}/dog.png").startswith(f"{folder}/dog.png: nothing is there")
+    for reference in ("file:///etc/hostname", "FILE:/etc/hostname", f"file://{folder}/../secret.png"):
+        assert refusal(root_of(folder).image, reference) == "image outside the image root"
+    for reference in ("file://host/cat.png", "file:cat.png", "file://cat.png", "file:////etc/hostname"):
+        assert refusal(root_of(folder).image, reference) == "image is a URL"
+    assert refusal(root_of(folder).image, "file:///a%00b") == "not an image reference"
+
+
+def test_links_name_their_target_and_the_line_that_allows_them(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.png").write_bytes(CAT)
+    (folder / "train2017").symlink_to("../elsewhere")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "one.png").symlink_to(elsewhere / "a.png")
+
+    def why(reference, root=None):
+        with pytest.raises(RecordError) as caught:
+            (root or root_of(folder)).image(reference)
+        assert caught.value.reason == "image outside the image root"
+        return caught.value.detail
+
+    allows = f"`image_root: [{folder}, {elsewhere}]` allows it"
+    link = f"{folder}/train2017 is a link to {elsewhere}, outside of {folder}"
+    assert why("train2017/a.png") == f"train2017/a.png: {link}; {allows}"
+    assert why("train2017/none.png") == f"train2017/none.png: {link}"
+    link = f"{folder}/deep/one.png is a link to {elsewhere}/a.png, outside of {folder}"
+    assert why("deep/one.png") == f"deep/one.png: {link}; {allows}"
+    assert why(f"{elsewhere}/a.png") == f"{elsewhere}/a.png is not under {folder}; {allows}"
+    assert why("/etc/hostname") == f"/etc/hostname is not under {folder}"
+    beside = ImageRoot(Source("auto", (folder / "d.jsonl",)))  # no image_root: the data's own folder
+    assert why("train2017/a.png", beside).endswith(allows)
+
+    both = root_of(folder, elsewhere)
+    assert both.image("train2017/a.png") == both.image("deep/one.png") == Image(elsewhere / "a.png")
+    assert refusal(both.image, "../secret.png") == "image outside the image root"
+
+
+def test_without_image_root_each_path_brings_its_folder(tmp_path):
+    for name in ("f/a.png", "g/b.png", "f/same.png", "g/same.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(CAT)
+    for paths in (
+        (tmp_path / "f", tmp_path / "g"),
+        (tmp_path / "[fg]",),
+        (tmp_path / "f/a.jsonl", tmp_path / "g/b.jsonl"),
+    ):
+        for path in paths:
+            if path.suffix:
+                path.write_text("")
+        root = ImageRoot(Source("auto", paths))
+        assert root.image("b.png") == root.image(f"{tmp_path}/g/b.png") == Image(tmp_path / "g" / "b.png")
+        assert root.image("a.png") == Image(tmp_path / "f" / "a.png")
+        with pytest.raises(RecordError) as caught:
+            root.image("same.png")
+        assert str(caught.value) == (
+            f"ambiguous image: same.png: {tmp_path}/f/same.png and {tmp_path}/g/same.png; "
+            "name its folder as image_root, or make two sources of them"
+        )
+        assert root.image(f"{tmp_path}/g/same.png") == Image(tmp_path / "g" / "same.png")
+
+
+def test_image_root_may_be_a_pattern(tmp_path):
+    zipped(tmp_path / "a0.zip", {"train/cat.png": CAT})
+    zipped(tmp_path / "a1.zip", {"train/dog.jpg": DOG})
+    root = root_of(tmp_path / "a?.zip" / "train")
+    assert [encoded(root.image(name)) for name in ("cat.png", "dog.jpg")] == [CAT, DOG]
+    assert "nothing is there that fits this pattern" in mistake(root_of, tmp_path / "b?.zip" / "train")
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.zip", "pipe.tar", "pipe.json", "pipe.parquet"])
+def test_an_image_root_that_is_a_pipe_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    assert "expected a folder of images, or a file that ends in" in mistake(root_of, tmp_path / name)
+    assert refusal(lambda: open_image(root_of(tmp_path).image(name))) == "corrupt image"
 
 
 def test_a_name_that_is_too_long(folder):
@@ -208,7 +348,7 @@ def test_a_name_that_is_too_long(folder):
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/hostname", "FILE:/etc/hostname", "ftp://a.b/c.png", "s3://a/b.png", "gs://a/b", "ftp:x"]
+    "url", ["file://host/etc/hostname", "file:hostname", "ftp://a.b/c.png", "s3://a/b.png", "gs://a/b", "ftp:x"]
 )
 @pytest.mark.parametrize("settings", [{}, {"download": True, "download_http": True}])
 def test_other_schemes_are_never_followed(url, settings, folder):
@@ -276,7 +416,11 @@ def test_fields_that_make_no_name(record, folder):
 
 
 @pytest.mark.parametrize(
-    "template", ["{a.b}", "{a[0]}", "{}", "{0}", "{a", "a}", "{a:{b}}", "{a.__class__}", "{a:qq}", "{ a }"]
+    "template",
+    [
+        *("{a.b}", "{a[0]}", "{}", "{0}", "{a", "a}", "{a:{b}}", "{a.__class__}", "{a:qq}", "{ a }", "{a!r}"),
+        *("{a:9999999999d}", "{a:0256d}", "{a:.9999999999f}", "{a:" + 5000 * "9" + "}", "{a.__init__.__globals__}"),
+    ],
 )
 def test_a_template_that_is_none_is_the_users_mistake(template, folder):
     message = mistake(lambda: root_of(folder, image_name=template))
@@ -316,7 +460,24 @@ def test_mimic_it_json_as_other_writers_escape_it(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", '{"a": "x"', '{"a": {}}', '{"a": "x",}', '{"a": "x"} {}', '{"a": "x" "b": "y"}', '{"a', "{", '{"a": 1}'],
+    [
+        "",
+        "[]",
+        '{"a": "x"',
+        '{"a": {}}',
+        '{"a": null}',
+        '{"a": ["x"]}',
+        '{"\\q": "x"}',
+        '{"\n": "x"}',
+        '{"a":' * 50000,
+        '{"a": "x",}',
+        '{"a": "x"} {}',
+        '{"a": "x" "b": "y"}',
+        '{"a',
+        "{",
+        '{"a": 1}',
+    ],
+    ids=lambda text: text[:12],
 )
 def test_a_json_store_that_is_none(text, tmp_path):
     path = tmp_path / "a.json"
@@ -383,6 +544,169 @@ def test_zip_members_that_cannot_be_read_in_place(tmp_path):
     content[flags] |= 1
     (tmp_path / "b.zip").write_bytes(content)
     assert refusal(root_of(tmp_path / "b.zip").image, "cat.png") == "encrypted image"
+
+
+def rewritten(path, *changes):
+    """A zip archive of cat.png whose index says something else: (place in its entry, format, value)."""
+    content = bytearray(zipped(path, {"cat.png": CAT}, method=zipfile.ZIP_STORED).read_bytes())
+    for place, kind, value in changes:
+        struct.pack_into(f"<{kind}", content, content.rindex(b"PK\1\2") + place, value)
+    path.write_bytes(content)
+    return root_of(path)
+
+
+def test_zip_index_that_lies(tmp_path):
+    path = tmp_path / "a.zip"
+    assert encoded(rewritten(path).image("cat.png")) == CAT
+    for offset in (7, 10**6, 2**32 - 2):
+        assert refusal(rewritten(path, (42, "I", offset)).image, "cat.png") == "corrupt image"
+    assert refusal(encoded, rewritten(path, (20, "I", 10**5)).image("cat.png")) == "corrupt image"
+    for size in (10**9, 2**32 - 2):
+        assert refusal(encoded, rewritten(path, (20, "I", size)).image("cat.png")) == "image too large"
+    whole = rewritten(path, (24, "I", 2**32 - 2)).image("cat.png")  # unpacked size: nobody relies on it
+    assert encoded(whole) == CAT
+    assert refusal(rewritten(path, (28, "H", 2**16 - 1)).image, "cat.png") == "missing image"  # its name's length
+    assert "a zip archive that cannot be read" in mistake(rewritten(path, (0, "I", 0)).image, "cat.png")
+
+
+def test_zip_sizes_of_64_bits_that_lie(tmp_path):
+    content = zipped(tmp_path / "a.zip", {"cat.png": CAT}, method=zipfile.ZIP_STORED).read_bytes()
+    start, at = content.index(b"PK\1\2"), content.rindex(b"PK\1\2")
+    entry, end = content[at : content.rindex(b"PK\5\6")], content[content.rindex(b"PK\5\6") :]
+    for sizes, expected in (((2**62, 2**62, 0), "image too large"), ((9, 9, 2**62), "corrupt image")):
+        extra = struct.pack("<HHQQQ", 1, 24, *sizes)
+        lying = bytearray(entry + extra)
+        struct.pack_into("<II", lying, 20, 2**32 - 1, 2**32 - 1)
+        struct.pack_into("<H", lying, 30, len(extra))
+        struct.pack_into("<I", lying, 42, 2**32 - 1)
+        ending = bytearray(end)
+        struct.pack_into("<I", ending, 12, at - start + len(lying))
+        (tmp_path / "b.zip").write_bytes(content[:at] + lying + ending)
+        assert refusal(lambda: encoded(root_of(tmp_path / "b.zip").image("cat.png"))) == expected
+
+
+def test_zip_index_of_gigabytes_is_not_read(tmp_path):
+    path = tmp_path / "a.zip"
+    with path.open("wb") as file:
+        file.truncate(3 * 10**9)
+        file.seek(0, os.SEEK_END)
+        file.write(struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 1, 1, 29 * 10**8, 0, 0))
+    with at_most(10**7):
+        assert "an index of 2,900,000,000 bytes" in mistake(root_of(path).image, "cat.png")
+
+
+def test_zip_entries_that_overlap_or_come_twice(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for content in (CAT, DOG):
+            archive.writestr("same.png", content)
+        archive.writestr("other.png", CAT)
+        archive.filelist[2].header_offset = archive.filelist[1].header_offset  # both names, one place
+        archive.filelist[2].compress_size = archive.filelist[1].compress_size
+    root = root_of(tmp_path / "a.zip")
+    assert encoded(root.image("same.png")) == encoded(root.image("other.png")) == DOG  # as unzip: the last one
+
+
+ODD_NAMES = {
+    "../out.png": DOG,
+    "/abs.png": DOG,
+    "sub/../cat.png": DOG,  # must not take the place of cat.png
+    "cat.png": CAT,
+    "./here//dot.png": CAT,
+    "win\\dows.png": CAT,
+    "..\\up.png": DOG,
+    "folder/": b"",
+}
+
+
+@pytest.mark.parametrize("name", [*ARCHIVES])
+def test_odd_names_in_archives(name, tmp_path):
+    root = root_of(ARCHIVES[name](tmp_path / name, ODD_NAMES))
+    assert encoded(root.image("cat.png")) == encoded(root.image("here/dot.png")) == CAT
+    assert encoded(root.image("win\\dows.png")) == CAT
+    if name.endswith(".zip"):  # only there do Windows' tools write backslashes for slashes
+        assert encoded(root.image("win/dows.png")) == CAT
+    for reference in ("out.png", "abs.png", "up.png", "etc/abs.png"):
+        assert refusal(root.image, reference) == "missing image"
+    for reference in ("../out.png", "/abs.png"):
+        assert refusal(root.image, reference) == "image outside the image root"
+
+
+def test_zip_names_in_utf8_without_the_mark_that_says_so(tmp_path):
+    content = zipped(tmp_path / "a.zip", {"d\u00f6g.jpg": DOG}, method=zipfile.ZIP_STORED).read_bytes()
+    unmarked = bytearray(content)
+    for signature, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = content.rindex(signature) + place
+        unmarked[at + 1] &= ~8
+    (tmp_path / "b.zip").write_bytes(unmarked)
+    assert encoded(root_of(tmp_path / "b.zip").image("d\u00f6g.jpg")) == DOG
+    marked = bytearray(content)
+    marked[content.rindex(b"\xc3\xb6")] = 0xFF
+    (tmp_path / "c.zip").write_bytes(marked)
+    assert "a zip archive that cannot be read: 'utf-8' codec" in mistake(root_of(tmp_path / "c.zip").image, "a.png")
+
+
+def tar_header(name, size, kind=b"0"):
+    """A header as hostile as one likes: `size` are its 12 bytes."""
+    head = bytearray(name.ljust(100, b"\0") + b"0000644\0" + 2 * b"0000000\0" + size + b"00000000000\0")
+    head += b"        " + kind
+    head += bytes(512 - len(head))
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
+
+
+def octal(number):
+    return b"%011o\0" % number
+
+
+def pax(text):
+    return tar_header(b"x", octal(len(text)), b"x") + text.ljust(-len(text) % 512 + len(text), b"\0")
+
+
+HOSTILE_TARS = {
+    "negative": tar_header(b"a.png", b"\xff" * 11 + b"\xf0"),
+    "minus one": tar_header(b"a.png", b"\xff" * 12),
+    "no number": tar_header(b"a.png", b"zzzzzzzzzzz\0"),
+    "beyond the end": tar_header(b"a.png", octal(10**6)),
+    "huge": tar_header(b"a.png", b"\x80\0\0\0" + b"\x7f" * 8),
+    "pax chain": pax(b"20 comment=aaaaaaaaa\n") * 3000,
+    "pax without a length": pax(b"comment=a\n" + bytes(20)),
+    "pax with a negative size": pax(b"11 size=-7\n") + tar_header(b"a.png", octal(7)) + bytes(512),
+    "pax with words for a size": pax(b"12 size=abc\n") + tar_header(b"a.png", octal(7)) + bytes(512),
+    "long names": tar_header(b"L", octal(512), b"L") * 2 + bytes(512),
+    "long name of gigabytes": tar_header(b"L", b"\x80\0\0\0" + b"\0\0\0\x7f" + b"\xff" * 4, b"L"),
+    "sparse": tar_header(b"a.png", octal(512), b"S") + b"zz" * 256,
+    "pax sparse": pax(b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n21 GNU.sparse.name=a\n")
+    + tar_header(b"a.png", octal(512))
+    + b"z" * 512,
+    "damaged header": b"x" * 512,
+}
+
+
+@pytest.mark.parametrize("kind", [*HOSTILE_TARS])
+@pytest.mark.parametrize("before", [0, 1])
+def test_tar_headers_that_lie(kind, before, tmp_path):
+    good = tar_header(b"cat.png", octal(len(CAT))) + CAT.ljust(-len(CAT) % 512 + len(CAT), b"\0")
+    path = tmp_path / "a.tar"
+    path.write_bytes(before * good + HOSTILE_TARS[kind] + good + bytes(1024))
+    with path.open("r+b") as file:
+        file.truncate(10**8 + 10**6)  # sparse: reading to the end would show
+    with at_most(5 * 10**7), pytest.raises(UserError) as caught:
+        open_image(root_of(path).image("a.png"))
+    if not isinstance(caught.value, RecordError):
+        assert str(caught.value).startswith(f"{path}: a tar archive that cannot be read: ")
+    else:
+        assert caught.value.reason in ("missing image", "not a file", "corrupt image")
+
+
+def test_tar_names_that_are_not_utf8_lose_nothing_else(tmp_path):
+    good = tar_header(b"cat.png", octal(len(CAT))) + CAT.ljust(-len(CAT) % 512 + len(CAT), b"\0")
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_header(b"\xff\xfe.png", octal(0)) + good + bytes(1024))
+    assert encoded(root_of(path).image("cat.png")) == CAT
+    with pytest.raises(RecordError) as caught:
+        root_of(path).image("\u00ff.png")
+    assert str(caught.value).encode()
 
 
 def test_a_zip_bomb_is_too_large(tmp_path):

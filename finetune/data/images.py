@@ -22,6 +22,7 @@ import PIL.ImageOps
 import PIL.TiffImagePlugin
 
 from finetune.data.dialogue import Image, RecordError, Remote, Slice
+from finetune.data.near import near_path
 from modeling.errors import UserError
 from modeling.files import open_regular
 
@@ -175,8 +176,11 @@ def _read(path: Path, offset: int = 0, length: int | None = None, *, limit: int 
             file.seek(offset)
             content = file.read(expected)
     except OSError as error:
-        reason = "missing image" if isinstance(error, FileNotFoundError | NotADirectoryError) else "corrupt image"
-        raise RecordError(reason, f"{path}: {error.strerror}") from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise RecordError("corrupt image", f"{path}: {error.strerror}") from error
+        near = near_path(path)
+        hint = f"; did you mean {near}?" if near else ""
+        raise RecordError("missing image", f"{path}: nothing is there{hint}") from error
     if len(content) < expected:
         raise RecordError("corrupt image", f"{path}: {expected:,} bytes from {offset:,} on are more than there are")
     return content

@@ -3,6 +3,7 @@
 Text is divided at its blank lines, one part a paragraph, so that a long document can be cut between them.
 """
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,8 +14,10 @@ from finetune.data.dialogue import Dialogue, Part, RecordError, Turn, is_blank
 from finetune.data.sources.fields import checked, first_item, has, optional, required, required_list
 from finetune.data.sources.files import files_of, read_records, refuse_columns
 from finetune.data.sources.names import CAPTIONS, IMAGES, SUFFIX_NAMES, first_name, name_of
+from finetune.data.sources.places import expand, files_below
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
+from modeling.files import open_regular
 
 PAIR_IMAGES = (*IMAGES, *SUFFIX_NAMES, "url")
 
@@ -68,26 +71,30 @@ def is_text(record: dict[str, Any]) -> bool:
 
 def read_texts(source: Source) -> Iterator[Record]:
     """Every .txt file is one record, and a folder with such files below it stands for them; other files hold many."""
-    files = [file for path in source.paths for file in _texts_below(path) or files_of(replace(source, paths=(path,)))]
-    for file in files:
+    places = [place for path in source.paths for place in expand(path)]
+    files = [file for path in places for file in _texts_below(path) or files_of(replace(source, paths=(path,)))]
+    for file in dict.fromkeys(files):
         if file.suffix == ".txt":
             refuse_columns(source)
             yield file.name, _text_record(file)
-    others = tuple(file for file in files if file.suffix != ".txt")
+    others = tuple(dict.fromkeys(file for file in files if file.suffix != ".txt"))
     if others or source.hub:
         yield from read_records(replace(source, paths=others))
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises RecordError: not UTF-8."""
+    """A file's text. Raises RecordError: not UTF-8, or no file."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            return io.TextIOWrapper(file, encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise RecordError("text is not Unicode", f"{path.name}: {error}") from error
+    except OSError as error:
+        raise RecordError("corrupt file", f"{path.name}: {error.strerror}") from error
 
 
 def _texts_below(path: Path) -> list[Path]:
-    return sorted(path.rglob("*.txt")) if path.is_dir() else []
+    return [file for file in files_below(path) if file.suffix == ".txt"] if path.is_dir() else []
 
 
 def _text_record(path: Path) -> dict[str, Any] | RecordError:

@@ -6,9 +6,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,18 @@ from finetune.data.sources.json_files import (
     read_pairs,
 )
 from finetune.data.sources.names import IMAGE_SUFFIXES
+from finetune.data.sources.places import expand, files_below, locate
 from finetune.data.sources.samples import unfold
 from finetune.data.sources.shards import COMPRESSED_TARS, read_shard
 from finetune.data.sources.source import Record, Source
 from finetune.data.sources.streams import COMPRESSIONS, stop_if_broken
 from finetune.data.sources.tables import read_arrow, read_parquet
 from modeling.errors import UserError
+from modeling.files import open_regular
 
 __all__ = [
     "files_of",
     "fingerprint",
-    "locate",
     "read_first",
     "read_header",
     "read_items",
@@ -76,37 +76,12 @@ def files_of(source: Source) -> list[Path]:
 
     Raises UserError: a path that leads to none.
     """
-    return [file for path in source.paths for file in _expand(path, source.split)]
+    return [file for path in source.paths for file in _data_files_at(path, source.split)]
 
 
-def _expand(path: Path, split: str) -> list[Path]:
-    if path.is_dir():
-        return _data_files(path, split)
-    if path.exists():
-        return [path]
-    if any(sign in path.name for sign in "*?["):
-        matches = sorted(path.parent.glob(path.name))
-        if matches:
-            return [file for match in matches for file in _expand(match, split)]
-    raise _missing(path)
-
-
-def locate(path: Path) -> tuple[Path, str]:
-    """(file or folder, "." or the folder meant inside of that file). Raises UserError: nothing is there.
-
-    images/train2017.zip/train2017 -> (images/train2017.zip, train2017)
-    """
-    for outer in (path, *path.parents):
-        if outer.is_file() or (outer == path and outer.exists()):
-            return outer, path.relative_to(outer).as_posix()
-    raise _missing(path)
-
-
-def _missing(path: Path) -> UserError:
-    beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
-    near = get_close_matches(path.name, beside, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "" if beside else f": {path.parent} is no folder"
-    return UserError(f"{path}: nothing is there{hint}")
+def _data_files_at(path: Path, split: str) -> list[Path]:
+    found = [file for place in expand(path) for file in (_data_files(place, split) if place.is_dir() else [place])]
+    return list(dict.fromkeys(found))  # ** fits a folder and also those below it
 
 
 def _data_files(folder: Path, split: str) -> list[Path]:
@@ -115,18 +90,10 @@ def _data_files(folder: Path, split: str) -> list[Path]:
         if split not in splits:
             raise UserError(f"{folder}: expected split {' or '.join(splits)}, got {split!r}")
         folder = folder / split
-    files = [path for path in _files_below(folder) if _suffix(path) and path.name not in _BOOKKEEPING]
+    files = [path for path in files_below(folder) if _suffix(path) and path.name not in _BOOKKEEPING]
     if not files:
         raise UserError(f"{folder}: no data file below it; expected {_known()}")
     return files
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """All files but hidden ones, sorted."""
-    paths = (
-        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    return sorted(path for path in paths if path.is_file())
 
 
 def _suffix(path: Path) -> str | None:
@@ -199,23 +166,27 @@ def fingerprint(source: Source, cache: Path | None = None) -> str:
     """SHA-256 over the content of all that a source reads, in hexadecimal.
 
     Of a folder count the names of all files below it (splits and captions go by names), and the content of those that
-    are no images; archives and stores of images by size and time of change; a dataset on the hub by its version there;
-    folders of `image_root` not at all. `cache` is a JSON file where the digests of files are kept, so that those that
+    are no images; archives and stores of images as any file; a dataset on the hub by its version there; folders of
+    `image_root` not at all. `cache` is a JSON file where the digests of files are kept, so that those that
     did not change are not read again.
     """
     parts: list[str] = []
     files: list[Path] = []
-    for path in (Path(source.hub),) if source.hub else source.paths:
+    for path in (Path(source.hub),) if source.hub else chain.from_iterable(map(expand, source.paths)):
         if source.hub and not path.is_dir():
             parts.append(hub.name_of_version(source))
         elif path.is_dir():
-            below = _files_below(path)
+            below = files_below(path)
             parts += [file.relative_to(path).as_posix() for file in below]
             files += [file for file in below if file.suffix.lower() not in IMAGE_SUFFIXES]
         else:
             files += files_of(replace(source, paths=(path,)))
-    files += [locate(path)[0] for path in source.image_root if not path.is_dir()]
-    parts += _digests(files, cache)
+    roots = {outer for path in source.image_root for outer, _ in locate(path)}
+    files += [outer for outer in sorted(roots) if not outer.is_dir()]
+    try:
+        parts += _digests(files, cache)
+    except OSError as error:
+        raise UserError(f"{error.filename}: a file that cannot be read: {error.strerror}") from error
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -232,7 +203,7 @@ def _digests(files: list[Path], cache: Path | None) -> list[str]:
         version = [stat.st_size, stat.st_mtime_ns]
         entry = kept.get(key)
         if not (isinstance(entry, list) and len(entry) == 3 and entry[:2] == version and isinstance(entry[2], str)):
-            with file.open("rb") as opened:
+            with open_regular(file) as opened:
                 entry = [*version, hashlib.file_digest(opened, "sha256").hexdigest()]
             if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
                 kept[key] = entry

@@ -5,13 +5,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from string import Formatter
 from typing import Any
+from urllib.parse import unquote
 
 import PIL.Image
 
 from finetune.data.dialogue import Image, RecordError, Remote, Slice
-from finetune.data.images import decode_base64
+from finetune.data.images import decode_base64, describe
+from finetune.data.sources.archives import Archive, Tar, Zip
+from finetune.data.sources.places import expand, locate
+from finetune.data.sources.shards import COMPRESSED_TARS
 from finetune.data.sources.source import Source
-from finetune.data.sources.stores import Folder, Store, open_store
+from finetune.data.sources.stores import Folder, Json, Parquet, Store
 from modeling.errors import UserError
 
 
@@ -23,7 +27,7 @@ class ImageRoot:
 
     def __init__(self, source: Source):
         self.source = source
-        self._stores = tuple(_default_stores(source) if not source.image_root else map(open_store, source.image_root))
+        self._stores = _open_stores(source.image_root) if source.image_root else _open_folders(_default_folders(source))
         if source.image_name is not None:
             _check_template(source.image_name)
 
@@ -46,6 +50,8 @@ class ImageRoot:
             raise RecordError("not an image reference", f"expected a path, got {_short(reference)}")
         if reference[:5].lower() == "data:":
             return _from_data_url(reference)
+        if local := _FILE_URL.fullmatch(reference):
+            return self._stored(unquote(local["path"]))
         if _URL.match(reference):
             return self._remote(reference)
         if _BASE64.fullmatch(reference):
@@ -78,42 +84,93 @@ class ImageRoot:
 
     def _stored(self, name: str) -> Image:
         if _NO_PATH.search(name):
-            raise RecordError("not an image reference", f"{name[:200]!a}: expected a path with forward slashes")
+            raise RecordError("not an image reference", f"{name[:200]!a}: expected a path")
         refusal: RecordError | None = None
+        found: list[Image] = []
         for store in self._stores:
             try:
-                found = store.find(name)
+                image = store.find(name)
             except RecordError as error:
                 refusal = refusal or error
                 continue
-            if found is not None:
-                return found
-        if refusal:
-            raise refusal
-        if self._stores and isinstance(self._stores[0], Folder):
-            return Image(self._stores[0].place(name))
+            if image is not None:
+                found.append(image)
+                if self.source.image_root:  # a list to be searched in order
+                    break
+        if not found and not refusal and self._stores and isinstance(self._stores[0], Folder):
+            return Image(self._stores[0].place(name))  # opening it says what is missing; a document goes on without it
+        if not found:
+            raise refusal or self._missing(name)
+        if any(image != found[0] for image in found):
+            places = " and ".join(describe(image) for image in found[:2])
+            detail = f"{name:.200}: {places}; name its folder as image_root, or make two sources of them"
+            raise RecordError("ambiguous image", detail)
+        return found[0]
+
+    def _missing(self, name: str) -> RecordError:
+        near = next(filter(None, (store.near(name) for store in self._stores)), None)
         where = " or ".join(str(store.path) for store in self._stores)
-        raise RecordError("missing image", f"{name:.200}: not in {where}" if where else f"{name:.200}: no image_root")
+        hint = f"; did you mean {near:.200}?" if near else ""
+        return RecordError("missing image", f"{name:.200}: {f'not in {where}{hint}' if where else 'no image_root'}")
 
 
 _BASE64 = re.compile(r"\s*(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}+={0,2}\s*+")
 """An image's first bytes (JPEG, PNG, GIF, WebP, BMP, TIFF) in base64, which has no dot, as names of files do."""
-_NO_PATH = re.compile(r"[\0\\\ud800-\udfff]")
+_NO_PATH = re.compile(r"[\0\ud800-\udfff]")
+_FILE_URL = re.compile(r"(?i)file:(?://(?:localhost)?)?(?P<path>/[^/].*)", re.DOTALL)
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|https?|ftp):")
 
 
-def _default_stores(source: Source) -> Iterable[Store]:
-    """The folder of the first path; of a dataset on the hub, the folders where its library puts the files."""
+def _open_stores(paths: Iterable[Path]) -> tuple[Store, ...]:
+    """The stores that paths lead to. Raises UserError: nothing is there, or nothing that images can be looked up in."""
+    places = [place for path in paths for place in locate(path)]
+    folders = tuple(found.resolve() for found, _ in places if found.is_dir())
+    return tuple(Folder(found, folders) if found.is_dir() else _open_file(found, inner) for found, inner in places)
+
+
+def _open_folders(paths: Iterable[Path]) -> tuple[Store, ...]:
+    """A store for each of the folders."""
+    folders = tuple(dict.fromkeys(path.resolve() for path in paths))
+    return tuple(Folder(folder, folders) for folder in folders)
+
+
+def _open_file(found: Path, inner: str) -> Store:
+    name = found.name.lower()
+    if name.endswith(COMPRESSED_TARS):
+        raise UserError(
+            f"{found}: a compressed tar archive has to be read from its start for every image; "
+            "unpack it, or make a plain .tar or a .zip of it"
+        )
+    kind = _KINDS.get(found.suffix.lower())
+    if kind is None or not found.is_file():
+        raise UserError(f"{found}: expected a folder of images, or a file that ends in {', '.join(_KINDS)}")
+    if inner != "." and not issubclass(kind, Archive):
+        raise UserError(f"{found / inner}: {found.name} holds no folders")
+    return kind(found, inner)
+
+
+_KINDS: dict[str, type[Store]] = {".zip": Zip, ".tar": Tar, ".json": Json, ".parquet": Parquet}
+
+
+def _default_folders(source: Source) -> list[Path]:
+    """The folders of the paths; of a dataset on the hub, those where its library puts the files."""
     if source.paths:
-        first = source.paths[0]
-        return [Folder((first if first.is_dir() else first.parent).resolve())]
+        places = [place for path in source.paths for place in _places(path)]
+        return [place if place.is_dir() else place.parent for place in places]
     if not source.hub:
         return []
     import datasets
     from huggingface_hub import constants
 
     folders = (Path(source.hub), Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE))
-    return [Folder(folder.resolve()) for folder in folders if folder.is_dir()]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _places(path: Path) -> list[Path]:
+    try:
+        return expand(path)
+    except UserError:  # raised again by what reads it
+        return [path]
 
 
 def _from_data_url(url: str) -> Image:
@@ -130,17 +187,20 @@ _Part = tuple[str, str | None, str]
 def _check_template(template: str) -> list[_Part]:
     """The parts of a template. Raises UserError: it is none, or asks for more than a record's own fields."""
     try:
-        parts = [(text, name, spec or "") for text, name, spec, _ in Formatter().parse(template)]
-        for _, name, spec in parts:
-            if name is not None and (not name.isidentifier() or "{" in spec):
+        parsed = list(Formatter().parse(template))
+        for _, name, spec, conversion in parsed:
+            if name is None:
+                continue
+            if not name.isidentifier() or "{" in (spec or "") or conversion:
                 raise ValueError(f"{{{name}}} is no field of a record")
-            if name is not None:
-                format(0, spec)
+            if max(map(int, re.findall(r"\d+", spec or "")), default=0) > 255:
+                raise ValueError(f"{spec:.20} asks for more characters than a name may have")
+            format(0, spec or "")
     except ValueError as error:
         raise UserError(
             f"image_name: expected a name such as {{image_id:012d}}.jpg, got {template!r}: {error}"
         ) from error
-    return parts
+    return [(text, name, spec or "") for text, name, spec, _ in parsed]
 
 
 def _fill(text: str, name: str | None, spec: str, record: dict[str, Any]) -> str:

@@ -1,25 +1,22 @@
-"""Where images lie: folders, zip and tar archives, MIMIC-IT's files of {id: base64}. Nothing is unpacked."""
+"""Where images lie: folders, and MIMIC-IT's files of {id: base64} or of ids and images. Nothing is unpacked."""
 
 import json
 import mmap
-import posixpath
+import os
 import re
-import stat
-import struct
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from finetune.data.dialogue import Image, RecordError, Slice
 from finetune.data.images import decode_base64
-from finetune.data.sources.files import locate
-from finetune.data.sources.shards import COMPRESSED_TARS, read_members
-from finetune.data.sources.streams import BrokenFileError
+from finetune.data.near import Names
+from finetune.data.sources.names import IMAGE_SUFFIXES
 from modeling.errors import UserError
+from modeling.files import open_regular
 
 if TYPE_CHECKING:
     import pyarrow
@@ -36,28 +33,17 @@ class Store(ABC):
     def find(self, name: str) -> Image | None:
         """The image of that name, None if it is not there. Raises RecordError: it cannot be used, or is outside."""
 
-
-def open_store(path: Path) -> Store:
-    """The store a path leads to. Raises UserError: nothing is there, or nothing that images can be looked up in."""
-    found, inner = locate(path)
-    if found.is_dir():
-        return Folder(found.resolve())
-    name = found.name.lower()
-    if name.endswith(COMPRESSED_TARS):
-        raise UserError(
-            f"{found}: a compressed tar archive has to be read from its start for every image; "
-            "unpack it, or make a plain .tar or a .zip of it"
-        )
-    kind = _KINDS.get(found.suffix.lower())
-    if kind is None:
-        raise UserError(f"{found}: expected a folder of images, or a file that ends in {', '.join(_KINDS)}")
-    if inner != "." and not issubclass(kind, _Archive):
-        raise UserError(f"{path}: {found.name} holds no folders")
-    return kind(found, inner)
+    def near(self, name: str) -> str | None:
+        """The nearest name that is there, where that is cheap to know."""
+        return None
 
 
 class Folder(Store):
-    """Files below a folder."""
+    """Files below a folder. Links may lead into another one of `roots`, and nowhere else."""
+
+    def __init__(self, path: Path, roots: tuple[Path, ...] = ()):
+        super().__init__(path.resolve())
+        self._roots = (self.path, *roots)
 
     def find(self, name: str) -> Image | None:
         path = self.place(name)
@@ -72,77 +58,25 @@ class Folder(Store):
             path = (self.path / name).resolve()
         except (UnicodeEncodeError, RuntimeError, OSError) as error:  # a lone surrogate; a loop of links
             raise RecordError("not an image reference", f"{name!r:.200}: {error}") from error
-        if not path.is_relative_to(self.path):
-            raise RecordError("image outside the image root", f"{name:.200} is not under {self.path}")
+        if not self._holds(path):
+            raise RecordError("image outside the image root", self._why_outside(name, path))
         return path
 
+    def _holds(self, path: Path) -> bool:
+        return any(path.is_relative_to(root) for root in self._roots)
 
-class _Archive(Store):
-    """Members of an archive, below the folder `inner` of it."""
-
-    def find(self, name: str) -> Image | None:
-        path = posixpath.normpath(posixpath.join(self.inner, name))
-        allowed = "" if self.inner == "." else f"{self.inner}/"
-        if f"{path}/".startswith(("/", "../")) or not path.startswith(allowed):
-            raise RecordError("image outside the image root", f"{name:.200} is not under {self.path / self.inner}")
-        return self._open(path)
-
-    @abstractmethod
-    def _open(self, path: str) -> Image | None: ...
-
-
-class Zip(_Archive):
-    """A zip archive. Members are stored or deflated; encrypted ones, other methods and links are refused."""
-
-    @cached_property
-    def _members(self) -> dict[str, zipfile.ZipInfo]:
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                return {posixpath.normpath(info.filename): info for info in archive.infolist() if not info.is_dir()}
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-            raise UserError(f"{self.path}: a zip archive that cannot be read: {error}") from error
-
-    def _open(self, path: str) -> Image | None:
-        member = self._members.get(path)
-        if member is None:
-            return None
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise RecordError("not a file", f"{path:.200} is a link in {self.path}")
-        if member.flag_bits & 1:
-            raise RecordError("encrypted image", f"{path:.200} in {self.path}")
-        codings: dict[int, Literal["raw", "deflate"]] = {zipfile.ZIP_STORED: "raw", zipfile.ZIP_DEFLATED: "deflate"}
-        coding = codings.get(member.compress_type)
-        if coding is None:
-            detail = f"{path:.200} in {self.path}: expected stored or deflated, got method {member.compress_type}"
-            raise RecordError("unknown compression", detail)
-        return Image(Slice(self.path, self._offset(member), member.compress_size, coding))
-
-    def _offset(self, member: zipfile.ZipInfo) -> int:
-        """Where a member's data begin: after its own header, whose length the archive's index does not tell."""
-        with self.path.open("rb") as file:
-            file.seek(member.header_offset)
-            header = file.read(30)
-        if len(header) < 30 or not header.startswith(b"PK\3\4"):
-            raise RecordError("corrupt image", f"{member.filename:.200} in {self.path}: its header is damaged")
-        name_length, extra_length = struct.unpack("<HH", header[26:])
-        return member.header_offset + 30 + name_length + extra_length
-
-
-class Tar(_Archive):
-    """A plain tar archive; links are refused."""
-
-    @cached_property
-    def _members(self) -> dict[str, Slice | bytes | RecordError]:
-        try:
-            return {posixpath.normpath(member.name): member.content for member in read_members(self.path)}
-        except BrokenFileError as error:
-            raise UserError(f"{self.path}: a tar archive that cannot be read: {error.detail}") from error
-
-    def _open(self, path: str) -> Image | None:
-        content = self._members.get(path)
-        if isinstance(content, RecordError):
-            raise content
-        return None if content is None else Image(content)
+    def _why_outside(self, name: str, path: Path) -> str:
+        """Which link leads out, if one does; and the line that allows it, if an image is there."""
+        where, folder = f"{name:.200} is not under {self.path}", path.parent
+        steps = [self.path.joinpath(*Path(name).parts[:count]) for count in range(1, len(Path(name).parts) + 1)]
+        link = next((step for step in steps if step.is_symlink() and not self._holds(step.resolve())), None)
+        if link and ".." not in Path(name).parts:
+            target = link.resolve()
+            folder = target if target.is_dir() else target.parent
+            where = f"{name:.200}: {link} is a link to {target}, outside of {self.path}"
+        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+            return where
+        return f"{where}; `image_root: [{self.path}, {folder}]` allows it"
 
 
 class Json(Store):
@@ -150,20 +84,25 @@ class Json(Store):
 
     @cached_property
     def _slices(self) -> dict[str, tuple[int, int]]:
-        with self.path.open("rb") as file:
-            try:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except ValueError as error:
-                raise self._error(0) from error
-            with content:
-                return dict(self._scan(content))
+        try:
+            with open_regular(self.path) as file:
+                if not os.fstat(file.fileno()).st_size:
+                    raise self._error(0)
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    return dict(self._scan(content))
+        except OSError as error:
+            raise UserError(f"{self.path}: an image file that cannot be read: {error.strerror}") from error
 
     def _scan(self, content: mmap.mmap) -> Iterator[tuple[str, tuple[int, int]]]:
         opening = _OPENING.match(content)
         position = opening.end() if opening else 0
         entry = _ENTRY.match(content, position) if opening else None
         while entry is not None:
-            yield json.loads(entry["id"]), (entry.start("image"), entry.end("image") - entry.start("image"))
+            try:
+                name = json.loads(entry["id"])
+            except ValueError as error:  # not UTF-8, or an escape that JSON does not have
+                raise self._error(position) from error
+            yield name, (entry.start("image"), entry.end("image") - entry.start("image"))
             position = entry.start("more")
             entry = _ENTRY.match(content, entry.end()) if entry["more"] else None
         if not _CLOSING.fullmatch(content, position):
@@ -175,6 +114,13 @@ class Json(Store):
     def find(self, name: str) -> Image | None:
         found = self._slices.get(name)
         return Image(Slice(self.path, *found, "base64")) if found else None
+
+    def near(self, name: str) -> str | None:
+        return self._names.near(name)
+
+    @cached_property
+    def _names(self) -> Names:
+        return Names(self._slices)
 
 
 _OPENING = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{")
@@ -214,7 +160,10 @@ class Parquet(Store):
         place = self._places.get(name)
         if place is None:
             return None
-        value = self._group(place[0])[place[1]].as_py()
+        try:
+            value = self._group(place[0])[place[1]].as_py()
+        except UnicodeDecodeError as error:
+            raise RecordError("corrupt image", f"{name:.200} in {self.path}: {error}") from error
         content = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(content, str):
             return Image(decode_base64(content))
@@ -238,11 +187,14 @@ class Parquet(Store):
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 yield file
-        except (pyarrow.ArrowException, OSError) as error:
+        except (
+            pyarrow.ArrowException,
+            OSError,
+            ValueError,
+            MemoryError,
+        ) as error:
             raise UserError(f"{self.path}: a Parquet file that cannot be read: {error}") from error
 
 
 _IDS = ("id", "image_id", "__index_level_0__")
 _IMAGES = ("image", "base64")
-
-_KINDS: dict[str, type[Store]] = {".zip": Zip, ".tar": Tar, ".json": Json, ".parquet": Parquet}
