@@ -128,3 +128,11 @@ def test_a_folder_that_may_not_be_read_is_named(tree):
     (tree / "s/a").chmod(0)
     with pytest.raises(UserError, match="a folder that cannot be read: Permission denied"):
         expand(tree / "s/*/*.jsonl")
+
+
+@pytest.mark.parametrize("key", ["paths", "image_root"])
+def test_fingerprint_waits_for_no_pipe(key, tree):
+    os.mkfifo(tree / "pipe")
+    source = Source("text", **{"paths": (tree / "s/top.jsonl",), key: (tree / "pipe",)})
+    with pytest.raises(UserError, match="pipe: a file that cannot be read: expected a file, found a pipe"):
+        fingerprint(source)

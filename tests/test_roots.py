@@ -243,7 +243,7 @@ def missing(root, reference):
 def test_missing_image_names_the_nearest_one(reference, near, folder, tmp_path):
     path = folder / reference
     hint = f"; did you mean {folder / near}?" if near else ""
-    assert missing(root_of(folder), reference) == f"{path}: nothing is there{hint}"
+    assert missing(root_of(folder), reference) == f"{path}: No such file or directory{hint}"
     for archive in (zipped(tmp_path / "a.zip"), tarred(tmp_path / "a.tar")):
         detail = missing(root_of(archive), reference)
         assert detail.startswith(f"{reference}: not in {archive}")
@@ -266,7 +266,7 @@ def test_file_urls_are_paths(folder):
     for reference in (f"file://{folder}/cat.png", f"FILE://localhost{folder}/cat.png", f"file:{folder}/cat.png"):
         assert root_of(folder).image(reference) == Image(folder / "cat.png")
     assert root_of(folder).image(f"file://{folder}/sub/d%C3%B6g.jpg") == Image(folder / "sub" / "dög.jpg")
-    assert missing(root_of(folder), f"file://{folder}/dog.png").startswith(f"{folder}/dog.png: nothing is there")
+    assert missing(root_of(folder), f"file://{folder}/dog.png").startswith(f"{folder}/dog.png: No such file")
     for reference in ("file:///etc/hostname", "FILE:/etc/hostname", f"file://{folder}/../secret.png"):
         assert refusal(root_of(folder).image, reference) == "image outside the image root"
     for reference in ("file://host/cat.png", "file:cat.png", "file://cat.png", "file:////etc/hostname"):
@@ -565,7 +565,6 @@ def test_zip_index_that_lies(tmp_path):
         assert refusal(encoded, rewritten(path, (20, "I", size)).image("cat.png")) == "image too large"
     whole = rewritten(path, (24, "I", 2**32 - 2)).image("cat.png")  # unpacked size: nobody relies on it
     assert encoded(whole) == CAT
-    assert refusal(rewritten(path, (28, "H", 2**16 - 1)).image, "cat.png") == "missing image"  # its name's length
     assert "a zip archive that cannot be read" in mistake(rewritten(path, (0, "I", 0)).image, "cat.png")
 
 

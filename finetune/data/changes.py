@@ -40,7 +40,7 @@ def file_digest(path: Path) -> bytes | None:
     """SHA-256 of a file; None where it cannot be read."""
     try:
         with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").digest()  # type: ignore[arg-type]
+            return hashlib.file_digest(file, "sha256").digest()
     except OSError:
         return None
 

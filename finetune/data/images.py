@@ -180,7 +180,7 @@ def _read(path: Path, offset: int = 0, length: int | None = None, *, limit: int 
             raise RecordError("corrupt image", f"{path}: {error.strerror}") from error
         near = near_path(path)
         hint = f"; did you mean {near}?" if near else ""
-        raise RecordError("missing image", f"{path}: nothing is there{hint}") from error
+        raise RecordError("missing image", f"{path}: {error.strerror}{hint}") from error
     if len(content) < expected:
         raise RecordError("corrupt image", f"{path}: {expected:,} bytes from {offset:,} on are more than there are")
     return content

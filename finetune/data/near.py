@@ -30,7 +30,7 @@ class Names:
         found = found or self._by_last_part.get(plain.rpartition("/")[2])
         if found is None:
             at = bisect_left(self._sorted, name)
-            found = next(iter(get_close_matches(name, self._sorted[max(0, at - 20) : at + 20], n=1)), None)
+            found = next(iter(get_close_matches(name, self._sorted[max(0, at - 20) : at + 20], n=1, cutoff=0.8)), None)
         return found
 
 
