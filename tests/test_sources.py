@@ -501,7 +501,7 @@ def test_an_image_folder_with_a_table_of_its_own_columns(tmp_path):
 
 
 def test_an_image_folder_is_a_folder(tmp_path):
-    with pytest.raises(UserError, match="expected a folder of images, found nothing"):
+    with pytest.raises(UserError, match="nothing is there"):
         read("image_folder", tmp_path / "gone")
     (path,) = written(tmp_path, a__txt="A.")
     with pytest.raises(UserError, match="expected a folder of images, found a file"):

@@ -15,6 +15,7 @@ from finetune.data.sources.documents import read_text
 from finetune.data.sources.fields import required
 from finetune.data.sources.files import read_records
 from finetune.data.sources.names import CAPTIONS, IMAGE_SUFFIXES, name_of
+from finetune.data.sources.places import expand, files_below
 from finetune.data.sources.source import Record, Source
 from modeling.errors import UserError
 
@@ -41,23 +42,22 @@ def read_classes(source: Source) -> Iterator[Record]:
                 yield place, {"image": str(image), "text": label}
 
 
-def _folders(source: Source) -> tuple[Path, ...]:
+def _folders(source: Source) -> list[Path]:
     if not source.paths:
         raise UserError(f"format {source.format}: expected folders as path, got {source.name}")
-    for folder in source.paths:
+    folders = [folder for path in source.paths for folder in expand(path)]
+    for folder in folders:
         if not folder.is_dir():
-            found = "a file" if folder.exists() else "nothing"
-            raise UserError(f"{folder}: format {source.format}: expected a folder of images, found {found}")
-    return source.paths
+            raise UserError(f"{folder}: format {source.format}: expected a folder of images, found a file")
+    return folders
 
 
 def _images_below(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _read_folder(folder: Path, source: Source) -> Iterator[Record]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_below(folder)
     lines: dict[Path, tuple[str, str]] = {}
     for path in files:
         if path.name in METADATA:
