@@ -3,7 +3,9 @@
 import json
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice, pairwise
+from threading import Event
 
 import numpy as np
 import PIL.Image
@@ -469,6 +471,30 @@ def test_images_that_are_urls_are_fetched_with_their_row(reading, folder):
     (account,) = rows.accounts
     assert (account.read, account.kept, account.rejected) == (2, 1, {"download failed": 1})
     assert account.first_rejected == {"download failed": "data.jsonl:2: https://example.org/gone.png"}
+
+
+def test_sizes_and_accounts_are_known_while_images_are_downloaded(reading, folder):
+    url = "https://example.org/a.png"
+    source, begun, go_on = written(folder, messages(url)), Event(), Event()
+
+    class Slow(Fetched):
+        def fetch_all(self, urls):
+            begun.set()
+            assert go_on.wait(30)
+            return super().fetch_all(urls)
+
+    streamed = Source(source.format, source.paths, stream=True, download=True)
+    rows = reading(streamed, downloader=Slow({url: folder / "a.png"}))
+    with ThreadPoolExecutor(2) as pool:
+        row = pool.submit(rows.at, 0)
+        assert begun.wait(30)
+        asked = pool.submit(lambda: (rows.tokens(0), rows.epoch(0), rows.accounts[0].read, rows.state(9)))
+        try:
+            tokens, epoch, read, lost = asked.result(timeout=30)
+        finally:
+            go_on.set()
+    assert (tokens, epoch, lost) == (len(row.result()["input_ids"][0]), 0, [])
+    assert read >= 1
 
 
 def test_only_sources_that_allow_it_download(folder):

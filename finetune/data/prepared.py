@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from finetune.data.account import Account
 from finetune.data.arrow import ArrowFile, DamagedError
-from finetune.data.dialogue import Dialogue, Image, Slice, Turn
+from finetune.data.dialogue import Dialogue, Image, RecordError, Slice, Turn
 from finetune.data.tokens import IGNORED, Example, see_images
 from modeling.errors import UserError
 from modeling.files import read_json
@@ -136,7 +136,10 @@ class PreparedSet:
 
     def dialogue(self, row: int) -> Dialogue:
         images = [self.image(int(image)) for image in self.examples.cell("images", row)]
-        return dialogue_from_json(self.examples.text("dialogue", row), images)
+        try:
+            return dialogue_from_json(self.examples.text("dialogue", row), images)
+        except (ValueError, KeyError, TypeError, RuntimeError, RecordError) as error:
+            raise DamagedError(self.folder / EXAMPLES, f"dialogue {row}: {error!r}") from error
 
 
 class Prepared:

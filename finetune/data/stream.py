@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import count
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,9 @@ class StreamedRows:
     """Rows whose dialogues can be told without reading the stream again."""
 
     def __post_init__(self) -> None:
-        self._reading = RLock()  # rows are made in a thread, and who logs asks for their sizes
+        # Rows are made in a thread, and who logs asks for their sizes: that never waits for images, which may be
+        # downloads.
+        self._reading, self._opening = RLock(), Lock()
         self._tokens: dict[int, int] = {}
         self._epochs: dict[int, int] = {}
         self._last: dict[int, list[Drawn]] = {}
@@ -131,6 +133,7 @@ class StreamedRows:
     def dialogues(self, number: int) -> list[tuple[tuple[str, str], Batch]]:
         with self._reading:
             row = self._last[number] if number in self._last else self._go_on(number)
+        with self._opening:
             alone = [(drawn, self._opened([drawn], number, lose=lambda *_: None)) for drawn in row]
         return [(self._origin(drawn), self._collate(*opened)) for drawn, opened in alone if opened[0]]
 
@@ -142,8 +145,11 @@ class StreamedRows:
 
     def at(self, number: int) -> Batch:
         with self._reading:
-            row, pixels = self._opened(self._go_on(number), number, lose=self._lose)
-        self._tokens[number] = sum(len(drawn.example) for drawn in row)
+            coming = self._go_on(number)
+        with self._opening:
+            row, pixels = self._opened(coming, number, lose=self._lose)
+        with self._reading:
+            self._tokens[number] = sum(len(drawn.example) for drawn in row)
         return self._collate(row, pixels)
 
     def _collate(self, row: Sequence[Drawn], pixels: Mapping[Image, np.ndarray]) -> Batch:
@@ -211,7 +217,8 @@ class StreamedRows:
             raise error
         if not drawn.epoch:
             lost = Lost(row, index, drawn.source, drawn.place, drawn.origin.examples, error.reason, error.detail)
-            self._lost.add(lost)
+            with self._reading:
+                self._lost.add(lost)
 
     def _stream(self) -> Iterator[list[Drawn]]:
         """Rows without end: examples mixed by weight, gathered in windows, packed, and the window's rows shuffled."""
