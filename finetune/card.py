@@ -10,6 +10,7 @@ from huggingface_hub import DatasetCardData
 from finetune.data.sources.source import Source
 from finetune.dataset import Dataset
 from finetune.recipe import Recipe
+from modeling.files import atomic_write
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 """The hub's size categories."""
@@ -19,8 +20,8 @@ def write_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> P
     """README.md in a folder of the run's name beside the prepared sets, with the recipe; the folder."""
     folder = Path(recipe.data.prepared) / Path(recipe.output).name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (folder / "README.md").write_text(dataset_card(recipe, sources, dataset), encoding="utf-8")
+    atomic_write(folder / "recipe.yaml", recipe.to_yaml())
+    atomic_write(folder / "README.md", dataset_card(recipe, sources, dataset))
     return folder
 
 

@@ -174,7 +174,7 @@ def draw_questions(dialogues: Sequence[Dialogue], *, limit: int | None, seed: in
 def _write_predictions(
     path: Path, questions: Sequence[Question], answers: Sequence[Answer], marks: Sequence[dict[str, float]]
 ) -> None:
-    with path.open("w", encoding="utf-8") as lines:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as lines:  # surrogates, as JSON escapes them
         for (prompt, references), answer, figures in zip(questions, answers, marks, strict=True):
             line = {
                 "images": [_place(image) for image in prompt.images],

@@ -119,6 +119,7 @@ def test_predictions_hold_each_question_with_its_references_answer_and_figures(s
 def test_predictions_say_where_images_are(monkeypatch, tmp_path):
     images = (
         Image(Path("photos/dog.jpg")),
+        Image(Path("photos/d\udcf6g.jpg")),  # a name that is not UTF-8
         Image(Slice(Path("photos.zip"), offset=40, length=9, coding="deflate")),
         Image(b"\x89PNG"),
         Image(PIL.Image.new("RGB", (2, 2))),
@@ -128,7 +129,13 @@ def test_predictions_say_where_images_are(monkeypatch, tmp_path):
     file = tmp_path / "predictions.jsonl"
     questions = [(Dialogue((user(*images, "which?"),)), ("A",))]
     evaluate(None, None, questions, max_new_tokens=4, batch_size=2, predictions=file)
-    assert json.loads(file.read_text())["images"] == ["photos/dog.jpg", "photos.zip at byte 40", None, None]
+    assert json.loads(file.read_text())["images"] == [
+        "photos/dog.jpg",
+        "photos/d\udcf6g.jpg",
+        "photos.zip at byte 40",
+        None,
+        None,
+    ]
 
 
 def test_the_balanced_subset_of_easy_vqa_is_the_published_one():

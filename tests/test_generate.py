@@ -1,5 +1,7 @@
 """Generation uses the template of training, and a batch changes no answer."""
 
+from dataclasses import dataclass, replace
+
 import PIL.Image
 import pytest
 import torch
@@ -10,6 +12,7 @@ from finetune.data.template import render
 from finetune.data.tokens import tokenize
 from finetune.evaluate import draw_questions, exchange_images, held_out_loss
 from finetune.generate import Answer, Assistant, _answer, _continue, _inputs, generate
+from finetune.materials import _by_image as by_image
 from modeling import loading
 from modeling.adapters import attach, open_adapter, save_adapter
 from modeling.forward import packed_loss
@@ -127,6 +130,33 @@ def test_every_image_is_exchanged_for_another_everywhere_the_same_way(make_rows)
         assert given == kept
         assert [turn.text for turn in before.turns] == [turn.text for turn in after.turns]
         assert list(after.images) == [blind.images[image] for image in ids]
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Cached features: of each image its own number."""
+
+    numbers: tuple[int, ...]
+
+    def __call__(self, images):
+        return torch.tensor([self.numbers[image] for image in images])
+
+    def exchanged(self, other):
+        return Numbered(tuple(self.numbers[other.get(image, image)] for image in range(len(self.numbers))))
+
+
+def test_cached_features_are_exchanged_with_their_images(make_rows):
+    rows = make_rows()
+    rows = replace(rows, features=Numbered(tuple(range(len(rows.images)))))
+    dialogues = [Dialogue((user(*[rows.images[image] for image in ids], "which?"),)) for ids in rows.image_ids]
+    blind, _ = exchange_images(rows, dialogues, [], seed=0)
+    shown = sorted({image for images in rows.image_ids for image in images})
+    seen = blind.features(shown).tolist()
+    assert all(number != image for number, image in zip(seen, shown, strict=True))
+    assert [rows.images[number] for number in seen] == [blind.images[image] for image in shown]
+    assert blind.at(0)["image_features"].tolist() != rows.at(0)["image_features"].tolist()
+    looked_up = by_image(blind, blind.features)([rows.images[image] for image in shown])
+    assert looked_up.tolist() == shown
 
 
 def test_the_held_out_loss_weighs_every_token_the_same_however_rows_are_packed(asked, make_rows):

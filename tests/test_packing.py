@@ -81,6 +81,35 @@ def test_sequences_are_laid_large_ones_first_and_small_ones_last():
     assert arrange(tokens, [0] * 10, row_tokens=1000, row_images=4) == [2, 4, 0, 1, 3, 6, 7, 8, 9, 5]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "images", "order"),
+    [
+        ([10, 251, 260, 9, 8, 7, 6, 5, 4, 3], [0] * 10, [2, 1, 0, 3, 4, 5, 6, 7, 8, 9]),
+        ([10, 250, 260, 9, 8, 7, 6, 5, 4, 3], [0] * 10, [2, 0, 1, 3, 4, 5, 6, 7, 8, 9]),  # a quarter is not large
+        ([10, 1, 1, 9, 8, 7, 6, 5, 4, 3], [0, 1, 2, 0, 0, 0, 0, 0, 0, 0], [2, 0, 1, 3, 4, 5, 6, 7, 8, 9]),
+    ],
+)
+def test_large_is_what_takes_more_than_a_quarter_of_a_row(tokens, images, order):
+    laid = arrange(tokens, images, row_tokens=1000, row_images=4)
+    assert laid == order
+
+
+@pytest.mark.parametrize(
+    ("tokens", "images", "rows"),
+    [
+        ([5, 7], [0, 0], [[0, 1]]),  # to the last token
+        ([6, 7], [0, 0], [[0], [1]]),  # one more
+        ([1, 1], [2, 1], [[0, 1]]),  # to the last image
+        ([1, 1], [2, 2], [[0], [1]]),
+    ],
+)
+def test_rows_are_filled_to_their_budget_and_not_beyond(tokens, images, rows):
+    packed = pack(tokens, images, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES)
+    assert sorted(map(sorted, packed)) == rows
+    ids = [range(10 * index, 10 * index + count) for index, count in enumerate(images)]
+    assert pack_in_order(tokens, ids, row_tokens=ROW_TOKENS, row_images=ROW_IMAGES) == rows
+
+
 def test_between_them_many_tokens_and_many_images_take_turns():
     tokens, images = [90, 90, 90, 10, 10, 10, 5], [1, 1, 1, 3, 3, 3, 0]
     assert arrange(tokens, images, row_tokens=1000, row_images=40) == [0, 3, 1, 4, 2, 5, 6]

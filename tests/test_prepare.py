@@ -872,6 +872,30 @@ def harmed(path, harm):
         path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "garbage": b"\xff\0<" * (len(data) // 3)}[harm])
 
 
+def test_names_that_are_not_utf_8_lose_nothing(tmp_path, tiny_tokenizer):
+    folder = draw(tmp_path / os.fsdecode(b"d\xffta"))
+    odd = os.fsdecode(b"d\xf6g.bmp")
+    (folder / "a.bmp").rename(folder / odd)
+    lines = [record(odd), record("b.bmp", inside(folder / "c.bmp")), record("\ud83d.bmp"), record(question="\udcff")]
+    path = folder / os.fsdecode(b"l\xffnes.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for _ in range(2):  # made, and opened
+        made = prepare(
+            [Source("messages", (path,))], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=folder
+        )
+        prepared, (account,) = made
+        assert [open_image(image).getpixel((0, 0)) for image in prepared.dialogues[0].images] == [(255, 0, 0)]
+        assert [image.source for image in prepared.dialogues[0].images] == [folder / odd]
+        assert list(prepared.places) == ["l\\udcffnes.jsonl:1", "l\\udcffnes.jsonl:2"]
+        assert account.source == f"{path}[train]"
+        assert account.rejected == {"not an image reference": 1, "text is not Unicode": 1}
+        assert account.first_rejected["text is not Unicode"].startswith("l\\udcffnes.jsonl:4: ")
+    json.dumps(account.to_json(), ensure_ascii=False).encode("utf-8", "backslashreplace")
+    (folder / odd).unlink()
+    with pytest.raises(UserError, match="the image file is missing"):
+        prepare([Source("messages", (path,))], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=folder)
+
+
 def inside(path):
     return f"data:image/bmp;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
@@ -1052,7 +1076,7 @@ def test_accounts_of_parts_add_up_and_keep_the_first_place():
     whole.kept += 3
     assert whole.to_json() == {
         "source": "x",
-        "read": 9,
+        "read": 8,
         "kept": 5,
         "limited": True,
         "broken": ["f.json breaks off"],
@@ -1076,7 +1100,7 @@ def test_accounts_of_parts_add_up_and_keep_the_first_place():
     assert list(whole.to_json()["first_rejected"]) == ["too long", "corrupt image", "missing image", "too many images"]
     assert Account.from_json(whole.to_json()) == whole
     assert whole.loss == (
-        "3 of 9 records rejected: too long 2, missing image 1; "
+        "f.json breaks off; 3 of 8 records rejected: too long 2, missing image 1; "
         "parts of kept records left out: corrupt image 1, too many images 2"
     )
     assert Account("x", read=1, kept=1).loss is None

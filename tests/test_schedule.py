@@ -192,6 +192,17 @@ def test_the_same_seed_gives_the_same_rows_another_seed_others():
     assert schedule(epochs=2) != schedule(epochs=2, seed=1)
 
 
+def test_the_order_of_rows_is_another_in_every_epoch():
+    """Each of these examples fills a row, and rows are made from the largest on: their order alone is drawn."""
+    lengths = [*range(9, 17)]
+    rows = build_schedule(
+        mix([8], [None], lengths), np.zeros(8, int), row_tokens=16, row_images=0, packs_per_step=8, seed=0, epochs=4
+    )
+    orders = [tuple(row.examples for row in rows if row.epoch == epoch) for epoch in range(4)]
+    assert len(set(orders)) == 4
+    assert {tuple(sorted(order)) for order in orders} == {tuple((index,) for index in range(8))}
+
+
 def test_rows_are_shuffled_not_sorted_by_fill():
     fills = [[sum(TOKENS[index] for index in row.examples) for row in schedule(epochs=1, seed=s)] for s in range(5)]
     assert any(fill != sorted(fill, reverse=True) for fill in fills)

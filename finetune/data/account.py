@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from finetune.data.dialogue import RecordError
+from finetune.data.dialogue import RecordError, as_unicode
 
 MOST_NAMES = 50
 """So many names are counted each by itself."""
@@ -57,11 +57,11 @@ class Account:
     def ignore(self, names: Iterable[str]) -> None:
         """Count what a record holds that its dialogue does without."""
         for name in names:
-            known = unicode(name[:80])
+            known = as_unicode(name[:80])
             self.ignored[known if known in self.ignored or len(self.ignored) < MOST_NAMES else "other keys"] += 1
 
     def _remember(self, place: str, error: RecordError) -> None:
-        self.first_rejected.setdefault(error.reason, unicode(f"{place}: {error.detail}".removesuffix(": ")))
+        self.first_rejected.setdefault(error.reason, as_unicode(f"{place}: {error.detail}".removesuffix(": ")))
 
     def add(self, other: "Account") -> None:
         """Take in what happened to further records of the same source."""
@@ -116,11 +116,6 @@ class Account:
                 raise ValueError(f"{name}: {value!r:.80}")
         counters = {name: Counter(values[name]) for name in _COUNTERS}
         return cls(**{**values, **counters})
-
-
-def unicode(text: str) -> str:
-    """A text that can be written anywhere: bytes of a file's name that are not UTF-8 stand as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def most_frequent(counts: Mapping[str, int], most: int = 8) -> str:

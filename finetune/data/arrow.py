@@ -1,5 +1,6 @@
 """Rows -> an Arrow file, whole or not there -> its rows by number, memory-mapped."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class DamagedError(UserError):
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], **metadata: str) -> None:
     """An Arrow file that is there whole or not at all, also after a power cut."""
     partial = partial_of(path)
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
+    with pa.OSFile(os.fsencode(partial), "wb") as file, pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
         for batch in batches:
             writer.write_batch(batch)
     put_in_place(partial, path)
@@ -44,7 +45,7 @@ class ArrowFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            reader = pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
             self.schema = reader.schema
             self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except FileNotFoundError as error:

@@ -116,7 +116,8 @@ class ImageRoot:
 
 _BASE64 = re.compile(r"\s*(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}+={0,2}\s*+")
 """An image's first bytes (JPEG, PNG, GIF, WebP, BMP, TIFF) in base64, which has no dot, as names of files do."""
-_NO_PATH = re.compile(r"[\0\ud800-\udfff]")
+_NO_PATH = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")
+r"""\udc80 to \udcff stand for bytes of a file's name that is not UTF-8 (os.fsdecode)."""
 _FILE_URL = re.compile(r"(?i)file:(?://(?:localhost)?)?(?P<path>/[^/].*)", re.DOTALL)
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|https?|ftp):")
 
