@@ -25,6 +25,9 @@ ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE, TRAINED_FILE)
 
 _FETCH = "fetch or save the adapter again"
 
+MOST_NAMES = 10_000
+"""In one field of a config: the 80B has 1,600 modules."""
+
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder looks like an adapter's, whole or not."""
@@ -37,6 +40,8 @@ def has_peft_tensors(folder: Path) -> bool:
 
 def require_adapter(folder: Path) -> None:
     """Raises UserError: a folder that holds no adapter, or is not there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such adapter folder; one of the hub is downloaded first: hf download OWNER/NAME")
     if not is_adapter(folder):
         found = "a model" if (folder / "config.json").is_file() else "neither"
         inner = sorted(path.parent.name for path in folder.glob(f"*/{PEFT_CONFIG}"))
@@ -90,12 +95,13 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(of, value))
+    return lambda value: isinstance(value, list) and len(value) <= MOST_NAMES and all(map(of, value))
 
 
 def _is_mapping(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    keys, values = _is_list(_is_text), _is_list(of)
     return lambda value: (
-        value is None or (isinstance(value, dict) and all(map(_is_text, value)) and all(map(of, value.values())))
+        value is None or (isinstance(value, dict) and keys(list(value)) and values(list(value.values())))
     )
 
 

@@ -145,10 +145,6 @@ def _require_agreement(config: Mapping[str, Any], where: str) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config[name] >= last:
             raise UserError(f"{where}: {name} {config[name]} is no token of a vocabulary of {last}")
-    if config["tie_word_embeddings"]:
-        raise UserError(
-            f"{where}: tie_word_embeddings: expected false: head and embeddings of IDEFICS are two matrices"
-        )
     if config.get("quantization_config"):
         raise UserError(f"{where}: is quantised (quantization_config); name the released model, and quantize: nf4")
 

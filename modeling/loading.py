@@ -142,7 +142,9 @@ def open_base(base: str, *, revision: str | None = None) -> tuple[Path, Config]:
     """The base's folder on this machine, and its config. Raises UserError: neither a folder nor a model of the hub."""
     read_config(base, revision=revision)  # of a hub id, before its weights are fetched
     folder = local_folder(base, revision=revision)
-    return folder, read_config(str(folder))
+    config = read_config(str(folder))
+    _architecture(folder, image_towers=True)
+    return folder, config
 
 
 def load_processor(base: str, *, revision: str | None = None, instruct: bool = True) -> IdeficsProcessor:

@@ -23,8 +23,10 @@ class FusedLoraLinear(Linear):
             return super().forward(x, *args, **kwargs)
         (adapter,) = adapters
         first, second = self.lora_A[adapter], self.lora_B[adapter]
-        if args or kwargs or second.bias is not None or first.weight.dtype != x.dtype or torch.is_autocast_enabled():
+        if args or kwargs or second.bias is not None or first.weight.dtype != x.dtype:
             return super().forward(x, *args, **kwargs)
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
         rows = x.flatten(0, -2)
         result = self.base_layer(rows)
         if result.dtype != x.dtype:

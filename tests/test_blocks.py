@@ -13,7 +13,8 @@ from transformers.models.idefics.modeling_idefics import (
     apply_rotary_pos_emb,
 )
 
-from modeling import blocks, tiny
+from modeling import attention, blocks, tiny
+from modeling.forward import packed_loss
 from modeling.shapes import TINY
 
 WIDTH, INNER = 48, 80
@@ -46,6 +47,23 @@ def test_the_norm_is_the_stock_one(shape, trained, dtypes):
     # In bf16 the stock backward rounds between its operations, and ours once: some halves of 2^-8.
     loose = {"rtol": 3e-2, "atol": 3e-2} if of_hidden == torch.bfloat16 else {}
     compare(lambda: ours(hidden), lambda: stock(hidden), inputs, **loose)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_s_eps_is_the_config_s(grad, dtype):
+    """The 80B has 1e-5, the 9B 1e-6: of hidden states of 1/512, whose mean square is 3.8e-6, most is eps."""
+    for eps, expected in ((1e-5, 0.5256), (1e-6, 0.8899)):
+        config = {**TINY, "additional_vocab_size": 2, "vocab_size": 300, "rms_norm_eps": eps}
+        model = tiny.build_model(config, seed=0, packed=True).to(dtype).model
+        norms = [module for module in model.modules() if isinstance(module, blocks.RMSNorm)]
+        assert len(norms) == 2 * 4 + 2 * 2 + 1 + 2 * 2
+        with torch.set_grad_enabled(grad):
+            for norm in norms:
+                norm.weight.data.fill_(1)
+                got = norm(torch.full((1, 2, len(norm.weight)), 2.0**-9, dtype=dtype))
+                # bf16 has 8 bits, fp32 more than the four digits written here.
+                assert got.float().flatten().tolist() == pytest.approx([expected] * got.numel(), rel=2.0**-8)
 
 
 def test_the_norm_of_what_is_not_trained_hands_on_the_gradient_of_its_weight_alone():
@@ -97,6 +115,32 @@ def test_another_activation_is_left_to_transformers():
     config = {**TINY, "additional_vocab_size": 2, "vocab_size": 300, "hidden_act": "gelu"}
     packed = tiny.build_model(config, seed=0, packed=True)
     assert type(packed.model.layers[0].mlp) is IdeficsMLP
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_attention_is_the_config_s_and_of_training_alone(training, monkeypatch):
+    """Two layers of vision, four of decoder, two gated blocks whose tokens see an image."""
+    config = {**TINY, "additional_vocab_size": 3, "vocab_size": 300, "dropout": 0.5}
+    config["vision_config"] = {**TINY["vision_config"], "num_hidden_layers": 2, "attention_dropout": 0.25}
+    model, seen = tiny.build_model(config, seed=0, packed=True).train(training), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*tensors, dropout_p=0.0, **options):
+        seen.append(dropout_p)
+        return attend(*tensors, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", recorded)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    row = {
+        "input_ids": torch.tensor([[1, 17, 300, 301, 300, 18, 302, 2]]),
+        "labels": torch.tensor([[-100, -100, -100, -100, -100, 18, 302, 2]]),
+        "position_ids": torch.arange(8)[None],
+        "sequence_starts": torch.tensor([0, 8], dtype=torch.int32),
+        "image_index": torch.tensor([[-1, -1, -1, 0, 0, 0, 0, 0]]),
+        "pixel_values": torch.zeros(1, 3, 64, 64),
+    }
+    packed_loss(model, row, config=model.config)
+    assert Counter(seen) == ({0.25: 2, 0.5: 4 + 2} if training else {0.0: 2 + 4 + 2})
 
 
 def kept(run):

@@ -75,6 +75,21 @@ def test_a_plain_fp32_gate_would_promote_hidden_states(half):
     assert hidden_dtypes(half) == [torch.bfloat16] * 5 + [torch.float32] * 5
 
 
+def test_a_held_gate_is_computed_in_fp32():
+    """tanh(0.047) is 0.04697: bf16 has 0.046875 and 0.047119, and takes the second one of a gate that it rounded."""
+    got = gates.Gate(torch.bfloat16)(torch.tensor([0.047]))
+    assert (got.dtype, got.item()) == (torch.bfloat16, 0.046875)
+    assert torch.tanh(torch.tensor([0.047]).bfloat16()).item() == pytest.approx(0.047119, abs=1e-6)
+
+
+def test_a_held_added_row_is_multiplied_in_fp32():
+    """1 + 2^-8 is 1 in bf16: a product of rounded rows would lose all of the difference."""
+    head = gates.AddedHead(2, 1, bias=False)
+    head.weight.data = torch.tensor([[1 + 2.0**-8, 1.0]])
+    got = head(torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16))
+    assert (got.dtype, got.item()) == (torch.bfloat16, 2.0**-8)
+
+
 def test_a_held_gate_has_the_gradient_of_a_plain_one(half):
     for block in blocks(half):
         block.alpha_cross_attn.requires_grad_(True)

@@ -110,3 +110,16 @@ def test_a_model_is_attached_with_them(idefics):
     adapters = [module for module in model.modules() if isinstance(module, Linear)]
     assert len(adapters) > 20
     assert all(isinstance(module, FusedLoraLinear) for module in adapters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_on_a_cpu_is_left_to_peft(dtype):
+    """Seen before any product is made: the layer underneath runs once."""
+    ours, theirs = (adapted(fused=fused, dtype=dtype).to(dtype) for fused in (True, False))
+    calls = []
+    ours.base_model.model[0].base_layer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = (run(model, (3, 12), dtype=dtype) for model in (ours, theirs))
+    assert len(calls) == 1
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert got[0].dtype == torch.bfloat16

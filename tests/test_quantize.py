@@ -258,6 +258,16 @@ def test_a_base_that_changed_is_another_base(bf16_folder, tmp_path):
     assert torch.equal(changed, tensors["model.norm.weight"].float())
 
 
+def test_weights_of_another_bitsandbytes_are_in_another_folder(bf16_folder, tmp_path, monkeypatch):
+    """Versions have quantised differently: what one made is not what the next would train on."""
+    monkeypatch.setattr(quantize, "_write", lambda made, *_: (made / "config.json").write_text("{}"))
+    folders = []
+    for number in ("0.50.2", "0.51.0", "0.50.2"):
+        monkeypatch.setattr(quantize, "version", {"bitsandbytes": number}.__getitem__)
+        folders.append(quantized_checkpoint(bf16_folder, tmp_path, name="base"))
+    assert folders[0] == folders[2] != folders[1]
+
+
 @pytest.mark.parametrize("missing", [True, False])
 def test_files_that_are_not_their_config_s_are_told(bf16_folder, tmp_path, missing):
     folder = tmp_path / "base"
