@@ -70,7 +70,8 @@ def learn_tokenizer(config: Config, sources: list[Source], *, instruct: bool) ->
     texts = [
         f"{turn.role.capitalize()}: {turn.text}"
         for source in sources
-        for _, dialogue in read_dialogues(source, Account(source.name), track=track)
+        for _, dialogues in read_dialogues(source, Account(source.name), track=track)
+        for dialogue in dialogues
         for turn in dialogue.turns
     ]
     if not texts:

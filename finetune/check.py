@@ -1,21 +1,25 @@
 """Recipe -> what it would do: first records of every source, the model's config, what is trained. No torch."""
 
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
-from finetune.data.dialogue import Dialogue, RecordError, Remote
-from finetune.data.images import open_image
-from finetune.data.sources import FORMATS, hold_dialogues
-from finetune.data.sources.roots import ImageRoot
+from finetune.data.account import Account, most_frequent
+from finetune.data.dialogue import Dialogue, Remote
+from finetune.data.fit import Limits, fitter
+from finetune.data.images import digest
+from finetune.data.passes import fit_records
+from finetune.data.records import look, read_dialogues
+from finetune.data.sources import hold_dialogues
 from finetune.data.sources.source import Source
-from finetune.data.sources.streams import BrokenFileError
 from finetune.data.template import Special, render
+from finetune.data.tokens import Encoder
 from finetune.progress import display, panel, table
 from finetune.recipe import Recipe
-from finetune.recipe_sources import to_source
+from finetune.recipe_sources import say_if_documents, to_source
 from finetune.visible import visible
 from modeling.errors import UserError
 from modeling.shapes import SHAPES, Config, count_lora, count_parameters, read_config
@@ -26,12 +30,14 @@ FIRST_RECORDS = 20
 
 def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
     """Read what can be read in seconds. Raises UserError if a source has no usable record among its first ones."""
-    config = _config(recipe)
-    training = [to_source(source) for source in recipe.data.sources]
+    config, seed = _config(recipe), recipe.training.seed
+    training = [to_source(source, seed=seed) for source in recipe.data.sources]
+    say_if_documents(training)
     towers = _towers(config, recipe, instruct=hold_dialogues(training))
+    encoder = _encoder(recipe)
     sources, first = [], None
-    for source in (*training, *map(to_source, recipe.data.eval_sources)):
-        report, dialogue = _first_records(source)
+    for source in (*training, *(to_source(source, seed=seed) for source in recipe.data.eval_sources)):
+        report, dialogue = first_records(source, recipe, encoder)
         first = first or dialogue
         sources.append(report)
     result = {
@@ -44,13 +50,14 @@ def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
         _show(result, first)
     bad = [report for report in sources if not report["usable"]]
     if bad:
-        raise UserError(
-            "\n".join(
-                f"{report['source']}: none of the first {report['read']} records is usable: {report['rejected']}"
-                for report in bad
-            )
-        )
+        raise UserError("\n".join(line for report in bad for line in _why_nothing(report)))
     return result
+
+
+def _why_nothing(report: dict[str, Any]) -> list[str]:
+    read = report["read"]
+    got = f"none of the first {read} records is usable" if read else "no records"
+    return [f"{report['source']}: {got}", *(f"  {line}" for line in _losses(report))]
 
 
 def _config(recipe: Recipe) -> Config:
@@ -79,30 +86,61 @@ def _towers(config: Config, recipe: Recipe, *, instruct: bool) -> dict[str, dict
     return towers
 
 
-def _first_records(source: Source) -> tuple[dict[str, Any], Dialogue | None]:
+def first_records(source: Source, recipe: Recipe, encoder: Encoder | None) -> tuple[dict[str, Any], Dialogue | None]:
     """What becomes of the first records; images that would have to be downloaded are left alone."""
-    family, root = FORMATS[source.format], ImageRoot(source)
-    report: dict[str, Any] = {"source": source.name, "format": source.format, "read": 0, "usable": 0}
-    rejected: list[str] = []
-    first = None
-    for place, record in islice(family.read(source), FIRST_RECORDS):
-        if isinstance(record, BrokenFileError):
-            rejected.append(f"{place} breaks off: {record}")
-            continue
-        report["read"] += 1
-        try:
-            if isinstance(record, RecordError):
-                raise record
-            dialogue = family.convert(record, root)
-            for image in dialogue.images:
-                if not isinstance(image.source, Remote):
-                    open_image(image)
-        except RecordError as error:
-            rejected.append(f"{place}: {error}")
-            continue
-        report["usable"] += 1
-        first = first or dialogue
-    return {**report, "rejected": rejected}, first
+    first = replace(source, limit=min(source.limit or FIRST_RECORDS, FIRST_RECORDS))
+    account = Account(source.name)
+    found = list(read_dialogues(first, account, look=look))
+    images = {image for _, dialogues in found for dialogue in dialogues for image in dialogue.images}
+    remote = sum(isinstance(image.source, Remote) for image in images)
+    usable = [dialogue for _, dialogues in found for dialogue in dialogues]
+    kept = account.read - sum(account.rejected.values())
+    if encoder:
+        limits = Limits(recipe.data.max_length, recipe.training.row_images)
+        same = {image: image if isinstance(image.source, Remote) else digest(image) for image in images}
+        how = fitter(source, encoder, limits, seed=recipe.training.seed)
+        usable = [piece.dialogue for piece, _, _ in fit_records(found, how, account, same=same.__getitem__)]
+        kept = account.kept
+    told = ("read", "rejected", "parts_rejected", "first_rejected", "ignored", "broken")
+    report = {"source": source.name, "format": source.format, **{name: getattr(account, name) for name in told}}
+    report |= {"usable": kept, "not_downloaded": remote, "length_checked": encoder is not None}
+    return report, next(iter(usable), None)
+
+
+def _encoder(recipe: Recipe) -> Encoder | None:
+    """The base's tokenizer, where it is on this machine in a file that needs no transformers."""
+    model = recipe.model
+    if not model.base:
+        return None
+    path: Any = Path(model.base) / "tokenizer.json"
+    if not Path(model.base).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(model.base, "tokenizer.json", revision=model.revision)
+    if not path or not Path(str(path)).is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Encoder(_Tokenizer(Tokenizer.from_file(str(path))))
+    except Exception:  # a damaged file; what is wrong with it is said where the whole base is loaded
+        return None
+
+
+class _Tokenizer:
+    """What `Encoder` asks of a transformers tokenizer, whose import takes seconds.
+
+    `<end_of_utterance>`, which a base's tokenizer does not have yet, gets a free id: lengths are the same.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.backend_tokenizer = tokenizer
+        self.unk_token_id = tokenizer.token_to_id("<unk>")
+
+    def convert_tokens_to_ids(self, names: Sequence[str]) -> list[int]:
+        known = [self.backend_tokenizer.token_to_id(name) for name in names]
+        size = self.backend_tokenizer.get_vocab_size()
+        return [size + index if number is None else number for index, number in enumerate(known)]
 
 
 def _show(result: dict[str, Any], first: Dialogue | None) -> None:
@@ -114,12 +152,30 @@ def _show(result: dict[str, Any], first: Dialogue | None) -> None:
         place = f"{report['source']} ({report['format']})"
         title = f"{place}: {report['usable']} of the first {report['read']} usable"
         display(title, "green" if report["usable"] else "red")
-        for line in report["rejected"]:
+        for line in _losses(report):
             display(f"  {line}", "yellow")
     for doubt in result["doubts"]:
         display(doubt, "yellow")
     if first:
         display(panel(_coloured(first), title="the first dialogue; trained on: green"))
+
+
+def _losses(report: dict[str, Any]) -> list[str]:
+    """What is not trained on of the first records, and what was not looked at."""
+    first = report["first_rejected"]
+    lines = [f"{count} x {reason} (first: {first[reason]})" for reason, count in report["rejected"].items()]
+    lines += [
+        f"{count} x {reason} in records kept (first: {first[reason]})"
+        for reason, count in report["parts_rejected"].items()
+    ]
+    lines += report["broken"]
+    if report["ignored"]:
+        lines.append(f"not used of records: {most_frequent(report['ignored'])}")
+    if report["not_downloaded"]:
+        lines.append(f"{report['not_downloaded']} images are to be downloaded, and were not looked at")
+    if not report["length_checked"]:
+        lines.append("lengths are not checked: the tokenizer is not on this machine yet")
+    return lines
 
 
 def _coloured(dialogue: Dialogue) -> Text:

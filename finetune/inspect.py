@@ -19,11 +19,12 @@ from rich.text import Text
 
 from finetune.data.account import Account, most_frequent
 from finetune.data.dialogue import Dialogue, Image, RecordError
+from finetune.data.fit import Limits, fitter
 from finetune.data.images import describe, open_image
+from finetune.data.passes import fit_records
 from finetune.data.records import look, read_dialogues
 from finetune.data.sources.source import Source
-from finetune.data.template import render
-from finetune.data.tokens import IGNORED, SPECIALS, Example, tokenize
+from finetune.data.tokens import IGNORED, SPECIALS, Encoder, Example
 from finetune.materials import open_dataset
 from finetune.page import thumbnail
 from finetune.pages.chart import Histogram, histogram
@@ -119,17 +120,15 @@ class Inspection:
         return accounts, shown
 
     def _first(self, source: Source, account: Account) -> list[Shown]:
-        found = []
-        for place, dialogue in islice(read_dialogues(source, account, look=look), STREAMED):
-            account.dialogues += 1
-            try:
-                example = tokenize(render(dialogue), self.tokenizer)
-            except RecordError as error:
-                account.reject(place, error)
-                continue
-            account.kept += 1
-            found.append(Shown(source.name, place, dialogue, example, longest=False))
-        return found
+        data, settings = self.recipe.data, self.recipe.training
+        limits = Limits(data.max_length, settings.row_images)
+        how = fitter(source, Encoder(self.tokenizer), limits, seed=settings.seed)
+        records = list(islice(read_dialogues(source, account, look=look), STREAMED))
+        account.dialogues += len(records)
+        return [
+            Shown(source.name, origin.place, piece.dialogue, example, longest=False)
+            for piece, example, origin in fit_records(records, how, account)
+        ]
 
 
 def inspect(recipe: Recipe, *, count: int, ids: bool, html: Path | None, show: bool = True) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_the_9b_is_checked_by_its_literal_config(recipe_file, tmp_path):
     }
     assert sum(values["parameters"] for values in result["towers"].values()) == 8_929_687_824  # the instruct model
     (source,) = result["sources"]
-    assert (source["read"], source["usable"], source["rejected"]) == (12, 12, [])
+    assert (source["read"], source["usable"], source["rejected"]) == (12, 12, {})
     assert not (tmp_path / "run").exists()
 
 
@@ -91,7 +91,7 @@ def test_records_that_cannot_be_used_are_shown_and_all_of_them_is_an_error(recip
     outcome = invoke("check", recipe_file(good, "{broken"))
     assert outcome.exit_code == 0
     assert "1 of the first 2 usable" in outcome.output
-    assert "dialogues.jsonl:2: not JSON" in outcome.output
+    assert "1 x not JSON (first: dialogues.jsonl:2: " in outcome.output
     outcome = invoke("check", recipe_file("{broken", "[]"))
     assert outcome.exit_code == 1
     assert "none of the first 2 records is usable" in " ".join(outcome.output.split())

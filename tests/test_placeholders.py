@@ -237,7 +237,7 @@ def test_placeholders_kept_as_text_where_the_source_says_so(folder, tmp_path):
     )
     source = Source("llava", (tmp_path / "data.jsonl",), image_root=(folder,), placeholders="text")
     account = Account("tags")
-    ((_, dialogue),) = read_dialogues(source, account)
+    ((_, (dialogue,)),) = read_dialogues(source, account)
     assert named(dialogue) == Dialogue(
         (user(A, "Is <image> or [IMG] a tag?"), assistant("<image> is, and <video>v</video>."))
     )

@@ -61,19 +61,29 @@ def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
             if not chunk:
                 return
             account.dialogues += len(chunk)
-            for piece, example, origin in _fit(chunk, fitter, account, start=start):
+            for piece, example, origin in fit_records(chunk, fitter, account, start=start):
                 yield Drawn(example, piece.dialogue.images, number, epoch, origin.place, origin)
 
     return one_pass
 
 
-def _fit(
-    chunk: Sequence[tuple[str, Dialogue]], fitter: Fitter, account: Account, *, start: int
+def fit_records(
+    chunk: Sequence[tuple[str, Sequence[Dialogue]]],
+    fitter: Fitter,
+    account: Account,
+    *,
+    start: int = 0,
+    same: Callable[[Image], object] = lambda image: image,
 ) -> list[tuple[Piece, Example, Origin]]:
-    """The examples of (place, dialogue), the first of which is number `start` of its source; all are counted."""
-    dialogues = [dialogue for _, dialogue in chunk]
-    arranged = [fitter.arrange([one], number=start + one[0]) for one in enumerate(dialogues)]
-    fitted = list(fitter.fit([piece for pieces in arranged for piece in pieces], same=lambda image: image))
+    """The examples of (place, dialogues), the first of which is number `start` of its source; all are counted.
+
+    `same` gives equal values for images that count as one.
+    """
+    arranged = [
+        fitter.arrange([(index, dialogue) for dialogue in dialogues], number=start + index)
+        for index, (_, dialogues) in enumerate(chunk)
+    ]
+    fitted = list(fitter.fit([piece for pieces in arranged for piece in pieces], same=same))
     fates = Fates(account)
     for piece, example in fitted:
         fates.take(piece, example)

@@ -88,10 +88,10 @@ def look(image: Image) -> None:
 
 def read_dialogues(
     source: Source, account: Account, *, look: Look | None = None, track: Track = silently
-) -> Iterator[tuple[str, Dialogue]]:
-    """(place, dialogue) for every record that converts and whose images open, if one is to `look`; others are counted.
+) -> Iterator[tuple[str, list[Dialogue]]]:
+    """(place, its dialogues) for every record that converts and whose images open, if one is to `look`.
 
-    Of a document that is cut at an image that does not open, the part with the most text.
+    A record is one dialogue, but for a document that is cut at an image that does not open. The others are counted.
 
     Raises UserError: the source cannot be read at all.
     """
@@ -107,10 +107,8 @@ def read_dialogues(
         account.ignore(dialogue.ignored)
         for part in lost:
             account.reject_part(place, part)
-        if lost:
-            parts = without_images(dialogue, [isinstance(one, RecordError) for one in found])
-            dialogue = max(parts, key=lambda part: len(part.turns[0].text))
-        yield place, dialogue
+        gone = [isinstance(one, RecordError) for one in found]
+        yield place, without_images(dialogue, gone) if lost else [dialogue]
 
 
 def _looked(image: Image, look: Look) -> object:
