@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from modeling.checkpoint import read_header
+from modeling.checkpoint import MAX_NAME, read_header
 from modeling.errors import UserError
 from modeling.files import read_json
 from modeling.towers import EXACT_LORA
@@ -62,7 +62,9 @@ def read_lora_config(folder: Path) -> LoraConfig | None:
         raise UserError(f"{path}: expected LoRA, got an adapter of PEFT's type {str(kind)[:80]}")
     known = {field.name for field in fields(LoraConfig)}
     if unknown := sorted(key for key, value in content.items() if key not in known and value):
-        raise UserError(f"{path}: {unknown[0]}: this version of PEFT has no such field, and it may change the result")
+        raise UserError(
+            f"{path}: {unknown[0][:80]}: this version of PEFT has no such field, and it may change the result"
+        )
     for key, (expected, is_right) in _EXPECTED.items():
         if (key in content or key in _REQUIRED) and not is_right(value := content.get(key)):
             got = repr(value) if key in content else "nothing"
@@ -184,6 +186,8 @@ def _checked(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
     if not tensors:
         raise UserError(f"{path}: holds no tensor (saved under ZeRO-3 or FSDP, without gathering?); save it gathered")
     for name, tensor in tensors.items():
+        if len(name) > MAX_NAME:
+            raise UserError(f"{path}: a tensor's name of {len(name):,} characters: {name[:80]!r}...; {_FETCH}")
         if not tensor.numel():
             shape = tuple(tensor.shape)
             raise UserError(

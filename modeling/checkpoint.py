@@ -50,6 +50,9 @@ MAX_HEADER = 100_000_000
 MAX_SIZE = 2**62
 """Of one axis of a tensor: above it, torch's arithmetic with sizes could overflow."""
 
+MAX_NAME = 500
+"""Characters of a tensor's name: messages show them."""
+
 IDENTITY_BYTES = 4096
 """Of each tensor that `identity` looks at, at its beginning and at its end."""
 
@@ -180,6 +183,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
+            if (longest := max(map(len, header), default=0)) > MAX_NAME:
+                raise ValueError(f"a tensor's name of {longest:,} characters")
             tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: the safetensors header cannot be read: {repr(error)[:300]}") from error
@@ -246,7 +251,9 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: expected an index with a weight_map of file names")
-    for file in weight_map.values():
+    for name, file in weight_map.items():
+        if len(name) > MAX_NAME:
+            raise UserError(f"{index}: a tensor's name of {len(name):,} characters: {name[:80]!r}...")
         if not isinstance(file, str) or Path(file).name != file or not re.fullmatch(r"[^\0]{1,200}\.safetensors", file):
             raise UserError(f"{index}: expected names of files beside it, got {repr(file)[:80]}")
     return weight_map

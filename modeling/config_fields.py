@@ -71,6 +71,13 @@ _BOOL: Test = "true or false", lambda value: isinstance(value, bool)
 _ACTIVATION = _one_of("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu")
 _TOKEN: Test = "a token's number", lambda value: type(value) is int and 0 <= value < 2**24
 
+_ROTATION: Test = (
+    "the rotation that IDEFICS was trained with (rope_type default)",
+    lambda value: (
+        value is None or (isinstance(value, dict) and value.get("rope_type", value.get("type", "default")) == "default")
+    ),
+)
+
 FIELDS: Mapping[str, Mapping[str, Test]] = {
     "": {
         "vocab_size": _size(2**24),
@@ -85,6 +92,9 @@ FIELDS: Mapping[str, Mapping[str, Test]] = {
         "qk_layer_norms": _BOOL,
         "hidden_act": _ACTIVATION,
         "alpha_type": _one_of("float", "vector"),
+        "alpha_initializer": _one_of("zeros", "ones", "normal", "gaussian", "random"),
+        "rope_parameters": _ROTATION,
+        "rope_scaling": _ROTATION,
         "bos_token_id": _TOKEN,
         "eos_token_id": _TOKEN,
         "pad_token_id": _TOKEN,

@@ -71,6 +71,7 @@ def load(
             dtype=dtype,
             attn_implementation=PACKED,
             use_safetensors=True,
+            generation_config=GenerationConfig(),  # ours is set below; the base's file is not read
             device_map={"": device} if quantized else None,
         )
     else:
@@ -109,14 +110,14 @@ def _architecture(folder: Path, *, image_towers: bool) -> IdeficsConfig:
     try:
         config = IdeficsConfig.from_pretrained(str(folder))
     except Exception as error:  # transformers checks fields by libraries of its own, each with its own exceptions
-        raise UserError(f"{folder / 'config.json'}: transformers refuses it: {_first_line(error)}") from error
+        raise UserError(f"{folder / 'config.json'}: transformers refuses it: {_in_one_line(error)}") from error
     if not image_towers:
         config.vision_config.num_hidden_layers = config.perceiver_config.resampler_depth = 0
     return config
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _remove_image_towers(model: IdeficsForVisionText2Text, config: Config) -> None:
@@ -160,7 +161,7 @@ def load_processor(base: str, *, revision: str | None = None, instruct: bool = T
         images = AutoImageProcessor.from_pretrained(base, backend="pil", **options)
     except Exception as error:  # tokenizers, written in Rust, raises bare ones
         raise UserError(
-            f"{base}: expected tokenizer and image processor files beside the weights: {_first_line(error)}"
+            f"{base}: expected tokenizer and image processor files beside the weights: {_in_one_line(error)}"
         ) from error
     if instruct and tokenizer.convert_tokens_to_ids(END_OF_UTTERANCE) in (None, tokenizer.unk_token_id):
         tokenizer.add_special_tokens({"extra_special_tokens": list(ADDED)})

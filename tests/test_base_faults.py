@@ -53,6 +53,12 @@ def change(file, **changes):
         ({"dropout": 1.5}, r"dropout: expected .*, got 1\.5"),
         ({"hidden_act": "evil"}, r"hidden_act: expected one of silu"),
         ({"hidden_act": ["silu"]}, r"hidden_act: expected one of"),
+        ({"alpha_initializer": "evil"}, r"alpha_initializer: expected one of zeros"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            r"rope_parameters: expected the rotation that IDEFICS was trained",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_scaling: expected the rotation"),
         ({"alpha_type": "double"}, r"alpha_type: expected one of float, vector, got 'double'"),
         ({"eos_token_id": [2, 3]}, r"eos_token_id: expected a token's number, got \[2, 3\]"),
         ({"eos_token_id": 9_999}, r"eos_token_id 9999 is no token of a vocabulary of 302"),
@@ -90,6 +96,20 @@ def test_a_config_that_leaves_fields_out_is_completed_as_transformers_does(base)
     keys = ("vocab_size", "num_attention_heads", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
     assert {key: theirs[key] for key in keys} == {key: ours[key] for key in keys}
     assert ours["vocab_size"] == 32000
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "x"}', '{"max_new_tokens": 1}'])
+def test_a_base_s_generation_config_is_not_read(base, content):
+    (base / "generation_config.json").write_text(content)
+    config = loading.load(str(base)).model.generation_config
+    assert (config.eos_token_id, config.max_new_tokens) == ([302, 2], None)
+
+
+def test_a_field_that_transformers_refuses_is_named_in_one_line(base):
+    change(base / "config.json", initializer_range="x")
+    with pytest.raises(UserError, match=r"config\.json: transformers refuses it: .*initializer_range.*str") as error:
+        loading.open_base(str(base))
+    assert "\n" not in str(error.value)
 
 
 def index(base, **changes):

@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 from fuzzing import altered, damaged, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +17,11 @@ from finetune.merge import merge
 from finetune.origin import Origin
 from modeling import loading, patterns
 from modeling.adapter_files import read_tensors
+from modeling.attention import PACKED
 from modeling.checkpoint import read_checkpoint, require_shapes
 from modeling.deltas import Adapter
 from modeling.errors import UserError
+from modeling.forward import PackedIdefics
 from modeling.shapes import IDEFICS_9B, read_config, stand_in, tensor_shapes
 
 SHAPES = tensor_shapes({**stand_in(IDEFICS_9B), "additional_vocab_size": 3})
@@ -129,7 +132,9 @@ def test_fuzz_config(made):
         with written(path, content), read_or_named():
             config = read_config(str(made / "base"))
             require_shapes(made / "base", read_checkpoint(made / "base"), tensor_shapes(config))
-            loading._architecture(made / "base", image_towers=True)
+            architecture = loading._architecture(made / "base", image_towers=True)
+            with torch.device("meta"):
+                PackedIdefics._from_config(architecture, attn_implementation=PACKED)
 
     check()
 
