@@ -3,15 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from finetune.data.sources.source import Record, Source
-from finetune.data.sources.streams import until_broken
-from finetune.data.sources.tables import BATCH_ROWS, number_rows
+from finetune.data.sources.streams import BrokenFileError, until_broken
+from finetune.data.sources.tables import BATCH_ROWS, Checked, checked, number_rows
 from modeling.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow
 
 SAVED = ("state.json", "dataset_dict.json")
 """What the datasets library leaves in a folder it has saved to disk."""
@@ -20,10 +16,10 @@ SAVED = ("state.json", "dataset_dict.json")
 def read_hub(source: Source) -> Iterator[Record]:
     """Rows of one split. Raises UserError: not found, not reachable, or nothing that can be loaded."""
     name = str(source.hub)
-    return until_broken(name, number_rows(name, _tables(source)))
+    return until_broken(name, number_rows(name, _batches(source)))
 
 
-def _tables(source: Source) -> Iterator["pyarrow.Table"]:
+def _batches(source: Source) -> Iterator[Checked]:
     """In Arrow's form nothing is decoded: images stay {"bytes", "path"}, nested ones too."""
     import datasets
     import pyarrow
@@ -34,8 +30,11 @@ def _tables(source: Source) -> Iterator["pyarrow.Table"]:
     with _told(source):
         options = {"split": source.split, "revision": source.revision, "streaming": source.stream}
         tables = datasets.load_dataset(name, source.subset, **options).with_format("arrow").iter(BATCH_ROWS)
-    with _told(source, but=(pyarrow.ArrowException, OSError)):
-        yield from tables
+    try:
+        with _told(source, but=(pyarrow.ArrowException, OSError)):
+            yield from (checked(batch) for table in tables for batch in table.to_batches())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BrokenFileError("corrupt file", str(error).partition("\n")[0]) from error
 
 
 def name_of_version(source: Source) -> str:

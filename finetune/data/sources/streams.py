@@ -46,12 +46,9 @@ def lost_after(done: int, total: int, unit: str = "byte") -> str:
 def open_file(path: Path) -> io.BufferedReader:
     """A file's bytes, decompressed as its suffix says. Reading it raises BrokenFileError where it cannot be read on.
 
-    Raises UserError: nothing is there, it may not be read, or it is a pipe or a device.
+    Raises UserError as `open_raw`.
     """
-    try:
-        raw = open_regular(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    raw = open_raw(path)
     suffix = path.suffix.lower()
     if suffix in (".gz", ".tgz"):
         import gzip
@@ -62,6 +59,14 @@ def open_file(path: Path) -> io.BufferedReader:
 
         return _Watched.over(path, raw, cast(BinaryIO, pyarrow.input_stream(raw, compression="zstd")))
     return _Watched.over(path, raw, raw)
+
+
+def open_raw(path: Path) -> BinaryIO:
+    """A file's bytes as they are. Raises UserError: nothing is there, it may not be read, it is a pipe or a device."""
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
 
 
 class _Watched(io.RawIOBase):

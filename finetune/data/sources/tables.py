@@ -1,59 +1,222 @@
-"""Parquet and Arrow -> records, a few rows in memory at a time, images as encoded bytes."""
+"""Parquet and Arrow -> records, a few rows in memory at a time, images as encoded bytes.
 
+Arrow trusts a file's offsets, and would read outside of it: every batch is validated in full before a value is touched.
+"""
+
+import mmap
+import os
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.data.dialogue import RecordError
+from finetune.data.sources import streams
+from finetune.data.sources.arrow_messages import check_batches
+from finetune.data.sources.parquet_pages import check_chunk
 from finetune.data.sources.source import Record
-from finetune.data.sources.streams import BrokenFileError, open_file, until_broken
+from finetune.data.sources.streams import BrokenFileError, lost_after, open_raw, until_broken
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 BATCH_ROWS = 16
 """Rows of a Parquet file read at once: each may hold images of some megabytes."""
 
+_NOTHING = "nothing of the file was read"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A batch whose values can be touched."""
+
+    batch: "pyarrow.RecordBatch"
+    sound: bool = True
+    """Whether all rows can; if not, texts are not UTF-8, and every row is validated by itself."""
+
 
 def read_parquet(path: Path) -> Iterator[Record]:
+    """Rows of a Parquet file."""
     return until_broken(path, number_rows(path.name, _parquet_batches(path)))
 
 
-def _parquet_batches(path: Path) -> Iterator["pyarrow.RecordBatch"]:
+def _parquet_batches(path: Path) -> Iterator[Checked]:
     import pyarrow.parquet
 
-    with open_file(path) as opened, pyarrow.parquet.ParquetFile(opened, buffer_size=2**20) as file:
-        yield from file.iter_batches(BATCH_ROWS, use_threads=False)
+    content = _mapped(path)
+    done = total = 0
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content))
+        total = file.metadata.num_rows
+        if total > streams.MAX_VALUES + 1000 * len(content):
+            raise BrokenFileError("corrupt file", f"{total:,} rows in {len(content):,} bytes")
+        for group in range(file.num_row_groups):
+            for batch in _group_batches(file, group, content):
+                yield checked(batch)
+                done += batch.num_rows
+    except BrokenFileError as error:
+        lost = lost_after(done, total, "row") if total else error.lost
+        raise BrokenFileError(error.reason, error.detail, lost) from error
+    except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
+        lost = lost_after(done, total, "row") if total else _NOTHING
+        raise BrokenFileError("corrupt file", _first_line(error), lost) from error
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """The file's bytes, held as long as something made of them. Raises BrokenFileError: there are none; UserError."""
+    with open_raw(path) as opened:
+        if not os.fstat(opened.fileno()).st_size:
+            raise BrokenFileError("corrupt file", "the file is empty", _NOTHING)
+        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _group_batches(
+    file: "pyarrow.parquet.ParquetFile", group: int, content: mmap.mmap
+) -> Iterator["pyarrow.RecordBatch"]:
+    """The batches of a row group. Texts that a dictionary would multiply stay in their dictionary."""
+    import pyarrow.parquet
+
+    metadata, compact = file.metadata.row_group(group), []
+    for number in range(metadata.num_columns):
+        column, nested = metadata.column(number), file.schema.column(number).max_repetition_level > 0
+        chunk = check_chunk(content, column, nested=nested)
+        most = chunk.dictionary * (chunk.values if nested else BATCH_ROWS)
+        if most > streams.MAX_RECORD_BYTES and column.physical_type == "BYTE_ARRAY":
+            compact.append(column.path_in_schema)
+    if compact:
+        file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content), read_dictionary=compact)
+    yield from file.iter_batches(BATCH_ROWS, row_groups=[group], use_threads=False)
 
 
 def read_arrow(path: Path) -> Iterator[Record]:
-    """Rows of an Arrow file, as the datasets library saves them."""
+    """Rows of an Arrow file, as the datasets library saves them, or of a stream in a file."""
     return until_broken(path, number_rows(path.name, _arrow_batches(path)))
 
 
-def _arrow_batches(path: Path) -> Iterator["pyarrow.RecordBatch"]:
+def _arrow_batches(path: Path) -> Iterator[Checked]:
+    """A file is read as the stream that it holds, so that one that was cut gives its first batches."""
     import pyarrow
 
-    open_file(path).close()
-    with pyarrow.memory_map(str(path)) as file:
-        if file.read(6) == b"ARROW1":
-            saved = pyarrow.ipc.open_file(file)
-            yield from (saved.get_batch(number) for number in range(saved.num_record_batches))
-        else:
-            file.seek(0)
-            yield from pyarrow.ipc.open_stream(file)
+    content = _mapped(path)
+    is_file = content[:6] == b"ARROW1"
+    done = start = 8 if is_file else 0
+    try:
+        reader = pyarrow.ipc.open_stream(pyarrow.py_buffer(content)[start:])
+        for place in check_batches(content, start):
+            yield checked(reader.read_next_batch())
+            done = place
+        if is_file and content[-6:] != b"ARROW1":
+            raise BrokenFileError("corrupt file", "its last bytes are missing", lost_after(1, 1))
+    except BrokenFileError as error:
+        raise BrokenFileError(error.reason, error.detail, lost_after(done, len(content))) from error
+    except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
+        raise BrokenFileError("corrupt file", _first_line(error), lost_after(done, len(content))) from error
 
 
-def number_rows(name: str, batches: Iterable["pyarrow.RecordBatch | pyarrow.Table"]) -> Iterator[Record]:
+def checked(batch: "pyarrow.RecordBatch") -> Checked:
+    """A batch that is what it says. Raises BrokenFileError."""
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BrokenFileError("not a table", f"two columns are named {twice:.200}")
+    for field in batch.schema:
+        _check_types(field.name, field.type)
+    fault = _fault(batch)
+    if fault and not _OF_A_VALUE.search(fault):
+        raise BrokenFileError("corrupt file", fault)
+    if not fault and batch.num_rows > streams.MAX_VALUES + 8 * batch.nbytes:
+        raise BrokenFileError("corrupt file", f"{batch.num_rows:,} rows in {batch.nbytes:,} bytes")
+    return Checked(batch, sound=not fault)
+
+
+_OF_A_VALUE = re.compile("UTF8|not represent|not within|does not fit")
+"""What Arrow says of a value that is none of its type, where all offsets are right."""
+
+
+def number_rows(name: str, batches: Iterable[Checked]) -> Iterator[Record]:
     """Rows as Python values, numbered through. A value that Python cannot hold is an error of its row."""
+    number = 0
+    for one in batches:
+        small = one.sound and _weight(one.batch) <= streams.MAX_RECORD_BYTES
+        for row in range(one.batch.num_rows):
+            yield f"{name}#{number}", _row(one.batch.slice(row, 1), sound=one.sound, small=small)
+            number += 1
+
+
+def _row(row: "pyarrow.RecordBatch", *, sound: bool, small: bool) -> dict[str, Any] | RecordError:
+    if not sound and (fault := _fault(row)):
+        return RecordError("not a row", fault)
+    if not small and (weight := _weight(row)) > streams.MAX_RECORD_BYTES:
+        return RecordError("record too large", f"about {weight:,} bytes")
+    try:
+        return row.to_pylist()[0]
+    except Exception as error:  # a date beyond the year 9999, a time zone that nobody knows, a type without a form
+        return RecordError("not a row", _first_line(error))
+
+
+def _fault(batch: "pyarrow.RecordBatch") -> str | None:
     import pyarrow
 
     try:
-        rows = (batch.slice(row, 1) for batch in batches for row in range(batch.num_rows))
-        for number, row in enumerate(rows):
-            try:
-                yield f"{name}#{number}", row.to_pylist()[0]
-            except (ValueError, OverflowError) as error:  # text that is not UTF-8; a date beyond the year 9999
-                yield f"{name}#{number}", RecordError("not a row", str(error))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BrokenFileError("corrupt file", str(error)) from error
+        batch.validate(full=True)
+    except pyarrow.ArrowException as error:
+        return _first_line(error)
+    return None
+
+
+def _weight(array: Any) -> int:
+    """About how many bytes an array, or the columns of a batch, take as Python values."""
+    import numpy as np
+    import pyarrow.compute
+
+    types, count = pyarrow.types, 8 * len(array)
+    if isinstance(array, pyarrow.RecordBatch):
+        return sum(map(_weight, array.columns))
+    kind = array.type
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _weight(array.storage)
+    if types.is_struct(kind):
+        return count + sum(_weight(array.field(number)) for number in range(kind.num_fields))
+    if types.is_fixed_size_list(kind):
+        return count + _weight(array.flatten())
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        start, stop = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return count + _weight(array.values.slice(start, stop - start))
+    if types.is_dictionary(kind):
+        if not _is_text(kind.value_type):
+            return len(array) * _weight(array.dictionary)
+        sizes = pyarrow.compute.binary_length(array.dictionary).take(array.indices)
+        return count + (pyarrow.compute.sum(sizes).as_py() or 0)
+    if types.is_string_view(kind) or types.is_binary_view(kind):  # many may show the same bytes
+        lengths = np.frombuffer(array.buffers()[1], np.int32)[::4][array.offset :][: len(array)]
+        return count + int(lengths.sum(dtype=np.int64))
+    return count + array.nbytes
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return any(test(kind) for test in tests)
+
+
+def _check_types(name: str, kind: Any) -> None:
+    """Raises BrokenFileError: a type whose values may stand for any number of others, and that no dataset has."""
+    import pyarrow
+
+    types = pyarrow.types
+    refused = (types.is_union, types.is_run_end_encoded, types.is_list_view, types.is_large_list_view)
+    if any(test(kind) for test in refused):
+        raise BrokenFileError("unknown type", f"column {name:.200} is of type {kind!s:.200}")
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        _check_types(name, kind.storage_type)
+    if types.is_dictionary(kind):
+        _check_types(name, kind.value_type)
+    for number in range(kind.num_fields):
+        _check_types(name, kind.field(number).type)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).partition("\n")[0][:300]
