@@ -17,6 +17,7 @@ from modeling.errors import UserError
 from modeling.files import read_json, write_json
 
 FILE = "auto_fit.json"
+REPAIR = "delete it; where the run differs from the recipe then, the message names the keys to give"
 
 
 def fitted(recipe: Recipe) -> Recipe:
@@ -31,7 +32,8 @@ def fitted(recipe: Recipe) -> Recipe:
     if problem:
         raise UserError(problem)
     changed = apply_change(recipe, Change(0, values))
-    assert changed is not None
+    if changed is None:
+        raise UserError(f"{Path(recipe.output) / FILE}: {values} does not fit this recipe; {REPAIR}")
     return changed
 
 
@@ -74,8 +76,11 @@ def _decided(recipe: Recipe, gpu: int | None) -> tuple[dict[str, Any], str]:
 
 def _as_before(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """What the folder's run began with, but for keys of which the recipe now says something else than it did."""
-    record = read_json(folder / FILE) or {"changed": {}}
-    values = {key: one["run"] for key, one in record["changed"].items() if _value(recipe, key) == one["asked"]}
+    record = read_json(folder / FILE, repair=REPAIR) or {"changed": {}}
+    try:
+        values = {key: one["run"] for key, one in record["changed"].items() if _value(recipe, key) == one["asked"]}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder / FILE}: not as this toolkit writes it ({error!r}); {REPAIR}") from error
     if values:
         say(f"training.auto_fit: as this run began, with {' '.join(Change(0, values).overrides)}")
     return values

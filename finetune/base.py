@@ -1,5 +1,6 @@
 """A base's name -> its folder, or its model on this machine; and fresh bases, of a shape and the sources' texts."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from finetune.data.records import read_dialogues
 from finetune.data.sources.source import Source
 from finetune.device import device
 from finetune.progress import track
+from finetune.stages import adapter_identity, digest
 from modeling import loading, tiny
+from modeling.checkpoint import identity, read_checkpoint
 from modeling.errors import UserError
 from modeling.quantize import quantized_checkpoint
 from modeling.shapes import SHAPES, Config
@@ -19,10 +22,28 @@ from modeling.shapes import SHAPES, Config
 QUANTIZED = "quantized"
 """Folder of quantised weights, beside that of prepared sets."""
 
+DECIDING_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
+)
+"""Of a base, beside its weights, what training depends on."""
+
 
 def local_base(base: str, *, revision: str | None) -> Path:
     """Folder of a base; a hub id is fetched, by the main process first: the others find what it fetched."""
     return ranks.main_first("fetch the base", lambda: loading.local_folder(base, revision=revision))
+
+
+def content_of(base: Path, continue_from: str | None = None) -> str | None:
+    """A hash of what a run stands on: a base's weights, as `identity` sees them, its settings and its tokenizer; and
+    the adapter that it continues from. None where the folder holds no whole base."""
+    try:
+        weights = identity(read_checkpoint(base))
+        others = [path for path in sorted(base.iterdir()) if path.name in DECIDING_FILES]
+        before = adapter_identity(Path(continue_from)) if continue_from else None
+        return digest([weights, before, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in others}])
+    except (UserError, OSError):
+        return None
 
 
 def load_model(

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 from transformers import TrainerCallback
 
 from finetune import ranks
 from finetune.data.collate import Rows
+from finetune.folder import read_metrics
 from finetune.progress import bar
 from modeling.adapters import whole
+from modeling.files import atomic_write
 from modeling.towers import stock_name, tower_of
 
 
@@ -27,11 +29,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Going on from a checkpoint, lines of later steps are of a run that was lost."""
         if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-            partial = self.path.with_name(f"{self.path.name}.partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self.path)
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "train_runtime" in logs:
@@ -63,19 +62,22 @@ class Stopping(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over all steps, with the last loss."""
+    """One bar over all steps, with the last loss. Use it as a context: whatever ends the training ends the bar."""
+
+    def __enter__(self) -> Self:
+        self.progress = bar()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress = bar()
         self.progress.start()
         self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, note="")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.progress.update(self.task, completed=state.global_step, note=f"loss {logs['loss']:.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()
 
 
 def gate_openings(model: nn.Module) -> dict[str, list[float]]:
@@ -93,5 +95,4 @@ def gate_openings(model: nn.Module) -> dict[str, list[float]]:
 
 def tokens_trained(metrics: Path) -> int:
     """Of all steps so far, by metrics.jsonl."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return sum(line["tokens"] for line in lines if "loss" in line)
+    return sum(line["tokens"] for line in read_metrics(metrics) if "loss" in line)

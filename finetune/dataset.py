@@ -1,5 +1,6 @@
 """Recipe -> its data: every source prepared, held-out data kept apart, and a report of where each record went."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,20 @@ from finetune.data.overlap import Overlap, find_overlap
 from finetune.data.prepare import prepare, require_examples, split_by_image
 from finetune.data.prepared import Prepared
 from finetune.data.schedule import Mix
+from finetune.data.sources.files import files_of, fingerprint
 from finetune.data.sources.source import Source
 from finetune.data.team import ALONE, Team
+from finetune.folder import Contents, differences, is_trained
 from finetune.progress import say, track
 from finetune.recipe import Recipe
+from finetune.recipe import Source as SourceOfRecipe
 from finetune.recipe_sources import to_source
 from modeling.cores import available_cores
 from modeling.errors import UserError
 from modeling.files import read_json, write_json
+
+STREAMED_BYTES = 2**25
+"""Of a streamed file that are looked at to tell whether it has changed, at its beginning and at its end."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, t
     report = {
         "training_examples": len(training),
         "held_out_examples": len(held),
+        "training_images": hashlib.sha256(training.digests.tobytes()).hexdigest(),
+        "held_out_images": hashlib.sha256(held.digests.tobytes()).hexdigest(),
         "overlap": {**overlap.to_json(), "dropped": recipe.data.overlap != "report"},
         "sources": [account.to_json() for account in accounts],
         "eval_sources": [account.to_json() for account in held_accounts],
@@ -80,15 +89,61 @@ def prepare_sources(
     )
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
-    """data.json of a run folder. Raises UserError where there is another one already."""
-    before = read_json(folder / "data.json")
-    if before is not None and before != report:
-        raise UserError(
-            f"{folder}: the data has changed since this run began: {_first_difference(before, report)}\n"
-            f"  go on with the data it began with, or choose another folder (output=runs/NAME)"
-        )
-    write_json(folder / "data.json", report)
+def write_report(report: dict[str, Any], folder: Path, *, held_out_decides: bool) -> None:
+    """Write data.json of a run folder. Raises UserError where what is trained there was trained on other data.
+
+    `held_out_decides`: so do changes of the held-out data.
+    """
+    path = folder / "data.json"
+    before = read_json(path, repair="delete it, and the same command writes it again")
+    if before is not None and is_trained(folder):
+        free = () if held_out_decides else ("held_out_examples", "overlap", "eval_sources", "held_out_images")
+        was, now = ({key: one[key] for key in one if key not in free} for one in (before, report))
+        if differing := differences(was, now):
+            key, *values = differing[0]
+            raise UserError(
+                f"{folder}: the data has changed since this run began: {key} was {values[0]}, is {values[1]}\n"
+                f"  go on with the data it began with, choose another folder (output=runs/NAME), or delete this one"
+            )
+    write_json(path, report)
+
+
+def contents(recipe: Recipe) -> Contents:
+    """What the recipe's data is made of: {"sources": [{"source": name, "sha256": of its files' content}], ...}.
+
+    The hash is None where a source is not there, and "" where the hub does not say. Folders of images are not looked
+    into, see `fingerprint`.
+    """
+    kinds: dict[str, Sequence[SourceOfRecipe]] = {
+        "sources": recipe.data.sources,
+        "eval_sources": recipe.data.eval_sources,
+        "documents": recipe.evaluation.documents if recipe.evaluation else [],
+    }
+    cache = Path(recipe.data.prepared) / "fingerprints.json"
+    return {kind: [_content(source, cache) for source in sources] for kind, sources in kinds.items()}
+
+
+def _content(said: SourceOfRecipe, cache: Path) -> dict[str, str | None]:
+    source = to_source(said.model_copy(update={"format": "messages"}) if said.format == "auto" else said)
+    try:
+        if source.stream and not source.hub:
+            return {"source": source.name, "sha256": _ends_of(files_of(source))}
+        return {"source": source.name, "sha256": fingerprint(source, cache=cache)}
+    except (UserError, OSError):
+        return {"source": source.name, "sha256": "" if source.hub and not Path(source.hub).is_dir() else None}
+
+
+def _ends_of(files: Sequence[Path]) -> str:
+    """A hash of names, sizes, and the first and last `STREAMED_BYTES` of each file: a stream may be terabytes."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(file.read(STREAMED_BYTES))
+            file.seek(max(file.tell(), size - STREAMED_BYTES))
+            digest.update(file.read(STREAMED_BYTES))
+    return digest.hexdigest()
 
 
 def tell_losses(dataset: Dataset, report: Path) -> None:
@@ -116,15 +171,3 @@ def _without_overlap(training: Prepared, overlap: Overlap, rule: str) -> Prepare
     if len(training) and not len(left):
         raise UserError("data.overlap: every training example would be dropped; is it the held-out data itself?")
     return left
-
-
-def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Where two data.json differ first, as "key: was, is"."""
-    for key in before:
-        if isinstance(before[key], list):
-            for one, other in zip(before[key], now[key], strict=False):
-                if one != other:
-                    return f"{one['source']}: {_first_difference(one, other)}"
-        elif before[key] != now.get(key):
-            return f"{key} was {before[key]}, is {now.get(key)}"
-    return "sources"

@@ -1,5 +1,6 @@
 """Recipe -> what its stages work with: base, tokenizer, prepared data, rows, models; each made when first asked."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -27,6 +28,7 @@ from finetune.data.tokens import Encoder
 from finetune.dataset import Dataset, make_dataset, prepare_sources, tell_losses, write_report
 from finetune.device import auto_dtype, device
 from finetune.features import FeatureCache, ImageFeatures
+from finetune.folder import held_out_decides, note_prepared
 from finetune.generate import Assistant
 from finetune.progress import track
 from finetune.recipe import Recipe
@@ -34,6 +36,7 @@ from finetune.recipe_sources import say_if_documents, to_source
 from finetune.sizes import parse_size
 from finetune.stability import read_events
 from modeling import loading
+from modeling.files import flush, partial_of, put_in_place
 from modeling.shapes import SHAPES, read_config
 from modeling.vision import ImageTowers, feature_shape, image_towers_identity, load_image_towers
 
@@ -60,8 +63,13 @@ class Materials:
         assert shape
 
         def make() -> None:
-            if not (folder / "config.json").is_file():
-                make_base(shape, self.sources, folder, seed=self.recipe.training.seed)
+            if not folder.is_dir():
+                partial = partial_of(folder)
+                shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+                make_base(shape, self.sources, partial, seed=self.recipe.training.seed)
+                for path in partial.iterdir():
+                    flush(path)
+                put_in_place(partial, folder)
 
         _require_all_here()
         ranks.on_main("make the base", make)
@@ -111,7 +119,10 @@ class Materials:
         ranks.on_main("make the folder of prepared sets", lambda: prepared.mkdir(parents=True, exist_ok=True))
         ranks.require_shared("data.prepared", prepared)
         made = make_dataset(self.recipe, self.sources, self.processor.tokenizer, team=ranks.nodes())
-        ranks.on_main("write data.json", lambda: write_report(made.report, self.folder))
+        decides = held_out_decides(self.recipe)
+        ranks.on_main("write data.json", lambda: write_report(made.report, self.folder, held_out_decides=decides))
+        sets = dict.fromkeys(one.folder for one in (*made.training.sets, *(made.held.sets if decides else ())))
+        ranks.on_main("note the prepared sets", lambda: note_prepared(self.folder, list(sets)))
         tell_losses(made, self.folder / "data.json")
         return made
 

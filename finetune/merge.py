@@ -8,7 +8,7 @@ base's, the added tokens' rows bring the vocabulary to three. A tensor of the ad
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import IdeficsProcessor
 
 from finetune.data.tracking import Track, silently
 from finetune.folder import commit
+from finetune.lock import locked
 from finetune.verify import PROVENANCE, compare, folder_digests, require_rounding, weight_digests
 from modeling.adapter_files import ADAPTER_FILES
 from modeling.checkpoint import (
@@ -27,13 +28,14 @@ from modeling.checkpoint import (
     identity,
     plan_shards,
     read_checkpoint,
+    read_header,
     require_shapes,
     write_index,
     write_shard,
 )
 from modeling.deltas import Adapter, Onto, rounded, weights_of
 from modeling.errors import UserError
-from modeling.files import digests, read_json, write_json
+from modeling.files import digests, flush, read_json, write_json
 from modeling.loading import generation_config, load_processor, open_base, require_agreement, save_processor
 from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
@@ -58,6 +60,7 @@ def merge(
     base_identity: str | None = None,
     onto: Onto = "full",
     trained_onto: Onto = "full",
+    may_replace: Collection[Path] = (),
     provenance: Mapping[str, Any] | None = None,
     card: str | None = None,
     dtype: torch.dtype | None = None,
@@ -69,9 +72,10 @@ def merge(
     To `instruct`, a base gains `<end_of_utterance>`, as in training. `onto` nf4 adds to the matrices as a 4-bit
     training saw them, quantised and back; where this is not what the adapter was `trained_onto`, the difference to that
     is reported, too. `base_identity`: of the weights it was trained on, to tell another base of the same shapes.
-    `provenance`: more to put down; `card`: the model's README.md; `dtype`: of the merged weights, as the base's if
-    None. In memory are the adapter and a few blocks of one matrix. Interrupted, it goes on with the first shard that is
-    not complete. Raises UserError: another base, not enough disk, something else in `out`.
+    `may_replace`: files in `out` that an earlier merge left. `provenance`: more to put down; `card`: the model's
+    README.md; `dtype`: of the merged weights, as the base's if None. In memory are the adapter and a few blocks of one
+    matrix. Interrupted, it goes on with the first shard that is not complete. Raises UserError: another base, not
+    enough disk, something else in `out`.
     """
     out = out.resolve()
     folder, base_config = open_base(base, revision=revision)
@@ -96,46 +100,52 @@ def merge(
     changes.require_fit(shapes)
     if base_identity and base_identity != made_of["base"]:
         raise UserError(f"{adapter}: was trained on other weights than those of {base}: same shapes, other content")
-    if record := _done(out, made_of):
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
+    with locked(out.with_name(f".{out.name}.lock"), what=f"{out}", instead="--out FOLDER"):
+        if record := _done(out, made_of, may_replace) or _complete(out, made_of):
+            return record
+        weights = _weights(stored, base_config, changes, onto)
+        planned = {
+            name: _planned(name, shapes[name], changes, dtype or stored[name].dtype, weights, config)
+            for name in weights
+        }
+        processor = load_processor(base, revision=revision, instruct=instruct)
+        require_agreement(config, processor, where=base)
+        partial = _write_weights(out, made_of, planned, plan_shards(planned, shard_bytes), track)
+        _write_rest(partial, config, processor, card)
+        merged = read_checkpoint(partial)
+        proof = compare(config, weights, merged, changes, track=track)
+        require_rounding(proof, merged)
+        others: set[Onto] = {trained_onto, "full"} - {onto}
+        against = {
+            other: asdict(compare(config, weights_of(stored, base_config, other), merged, changes, track=track))
+            for other in others
+        }
+        merged_files = folder_digests(partial, track)
+        del merged_files[MADE_OF]
+        record = {
+            **(provenance or {}),
+            "commit": commit(),
+            "sources": {
+                "base": str(folder.resolve()) if Path(base).is_dir() else base,
+                "revision": revision,
+                "adapter": str(adapter.resolve()),
+            },
+            "made_of": made_of,
+            "left_out": left_out,
+            "proof": asdict(proof),
+            "against": against,
+            "sha256": {"base": weight_digests(folder, track), "merged": merged_files},
+            "files": {path.name: path.stat().st_size for path in _files_in(partial)},
+        }
+        for path in _files_in(partial):
+            flush(path)
+        write_json(partial / PROVENANCE, record)
+        _put_in_place(out)
         return record
-    weights = _weights(stored, base_config, changes, onto)
-    planned = {
-        name: _planned(name, shapes[name], changes, dtype or stored[name].dtype, weights, config) for name in weights
-    }
-    processor = load_processor(base, revision=revision, instruct=instruct)
-    require_agreement(config, processor, where=base)
-    partial = _write_weights(out, made_of, planned, plan_shards(planned, shard_bytes), track)
-    _write_rest(partial, config, processor, card)
-    merged = read_checkpoint(partial)
-    proof = compare(config, weights, merged, changes, track=track)
-    require_rounding(proof, merged)
-    others: set[Onto] = {trained_onto, "full"} - {onto}
-    against = {
-        other: asdict(compare(config, weights_of(stored, base_config, other), merged, changes, track=track))
-        for other in others
-    }
-    merged_files = folder_digests(partial, track)
-    del merged_files[MADE_OF]
-    record = {
-        **(provenance or {}),
-        "commit": commit(),
-        "sources": {
-            "base": str(folder.resolve()) if Path(base).is_dir() else base,
-            "revision": revision,
-            "adapter": str(adapter.resolve()),
-        },
-        "made_of": made_of,
-        "left_out": left_out,
-        "proof": asdict(proof),
-        "against": against,
-        "sha256": {"base": weight_digests(folder, track), "merged": merged_files},
-    }
-    (partial / MADE_OF).unlink()
-    write_json(partial / PROVENANCE, record)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
-    return record
 
 
 def _merged_config(base_config: Config, instruct: bool, dtype: torch.dtype | None) -> dict[str, Any]:
@@ -155,18 +165,83 @@ def _require_base(folder: Path, stored: Mapping[str, Stored], expected: Mapping[
         raise UserError(f"{stored[strange[0]].file}: {strange[0]} is no tensor of IDEFICS")
 
 
-def _done(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The provenance of the same merge, done before; None where `out` is free. Raises UserError where it is not."""
+def _done(out: Path, made_of: Mapping[str, Any], may_replace: Collection[Path]) -> dict[str, Any] | None:
+    """The provenance of the same merge, done before; None where `out` is free. Raises UserError where it is not.
+
+    Of the same merge, but with files that are missing or cut short, what is whole becomes the beginning of a new one.
+    """
     if out.is_mount():
         raise UserError(f"{out}: is a mount point, and is to appear as a whole; name a folder inside it")
+    occupied = UserError(f"{out}: is not empty, and not the result of this merge; choose another folder, or delete it")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    record = read_json(out / PROVENANCE)
-    if record and record.get("made_of") == made_of:
-        if gone := [name for name in record["sha256"]["merged"] if not (out / name).is_file()]:
-            raise UserError(f"{out}: is not whole any more: {gone[0]} is gone; delete the folder, and merge again")
+    if not out.is_dir():
+        raise occupied
+    record = _record_of(out)
+    if record and record["made_of"] == made_of and _is_whole(out, record):
         return record
-    raise UserError(f"{out}: is not empty, and not the result of this merge; choose another folder, or delete it")
+    if (record or {}).get("made_of") == made_of or _note_of(out) == made_of:
+        write_json(out / MADE_OF, made_of)
+        (out / PROVENANCE).unlink(missing_ok=True)
+        shutil.rmtree(_partial(out), ignore_errors=True)
+        out.rename(_partial(out))
+        return None
+    for path in may_replace:
+        path.unlink(missing_ok=True)
+    if any(out.iterdir()):
+        raise occupied
+    return None
+
+
+def _complete(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Give a merged folder its name where an interrupted merge of the same lacked nothing else; its provenance."""
+    record = _record_of(_partial(out))
+    if record is None or record["made_of"] != made_of or not _is_whole(_partial(out), record):
+        return None
+    _put_in_place(out)
+    return record
+
+
+def _put_in_place(out: Path) -> None:
+    (_partial(out) / MADE_OF).unlink(missing_ok=True)
+    flush(_partial(out))
+    if out.exists():
+        out.rmdir()
+    _partial(out).rename(out)
+    flush(out.parent)
+
+
+def _partial(out: Path) -> Path:
+    """Where a merged folder is made."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    """provenance.json, where it is one."""
+    try:
+        record = read_json(folder / PROVENANCE)
+    except UserError:
+        return None
+    return record if record and isinstance(record.get("made_of"), dict) else None
+
+
+def _note_of(folder: Path) -> dict[str, Any] | None:
+    """What weights that are being written are made of."""
+    try:
+        return read_json(folder / MADE_OF)
+    except UserError:
+        return None
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (MADE_OF, PROVENANCE))
+
+
+def _is_whole(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether every file is there with the size that it had."""
+    files = record.get("files")
+    there = {path.name: path.stat().st_size for path in _files_in(folder)}
+    return isinstance(files, dict) and files.items() <= there.items()
 
 
 def _weights(stored: Mapping[str, Stored], config: Config, adapter: Adapter, onto: Onto) -> dict[str, Rows]:
@@ -210,10 +285,12 @@ def _write_weights(
     track: Track,
 ) -> Path:
     """The folder beside `out` with all weights; shards that an interrupted merge of the same left there are kept."""
-    partial = out.with_name(f".{out.name}.partial")
+    partial = _partial(out)
     try:
-        if partial.exists() and read_json(partial / MADE_OF) != made_of:
+        if partial.exists() and _note_of(partial) != made_of:
             shutil.rmtree(partial)
+        for path in partial.glob("*.safetensors"):
+            _delete_if_cut(path)
         _require_disk(partial, shards, planned)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(partial / MADE_OF, made_of)
@@ -224,6 +301,13 @@ def _write_weights(
             write_shard(partial / file, {name: planned[name] for name in names})
     write_index(partial, shards, planned)
     return partial
+
+
+def _delete_if_cut(weights: Path) -> None:
+    try:
+        read_header(weights)
+    except UserError:
+        weights.unlink()
 
 
 def _require_disk(folder: Path, shards: Mapping[str, list[str]], planned: Mapping[str, Planned]) -> None:

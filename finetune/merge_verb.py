@@ -1,17 +1,20 @@
 """`finetune merge FOLDER`: a run's adapter or any other -> a merged model, its card, and what was proved of it."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
 
+from finetune.lock import working_in
 from finetune.merge import SHARD_BYTES, merge
 from finetune.origin import Origin
 from finetune.places import check_place
 from finetune.progress import display, table, track
 from finetune.sizes import parse_size
+from finetune.stages import files_of
 from finetune.verify import PROVENANCE, verify
 from modeling.deltas import Onto
 from modeling.errors import UserError
@@ -36,23 +39,26 @@ def merge_folder(
     adapter = what / "adapter" if run else what
     if not adapter.is_dir():
         raise UserError(f"{adapter}: no such adapter folder" + ("; first: finetune train" if run else ""))
-    origin = Origin.of(adapter, base)
     out = out or (run or adapter.parent) / "merged"
     check_place("--out", out, folder=True)
-    record = merge(
-        adapter,
-        base or origin.base,
-        out,
-        revision=None if base else origin.revision,
-        instruct=origin.instruct,
-        base_identity=origin.identity,
-        onto=origin.onto if onto is None else _choose("--onto", onto, ONTO),
-        trained_onto=origin.onto,
-        dtype=None if dtype is None else _choose("--dtype", dtype, DTYPES),
-        shard_bytes=SHARD_BYTES if shard_size is None else parse_size("--shard-size", shard_size),
-        card=model_card(base or origin.base, out, run),
-        track=track,
-    )
+    in_a_run = (adapter.parent / "recipe.yaml").is_file()
+    with working_in(adapter.parent) if in_a_run else nullcontext():  # whoever trains there writes the adapter, too
+        origin = Origin.of(adapter, base)
+        record = merge(
+            adapter,
+            base or origin.base,
+            out,
+            revision=None if base else origin.revision,
+            instruct=origin.instruct,
+            base_identity=origin.identity,
+            onto=origin.onto if onto is None else _choose("--onto", onto, ONTO),
+            trained_onto=origin.onto,
+            may_replace=files_of(run, "merge") if run and out == run / "merged" else (),
+            dtype=None if dtype is None else _choose("--dtype", dtype, DTYPES),
+            shard_bytes=SHARD_BYTES if shard_size is None else parse_size("--shard-size", shard_size),
+            card=model_card(base or origin.base, out, run),
+            track=track,
+        )
     if show:
         _show(out, record)
     return record

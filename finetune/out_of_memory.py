@@ -5,13 +5,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
 from finetune import ranks
 from finetune.device import device
-from finetune.folder import ELSEWHERE
+from finetune.folder import MAY_CHANGE, is_trained
 from finetune.planning.afford import Change
 from finetune.planning.memory import Memory
 from finetune.planning.plan import Planner
@@ -113,5 +114,5 @@ def _planned(memory: Memory, needed: int) -> str:
 
 def _pasted(recipe: Recipe, change: Change) -> str:
     """As overrides; the run goes on in its folder where it stays the same run, else it needs another."""
-    same = change.values.keys() <= set(ELSEWHERE)
+    same = change.values.keys() <= set(MAY_CHANGE) or not is_trained(Path(recipe.output))
     return " ".join([*change.overrides, *[f"output={recipe.output}-2"] * (not same)])

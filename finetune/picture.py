@@ -1,9 +1,10 @@
 """metrics.jsonl and the figures of a run -> one picture: how the loss fell, and what it was good for."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from finetune.folder import read_metrics
 
 SHARES = {
     "exact_open": "open questions",
@@ -22,7 +23,7 @@ def draw(metrics: Path, scores: Mapping[str, Any] | None, out: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(metrics)
     shares = {key: name for key, name in SHARES.items() if scores and scores["tuned"].get(key) is not None}
     gates = [(line["step"], line["gates"]) for line in lines if "gates" in line]
     widths = [6, *([3] if gates else []), *([5] if shares else [])]

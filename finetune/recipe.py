@@ -196,6 +196,9 @@ class Data(Section):
     """Examples of a streamed source among which the next one is drawn."""
     prepared: Name = "runs/prepared"
     """Folder of prepared sets, which runs share, relative to where the command is given."""
+    changed: Literal["refuse", "keep"] = "refuse"
+    """What a finished run does when its data has changed since: end with the reason, or keep what was trained as it is,
+    which can still be merged."""
     workers: Positive | None = None
     """Processes that prepare; without it, one a core."""
     augment: Augment = Augment()

@@ -1,12 +1,12 @@
 """Recipe -> run folder: prepare -> train -> evaluate -> merge, each stage done once.
 
-    runs/<name>/  recipe.yaml (resolved) · environment.json · base/ (a fresh one, from `init`) · data.json
+    runs/<name>/  recipe.yaml (resolved) · inputs.json · environment.json · base/ (a fresh one, from `init`) · data.json
                   metrics.jsonl · checkpoint-*/ · unstable.jsonl · adapter/ · training.json · evaluation.json
                   predictions.jsonl, .html
                   merged/ (with provenance.json) · merge.json · result.json · curves.png
 
 A stage leaves its .json last, so a stage that was interrupted has none and is done again: training goes on from its
-last checkpoint.
+last checkpoint. So is a stage whose files are not whole any more, or whose settings, data or adapter have changed.
 
 Of several processes, all do the same stages: they prepare, train and evaluate together; the main one writes, and
 merges.
@@ -15,8 +15,10 @@ merges.
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,17 @@ from transformers import set_seed
 from finetune import ranks
 from finetune.arguments import Plan, rows_per_process
 from finetune.auto_fit import fitted
-from finetune.base import local_base
+from finetune.base import content_of, local_base
 from finetune.callbacks import ProgressBar, tokens_trained
 from finetune.checkpoints import last_checkpoint
 from finetune.data.collate import RowCollator, Rows
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import describe, open_image
+from finetune.dataset import contents
 from finetune.device import device, free_memory
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
-from finetune.folder import open_folder, versions
+from finetune.folder import Contents, is_trained, note_base, open_folder, versions
+from finetune.lock import working_in
 from finetune.materials import Materials
 from finetune.merge import merge
 from finetune.merge_verb import model_card
@@ -47,12 +51,13 @@ from finetune.proof import prove
 from finetune.recipe import Recipe
 from finetune.sizes import show_size
 from finetune.stability import UnstableError, Watch, go_back, read_events
+from finetune.stages import FILES, adapter_identity, digest, figures_of, files_of, why_not_done, write_stage
 from finetune.train import train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
 from modeling.checkpoint import identity, read_checkpoint, weight_bytes
 from modeling.errors import UserError
-from modeling.files import read_json, write_json
+from modeling.files import atomic_write, read_json, write_json
 from modeling.shapes import read_config
 
 STAGES = ("train", "evaluate", "merge")
@@ -60,43 +65,107 @@ PROOF_ROWS = 2
 PROOF_QUESTIONS = 8
 PROOF_DIALOGUES = 256
 
+CURVES = "curves.png"
+WRITTEN_AGAIN = "delete it, and the same command writes it again"
+
 
 class Run:
     """One recipe and its folder."""
 
     def __init__(self, recipe: Recipe):
+        """Raises UserError: no base, another command at work in the folder, or something else that is trained there."""
         if recipe.model.base:
             read_config(recipe.model.base, revision=recipe.model.revision)  # a wrong base leaves no folder behind
-        self.recipe = recipe = fitted(recipe)
-        self.folder = ranks.on_main("open the run folder", lambda: open_folder(recipe))
+        self.folder = Path(recipe.output)
+        with _working_in(self.folder):
+            self.recipe = recipe = fitted(recipe)
+            contents, self.changed = ranks.on_main("open the run folder", lambda: _open_folder(recipe))
+        self.contents: Contents = contents
         ranks.require_shared("output", self.folder)
         self.materials = Materials(recipe, self.folder)
 
     def do(self, *stages: str) -> dict[str, Any]:
         """Do these stages, those already done excepted, and return all figures there are. Raises UserError."""
-        for stage in stages:
-            if self._figures(_FILES[stage]) is None:
-                self._write(_FILES[stage], _DOES[stage](self))
-            else:
-                say(f"{stage}: done before, see {self.folder / _FILES[stage]}")
-        files = {"data": "data.json", **_FILES}
-        result = {name: figures for name, file in files.items() if (figures := self._figures(file)) is not None}
-        self._write("result.json", result)
-        if "train" in result:
-            curves = self.folder / "curves.png"
-            ranks.on_main("draw", lambda: draw(self.folder / "metrics.jsonl", result.get("evaluate"), curves))
+        with _working_in(self.folder):
+            self._keep_what_is_trained()
+            for stage in stages:
+                if stage != "train":
+                    self.require_adapter()
+                again = self._why_not_done(stage)
+                if again is None:
+                    say(f"{stage}: done before, see {self.folder / FILES[stage]}")
+                    continue
+                if (self.folder / FILES[stage]).exists():
+                    say(f"{stage}: {again}; done again")
+                figures, inputs = _DOES[stage](self), self._inputs(stage)
+                ranks.on_main(f"write {stage}", partial(write_stage, self.folder, stage, figures, inputs))
+                (self.folder / CURVES).unlink(missing_ok=True)
+            result = ranks.on_main("collect the figures", self._collect)
+            if "evaluate" in result and self.changed is None and not (self.folder / "predictions.html").is_file():
+                images = self.materials.dataset.held.images
+                ranks.on_main("write the page", lambda: _write_page(self.folder, images))
+            return result
+
+    def _keep_what_is_trained(self) -> None:
+        """Raises UserError where the data has changed since, unless the recipe says that what is trained is kept."""
+        if self.changed is None:
+            return
+        done, said = self._why_not_done("train") is None, f"{self.folder}: the data has changed since this run began"
+        if not done or self.recipe.data.changed == "refuse":
+            kept = "keep what was trained as it is: data.changed=keep" if done else "put the data back, and go on"
+            raise UserError(
+                f"{said}: {self.changed}\n"
+                f"  train on it in another folder (output=runs/NAME), or delete this one to train anew, or {kept}"
+            )
+        say(f"{said}: {self.changed}; what was trained is kept as it is")
+
+    def _why_not_done(self, stage: str) -> str | None:
+        return ranks.on_main(f"look at {stage}", lambda: why_not_done(self.folder, stage, self._inputs(stage)))
+
+    def _inputs(self, stage: str) -> str:
+        """A hash of what a stage is made of; what decides the training is in inputs.json."""
+        if stage == "train":
+            return ""
+        adapter = adapter_identity(self.folder / "adapter")
+        if stage == "merge":
+            return digest(adapter)
+        asked = self.recipe.evaluation
+        settings = asked and asked.model_dump(mode="json", exclude={"batch_size"})
+        return digest([adapter, settings, self.contents["eval_sources"], self.contents["documents"]])
+
+    def _collect(self) -> dict[str, Any]:
+        """The figures of all stages that are done, written to result.json, and curves.png."""
+        data = read_json(self.folder / "data.json", repair=WRITTEN_AGAIN)
+        result = {"data": data} if data else {}
+        if self._why_not_done("train") is None:
+            done = [stage for stage in STAGES if self._why_not_done(stage) is None]
+            result |= {stage: figures for stage in done if (figures := figures_of(self.folder, stage)) is not None}
+            if not (self.folder / CURVES).is_file():
+                draw(self.folder / "metrics.jsonl", result.get("evaluate"), self.folder / CURVES)
+        write_json(self.folder / "result.json", result)
         return result
 
-    def _figures(self, file: str) -> dict[str, Any] | None:
-        return ranks.on_main(f"read {file}", lambda: read_json(self.folder / file))
-
-    def _write(self, file: str, figures: dict[str, Any]) -> None:
-        ranks.on_main(f"write {file}", lambda: write_json(self.folder / file, figures))
-
     def require_adapter(self) -> Path:
-        if self._figures(_FILES["train"]) is None:
-            raise UserError(f"{self.folder}: nothing is trained here yet; first: finetune train RECIPE")
+        if why := self._why_not_done("train"):
+            began = (self.folder / FILES["train"]).exists()
+            said = why if began else f"{self.folder}: nothing is trained here yet"
+            raise UserError(f"{said}; first: finetune train RECIPE")
         return self.folder / "adapter"
+
+
+@contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    """Of several processes, the main one holds the lock for all."""
+    with ExitStack() as held:
+        ranks.on_main("lock the run folder", lambda: held.enter_context(working_in(folder)))
+        yield
+
+
+def _open_folder(recipe: Recipe) -> tuple[Contents, str | None]:
+    """(what the data is made of, what of it has changed since something was trained on it)."""
+    made_of, base = contents(recipe), Path(recipe.model.base or "")
+    stands_on = content_of(base, recipe.model.continue_from) if recipe.model.base and base.is_dir() else None
+    return made_of, open_folder(recipe, made_of, stands_on)
 
 
 def _train(run: Run) -> dict[str, Any]:
@@ -120,6 +189,8 @@ def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
     rows = made.train_rows()
     base = local_base(made.base, revision=recipe.model.revision)
     base_identity = ranks.on_main("identify the base", lambda: identity(read_checkpoint(base)))
+    stands_on = ranks.on_main("hash the base", lambda: content_of(base, recipe.model.continue_from))
+    ranks.on_main("note the base", lambda: note_base(run.folder, stands_on))
     idefics = made.load(divided=recipe.training.parallel == "fsdp2" and ranks.count() > 1).model
     set_seed(recipe.training.seed)  # LoRA factors start at random
     model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=made.base)
@@ -131,21 +202,22 @@ def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
         load_adapter_weights(model, Path(recipe.model.continue_from))
     cuts = [event.back_to for event in read_events(run.folder) if event.action == "lower_rate"]
     plan = _plan(recipe, len(rows), autocast=_autocast(recipe, made.dtype), watch=watch, rate_cuts=cuts)
-    resume_from = ranks.on_main("look for a checkpoint", lambda: last_checkpoint(run.folder))
+    resume_from = ranks.on_main("look for a checkpoint", lambda: _checkpoint_to_go_on_from(run.folder))
     started = time.perf_counter()
     for doubt in recipe.doubts(len(rows) // plan.packs_per_step):
         say(doubt)
     say(f"train: {counts.total:,} parameters" + (f", going on from {resume_from.name}" if resume_from else ""))
-    trainer = train(
-        model,
-        made.processor.tokenizer,
-        run.folder,
-        train_rows=rows,
-        eval_rows=made.held_rows if plan.evaluate_every else None,
-        plan=plan,
-        resume_from=resume_from,
-        callbacks=[ProgressBar()],
-    )
+    with ProgressBar() as bar:
+        trainer = train(
+            model,
+            made.processor.tokenizer,
+            run.folder,
+            train_rows=rows,
+            eval_rows=made.held_rows if plan.evaluate_every else None,
+            plan=plan,
+            resume_from=resume_from,
+            callbacks=[bar],
+        )
     say(f"train: waited for data {trainer.waiting:.1%} of the time")
     origin = Origin(made.base, recipe.model.revision, made.instruct, recipe.model.quantize, base_identity)
     ranks.on_main("write the origin", lambda: origin.write(run.folder / "adapter"))
@@ -162,10 +234,26 @@ def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
     }
 
 
+def _checkpoint_to_go_on_from(folder: Path) -> Path | None:
+    """Raises UserError where an adapter would be lost: it is there, and no checkpoint from which it comes again."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None and is_trained(folder):
+        raise UserError(
+            f"{folder}: {why_not_done(folder, 'train', '')}, an adapter is there, and no checkpoint to go on from\n"
+            f"  put the file back; or delete {folder / 'adapter'} to train anew"
+        )
+    return checkpoint
+
+
 def _evaluate(run: Run) -> dict[str, Any]:
     settings = run.recipe.evaluation
     if settings is None:
         raise UserError("evaluation: the recipe has no such section, and nothing to ask")
+    if run.changed:
+        raise UserError(
+            f"{run.folder}: {run.changed}, and what is held out now may be what was trained on\n"
+            f"  put the data back as it was, and the same command evaluates"
+        )
     adapter, made = run.require_adapter(), run.materials
     questions = draw_questions(made.dataset.held.dialogues, limit=settings.limit, seed=run.recipe.training.seed)
     options: dict[str, Any] = {
@@ -198,17 +286,20 @@ def _write_page(folder: Path, images: Sequence[Image]) -> None:
     by_name = {describe(image): image for image in images}
     lines = map(json.loads, (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines())
     page = predictions_page(lines, title=folder.name, image=lambda name: open_image(by_name[name]))
-    (folder / "predictions.html").write_text(page, encoding="utf-8")
+    atomic_write(folder / "predictions.html", page)
 
 
 def _merge(run: Run) -> dict[str, Any]:
     adapter, made = run.require_adapter(), run.materials
+    if run.changed:
+        say(f"merge: the model is proved tensor by tensor and block by block, and not asked: {run.changed}")
+        return ranks.on_main("merge", lambda: _merge_and_ask(run, adapter, None, ()))
     training, held = made.dataset.training, made.dataset.held
     rows, some = (made.held_rows, held) if len(held) else (made.train_rows(), training)
     return ranks.on_main("merge", lambda: _merge_and_ask(run, adapter, rows, some.dialogues[:PROOF_DIALOGUES]))
 
 
-def _merge_and_ask(run: Run, adapter: Path, rows: Rows, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
+def _merge_and_ask(run: Run, adapter: Path, rows: Rows | None, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
     """`rows` and `dialogues`: what the merged model is asked."""
     out, made = run.folder / "merged", run.materials
     provenance = {
@@ -227,11 +318,13 @@ def _merge_and_ask(run: Run, adapter: Path, rows: Rows, dialogues: Sequence[Dial
         base_identity=origin.identity,
         onto=origin.onto,
         trained_onto=origin.onto,
+        may_replace=files_of(run.folder, "merge"),
         provenance=provenance,
         card=model_card(made.base, out, run.folder),
         track=track,
     )["proof"]
-    return {"merged": str(out), **_ask(run, adapter, out, rows, dialogues), "weights": comparison}
+    asked = _ask(run, adapter, out, rows, dialogues) if rows is not None else {}
+    return {"merged": str(out), **asked, "weights": comparison}
 
 
 def _ask(run: Run, adapter: Path, out: Path, rows: Rows, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
@@ -257,7 +350,6 @@ def _ask(run: Run, adapter: Path, out: Path, rows: Rows, dialogues: Sequence[Dia
     return asdict(proof)
 
 
-_FILES = {"train": "training.json", "evaluate": "evaluation.json", "merge": "merge.json"}
 _DOES: dict[str, Callable[[Run], dict[str, Any]]] = {"train": _train, "evaluate": _evaluate, "merge": _merge}
 
 

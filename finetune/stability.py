@@ -11,12 +11,13 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from finetune import ranks
 from finetune.checkpoints import last_checkpoint, step_of
 from finetune.progress import say
 from modeling.errors import UserError
+from modeling.files import atomic_write
 
 Action = Literal["skip", "lower_rate", "stop"]
 
@@ -142,18 +143,28 @@ def _write_down(folder: Path, step: int, reason: str, dialogues: Sequence[Seen],
 
 
 def read_events(folder: Path) -> list[Event]:
+    """Raises UserError: a line that this toolkit did not write."""
     path = folder / FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [_event(json.loads(line)) for line in lines]
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [_event(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
 
 
 def write_events(folder: Path, events: Sequence[Event]) -> None:
     """Whole or not at all."""
-    partial = folder / f"{FILE}.partial"
     lines = [json.dumps(asdict(event), ensure_ascii=False) + "\n" for event in events]
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(folder / FILE)
+    atomic_write(folder / FILE, "".join(lines))
 
 
-def _event(values: dict[str, Any]) -> Event:
-    return Event(**{**values, "dialogues": tuple(Seen(**one) for one in values["dialogues"])})
+def _event(place: str, line: bytes) -> Event:
+    try:
+        values = json.loads(line)
+        event = Event(**{**values, "dialogues": tuple(Seen(**one) for one in values["dialogues"])})
+        numbers = (event.step, event.back_to)
+        if event.action not in get_args(Action) or not all(isinstance(number, int) for number in numbers):
+            raise ValueError(f"action {event.action!r}, steps {numbers}")
+        return event
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"{place}: not as this toolkit writes it ({error!r:.100})\n"
+            f"  delete the line: the run then meets the dialogues that it names again"
+        ) from error

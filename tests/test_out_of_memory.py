@@ -67,7 +67,9 @@ def test_what_was_planned_stands_beside_what_there_was():
     ]
 
 
-def test_what_is_proposed_fits_when_pasted_and_the_second_is_another_way(tmp_path):
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_is_proposed_fits_when_pasted_and_the_second_is_another_way(tmp_path, monkeypatch, trained):
+    monkeypatch.setattr(out_of_memory, "is_trained", lambda folder: trained)
     recipe = recipe_of()
     first, second = proposed(explain(recipe, "x", FULL))
     planner = Planner(recipe, on_gpu=True)
@@ -76,7 +78,7 @@ def test_what_is_proposed_fits_when_pasted_and_the_second_is_another_way(tmp_pat
     keys = [{override.split("=")[0] for override in overrides} for overrides in (first, second)]
     assert keys[0] == {"training.checkpointing"}  # which changes no result: the folder's run goes on
     assert "training.checkpointing" not in keys[1]
-    assert "output=runs/mine-2" in second
+    assert ("output=runs/mine-2" in second) == trained  # as long as nothing is trained, the folder is any recipe's
 
 
 def test_a_plan_that_said_too_little_says_so_and_proposes_what_needs_less_by_its_own_figures(tmp_path):
@@ -100,7 +102,7 @@ def test_several_gpus_may_divide_the_model_and_the_message_says_which_process(mo
     recipe = recipe_of(base="HuggingFaceM4/idefics-80b", checkpointing=True)
     message = explain(recipe, "x", Held(True, 78 * GIB, 78 * GIB, GIB, 80 * GIB, 79 * GIB))
     assert message.startswith("process 3 of 8: out of memory while training: x\n")
-    assert proposed(message)[0] == ["training.parallel=fsdp2", "output=runs/mine-2"]
+    assert proposed(message)[0] == ["training.parallel=fsdp2"]
     divided = explain(recipe_of(parallel="fsdp2"), "x", FULL)
     assert ", gathered " in divided.splitlines()[1]
 

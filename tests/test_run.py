@@ -204,25 +204,9 @@ def test_a_streamed_source_with_nothing_usable_ends_the_run_with_the_reasons(str
     assert "Traceback" not in said
 
 
-def test_a_folder_of_another_recipe_is_left_alone(recipe_file):
-    Run(load_recipe(recipe_file))
-    with pytest.raises(UserError, match=r"another recipe; they differ in training\.learning_rate, training\.seed"):
-        Run(load_recipe(recipe_file, ["training.learning_rate=1", "training.seed=3"]))
-
-
 def test_where_and_how_fast_data_is_prepared_is_no_part_of_a_run(recipe_file, tmp_path):
     Run(load_recipe(recipe_file))
     Run(load_recipe(recipe_file, ["data.workers=2", f"data.prepared={tmp_path / 'elsewhere'}"]))
-
-
-def test_data_that_changed_since_the_run_began_is_not_mixed_in(recipe_file):
-    Run(load_recipe(recipe_file)).do("train")
-    lines = (recipe_file.parent / "dialogues.jsonl").read_text().splitlines()
-    (recipe_file.parent / "dialogues.jsonl").write_text("\n".join(lines[:-1]))
-    with pytest.raises(
-        UserError, match=r"the data has changed since this run began: training_examples was \d+, is \d+"
-    ):
-        Run(load_recipe(recipe_file)).do("evaluate")
 
 
 def test_the_end_of_a_run_is_tables_answers_and_the_next_line(recipe_file, tmp_path):
