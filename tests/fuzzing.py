@@ -5,6 +5,7 @@
 
 import copy
 import os
+import struct
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -40,12 +41,16 @@ VALUES = st.recursive(
 
 
 @st.composite
-def damaged(draw, content, first=0):
-    """Bytes that are mostly those of `content`: some changed, cut out, put in, the end cut off; from `first` on."""
+def damaged(draw, content, first=0, donor=b""):
+    """Bytes that are mostly those of `content`: some changed, cut out, put in, the end cut off; from `first` on.
+
+    With a donor, also numbers of other sizes and signs, and parts of that other file.
+    """
     changed = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         place = draw(st.integers(first, max(first, len(changed) - 1)))
-        kind = draw(st.sampled_from(["set", "flip", "cut", "drop", "insert", "repeat"]))
+        kinds = ["set", "flip", "cut", "drop", "insert", "repeat", *(["number", "splice"] if donor else [])]
+        kind = draw(st.sampled_from(kinds))
         if kind == "set":
             changed[place : place + 1] = bytes([draw(st.sampled_from([0, 1, 9, 34, 45, 48, 91, 123, 127, 128, 255]))])
         elif kind == "flip" and place < len(changed):
@@ -58,6 +63,13 @@ def damaged(draw, content, first=0):
             changed[place:place] = draw(st.binary(min_size=1, max_size=9))
         elif kind == "repeat":
             changed[place:place] = changed[place : place + draw(st.integers(1, 40))]
+        elif kind == "number":
+            number = draw(st.sampled_from([0, 1, -1, 7, 127, 2**15, 2**31 - 1, -(2**31), 2**40, 2**62, -(2**63)]))
+            place, size = place - place % 4, draw(st.sampled_from([4, 8]))
+            changed[place : place + size] = struct.pack("<q", number)[:size]
+        elif kind == "splice":
+            start, size = draw(st.integers(0, len(donor))), draw(st.integers(1, 60))
+            changed[place : place + size] = donor[start : start + size]
     return bytes(changed)
 
 
