@@ -192,6 +192,8 @@ def _print(inspection: Inspection, *, ids: bool) -> None:
         for reason, records in {**account["rejected"], **account["parts_rejected"]}.items():
             first = account["first_rejected"][reason]
             display(f"{account['source']}: {records} x {reason} (first: {first})", "yellow")
+        for broken in account["broken"]:
+            display(broken, "yellow")
         if ignored := account.get("ignored"):
             display(f"{account['source']}: not used of records: {most_frequent(ignored)}", "yellow")
     for drawn in inspection.histograms:
@@ -203,14 +205,13 @@ def _print(inspection: Inspection, *, ids: bool) -> None:
 
 def accounts_table(accounts: Sequence[dict[str, Any]]) -> Any:
     """What became of the records of each source."""
-    columns = ("source", "read", "kept", "rejected", "after the limit", "examples", "tokens", "trained on", "repeats")
+    columns = ("source", "read", "kept", "rejected", "examples", "tokens", "trained on", "repeats")
     rows = [
         (
             account["source"],
-            account["read"],
+            f"{account['read']:,} (limit)" if account["limited"] else account["read"],
             account["kept"],
             sum(account["rejected"].values()),
-            "not counted" if account["limited"] else "-",
             account["examples"],
             account["tokens"],
             f"{account['supervised_tokens'] / max(account['tokens'], 1):.0%}",

@@ -30,7 +30,7 @@ from finetune.device import auto_dtype, device
 from finetune.features import FeatureCache, ImageFeatures
 from finetune.folder import held_out_decides, note_prepared
 from finetune.generate import Assistant
-from finetune.progress import track
+from finetune.progress import say, track
 from finetune.recipe import Recipe
 from finetune.recipe_sources import say_if_documents, to_source
 from finetune.sizes import parse_size
@@ -169,6 +169,8 @@ class Materials:
         """What became of the records that were read while training, per streamed source."""
         rows.restore(ranks.gather(rows.state(len(rows))))
         accounts = rows.accounts if isinstance(rows, StreamedRows) else []
+        for broken in (broken for account in accounts for broken in account.broken):
+            say(broken)
         return [account.to_json() for account, source in zip(accounts, self.sources, strict=False) if source.stream]
 
     def _streamed_rows(self, training: Prepared, **common: Any) -> StreamedRows:

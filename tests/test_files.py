@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from finetune.data.account import Account
 from finetune.data.dialogue import Image, RecordError, Slice
 from finetune.data.images import encoded
-from finetune.data.records import taken
+from finetune.data.records import taken, to_dialogue
 from finetune.data.sources import streams
 from finetune.data.sources.files import (
     READERS,
@@ -34,6 +34,7 @@ from finetune.data.sources.files import (
     read_pairs,
     read_records,
 )
+from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from modeling.errors import UserError
 
@@ -487,10 +488,10 @@ def test_hub_mistakes_say_what_to_do(images_dataset, tmp_path):
     assert str(tmp_path / "bad") in refusal(read_records, Source("auto", hub=str(tmp_path / "bad")))
 
 
-def shard(members, mode="w"):
+def shard(members, mode="w", format=tarfile.PAX_FORMAT):
     """A tar archive of (name, content); a TarInfo is taken as it is."""
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode=mode, format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=file, mode=mode, format=format) as archive:
         for name, content in members:
             if isinstance(name, tarfile.TarInfo):
                 archive.addfile(name)
@@ -565,6 +566,50 @@ def test_webdataset_samples_that_are_none(name, members, expected, tmp_path):
         (f"{name}/1", {"__key__": "1", "txt": "after"}),
     )
     assert refused == (f"{name}/{expected[0]}", expected[1])
+
+
+def header(name, size=None, kind=b"0", data=b""):
+    """A member of a tar archive whose header may say anything about its size."""
+    member = tarfile.TarInfo(name)
+    member.size, member.type = len(data), kind
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    if size is not None:
+        block[124:136] = b"\xff" * 4 + size.to_bytes(8, "big", signed=True) if size < 0 else b"%011o\0" % size
+        block[148:156] = b"%06o\0 " % (256 + sum(block[:148]) + sum(block[156:512]))
+    return bytes(block) + data + b"\0" * (-len(data) % 512)
+
+
+TAR_BOMBS = {
+    "size -1": header("b.txt", -1),
+    "size that leads back": header("b.txt", -1024),
+    "size beyond the end": header("b.txt", 8 * 2**30 - 1),
+    "long name of -1 bytes": header("././@LongLink", -1, b"L"),
+    "long name of a gigabyte": header("././@LongLink", 2**30, b"L"),
+    "pax header of -1 bytes": header("p", -1, b"x"),
+    "pax header that is none": header("p", kind=b"x", data=b"no record"),
+    "pax length of many digits": header("p", kind=b"x", data=b"9" * 5000 + b" a=b\n"),
+    "pax size of -1": header("p", kind=b"x", data=b"11 size=-1\n") + header("b.txt", data=b"b"),
+    "pax size that is no number": header("p", kind=b"x", data=b"13 size=ab.c\n") + header("b.txt", data=b"b"),
+    "pax sparse map": header("p", kind=b"x", data=b"23 GNU.sparse.map=a,b,c\n") + header("b.txt", data=b"b"),
+    "pax sparse 1.0": header("p", kind=b"x", data=b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n")
+    + header("b.txt", data=b"zz\n"),
+    "chain of pax headers": header("p", kind=b"x", data=b"6 a=b\n") * 2000,
+    "chain of long names": header("././@LongLink", kind=b"L", data=b"name\0") * 2000,
+    "global pax headers": header("p", kind=b"g", data=b"6 a=b\n") * 2000,
+}
+
+
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz", "s.tar.zst"])
+@pytest.mark.parametrize("bomb", TAR_BOMBS)
+def test_tar_headers_that_are_hostile_end_the_archive(bomb, name, tmp_path):
+    start = header("0.txt", data=b"zero") + header("a.txt", data=b"a")
+    pack = {"s.tar": bytes, "s.tar.gz": gzip.compress, "s.tar.zst": zstandard.compress}[name]
+    path = written(tmp_path / name, pack(start + TAR_BOMBS[bomb] + b"\0" * 2048))
+    *records, last = read(path)
+    assert records[0] == (f"{name}/0", {"__key__": "0", "txt": "zero"})
+    if last != (name, "corrupt file"):
+        assert bomb in ("pax size that is no number", "pax sparse map", "global pax headers")
+        assert all(isinstance(record, dict) or record in ("not a file", "not UTF-8") for _, record in (*records, last))
 
 
 @pytest.mark.parametrize("name", ["s.tar", "s.tar.gz", "s.tar.zst"])
@@ -699,6 +744,29 @@ def test_a_file_that_breaks_off_after_the_limit_is_not_read_so_far(tmp_path):
         f"{path} breaks off: not JSON: Expecting value at byte 31; 2 records were read before, 8.8 % of the file "
         "was not read, from byte 31 of 34 on"
     )
+
+
+def test_names_that_are_not_utf8_are_counted_and_can_be_written(tmp_path):
+    """A file's name, a member's and a key's: as escapes, in places and details alike."""
+    folder = tmp_path / "caf\udce9"
+    written(folder / "d\udce9.jsonl", '{"text": "good"}\n{"\\ud800": 1}\n["\\udfff"]\n')
+    written(folder / "s\udce9.tar", shard([("k\udce9.text", b"text"), ("\udce9", b"")], format=tarfile.GNU_FORMAT))
+    written(folder / "z\udce9.json", '[{"text": "last"}, tru')
+    source = Source("text", (folder,), on_broken="keep")
+    account, root, kept = Account(source.name), ImageRoot(source), []
+    for place, record in taken(source, account):
+        try:
+            to_dialogue(place, record, root)
+            kept.append(place)
+        except RecordError as error:
+            account.reject(place, error)
+    account.kept = len(kept)
+    assert kept == ["d\\udce9.jsonl:1", "s\\udce9.tar/k\\udce9", "z\\udce9.json#0"]
+    assert account.rejected == {"missing field": 1, "not an object": 1, "not a sample": 1}
+    assert "got keys ['\\\\ud800']" in account.first_rejected["missing field"]
+    assert account.first_rejected["not a sample"].startswith("s\\udce9.tar/\\udce9: ")
+    assert account.broken[0].startswith(f"{tmp_path}/caf\\udce9/z\\udce9.json breaks off: ")
+    assert json.dumps(account.to_json(), ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a folder", "a device"])

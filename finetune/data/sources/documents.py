@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dialogue import Dialogue, Part, RecordError, Turn, is_blank
+from finetune.data.sources import streams
 from finetune.data.sources.fields import checked, first_item, has, optional, required, required_list
 from finetune.data.sources.files import files_of, read_records, refuse_columns
 from finetune.data.sources.names import CAPTIONS, IMAGES, SUFFIX_NAMES, first_name, name_of
@@ -83,10 +84,13 @@ def read_texts(source: Source) -> Iterator[Record]:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises RecordError: not UTF-8, or no file."""
+    """A file's text. Raises RecordError: not UTF-8, larger than a record may be, or no file."""
     try:
         with open_regular(path) as file:
-            return io.TextIOWrapper(file, encoding="utf-8-sig").read()
+            text = io.TextIOWrapper(file, encoding="utf-8-sig").read(streams.MAX_RECORD_BYTES + 1)
+            if len(text) > streams.MAX_RECORD_BYTES:
+                raise RecordError("record too large", f"{path.name}: {path.stat().st_size:,} bytes")
+            return text
     except UnicodeDecodeError as error:
         raise RecordError("text is not Unicode", f"{path.name}: {error}") from error
     except OSError as error:

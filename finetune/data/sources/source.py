@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.data.dialogue import Dialogue, RecordError
+from finetune.data.dialogue import Dialogue, RecordError, as_unicode
 
 Record = tuple[str, dict[str, Any] | RecordError]
 """(place, what stood there): a place is "file:line" or the like; what is no record is an error to be counted."""
@@ -62,7 +62,7 @@ class Source:
     @property
     def name(self) -> str:
         where = ", ".join(map(str, self.paths)) or self.hub or self.format
-        return f"{where}{f'/{self.subset}' if self.subset else ''}[{self.split}]"
+        return as_unicode(f"{where}{f'/{self.subset}' if self.subset else ''}[{self.split}]")
 
 
 @dataclass(frozen=True)
