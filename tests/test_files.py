@@ -763,7 +763,7 @@ def test_names_that_are_not_utf8_are_counted_and_can_be_written(tmp_path):
     account.kept = len(kept)
     assert kept == ["d\\udce9.jsonl:1", "s\\udce9.tar/k\\udce9", "z\\udce9.json#0"]
     assert account.rejected == {"missing field": 1, "not an object": 1, "not a sample": 1}
-    assert "got keys ['\\\\ud800']" in account.first_rejected["missing field"]
+    assert r"got keys ['\ud800']" in account.first_rejected["missing field"]
     assert account.first_rejected["not a sample"].startswith("s\\udce9.tar/\\udce9: ")
     assert account.broken[0].startswith(f"{tmp_path}/caf\\udce9/z\\udce9.json breaks off: ")
     assert json.dumps(account.to_json(), ensure_ascii=False).encode()
