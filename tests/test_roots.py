@@ -299,7 +299,12 @@ def test_links_name_their_target_and_the_line_that_allows_them(folder, tmp_path)
     beside = ImageRoot(Source("auto", (folder / "d.jsonl",)))  # no image_root: the data's own folder
     assert why("train2017/a.png", beside).endswith(allows)
 
+    (folder / "as_text").write_text("../elsewhere")  # what git makes of a link where the disk has none
+    link = f"{folder}/as_text is a link to {elsewhere}, outside of {folder}"
+    assert why("as_text/a.png") == f"as_text/a.png: {link}; {allows}"
+
     both = root_of(folder, elsewhere)
+    assert both.image("as_text/a.png") == Image(elsewhere / "a.png")
     assert both.image("train2017/a.png") == both.image("deep/one.png") == Image(elsewhere / "a.png")
     assert refusal(both.image, "../secret.png") == "image outside the image root"
 

@@ -55,7 +55,7 @@ class Folder(Store):
     def place(self, name: str) -> Path:
         """Where a file is, or would be. Raises RecordError: outside of the folder."""
         try:
-            path = (self.path / name).resolve()
+            path = _resolved(self.path / name)
         except (UnicodeEncodeError, RuntimeError, OSError) as error:  # a lone surrogate; a loop of links
             raise RecordError("not an image reference", f"{name!r:.200}: {error}") from error
         if not self._holds(path):
@@ -69,14 +69,27 @@ class Folder(Store):
         """Which link leads out, if one does; and the line that allows it, if an image is there."""
         where, folder = f"{name:.200} is not under {self.path}", path.parent
         steps = [self.path.joinpath(*Path(name).parts[:count]) for count in range(1, len(Path(name).parts) + 1)]
-        link = next((step for step in steps if step.is_symlink() and not self._holds(step.resolve())), None)
-        if link and ".." not in Path(name).parts:
-            target = link.resolve()
+        targets = ((step, _resolved(step / "image").parent) for step in steps if ".." not in step.parts)
+        link, target = next((each for each in targets if not self._holds(each[1])), (None, path))
+        if link and link != target:
             folder = target if target.is_dir() else target.parent
             where = f"{name:.200}: {link} is a link to {target}, outside of {self.path}"
         if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
             return where
         return f"{where}; `image_root: [{self.path}, {folder}]` allows it"
+
+
+def _resolved(path: Path) -> Path:
+    """A path without links, also without one that is a file with its target in it, as git writes it on some disks."""
+    path = path.resolve()
+    file = path if path.exists() else next(outer for outer in path.parents if outer.exists())
+    if file == path or not file.is_file() or file.stat().st_size > 1000:
+        return path
+    try:
+        target = (file.parent / file.read_text(encoding="utf-8")).resolve()
+        return target / path.relative_to(file) if target.is_dir() else path
+    except ValueError:  # no text, or none that names a file
+        return path
 
 
 class Json(Store):
