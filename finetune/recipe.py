@@ -91,7 +91,7 @@ CAPTIONS = ("pairs", "image_folder", "class_folders", "easy_vqa_captions")
 
 
 class Source(Section):
-    """Where records come from; paths are relative to the recipe's folder."""
+    """Where records come from; paths are relative to the recipe's folder, given as key=value to where you are."""
 
     format: Format = "auto"
     path: Places = ()

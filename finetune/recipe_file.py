@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.recipe import Recipe, Source
+from finetune.recipe import Recipe
+from finetune.recipe_paths import anchored
 from finetune.recipe_yaml import DEEPEST, MOST_BYTES, parse_yaml
 from modeling.errors import UserError
 from modeling.files import open_regular
@@ -21,7 +22,10 @@ MOST_PROBLEMS = 20
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe; `overrides` are "section.key=value" with YAML values. Raises UserError with every error found."""
-    document = _read_yaml(path)
+    try:
+        document = anchored(_read_yaml(path), (), path.resolve().parent)
+    except OSError as error:
+        raise UserError(f"{path}: {error.filename!r:.200}: {error.strerror}") from error
     problems = [problem for override in overrides or [] if (problem := _apply(document, override))]
     document.setdefault("output", f"runs/{path.stem}")
     try:
@@ -33,10 +37,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         listed = [f"  {problem}" for problem in problems[:MOST_PROBLEMS]]
         more = [f"  and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
         raise UserError("\n".join([f"{path}: {count}", *listed, *more]))
-    try:
-        return _anchor(recipe, path.resolve().parent)
-    except OSError as error:
-        raise UserError(f"{path}: {error.filename!r:.200}: {error.strerror}") from error
+    return recipe
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -65,9 +66,11 @@ def _apply(document: dict[str, Any], override: str) -> str | None:
     if not equals or not keys:
         return f"{override!r:.200}: expected key=value, such as training.steps=10"
     try:
-        value = parse_yaml(text)
+        value = anchored(parse_yaml(text), tuple(keys.split(".")), Path.cwd())
     except UserError as error:
         return f"{override!r:.200}: the value is {error}"
+    except OSError as error:
+        return f"{override!r:.200}: {error.strerror}"
     *parents, last = keys.split(".")
     place: Any = document
     try:
@@ -127,34 +130,3 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, Annotated):
         return next((found for inner in typing.get_args(annotation) if (found := _section_in(inner))), None)
     return None
-
-
-def _anchor(recipe: Recipe, folder: Path) -> Recipe:
-    """Make paths (data, and a base or adapter that is a folder) absolute: relative ones mean the recipe's folder."""
-
-    def anchored(path: str) -> str:
-        return str((folder / path).resolve())
-
-    def source(found: Source) -> Source:
-        places: dict[str, Any] = {
-            name: tuple(anchored(path) for path in getattr(found, name)) for name in ("path", "image_root")
-        }
-        if found.hub and (folder / found.hub).is_dir():
-            places["hub"] = anchored(found.hub)
-        return found.model_copy(update=places)
-
-    model = recipe.model
-    if model.continue_from:
-        model = model.model_copy(update={"continue_from": anchored(model.continue_from)})
-    if model.base and (folder / model.base).is_dir():
-        model = model.model_copy(update={"base": anchored(model.base)})
-    data = recipe.data.model_copy(
-        update={
-            "sources": [source(found) for found in recipe.data.sources],
-            "eval_sources": [source(found) for found in recipe.data.eval_sources],
-        }
-    )
-    evaluation = recipe.evaluation and recipe.evaluation.model_copy(
-        update={"documents": [source(found) for found in recipe.evaluation.documents]}
-    )
-    return recipe.model_copy(update={"model": model, "data": data, "evaluation": evaluation})

@@ -408,7 +408,9 @@ def test_a_file_that_is_too_large_for_a_recipe(tmp_path):
 
 
 def test_a_path_that_no_folder_can_have_is_named(tmp_path):
-    (line,) = problems(written(tmp_path), "model.base=" + "x" * 300)
+    (_, line) = problems(written(tmp_path), "model.base=" + "x" * 300)
+    assert line.endswith(": File name too long")
+    (line,) = problems(written(tmp_path, MINIMAL.replace("HuggingFaceM4/idefics-9b", "x" * 300)))
     assert line.endswith(": File name too long")
 
 
