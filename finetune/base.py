@@ -14,10 +14,11 @@ from finetune.device import device
 from finetune.progress import track
 from finetune.stages import adapter_identity, digest
 from modeling import loading, tiny
-from modeling.checkpoint import identity, read_checkpoint
+from modeling.checkpoint import identity, read_checkpoint, require_shapes
+from modeling.deltas import Adapter
 from modeling.errors import UserError
 from modeling.quantize import quantized_checkpoint
-from modeling.shapes import SHAPES, Config
+from modeling.shapes import SHAPES, Config, is_folder, read_config, tensor_shapes
 
 QUANTIZED = "quantized"
 """Folder of quantised weights, beside that of prepared sets."""
@@ -44,6 +45,20 @@ def content_of(base: Path, continue_from: str | None = None) -> str | None:
         return digest([weights, before, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in others}])
     except (UserError, OSError):
         return None
+
+
+def require_whole(base: str, *, revision: str | None, continue_from: str | None) -> None:
+    """Base and adapter are whole and fit each other, as far as headers say: before hours of work, not after.
+
+    Of a hub id, whose files may not be here yet, the config alone. Raises UserError.
+    """
+    config = read_config(base, revision=revision)
+    if is_folder(base):
+        require_shapes(Path(base), read_checkpoint(Path(base)), tensor_shapes(config))
+    if continue_from:
+        adapter = Adapter.read(Path(continue_from))
+        added = adapter.added_tokens or config["additional_vocab_size"]
+        adapter.require_fit(tensor_shapes({**config, "additional_vocab_size": added}))
 
 
 def load_model(

@@ -28,7 +28,7 @@ from transformers import set_seed
 from finetune import ranks
 from finetune.arguments import Plan, rows_per_process
 from finetune.auto_fit import fitted
-from finetune.base import content_of, local_base
+from finetune.base import content_of, local_base, require_whole
 from finetune.callbacks import ProgressBar, tokens_trained
 from finetune.checkpoints import last_checkpoint
 from finetune.data.collate import RowCollator, Rows
@@ -75,7 +75,7 @@ class Run:
     def __init__(self, recipe: Recipe):
         """Raises UserError: no base, another command at work in the folder, or something else that is trained there."""
         if recipe.model.base:
-            read_config(recipe.model.base, revision=recipe.model.revision)  # a wrong base leaves no folder behind
+            _require_base(recipe)  # a wrong one leaves no folder behind
         self.folder = Path(recipe.output)
         with _working_in(self.folder):
             self.recipe = recipe = fitted(recipe)
@@ -151,6 +151,14 @@ class Run:
             said = why if began else f"{self.folder}: nothing is trained here yet"
             raise UserError(f"{said}; first: finetune train RECIPE")
         return self.folder / "adapter"
+
+
+def _require_base(recipe: Recipe) -> None:
+    """The base is an IDEFICS; before training, it is whole, and so is the adapter to continue from. Raises UserError."""
+    model, trained = recipe.model, Path(recipe.output) / FILES["train"]
+    read_config(str(model.base), revision=model.revision)
+    if not trained.exists():
+        require_whole(str(model.base), revision=model.revision, continue_from=model.continue_from)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ tensor's dtype, shape and place, then the tensors' bytes.
 import hashlib
 import json
 import math
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ import torch
 
 from modeling.cores import available_cores
 from modeling.errors import UserError
-from modeling.files import read_json
+from modeling.files import partial_of, put_in_place, read_json, write_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -321,7 +320,7 @@ def write_index(folder: Path, shards: Mapping[str, list[str]], tensors: Mapping[
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(one.nbytes for one in tensors.values())}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
@@ -334,7 +333,7 @@ def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
         size += planned.nbytes
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = partial_of(path)
     with partial.open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
         start = file.tell()
@@ -349,9 +348,7 @@ def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
 
     for _ in in_threads(write, _blocks(tensors, start)):
         pass
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-    partial.replace(path)
+    put_in_place(partial, path)
 
 
 def _blocks(tensors: Mapping[str, Planned], place: int) -> Iterator[tuple[Planned, int, int, int]]:

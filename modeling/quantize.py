@@ -28,6 +28,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from modeling.checkpoint import Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
+from modeling.errors import UserError
+from modeling.files import partial_of, put_in_place, write_json
 from modeling.shapes import Config, read_config, tensor_shapes
 from modeling.towers import NOT_QUANTIZED, QUANTIZED_TOWERS, lora_pattern
 
@@ -139,9 +141,20 @@ def quantized_checkpoint(
     made = cache / f"{name}-{_identity(folder, stored)}"
     made.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_name(f".{made.name}.lock")):
+        _drop_damaged(made)
         if not (made / "config.json").is_file():
             _write(made, stored, config, track)
     return made
+
+
+def _drop_damaged(made: Path) -> None:
+    """Files that a disk has cut short are made again; a folder without its config.json is not whole."""
+    for path in made.glob("*.safetensors"):
+        try:
+            read_header(path)
+        except UserError:
+            (made / "config.json").unlink(missing_ok=True)
+            path.unlink()
 
 
 def _identity(folder: Path, stored: dict[str, Stored]) -> str:
@@ -162,8 +175,8 @@ def _write(made: Path, stored: dict[str, Stored], config: Config, track: Track) 
             tensors: dict[str, torch.Tensor] = {}
             for member in members:
                 tensors |= _tensors(member, stored[member], quantized=member in quantized)
-            save_file(tensors, made / f"{file}.partial", metadata={"format": "pt"})
-            (made / f"{file}.partial").replace(made / file)
+            save_file(tensors, partial_of(made / file), metadata={"format": "pt"})
+            put_in_place(partial_of(made / file), made / file)
     written = {file: read_header(made / file) for file in shards}
     contents = {name: one for part in written.values() for name, one in part.items()}
     write_index(made, {file: list(part) for file, part in written.items()}, contents)
@@ -174,8 +187,7 @@ def _write(made: Path, stored: dict[str, Stored], config: Config, track: Track) 
         llm_int8_skip_modules=[*NOT_QUANTIZED, *sorted(name.removesuffix(".weight") for name in uneven)],
     )
     content = {"model_type": "idefics", **config, "quantization_config": method.to_dict()}
-    (made / "config.json.partial").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (made / "config.json.partial").replace(made / "config.json")
+    write_json(made / "config.json", content)
 
 
 def _tensors(name: str, stored: Stored, *, quantized: bool) -> dict[str, torch.Tensor]:

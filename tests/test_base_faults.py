@@ -6,9 +6,10 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from merging import spoil
+from merging import adapter_for, spoil
 from safetensors.torch import load_file, save_file
 
+from finetune.base import require_whole
 from finetune.merge import merge
 from modeling import loading
 from modeling.checkpoint import read_checkpoint
@@ -280,3 +281,20 @@ def test_a_damaged_base_is_told_before_a_merge_writes_anything(base, tmp_path):
     with pytest.raises(UserError, match="tokenizer and model disagree on the ids of"):
         merge(tmp_path / "adapter", str(base), tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_run_s_base_and_adapter_are_looked_at_before_the_work(base, tmp_path):
+    adapter_for(base, tmp_path / "adapter", {"decoder": "lora", "added_tokens": "full"})
+    options = {"revision": None, "continue_from": str(tmp_path / "adapter")}
+    require_whole(str(base), **options)
+    require_whole("HuggingFaceM4/idefics-9b", revision=None, continue_from=None)
+    with pytest.raises(UserError, match="the adapter was made for another base"):
+        require_whole("HuggingFaceM4/idefics-9b", **options)
+    spoil(
+        tmp_path / "adapter" / "adapter_model.safetensors", lambda t: [t.pop(name) for name in list(t) if "q_" in name]
+    )
+    with pytest.raises(UserError, match="not whole: target_modules names 56 matrices"):
+        require_whole(str(base), **options)
+    spoil(base / "model.safetensors", lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(UserError, match="lacks 1 tensors of its own config"):
+        require_whole(str(base), revision=None, continue_from=None)

@@ -243,6 +243,9 @@ def test_it_is_made_once_and_goes_on_where_it_was_interrupted(bf16_folder, tmp_p
     assert all(file.read_bytes() == content for file, (content, _) in before.items())
     assert [file for file, (_, then) in before.items() if file.stat().st_mtime_ns != then] == [files[1]]
     assert not list(made.glob("*.partial"))
+    files[2].write_bytes(before[files[2]][0][:-9])
+    assert quantized_checkpoint(bf16_folder, tmp_path, name="base") == made
+    assert all(file.read_bytes() == content for file, (content, _) in before.items())
 
 
 def test_a_base_that_changed_is_another_base(bf16_folder, tmp_path):
