@@ -100,6 +100,12 @@ def merge(
     changes.require_fit(shapes)
     if base_identity and base_identity != made_of["base"]:
         raise UserError(f"{adapter}: was trained on other weights than those of {base}: same shapes, other content")
+    weights = _weights(stored, base_config, changes, onto)
+    planned = {
+        name: _planned(name, shapes[name], changes, dtype or stored[name].dtype, weights, config) for name in weights
+    }
+    processor = load_processor(base, revision=revision, instruct=instruct)
+    require_agreement(config, processor, where=base)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -107,13 +113,6 @@ def merge(
     with locked(out.with_name(f".{out.name}.lock"), what=f"{out}", instead="--out FOLDER"):
         if record := _done(out, made_of, may_replace) or _complete(out, made_of):
             return record
-        weights = _weights(stored, base_config, changes, onto)
-        planned = {
-            name: _planned(name, shapes[name], changes, dtype or stored[name].dtype, weights, config)
-            for name in weights
-        }
-        processor = load_processor(base, revision=revision, instruct=instruct)
-        require_agreement(config, processor, where=base)
         partial = _write_weights(out, made_of, planned, plan_shards(planned, shard_bytes), track)
         _write_rest(partial, config, processor, card)
         merged = read_checkpoint(partial)

@@ -30,7 +30,7 @@ from finetune.arguments import Plan, rows_per_process
 from finetune.auto_fit import fitted
 from finetune.base import content_of, local_base, require_whole
 from finetune.callbacks import ProgressBar, tokens_trained
-from finetune.checkpoints import last_checkpoint
+from finetune.checkpoints import last_checkpoint, what_has_changed_inside
 from finetune.data.collate import RowCollator, Rows
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import describe, open_image
@@ -154,7 +154,7 @@ class Run:
 
 
 def _require_base(recipe: Recipe) -> None:
-    """The base is an IDEFICS; before training, it is whole, and so is the adapter to continue from. Raises UserError."""
+    """The base is an IDEFICS; before training, it is whole, as is the adapter to continue from. Raises UserError."""
     model, trained = recipe.model, Path(recipe.output) / FILES["train"]
     read_config(str(model.base), revision=model.revision)
     if not trained.exists():
@@ -249,6 +249,11 @@ def _checkpoint_to_go_on_from(folder: Path) -> Path | None:
         raise UserError(
             f"{folder}: {why_not_done(folder, 'train', '')}, an adapter is there, and no checkpoint to go on from\n"
             f"  put the file back; or delete {folder / 'adapter'} to train anew"
+        )
+    if checkpoint and (changed := what_has_changed_inside(checkpoint)):
+        raise UserError(
+            f"{checkpoint / changed}: is not what was written: its hash is another (a flipped byte on the disk?)\n"
+            f"  delete {checkpoint}, and the same command goes on from the checkpoint before"
         )
     return checkpoint
 

@@ -1,6 +1,7 @@
 """Killed, told to stop, out of disk: the run goes on, and ends as if nothing had happened."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -19,9 +20,9 @@ from test_run import metrics
 from test_train import trained
 
 from finetune import checkpoints, signals
-from finetune.checkpoints import SEAL, is_whole, last_checkpoint, seal, step_of, sweep
+from finetune.checkpoints import SEAL, is_whole, last_checkpoint, seal, step_of, sweep, what_has_changed_inside
 from finetune.recipe_file import load_recipe
-from finetune.run import Run
+from finetune.run import Run, _checkpoint_to_go_on_from
 from modeling.errors import Interrupted, UserError
 
 STEPS = 6
@@ -264,3 +265,32 @@ def test_what_is_not_as_it_was_sealed_is_no_checkpoint(tmp_path_factory, name, c
     assert last_checkpoint(folder) == older
     sweep(folder)
     assert [one.name for one in folder.iterdir()] == ["checkpoint-9"]
+
+
+@pytest.mark.parametrize(("size", "seen_by"), [(300, "every listing"), (2**20 + 5, "going on")])
+def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path, size, seen_by):
+    older, newer = (make_checkpoint(tmp_path, step, {"optimizer.pt": size, "rng_state.pth": 9}) for step in (9, 10))
+    for checkpoint in (older, newer):
+        seal(checkpoint)
+    assert what_has_changed_inside(newer) is None
+    content = bytearray((newer / "optimizer.pt").read_bytes())
+    content[size // 2] ^= 4
+    (newer / "optimizer.pt").write_bytes(content)
+    assert last_checkpoint(tmp_path) == (older if seen_by == "every listing" else newer)
+    assert what_has_changed_inside(newer) == "optimizer.pt"
+    assert what_has_changed_inside(older) is None
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_whose_bytes_have_changed(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3, {"optimizer.pt": 2**20 + 5})
+    seal(checkpoint)
+    (checkpoint / "optimizer.pt").write_bytes(bytes(2**20 + 5))
+    with pytest.raises(UserError, match=r"optimizer\.pt: is not what was written: .*\n  delete .*checkpoint-3, and"):
+        _checkpoint_to_go_on_from(tmp_path)
+
+
+def test_a_seal_of_sizes_alone_still_counts(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3, FILES)
+    (checkpoint / SEAL).write_text(json.dumps(FILES))
+    assert last_checkpoint(tmp_path) == checkpoint
+    assert what_has_changed_inside(checkpoint) is None

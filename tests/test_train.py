@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 
 import pytest
@@ -189,3 +190,25 @@ def test_checkpoints_hold_no_pickled_arguments_and_only_complete_ones_count(base
     newest = last_checkpoint(tmp_path)
     (newest / "trainer_state.json").unlink()
     assert last_checkpoint(tmp_path) != newest
+
+
+class Opened:
+    """A pickle that makes a file where it is run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_s_pickles_are_opened_without_running_them(base_folder, make_rows, tmp_path):
+    run(base_folder, tmp_path / "run", make_rows(epochs=2), checkpoint_every=1)
+    checkpoint = last_checkpoint(tmp_path / "run")
+    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        content = (checkpoint / file).read_bytes()
+        torch.save(Opened(tmp_path / "made"), checkpoint / file)
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            run(base_folder, tmp_path / "run", make_rows(epochs=3), checkpoint_every=1, resume_from=checkpoint)
+        (checkpoint / file).write_bytes(content)
+    assert not (tmp_path / "made").exists()
