@@ -8,13 +8,13 @@ from typing import Any
 
 from finetune.data.tracking import Track, silently
 from modeling.adapter_files import ADAPTER_FILES
-from modeling.checkpoint import Rows, Stored, read_checkpoint
+from modeling.checkpoint import Rows, Stored, read_checkpoint, require_shapes
 from modeling.deltas import Adapter, Onto, weights_of
 from modeling.errors import UserError
 from modeling.files import digests, read_json
 from modeling.loading import open_base
 from modeling.proof import changed_blocks, compare_block, compare_tensor
-from modeling.shapes import Config, read_config
+from modeling.shapes import Config, read_config, tensor_shapes
 from modeling.towers import is_computed
 
 PROVENANCE = "provenance.json"
@@ -59,7 +59,11 @@ def verify(merged: Path, *, track: Track = silently) -> dict[str, Any]:
         raise UserError(f"{folder}: is not the base that {merged} was made of")
     stored = {name: one for name, one in read_checkpoint(folder).items() if not is_computed(name)}
     weights, tensors = weights_of(stored, base_config, made.onto), read_checkpoint(merged)
-    comparison = compare(read_config(str(merged)), weights, tensors, Adapter.read(adapter), track=track)
+    config, changes = read_config(str(merged)), Adapter.read(adapter)
+    for place, found, expected in ((folder, stored, base_config), (merged, tensors, config)):
+        require_shapes(place, found, tensor_shapes(expected))
+    changes.require_fit(tensor_shapes(config))
+    comparison = compare(config, weights, tensors, changes, track=track)
     require_rounding(comparison, tensors)
     return asdict(comparison)
 

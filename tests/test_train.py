@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 
 from finetune.arguments import Plan
-from finetune.checkpoints import last_checkpoint
+from finetune.checkpoints import last_checkpoint, seal
 from finetune.data.images import Augmentation
 from finetune.data.schedule import Row
 from finetune.train import IdeficsTrainer, parameter_groups, train
@@ -208,6 +208,7 @@ def test_a_checkpoint_s_pickles_are_opened_without_running_them(base_folder, mak
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         content = (checkpoint / file).read_bytes()
         torch.save(Opened(tmp_path / "made"), checkpoint / file)
+        seal(checkpoint)
         with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
             run(base_folder, tmp_path / "run", make_rows(epochs=3), checkpoint_every=1, resume_from=checkpoint)
         (checkpoint / file).write_bytes(content)

@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
-from merging import CHANGES, adapter_for
+import torch
+from merging import CHANGES, adapter_for, spoil
 
 from finetune.merge import merge
 from finetune.verify import verify
 from modeling.errors import UserError
+from modeling.files import digests
 
 
 @pytest.fixture
@@ -165,3 +167,17 @@ def test_a_merge_done_before_that_is_not_whole_any_more_is_completed(made, tmp_p
     merge(adapter, str(base), merged)
     assert (merged / "tokenizer.json").read_bytes() == (made / "tokenizer.json").read_bytes()
     verify(merged)
+
+
+def test_verify_takes_an_adapter_by_the_rule_of_merging(made, tmp_path):
+    """Also where the provenance was written to go with it."""
+    for name in ("adapter", "merged"):
+        shutil.copytree(made.parent / name, tmp_path / name)
+    weights = tmp_path / "adapter" / "trained.safetensors"
+    spoil(weights, lambda t: t.update({"model.gated_cross_attn_layers.0.alpha_dense": torch.zeros(2)}))
+    record = json.loads((tmp_path / "merged" / "provenance.json").read_text())
+    record["sources"]["adapter"] = str(tmp_path / "adapter")
+    record["made_of"]["adapter"] = digests([weights])
+    (tmp_path / "merged" / "provenance.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"made for another base: .*alpha_dense is \(2,\) there and \(1,\) here"):
+        verify(tmp_path / "merged")
