@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.data.sources.source import Record, Source
 from finetune.data.sources.streams import BrokenFileError, until_broken
-from finetune.data.sources.tables import BATCH_ROWS, Checked, checked, number_rows
+from finetune.data.sources.tables import BATCH_ROWS, Checked, check_schema, checked, number_rows
 from modeling.errors import UserError
 
 SAVED = ("state.json", "dataset_dict.json")
@@ -32,7 +32,9 @@ def _batches(source: Source) -> Iterator[Checked]:
         tables = datasets.load_dataset(name, source.subset, **options).with_format("arrow").iter(BATCH_ROWS)
     try:
         with _told(source, but=(pyarrow.ArrowException, OSError)):
-            yield from (checked(batch) for table in tables for batch in table.to_batches())
+            for table in tables:
+                check_schema(table.schema)
+                yield from map(checked, table.to_batches())
     except (pyarrow.ArrowException, OSError) as error:
         raise BrokenFileError("corrupt file", str(error).partition("\n")[0]) from error
 

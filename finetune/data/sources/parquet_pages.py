@@ -22,10 +22,12 @@ _DICTIONARY_PAGE = 2
 class Chunk:
     """What a column becomes in one row group."""
 
-    dictionary: int = 0
+    dictionary: int
     """Bytes of its dictionary."""
-    values: int = 0
+    values: int
     """In its data pages."""
+    size: int
+    """Bytes of its data pages."""
 
 
 def check_chunk(content: Any, column: Any, *, nested: bool) -> Chunk:
@@ -33,7 +35,8 @@ def check_chunk(content: Any, column: Any, *, nested: bool) -> Chunk:
 
     Raises BrokenFileError: a page or the chunk would become larger than what is there accounts for.
     """
-    name, position, dictionary, values = column.path_in_schema, _start(column), 0, 0
+    name, position = column.path_in_schema, _start(column)
+    dictionary = values = data = 0
     end = position + column.total_compressed_size
     if not 0 <= position <= end <= len(content):
         raise BrokenFileError("corrupt file", f"column {name}: bytes {position:,} to {end:,}, which are not there")
@@ -49,11 +52,11 @@ def check_chunk(content: Any, column: Any, *, nested: bool) -> Chunk:
         if header[1] == _DICTIONARY_PAGE:
             dictionary = size
         else:
-            values += number
+            values, data = values + number, data + size
         position += packed
     if nested and values > max(MAX_NESTED, 64 * column.total_compressed_size):
         raise BrokenFileError("record too large", f"column {name}: {values:,} values in {end - _start(column):,} bytes")
-    return Chunk(dictionary, values)
+    return Chunk(dictionary, values, data)
 
 
 def _start(column: Any) -> int:

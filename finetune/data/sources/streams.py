@@ -57,7 +57,8 @@ def open_file(path: Path) -> io.BufferedReader:
     if suffix == ".zst":
         import pyarrow
 
-        return _Watched.over(path, raw, cast(BinaryIO, pyarrow.input_stream(raw, compression="zstd")))
+        unpacked = cast(BinaryIO, pyarrow.input_stream(raw, compression="zstd"))
+        return _Watched.over(path, raw, unpacked, at_once=2**13)  # what is lost where the file breaks off
     return _Watched.over(path, raw, raw)
 
 
@@ -72,12 +73,12 @@ def open_raw(path: Path) -> BinaryIO:
 class _Watched(io.RawIOBase):
     """What a file holds, unpacked; an error in reading it becomes BrokenFileError, with the place where it was met."""
 
-    def __init__(self, path: Path, raw: BinaryIO, unpacked: BinaryIO):
-        self._raw, self._unpacked, self._size = raw, unpacked, path.stat().st_size
+    def __init__(self, path: Path, raw: BinaryIO, unpacked: BinaryIO, at_once: int):
+        self._raw, self._unpacked, self._at_once, self._size = raw, unpacked, at_once, path.stat().st_size
 
     @classmethod
-    def over(cls, path: Path, raw: BinaryIO, unpacked: BinaryIO) -> io.BufferedReader:
-        return io.BufferedReader(cls(path, raw, unpacked), 2**13)  # little is lost where a file breaks off
+    def over(cls, path: Path, raw: BinaryIO, unpacked: BinaryIO, at_once: int = 2**20) -> io.BufferedReader:
+        return io.BufferedReader(cls(path, raw, unpacked, at_once), 2**16)
 
     def readable(self) -> bool:
         return True
@@ -87,7 +88,7 @@ class _Watched(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         try:
-            piece = self._unpacked.read1(len(buffer))  # type: ignore[attr-defined]
+            piece = self._unpacked.read1(min(len(buffer), self._at_once))  # type: ignore[attr-defined]
         except (OSError, EOFError, ValueError, zlib.error) as error:
             lost = lost_after(min(self._raw.tell(), self._size), self._size)
             raise BrokenFileError("corrupt file", str(error) or type(error).__name__, lost) from error
@@ -123,7 +124,10 @@ def read_lines(file: io.BufferedReader) -> Iterator[bytes | RecordError]:
     """Lines, ended by any of \\n, \\r\\n and \\r; a RecordError stands for one of over `MAX_RECORD_BYTES`."""
     while line := file.readline(MAX_RECORD_BYTES + 1):
         if len(line) <= MAX_RECORD_BYTES or line.endswith(b"\n"):
-            yield from _PIECES.findall(line) if b"\r" in line[:-2] else [line]
+            if line.find(b"\r", 0, -2) < 0:
+                yield line
+            else:
+                yield from _PIECES.findall(line)
             continue
         size = 0
         while line:

@@ -3,6 +3,7 @@
 Arrow trusts a file's offsets, and would read outside of it: every batch is validated in full before a value is touched.
 """
 
+import math
 import mmap
 import os
 import re
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 BATCH_ROWS = 16
-"""Rows of a Parquet file read at once: each may hold images of some megabytes."""
+"""Rows read at once, at least: each may hold images of some megabytes."""
+
+BATCH_BYTES = 2**22
+"""About so many bytes are read at once, where rows are small, and are made Python values at once."""
 
 _NOTHING = "nothing of the file was read"
 
@@ -49,6 +53,7 @@ def _parquet_batches(path: Path) -> Iterator[Checked]:
     done = total = 0
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content))
+        check_schema(file.schema_arrow)
         total = file.metadata.num_rows
         if total > streams.MAX_VALUES + 1000 * len(content):
             raise BrokenFileError("corrupt file", f"{total:,} rows in {len(content):,} bytes")
@@ -78,16 +83,21 @@ def _group_batches(
     """The batches of a row group. Texts that a dictionary would multiply stay in their dictionary."""
     import pyarrow.parquet
 
-    metadata, compact = file.metadata.row_group(group), []
-    for number in range(metadata.num_columns):
-        column, nested = metadata.column(number), file.schema.column(number).max_repetition_level > 0
-        chunk = check_chunk(content, column, nested=nested)
-        most = chunk.dictionary * (chunk.values if nested else BATCH_ROWS)
-        if most > streams.MAX_RECORD_BYTES and column.physical_type == "BYTE_ARRAY":
-            compact.append(column.path_in_schema)
+    metadata = file.metadata.row_group(group)
+    columns = [metadata.column(number) for number in range(metadata.num_columns)]
+    nested = [file.schema.column(number).max_repetition_level > 0 for number in range(len(columns))]
+    chunks = [check_chunk(content, column, nested=inner) for column, inner in zip(columns, nested, strict=True)]
+    size = sum(chunk.size for chunk in chunks) // max(metadata.num_rows, 1) + max(chunk.dictionary for chunk in chunks)
+    rows = min(1024, max(BATCH_ROWS, BATCH_BYTES // max(size, 1)))
+    compact = [
+        column.path_in_schema
+        for column, inner, chunk in zip(columns, nested, chunks, strict=True)
+        if column.physical_type == "BYTE_ARRAY"
+        and chunk.dictionary * (chunk.values if inner else rows) > streams.MAX_RECORD_BYTES
+    ]
     if compact:
         file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content), read_dictionary=compact)
-    yield from file.iter_batches(BATCH_ROWS, row_groups=[group], use_threads=False)
+    yield from file.iter_batches(rows, row_groups=[group], use_threads=False)
 
 
 def read_arrow(path: Path) -> Iterator[Record]:
@@ -104,6 +114,7 @@ def _arrow_batches(path: Path) -> Iterator[Checked]:
     done = start = 8 if is_file else 0
     try:
         reader = pyarrow.ipc.open_stream(pyarrow.py_buffer(content)[start:])
+        check_schema(reader.schema)
         for place in check_batches(content, start):
             yield checked(reader.read_next_batch())
             done = place
@@ -115,14 +126,18 @@ def _arrow_batches(path: Path) -> Iterator[Checked]:
         raise BrokenFileError("corrupt file", _first_line(error), lost_after(done, len(content))) from error
 
 
-def checked(batch: "pyarrow.RecordBatch") -> Checked:
-    """A batch that is what it says. Raises BrokenFileError."""
-    names = batch.schema.names
+def check_schema(schema: "pyarrow.Schema") -> None:
+    """Raises BrokenFileError: two columns of one name, or a type that cannot be read."""
+    names = schema.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise BrokenFileError("not a table", f"two columns are named {twice:.200}")
-    for field in batch.schema:
+    for field in schema:
         _check_types(field.name, field.type)
+
+
+def checked(batch: "pyarrow.RecordBatch") -> Checked:
+    """A batch that is what it says. Raises BrokenFileError."""
     fault = _fault(batch)
     if fault and not _OF_A_VALUE.search(fault):
         raise BrokenFileError("corrupt file", fault)
@@ -139,19 +154,34 @@ def number_rows(name: str, batches: Iterable[Checked]) -> Iterator[Record]:
     """Rows as Python values, numbered through. A value that Python cannot hold is an error of its row."""
     number = 0
     for one in batches:
-        small = one.sound and _weight(one.batch) <= streams.MAX_RECORD_BYTES
-        for row in range(one.batch.num_rows):
-            yield f"{name}#{number}", _row(one.batch.slice(row, 1), sound=one.sound, small=small)
-            number += 1
+        rows, weight = one.batch.num_rows, _weight(one.batch) if one.sound else math.inf
+        step = rows if weight <= BATCH_BYTES else BATCH_ROWS
+        for part in (one.batch.slice(start, step) for start in range(0, rows, max(step, 1))):
+            for row in _python_rows(part, sound=one.sound):
+                yield f"{name}#{number}", row
+                number += 1
 
 
-def _row(row: "pyarrow.RecordBatch", *, sound: bool, small: bool) -> dict[str, Any] | RecordError:
+def _python_rows(batch: "pyarrow.RecordBatch", *, sound: bool) -> Iterable[dict[str, Any] | RecordError]:
+    if sound and _weight(batch) <= min(2 * BATCH_BYTES, streams.MAX_RECORD_BYTES):
+        found = _as_python(batch)
+        if isinstance(found, list):
+            return found
+    return (_python_row(batch.slice(row, 1), sound=sound) for row in range(batch.num_rows))
+
+
+def _python_row(row: "pyarrow.RecordBatch", *, sound: bool) -> dict[str, Any] | RecordError:
     if not sound and (fault := _fault(row)):
         return RecordError("not a row", fault)
-    if not small and (weight := _weight(row)) > streams.MAX_RECORD_BYTES:
+    if (weight := _weight(row)) > streams.MAX_RECORD_BYTES:
         return RecordError("record too large", f"about {weight:,} bytes")
+    found = _as_python(row)
+    return found if isinstance(found, RecordError) else found[0]
+
+
+def _as_python(batch: "pyarrow.RecordBatch") -> list[dict[str, Any]] | RecordError:
     try:
-        return row.to_pylist()[0]
+        return batch.to_pylist()
     except Exception as error:  # a date beyond the year 9999, a time zone that nobody knows, a type without a form
         return RecordError("not a row", _first_line(error))
 
