@@ -1,5 +1,6 @@
 """The data of a recipe -> a dataset card: markdown with the hub's metadata header."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from huggingface_hub import DatasetCardData
 from finetune.data.sources.source import Source
 from finetune.dataset import Dataset
 from finetune.recipe import Recipe
+from finetune.recipe_yaml import parse_yaml
+from modeling.errors import UserError
 from modeling.files import atomic_write
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -18,11 +21,22 @@ SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_
 
 def write_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> Path:
     """README.md in a folder of the run's name beside the prepared sets, with the recipe; the folder."""
-    folder = Path(recipe.data.prepared) / Path(recipe.output).name
+    output = Path(recipe.output).resolve()
+    folder = Path(recipe.data.prepared) / output.name
+    if _output_of(folder / "recipe.yaml") not in (None, str(output)):  # a run of the same name in another folder
+        folder = folder.with_name(f"{output.name}-{hashlib.sha256(str(output).encode()).hexdigest()[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "recipe.yaml", recipe.to_yaml())
+    atomic_write(folder / "recipe.yaml", recipe.model_copy(update={"output": str(output)}).to_yaml())
     atomic_write(folder / "README.md", dataset_card(recipe, sources, dataset))
     return folder
+
+
+def _output_of(path: Path) -> str | None:
+    """The run folder that a card's recipe names; None where there is no card, or none that can be read."""
+    try:
+        return str(parse_yaml(path.read_bytes())["output"])
+    except (OSError, UserError, TypeError, KeyError):
+        return None
 
 
 def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> str:

@@ -18,6 +18,11 @@ def auto_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def gpu_memory() -> int | None:
+    """Bytes of this process's GPU in all; None without one."""
+    return torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None
+
+
 def free_memory() -> int:
     """Bytes that a model may take: of the GPU, or of main memory."""
     if torch.cuda.is_available():

@@ -22,6 +22,7 @@ from finetune.data.arrow import DamagedError
 from finetune.data.changes import find_changes
 from finetune.progress import say
 from finetune.recipe import Recipe
+from finetune.recipe_yaml import parse_yaml
 from modeling.errors import UserError
 from modeling.files import atomic_write, read_json, write_json
 
@@ -96,8 +97,8 @@ def _trained_recipe(folder: Path, began: Mapping[str, Any] | None) -> Recipe:
     found = began["recipe"] if began else None
     if found is None:
         try:
-            found = yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            found = parse_yaml((folder / RECIPE).read_bytes())
+        except (OSError, UserError):
             found = None
     try:
         return Recipe.model_validate(found)

@@ -126,8 +126,8 @@ class Materials:
         tell_losses(made, self.folder / "data.json")
         return made
 
-    def train_rows(self) -> Rows:
-        """Made anew each time: without what unstable.jsonl says by then."""
+    def train_rows(self, *, cached: bool = True) -> Rows:
+        """Made anew each time: without what unstable.jsonl says by then. Not `cached`, images run live."""
         training, settings = self.dataset.training, self.recipe.training
         common: dict[str, Any] = {
             "augmentation": Augmentation(**self.recipe.data.augment.model_dump()),
@@ -147,11 +147,16 @@ class Materials:
             epochs=settings.epochs,
             steps=settings.steps,
         )
-        return replace(self._rows(training), rows=rows, **common)
+        return replace(self._rows(training, cached=cached), rows=rows, **common)
 
     @cached_property
     def held_rows(self) -> RowCollator:
         return self._held_rows(self.dataset.held)
+
+    def rows_to_ask(self) -> Rows:
+        """Held-out rows, or training rows where nothing is held out. Images run live: few of them are looked at."""
+        held = self.dataset.held
+        return self._held_rows(held, cached=False) if len(held) else self.train_rows(cached=False)
 
     @cached_property
     def documents(self) -> RowCollator | None:
@@ -199,14 +204,14 @@ class Materials:
             **common,
         )
 
-    def _held_rows(self, held: Prepared) -> RowCollator:
+    def _held_rows(self, held: Prepared, *, cached: bool = True) -> RowCollator:
         settings = self.recipe.training
         packs = pack_in_order(
             held.lengths.tolist(), held.image_ids, row_tokens=settings.row_tokens, row_images=settings.row_images
         )
-        return replace(self._rows(held), rows=[Row(0, tuple(pack)) for pack in packs])
+        return replace(self._rows(held, cached=cached), rows=[Row(0, tuple(pack)) for pack in packs])
 
-    def _rows(self, prepared: Prepared) -> RowCollator:
+    def _rows(self, prepared: Prepared, *, cached: bool) -> RowCollator:
         return RowCollator(
             rows=[],
             examples=prepared.examples,
@@ -215,7 +220,7 @@ class Materials:
             origins=prepared.origins,
             preprocessing=self.preprocessing,
             filler=self.processor.tokenizer.bos_token_id,
-            features=self._features(prepared) if self.recipe.caches_features else None,
+            features=self._features(prepared) if cached and self.recipe.caches_features else None,
         )
 
     def _features(self, prepared: Prepared) -> ImageFeatures:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from finetune.progress import say
 from finetune.recipe import Recipe
 from finetune.recipe_paths import anchored
 from finetune.recipe_yaml import DEEPEST, MOST_BYTES, parse_yaml
@@ -27,6 +28,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except OSError as error:
         raise UserError(f"{path}: {error.filename!r:.200}: {error.strerror}") from error
     problems = [problem for override in overrides or [] if (problem := _apply(document, override))]
+    _replace_length(document, {override.partition("=")[0] for override in overrides or []})
     document.setdefault("output", f"runs/{path.stem}")
     try:
         recipe = Recipe.model_validate(document)
@@ -84,6 +86,18 @@ def _apply(document: dict[str, Any], override: str) -> str | None:
     except (ValueError, IndexError, TypeError, AttributeError):
         return f"{override!r:.200}: the recipe has no {keys:.200} to set"
     return None
+
+
+def _replace_length(document: dict[str, Any], overridden: set[str]) -> None:
+    """A recipe has either steps or epochs: the one that is given in the command replaces the other of the file."""
+    training = document.get("training")
+    if not isinstance(training, dict):
+        return
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        both = training.get(given) is not None and training.get(other) is not None
+        if both and f"training.{given}" in overridden and f"training.{other}" not in overridden:
+            say(f"training.{given}={training[given]} replaces training.{other}: {training[other]} of the recipe")
+            training[other] = None
 
 
 def _explain(details: ErrorDetails) -> str:

@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ from finetune.auto_fit import fitted
 from finetune.base import content_of, local_base, require_whole
 from finetune.callbacks import ProgressBar, tokens_trained
 from finetune.checkpoints import last_checkpoint, what_has_changed_inside
-from finetune.data.collate import RowCollator, Rows
+from finetune.data.collate import Rows
 from finetune.data.dialogue import Dialogue, Image
 from finetune.data.images import describe, open_image
 from finetune.dataset import contents
-from finetune.device import device, free_memory
+from finetune.device import device, free_memory, gpu_memory
 from finetune.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
 from finetune.folder import Contents, is_trained, note_base, open_folder, versions
 from finetune.lock import working_in
@@ -88,6 +88,8 @@ class Run:
         """Do these stages, those already done excepted, and return all figures there are. Raises UserError."""
         with _working_in(self.folder):
             self._keep_what_is_trained()
+            if "evaluate" in stages:
+                self._require_room_to_evaluate()
             for stage in stages:
                 if stage != "train":
                     self.require_adapter()
@@ -118,6 +120,19 @@ class Run:
                 f"  train on it in another folder (output=runs/NAME), or delete this one to train anew, or {kept}"
             )
         say(f"{said}: {self.changed}; what was trained is kept as it is")
+
+    def _require_room_to_evaluate(self) -> None:
+        """Known before a divided training begins: what is asked afterwards is whole on each GPU. Raises UserError."""
+        made = self.materials
+        if self.recipe.training.parallel == "ddp" or ranks.count() == 1 or (room := gpu_memory()) is None:
+            return
+        base = local_base(made.base, revision=self.recipe.model.revision)
+        needed = ranks.on_main("weigh the base", lambda: weight_bytes(read_checkpoint(base), made.dtype))
+        if needed > room:
+            raise UserError(
+                f"evaluation: asks a model that each GPU holds whole, {show_size(needed)}, and a GPU has "
+                f"{show_size(room)}; leave `evaluation` out: evaluation=null (training.evaluate_every takes losses)"
+            )
 
     def _why_not_done(self, stage: str) -> str | None:
         return ranks.on_main(f"look at {stage}", lambda: why_not_done(self.folder, stage, self._inputs(stage)))
@@ -307,8 +322,7 @@ def _merge(run: Run) -> dict[str, Any]:
     if run.changed:
         say(f"merge: the model is proved tensor by tensor and block by block, and not asked: {run.changed}")
         return ranks.on_main("merge", lambda: _merge_and_ask(run, adapter, None, ()))
-    training, held = made.dataset.training, made.dataset.held
-    rows, some = (made.held_rows, held) if len(held) else (made.train_rows(), training)
+    rows, some = made.rows_to_ask(), made.dataset.held if len(made.dataset.held) else made.dataset.training
     return ranks.on_main("merge", lambda: _merge_and_ask(run, adapter, rows, some.dialogues[:PROOF_DIALOGUES]))
 
 
@@ -350,8 +364,6 @@ def _ask(run: Run, adapter: Path, out: Path, rows: Rows, dialogues: Sequence[Dia
             f"it is proved tensor by tensor and block by block"
         )
         return {}
-    if isinstance(rows, RowCollator):
-        rows = replace(rows, features=None)  # the merged model looks with its own towers
     questions = draw_questions(dialogues, limit=PROOF_QUESTIONS, seed=run.recipe.training.seed)
     proof = prove(
         base=lambda: made.assistant(made.load(image_towers=True).model),

@@ -1,6 +1,7 @@
 """The dataset card: a header the hub reads, tables that hold whatever a file is called, the recipe."""
 
 import json
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -188,4 +189,19 @@ def test_the_card_lies_beside_the_sets_with_its_recipe(made, tmp_path):
     folder = write_card(recipe, sources, dataset)
     assert folder == tmp_path / "prepared" / "mine"
     assert (folder / "README.md").read_text() == dataset_card(recipe, sources, dataset)
-    assert Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text())) == recipe
+    output = str(Path(recipe.output).resolve())
+    written = Recipe.model_validate(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    assert written == recipe.model_copy(update={"output": output})
+
+
+def test_cards_of_runs_of_one_name_in_two_folders_lie_side_by_side(made, tmp_path):
+    recipe, sources, dataset, _ = made
+    first, second = (recipe.model_copy(update={"output": str(tmp_path / name / "mine")}) for name in "ab")
+    folders = [write_card(one, sources, dataset) for one in (first, second, first, second)]
+    assert folders[:2] == folders[2:]
+    assert folders[0].name == "mine"
+    assert folders[1].name.startswith("mine-")
+    outputs = [yaml.safe_load((folder / "recipe.yaml").read_text())["output"] for folder in folders[:2]]
+    assert outputs == [first.output, second.output]
+    (folders[0] / "recipe.yaml").write_text("{")  # cut: it is written anew
+    assert write_card(first, sources, dataset) == folders[0]

@@ -3,15 +3,21 @@
 import io
 import json
 import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from finetune import run as run_module
+from finetune.callbacks import ProgressBar
 from finetune.cli import app
 from finetune.recipe_file import load_recipe
 from finetune.run import Run, stages_of
+from modeling.errors import UserError
 
 STAGES = ("train", "evaluate", "merge")
 
@@ -245,6 +251,20 @@ def test_files_that_a_user_put_into_merged_stay(copy):
     assert (folder / "merged" / "model.safetensors").is_file()
 
 
+def test_merging_looks_at_the_images_of_the_rows_it_asks_about_and_caches_none(copy, finished):
+    path, folder, overrides = copy
+    shutil.rmtree(folder / "merged")
+    features = path.parent.parent / "features"
+    features.rename(features.with_name("away"))
+    try:
+        assert run(path, *overrides, verb="merge").exit_code == 0
+        assert not features.exists()
+    finally:
+        features.with_name("away").rename(features)
+    merge = json.loads((folder / "merge.json").read_text())
+    assert merge["answers"] == merge["same_answers"] > 0
+
+
 def test_stages_after_one_that_was_done_again_are_done_again(copy):
     """Another adapter, as of a training with another seed."""
     path, folder, overrides = copy
@@ -423,3 +443,36 @@ def test_a_checkpoint_with_a_changed_byte_in_its_state_is_not_gone_on_from(copy)
     assert outcome.exit_code == 0, outcome.output
     assert "going on from" not in outcome.stderr
     assert "trainer_state.json is not as it was when the checkpoint was complete" in " ".join(outcome.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("room", "processes", "parallel"), [(10**6, 2, "fsdp2"), (10**9, 2, "fsdp2"), (10**6, 2, "ddp")]
+)
+def test_an_evaluation_that_no_gpu_can_hold_is_refused_before_the_training(
+    copy, monkeypatch, room, processes, parallel
+):
+    path, _, overrides = copy
+    made = Run(load_recipe(path, overrides))
+    made.recipe = load_recipe(path, [*overrides, f"training.parallel={parallel}"])
+    monkeypatch.setattr(run_module, "gpu_memory", lambda: room)
+    monkeypatch.setattr(run_module.ranks, "count", lambda: 2)
+    monkeypatch.setattr(run_module.ranks, "on_main", lambda step, work: work())
+    monkeypatch.setattr(run_module, "local_base", lambda base, revision: Path(base))
+    refuses = room < 10**9 and parallel == "fsdp2"
+    expected = (
+        pytest.raises(UserError, match=r"a GPU has 1\.0 MiB; leave `evaluation` out") if refuses else nullcontext()
+    )
+    with expected:
+        made._require_room_to_evaluate()
+
+
+@pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])
+def test_the_progress_bar_ends_with_whatever_ends_the_training(error):
+    state = SimpleNamespace(max_steps=3, global_step=0, is_world_process_zero=True)
+    stopped = []
+    with pytest.raises(error) if error else nullcontext(), ProgressBar() as bar:
+        bar.on_train_begin(None, state, None)
+        bar.progress.stop = lambda: stopped.append(bar)
+        if error:
+            raise error
+    assert stopped == [bar]

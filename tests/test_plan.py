@@ -545,3 +545,15 @@ def test_what_is_predicted_is_what_the_allocator_counts():
     checked = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
     assert "2 recipes, 0 bounds missed" in checked.stdout, checked.stdout + checked.stderr
     assert checked.returncode == 0
+
+
+def test_evaluation_of_a_divided_model_needs_it_whole_on_each_gpu():
+    """The 80B in bf16 is 149 GiB: eight GPUs train it, and none can be asked it."""
+    changes = {"parallel": "fsdp2", "checkpointing": True}
+    model = {"base": "HuggingFaceM4/idefics-80b", "dtype": "bf16"}
+    recipe = recipe_of(model=model, data={"eval_split": 0.1}, training=changes)
+    evaluated = Recipe.model_validate({**recipe.model_dump(), "evaluation": {}})
+    assert Planner(recipe, on_gpu=True, processes=8).fits(recipe, 74 * GIB)
+    made = plan(evaluated, gpu="80GB", processes=8)["gpu"]
+    assert round(made["evaluation"] / GIB) == 149
+    assert (made["fits"], made["change"]) == (False, None)

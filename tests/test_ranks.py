@@ -104,7 +104,7 @@ def two(one, recipe_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     (folder / "run").mkdir()
     shutil.copytree(one / "run" / "adapter", folder / "run" / "adapter")
-    for name in ("training.json", "metrics.jsonl"):
+    for name in ("inputs.json", "training.json", "metrics.jsonl"):
         shutil.copy(one / "run" / name, folder / "run" / name)
     code = WATCHED.format(part_records=PART_RECORDS, folder=str(folder))
     return folder, in_two(code, "run", *recipe_of(folder), "--json")

@@ -63,6 +63,14 @@ def test_every_command_is_known_here():
     ]
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes").glob("*.yaml")))
+def test_the_line_that_changes_a_key_changes_it_in_every_recipe(name):
+    (line,) = re.findall(r"`finetune run RECIPE (.*?)`", README)
+    assert line == "training.steps=50 output=runs/short"
+    recipe = load_recipe(ROOT / "recipes" / name, line.split())
+    assert (recipe.training.steps, recipe.training.epochs, recipe.output) == (50, None, "runs/short")
+
+
 def command(verb):
     (line,) = [line for line in COMMANDS if line.startswith(f"finetune {verb} ")]
     return shlex.split(line)[1:]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 from typing import get_args
 
 import peft
@@ -89,7 +90,7 @@ def test_all_errors_come_at_once_each_with_its_place_what_was_got_and_the_neares
     [
         ("model.init=tiny", "model: expected either base (a folder or hub id) or init (a shape), got both"),
         ("model.base=null", "model: expected either base (a folder or hub id) or init (a shape), got neither"),
-        ("training.steps=3", "training: expected either epochs or steps, got both"),
+        ("training={steps: 3, epochs: 1}", "training: expected either epochs or steps, got both"),
         ("training.early_stop=2", "training: early_stop needs evaluate_every"),
         ("training.final_learning_rate=1", "training: final_learning_rate must be below learning_rate (0.0002)"),
         (
@@ -578,3 +579,24 @@ def test_moments_in_8_bits_are_not_divided(tmp_path, optimizer):
     told = problems(written(tmp_path), "training.parallel=fsdp2", f"training.optimizer={optimizer}")
     assert any(f"those of training.optimizer: {optimizer} cannot be" in line for line in told)
     assert load_recipe(written(tmp_path), ["training.parallel=fsdp2"]).training.parallel == "fsdp2"
+
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def test_steps_given_in_the_command_replace_epochs_of_the_file_and_epochs_steps(tmp_path, capsys):
+    """README's own: finetune run RECIPE training.steps=50."""
+    own_data, mixture = (
+        Path(__file__).parent.parent / "recipes" / "own_data.yaml",
+        Path(__file__).parent.parent / "recipes" / "idefics-9b_mixture_128x80gb.yaml",
+    )
+    training = load_recipe(own_data, ["training.steps=50", "output=runs/short"]).training
+    assert (training.epochs, training.steps) == (None, 50)
+    assert "training.steps=50 replaces training.epochs: 3 of the recipe" in capsys.readouterr().err
+    training = load_recipe(mixture, ["training.epochs=2"]).training
+    assert (training.epochs, training.steps) == (2, None)
+    assert "training.epochs=2 replaces training.steps: 22000 of the recipe" in capsys.readouterr().err
+    with pytest.raises(UserError, match="expected either epochs or steps, got both"):
+        load_recipe(own_data, ["training.steps=50", "training.epochs=1"])
+    assert load_recipe(own_data, ["training.steps=null"]).training.epochs == 3
+    assert capsys.readouterr().err == ""

@@ -41,19 +41,37 @@ def test_the_folder_s_readme_lists_them_all():
     assert sorted(listed) == RECIPES
 
 
-PLANNED = {
-    "idefics-9b_qlora_1x16gb.yaml": "16GiB",
-    "idefics-9b_qlora_1x24gb.yaml": "24GiB",
-    "idefics-9b_lora_1x80gb.yaml": "80GB",
-    "idefics-80b_qlora_8x80gb.yaml": "80GB",
-    "idefics-80b_lora_8x80gb.yaml": "80GB",
-}
+SIZED = {name: found.groups() for name in RECIPES if (found := re.search(r"_(\d+)x(\d+)gb\.yaml$", name))}
+"""Name -> (GPUs, GB of each) of the recipes that are named by them."""
+
+PLANNED = {name: f"{size}GB" if int(size) >= 80 else f"{size}GiB" for name, (_, size) in SIZED.items()}
+"""The larger ones have no more than their makers' gigabytes."""
 
 
 def processes_of(name):
-    """Of its header's command."""
-    told = re.search(rf"finetune run recipes/{name} --processes (\d+)", (FOLDER / name).read_text())
-    return int(told[1]) if told else 1
+    return int(SIZED[name][0])
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_it_fits_the_gpus_that_it_is_named_by(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gpu, processes = PLANNED[name], processes_of(name)
+    outcome = CliRunner().invoke(
+        app, ["plan", str(FOLDER / name), "--gpu", gpu, "--processes", str(processes), "--json"]
+    )
+    assert outcome.exit_code == 0, outcome.output
+    made = json.loads(outcome.stdout)
+    assert made["gpu"]["fits"]
+    assert made["rows_per_step"] == made["rows_per_process"] * processes
+    header = (FOLDER / name).read_text().split("model:")[0]
+    nodes = f"--nodes {processes // 8} " if processes > 8 else f"--processes {processes}" if processes > 1 else ""
+    assert nodes in header
+    recipe = load_recipe(FOLDER / name)
+    assert ("PARALLEL=fsdp2" in header) == (processes > 8 and recipe.training.parallel == "fsdp2")
+
+
+def test_recipes_are_named_by_their_gpus():
+    assert len(SIZED) == 7
 
 
 def plan_line(name, gpu):

@@ -24,6 +24,7 @@ from finetune.planning.memory import (
     feature_bytes,
     fixed_parts,
     optimizer_bytes,
+    weight_bytes,
 )
 from finetune.planning.setup import RowSize, Setup
 from finetune.planning.tape import FP32
@@ -148,7 +149,15 @@ class Planner:
 
     def fits(self, recipe: Recipe, budget: int) -> bool:
         fixed = sum(fixed_parts(self.setup(recipe)).values())
-        return fixed <= budget and self.needed(recipe) <= budget
+        return fixed <= budget and self.needed(recipe) <= budget and self.evaluation(recipe) <= budget
+
+    def evaluation(self, recipe: Recipe) -> int:
+        """Bytes of the model that evaluation asks, which each process holds whole; 0 where training holds it, too."""
+        setup = self.setup(recipe)
+        if recipe.evaluation is None or not setup.divided:
+            return 0
+        frozen = replace(setup, modes=dict.fromkeys(setup.modes, "frozen"))
+        return weight_bytes(frozen, count(frozen)) + GPU_RESERVE
 
     def changes(self, budget: int, *, number: int = 1, may_divide: bool = True) -> list[Change]:
         """The cheapest changes that make the recipe fit. `may_divide`: among them, over the processes there are."""
@@ -170,11 +179,13 @@ class Planner:
 
     def _judge(self, budget: int) -> dict[str, Any]:
         fits = self.fits(self.recipe, budget)
-        change = None if fits else next(iter(self.changes(budget)), None)
+        may_fit = not fits and self.evaluation(self.recipe) <= budget
+        change = next(iter(self.changes(budget)), None) if may_fit else None
         changed = change and apply_change(self.recipe, change)
         return {
             "bytes": budget,
             "needed": self.needed(self.recipe),
+            "evaluation": self.evaluation(self.recipe),
             "reserve": GPU_RESERVE,
             "fits": fits,
             "change": change and change.overrides,

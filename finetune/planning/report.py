@@ -73,7 +73,12 @@ def _memory_table(plan: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[t
 
 def _show_verdict(gpu: Mapping[str, Any]) -> None:
     needed = f"{show_size(gpu['needed'])} needed, {show_size(gpu['bytes'])} there"
-    if gpu["fits"]:
+    if gpu["evaluation"] > gpu["bytes"]:
+        whole = show_size(gpu["evaluation"])
+        display(
+            f"does not fit: evaluation asks a model that each GPU holds whole, {whole}; give evaluation=null", "red"
+        )
+    elif gpu["fits"]:
         display(f"fits: {needed}", "green")
     elif gpu["change"]:
         display(f"does not fit: {needed}; the cheapest change that makes it fit:", "yellow")
