@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 
@@ -269,6 +270,14 @@ PRIVATE = [
     "ff02::1",
     "ff0e::1",
     "2001:db8::1",
+    *("64:ff9b::808:808", "64:ff9b:1::a9fe:a9fe", "64:ff9b:1:ffff::7f00:1", "64:ff9b:1::808:808"),  # NAT64
+    *("fec0::1", "feff::1"),  # site-local
+    *("::127.0.0.1", "::8.8.8.8", "::ffff:8.8.8.8", "::ffff:169.254.169.254", "::ffff:0:7f00:1"),  # IPv4 inside
+    *("2002:808:808::1", "2002:a9fe:a9fe::", "2001:0:808:808::1", "2001:0:4136:e378:8000:63bf:80ff:fffe"),  # tunnels
+    *("2606:4700::5efe:7f00:1", "2606:4700::200:5efe:808:808"),  # ISATAP
+    *("192.0.0.192", "192.0.0.1", "192.88.99.1", "192.0.2.1", "198.51.100.1", "203.0.113.1", "198.19.255.255"),
+    *("100.127.255.255", "169.254.0.1", "172.31.255.255", "239.255.255.255", "247.0.0.1", "0.1.2.3"),
+    *("3fff::1", "2001:2::1", "2001:10::1", "100::1", "4000::1", "fdff::1", "febf::1", "ff05::2", "5f00::1"),
 ]
 
 
@@ -279,9 +288,103 @@ def test_private_addresses(address, tmp_path, monkeypatch):
     assert f"is at {address}, which is no public address" in failure(Downloader(tmp_path), f"https://{host}/x")
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "64:ff9b::808:808"])
+@pytest.mark.parametrize("address", ["2606:4700::1111%1", "fe80::1%eth0", "ff02::1%lo"])
+def test_addresses_with_a_zone_are_not_public(address):
+    assert not is_public(ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            "8.8.8.8",
+            "1.1.1.1",
+            "192.0.1.1",
+            "100.63.255.255",
+            "100.128.0.1",
+            "172.32.0.1",
+            "198.20.0.1",
+            "223.255.255.1",
+        ),
+        *("2606:4700::1111", "2001:4860:4860::8888", "2a00:1450:4001:80b::200e", "2003::1", "3ffe:ffff::1"),
+    ],
+)
 def test_public_addresses(address):
     assert is_public(ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "host", ["2130706433", "0x7f000001", "127.1", "017700000001", "localhost", "[::1]", "[::ffff:7f00:1]"]
+)
+def test_other_ways_to_write_the_loopback_are_not_public(host, tmp_path):
+    assert "which is no public address" in failure(Downloader(tmp_path), f"https://{host}/x")
+
+
+def test_dns_that_does_not_answer_is_within_the_deadline(tmp_path, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer.wait() and [])
+    started = time.monotonic()
+    assert "over 0.2 s" in failure(Downloader(tmp_path, timeout_s=0.2), "https://slow.example/x")
+    assert time.monotonic() - started < 3
+    answer.set()
+
+
+def test_dns_after_a_redirect_is_within_the_same_deadline(tmp_path, server, site, monkeypatch):
+    server.redirects["/a"] = "http://slow.example/x"
+    answer, original = threading.Event(), socket.getaddrinfo
+
+    def getaddrinfo(host, *rest, **options):
+        return original(host, *rest, **options) if host != "slow.example" else answer.wait() and []
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    downloader = Downloader(tmp_path, http=True, timeout_s=0.3, allow=anyone)
+    assert "over 0.3 s" in failure(downloader, f"{site}/a")
+    answer.set()
+
+
+def test_dns_that_changes_its_mind_is_asked_once(tmp_path, server, monkeypatch):
+    """Rebinding: the name is public when it is checked, and local when it is asked for again."""
+    answers = iter([["127.0.0.1"], ["127.0.0.2"]])
+    original = socket.getaddrinfo
+
+    def getaddrinfo(host, port, *rest, **options):
+        if host != "a.example":
+            return original(host, port, *rest, **options)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in next(answers)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    downloader = Downloader(tmp_path, http=True, allow=lambda address: str(address) == "127.0.0.1")
+    url = f"http://a.example:{server.server_port}/image"
+    assert downloader.fetch(url).read_bytes() == IMAGE
+    assert "a.example is at 127.0.0.2" in failure(Downloader(tmp_path / "new", http=True), url)
+
+
+def test_tls_that_drips_its_handshake_is_cut_off_in_time(tmp_path):
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        connected, _ = listening.accept()
+        with connected, suppress(OSError):
+            while True:  # a record of the handshake, announced as 16 KiB
+                connected.sendall(b"\x16\x03\x03\x40\x00")
+                for _ in range(2**14):
+                    connected.sendall(b"\0")
+                    time.sleep(0.02)
+
+    threading.Thread(target=drip, daemon=True).start()
+    url = f"https://127.0.0.1:{listening.getsockname()[1]}/x"
+    started = time.monotonic()
+    assert "over 0.3 s" in failure(Downloader(tmp_path, timeout_s=0.3, allow=anyone), url)
+    assert time.monotonic() - started < 3
+    listening.close()
+
+
+@pytest.mark.parametrize("known", [b"", b"\xff\xfe", b"../../../etc/passwd", b"a\0b"])
+def test_what_is_known_of_a_url_may_be_damaged(known, downloader, site, tmp_path):
+    path = tmp_path / "by-url" / hashlib.sha256(f"{site}/image".encode()).hexdigest()
+    path.parent.mkdir()
+    path.write_bytes(known)
+    assert downloader.fetch(f"{site}/image").read_bytes() == IMAGE
 
 
 def resolving(monkeypatch, *answers):

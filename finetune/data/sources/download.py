@@ -1,6 +1,7 @@
 """https URLs -> files, each fetched once, from public addresses only."""
 
 import hashlib
+import queue
 import socket
 import ssl
 import threading
@@ -9,16 +10,15 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 from finetune.data.dialogue import RecordError
 
 if TYPE_CHECKING:
-    from urllib3.connection import HTTPConnection
     from urllib3.response import BaseHTTPResponse
     from urllib3.util import Url
 
@@ -27,19 +27,33 @@ Address = IPv4Address | IPv6Address
 MAX_REDIRECTS = 5
 HEADERS = {"User-Agent": "idefics-finetune (fetches the images of a dataset)", "Accept-Encoding": "identity"}
 
-_NAT64 = IPv6Network("64:ff9b::/96")
+_PUBLIC_V6 = IPv6Network("2000::/3")
+"""Global unicast. The rest is local, reserved, or stands for an IPv4 address as ::ffff:0:0/96 and 64:ff9b::/96 do."""
+
+_NOT_PUBLIC = tuple(
+    map(
+        ip_network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+            *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
+            *("203.0.113.0/24", "224.0.0.0/3"),
+            *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),  # Teredo is in the first, 6to4 the third
+        ),
+    )
+)
+"""IANA's registries of special purposes; the ipaddress module of older Pythons lacks some."""
+
+_ISATAP = (0x00005EFE, 0x02005EFE)
+"""The third quarter of an IPv6 address that carries an IPv4 address in its last."""
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the public internet, and an IPv4 address inside of it, too."""
-    inner = _inner(address) if isinstance(address, IPv6Address) else None
-    return address.is_global and not address.is_multicast and (inner is None or is_public(inner))
-
-
-def _inner(address: IPv6Address) -> IPv4Address | None:
-    if address in _NAT64:
-        return IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+    """Whether an address belongs to the public internet: it is neither local nor special, nor stands for another."""
+    if any(address in network for network in _NOT_PUBLIC) or not address.is_global:
+        return False
+    if isinstance(address, IPv4Address):
+        return True
+    return address in _PUBLIC_V6 and not address.scope_id and (int(address) >> 32) & 0xFFFFFFFF not in _ISATAP
 
 
 class Downloader:
@@ -77,7 +91,7 @@ class Downloader:
     def fetch(self, url: str) -> Path:
         """The file that holds what a URL gave. Raises RecordError: not allowed, not there, too large or too slow."""
         known = self._folder / "by-url" / hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-        if known.is_file() and (path := self._place(known.read_text(encoding="ascii"))).is_file():
+        if known.is_file() and (path := self._place(known.read_text(encoding="ascii", errors="replace"))).is_file():
             return path
         content = self._download(url)
         digest = hashlib.sha256(content).hexdigest()
@@ -109,12 +123,21 @@ class Downloader:
 
     def _request(self, url: str, deadline: float) -> bytes | str:
         """The body, or the URL that a redirect names."""
+        from urllib3.connection import HTTPConnection
+
         parsed = self._parse(url)
-        connection = self._connect(parsed, deadline)
+        host, port = str(parsed.host).strip("[]"), parsed.port or (443 if parsed.scheme == "https" else 80)
+        connected = self._connect(host, port, deadline)
+        if parsed.scheme == "https":
+            connected = self._tls.wrap_socket(connected, server_hostname=host, do_handshake_on_connect=False)
         # A timeout of the socket starts anew with every byte; this one does not.
-        end = threading.Timer(deadline - time.monotonic(), _cut, (connection.sock,))
+        end = threading.Timer(deadline - time.monotonic(), _cut, (connected,))
         end.start()
+        connection = HTTPConnection(host, port, timeout=max(deadline - time.monotonic(), 0.001))
+        connection.sock = connected
         try:
+            if isinstance(connected, ssl.SSLSocket):
+                connected.do_handshake()
             headers = {**HEADERS, "Host": str(parsed.netloc)}
             connection.request("GET", parsed.request_uri, headers=headers, preload_content=False, decode_content=False)
             return self._answer(connection.getresponse(), deadline)
@@ -133,34 +156,19 @@ class Downloader:
             raise _RefusedError("credentials in the URL")
         return parsed
 
-    def _connect(self, url: "Url", deadline: float) -> "HTTPConnection":
+    def _connect(self, host: str, port: int, deadline: float) -> socket.socket:
         """To an address that was checked, not to a name that may mean another one the next time it is asked for."""
-        from urllib3.connection import HTTPConnection, HTTPSConnection
-        from urllib3.exceptions import HTTPError
-
-        host, port = str(url.host).strip("[]"), url.port or (443 if url.scheme == "https" else 80)
-        addresses = self._resolve(host, port)
         failure: Exception = _RefusedError(f"{host}: no address")
-        for address in addresses:
-            timeout = max(deadline - time.monotonic(), 0.001)
-            connection = (
-                HTTPSConnection(address, port, timeout=timeout, server_hostname=host, ssl_context=self._tls)
-                if url.scheme == "https"
-                else HTTPConnection(address, port, timeout=timeout)
-            )
+        for address in self._resolve(host, port, deadline):
             try:
-                connection.connect()
-            except (HTTPError, OSError) as error:
-                connection.close()
+                return socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.001))
+            except OSError as error:
                 failure = error
-            else:
-                return connection
         raise failure
 
-    def _resolve(self, host: str, port: int) -> list[str]:
+    def _resolve(self, host: str, port: int, deadline: float) -> list[str]:
         """The addresses of a host; one that is not allowed condemns them all."""
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [str(address[0]) for *_, address in found]
+        addresses = [str(address[0]) for *_, address in _look_up(host, port, deadline)]
         for address in addresses:
             if not self._allow(ip_address(address)):
                 raise _RefusedError(f"{host} is at {address}, which is no public address")
@@ -189,6 +197,26 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 class _RefusedError(Exception):
     """Why a URL is not fetched."""
+
+
+def _look_up(host: str, port: int, deadline: float) -> list[Any]:
+    """What getaddrinfo says, which knows no deadline: a thread waits for it, and is left behind where it is late."""
+    answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # raised in the thread that waits
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(deadline - time.monotonic(), 0.001))
+    except queue.Empty:
+        raise TimeoutError(f"{host}: no answer from DNS") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _cut(connected: socket.socket) -> None:
