@@ -198,6 +198,7 @@ def test_system_that_is_no_text(system, root):
         ("audio", {"audio": {"id": "a"}}),
         ("video", {"videos": ["v.mp4"]}),
         ("answer trained in part", {"train_detail": [{"begin_offset": 0}]}),
+        ("answer trained in part", {"content": [{**TEXT, "weight": 0}, TEXT]}),
         ("unknown content", {"content": None}),
         ("unknown content", {"content": [{"type": "video", "video": "v.mp4"}]}),
         ("unknown content", {"content": [{"type": "image", "image": "cat.jpg", "text": "A cat."}]}),
@@ -209,7 +210,7 @@ def test_field_of_a_message_that_is_not_read(reason, change, root):
 
 
 def test_field_of_a_message_that_holds_nothing_or_is_unknown(root):
-    empty = {"tool_calls": [], "function_call": None, "refusal": None, "audio": False, "reasoning_content": " "}
+    empty = {"tool_calls": [], "function_call": None, "refusal": None, "audio": "", "reasoning_content": " "}
     known = {"id": "7", "timestamp": 1, "name": "Tom", "emotion": "calm"}
     record = {"messages": [asked({**TEXT, "image": None, "url": "", "lang": "en"}), {**ANSWER, **empty, **known}]}
     dialogue = messages.convert(record, root)

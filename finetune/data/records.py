@@ -9,7 +9,7 @@ from finetune.data.account import Account
 from finetune.data.dialogue import Dialogue, Image, RecordError, Remote, as_unicode, assistant, is_blank, user
 from finetune.data.images import open_image
 from finetune.data.sources import FORMATS
-from finetune.data.sources.build import without
+from finetune.data.sources.leftovers import without
 from finetune.data.sources.placeholders import hide, reveal
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source

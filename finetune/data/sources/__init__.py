@@ -13,8 +13,8 @@ from finetune.data.sources import (
     questions,
     vqa,
 )
-from finetune.data.sources.build import SYSTEM
 from finetune.data.sources.files import read_records
+from finetune.data.sources.leftovers import SYSTEM
 from finetune.data.sources.names import ANSWERS, CAPTIONS, CONTEXTS, IMAGES, QUESTIONS
 from finetune.data.sources.source import Format, Source
 
@@ -27,7 +27,7 @@ def _any(names: Iterable[str]) -> str:
     return "|".join(names)
 
 
-FORMATS = {
+_FORMATS = {
     "messages": Format(messages.convert, read_records, messages.is_messages, ("messages", _SHOWN, _BEFORE[0])),
     "svit": Format(
         conversations.convert_svit, read_records, conversations.is_svit, ("conversations", f"{_NUMBERED}|image")
@@ -45,7 +45,10 @@ FORMATS = {
         ordered=False,
     ),
     "mimic_it": Format(
-        mimic_it.convert, mimic_it.read, mimic_it.is_mimic_it, ("instruction", "answer", "image_ids|images", "related")
+        mimic_it.convert,
+        mimic_it.read,
+        mimic_it.is_mimic_it,
+        ("instruction", "answer", "image_ids|images", "rel_ins_ids", "related"),
     ),
     "alpaca": Format(
         questions.convert_alpaca,
@@ -65,7 +68,8 @@ FORMATS = {
         vqa.is_vqa,
         (
             _any(vqa.ASKED),
-            _any((*vqa.ANSWERED, "multiple_choice_answer")),
+            _any(vqa.ANSWERED),
+            "multiple_choice_answer",
             _any(IMAGES),
             _NUMBERED,
             "question_id",
@@ -97,7 +101,7 @@ FORMATS = {
         prompts.convert_qa,
         read_records,
         prompts.is_qa,
-        (_any(QUESTIONS), _any(ANSWERS), _any(CONTEXTS), _any(IMAGES), _NUMBERED, *_BEFORE),
+        (_any(QUESTIONS), "input", _any(ANSWERS), _any(CONTEXTS), _any(IMAGES), _NUMBERED, *_BEFORE),
     ),
     "obelics": Format(
         documents.convert_obelics, read_records, documents.is_obelics, ("images", "texts"), documents=True
@@ -128,6 +132,7 @@ FORMATS = {
 
 SVIT's turns stay in order, although its conversations could change places: inside one, they build on each other.
 """
+FORMATS = {name: family.checked() for name, family in _FORMATS.items()}
 
 
 def hold_dialogues(sources: Iterable[Source]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune.data.dialogue import Dialogue, Part, RecordError, Turn, is_blank
 from finetune.data.sources import streams
+from finetune.data.sources.build import build
 from finetune.data.sources.fields import checked, first_item, has, optional, required, required_list
 from finetune.data.sources.files import files_of, read_records, refuse_columns
 from finetune.data.sources.names import CAPTIONS, IMAGES, SUFFIX_NAMES, first_name, name_of
@@ -34,7 +35,7 @@ def convert_obelics(record: dict[str, Any], root: ImageRoot) -> Dialogue:
             got = "neither" if image is None else "both"
             raise RecordError("images and texts do not match", f"position {index}: expected one of the two, got {got}")
         parts += _paragraphs(checked(text, f"texts[{index}]", str)) if image is None else [root.image(image)]
-    return _document(*parts)
+    return build(record, root, [Turn("document", tuple(parts))])
 
 
 def is_obelics(record: dict[str, Any]) -> bool:
@@ -51,7 +52,7 @@ def convert_pair(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     caption = _caption(record[name], name)
     if is_blank(caption):
         raise RecordError("empty caption", f'"{name}": expected words, got {caption!r:.80}')
-    return _document(root.image(image), caption)
+    return build(record, root, [Turn("document", (caption,))], [root.image(image)])
 
 
 def is_pair(record: dict[str, Any]) -> bool:
@@ -63,7 +64,8 @@ def is_pair(record: dict[str, Any]) -> bool:
 def convert_text(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """Plain text, and Wikipedia: {"title": ..., "text": ...}; the title opens the text unless it does already."""
     title, text = (optional(record, "title", str) or "").strip(), required(record, "text", str)
-    return _document(*([] if text.lstrip().startswith(title) else [title]), *_paragraphs(text))
+    opening = [] if text.lstrip().startswith(title) else [title]
+    return build(record, root, [Turn("document", (*opening, *_paragraphs(text)))])
 
 
 def is_text(record: dict[str, Any]) -> bool:
@@ -106,10 +108,6 @@ def _text_record(path: Path) -> dict[str, Any] | RecordError:
         return {"text": read_text(path)}
     except RecordError as error:
         return error
-
-
-def _document(*parts: Part) -> Dialogue:
-    return Dialogue((Turn("document", parts),))
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.data.dialogue import Dialogue, Image, Part, RecordError, Role, Turn
-from finetune.data.sources.build import build, leftovers
+from finetune.data.sources.build import build
 from finetune.data.sources.fields import first_item, has, listed_images, required
+from finetune.data.sources.leftovers import WEIGHTS, leftovers
 from finetune.data.sources.placeholders import Slot, place_images
 from finetune.data.sources.roots import ImageRoot
 
@@ -30,10 +31,11 @@ _ROLES: dict[str, Role] = {
     "bing": "assistant",
     "model": "assistant",
 }
-_WEIGHTS = ("weight", "loss", "train", "training")
-_READ = ("role", "content", "from", "value", "image", "images", *_WEIGHTS)
+_READ = frozenset({"role", "content", "from", "value", "image", "images", *WEIGHTS})
 _TEXT_PARTS, _IMAGE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 _REFERENCES = ("image", "path", "url", "image_url")
+_READ_OF_TEXT = frozenset({"type", "text"})
+_READ_OF_IMAGE = frozenset({"type", "text", "index", "detail", *_REFERENCES})
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
@@ -64,27 +66,30 @@ def turn_of(message: object, root: ImageRoot, ignored: list[str]) -> Turn:
     role = _ROLES[said]
     ignored += leftovers(message, _READ, shows=False, inside="messages[].")
     content = required(message, name, object) if speaker == "from" else message.get(name)
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list):
+    if isinstance(content, str):
+        parts: tuple[Part, ...] = (content,)
+    elif isinstance(content, list):
+        parts = tuple(_part(part, root, ignored) for part in content)
+    else:
         got = f'"{name}": expected text, got {content!r:.80}; a list of text and image parts is read, too'
         raise RecordError("unknown content", got)
-    turn = Turn(
-        role, tuple(_part(part, root, ignored) for part in parts), supervised=_is_supervised(message, role, ignored)
-    )
-    return _with_own_images(turn, listed_images(message, root), root)
+    turn = Turn(role, parts, supervised=_is_supervised(message, role, ignored))
+    return _with_own_images(turn, listed_images(message, root), root) if message.keys() & {"image", "images"} else turn
 
 
 def _part(part: object, root: ImageRoot, ignored: list[str]) -> Part:
     """A text, an image, or the place of one that the record lists. Without a "type", by what it holds."""
     if not isinstance(part, dict):
         raise RecordError("unknown content", f"expected a text or image part, got {part!r:.80}")
+    if not all(part[name] for name in WEIGHTS if part.get(name) is not None):
+        raise RecordError("answer trained in part", f"a part has a weight of its own: {part!r:.80}")
     untyped = "text" if has(part, "text") else "image" if any(has(part, key) for key in _REFERENCES) else None
     kind = part.get("type") or untyped
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
-        ignored += leftovers(part, ("type", "text"), shows=False, inside="content[].")
+        ignored += leftovers(part, _READ_OF_TEXT, shows=False, inside="content[].")
         return str(part["text"])
     if kind in _IMAGE_PARTS and not part.get("text"):
-        ignored += leftovers(part, ("type", "text", "index", "detail", *_REFERENCES), shows=True, inside="content[].")
+        ignored += leftovers(part, _READ_OF_IMAGE, shows=True, inside="content[].")
         return _image(part, root)
     raise RecordError("unknown content", f"expected a text or image part, got {part!r:.80}")
 
@@ -101,7 +106,9 @@ def _image(part: Mapping[str, Any], root: ImageRoot) -> Part:
 
 def _is_supervised(message: Mapping[str, Any], role: Role, ignored: list[str]) -> bool:
     """Whether none of a message's weights is 0 or false. Only an answer is ever trained on."""
-    given = {name: message[name] for name in _WEIGHTS if message.get(name) is not None}
+    if message.keys().isdisjoint(WEIGHTS):
+        return True
+    given = {name: message[name] for name in WEIGHTS if message.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise RecordError("unknown weight", f'"{name}": expected 0, 1, true or false, got {value!r:.80}')

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.sources.build import build, leftovers
+from finetune.data.sources.build import build
 from finetune.data.sources.fields import answer_of, checked, has, listed_images, required, required_list
 from finetune.data.sources.files import files_of, read_pairs, read_records, refuse_columns
+from finetune.data.sources.leftovers import leftovers
 from finetune.data.sources.placeholders import kinds_in, place_images
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Record, Source
 from finetune.data.sources.streams import stop_if_broken
 
-_READ = ("instruction", "answer", "image_ids", "images", "rel_ins_ids")
+_READ = frozenset({"instruction", "answer", "image_ids", "images", "rel_ins_ids"})
 
 
 def read(source: Source) -> Iterator[Record]:

@@ -17,15 +17,16 @@ from typing import Any
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn
 from finetune.data.sources.roots import ImageRoot
 
-_END = r"(?:[\s_:#-]?(?P<{}>\d{{1,4}})|[_-]?(?:here|pad|placeholder|token|soft_token|context|url|patch))?\s*/?\|?>"
+_END = r"(?:[\s_:#-]?(?P<{}>\d{{1,4}})|[_-]?(?:here|pad|placeholder|token|soft_token|context|url|patch|plh))?\s*/?\|?>"
 _PLACEHOLDER = re.compile(
-    r"(?:<fake_token_around_image>|<\|(?:vision|image)_start\|>|<img>(?=<image_?here>))?"
+    r"[<\[](?:(?<=<)"  # a set of characters comes first: re then looks for these alone
+    r"(?:(?:fake_token_around_image|\|vision_start\||\|image_start\||img(?=><image_?here>))><)?"
     r"(?:"
-    r"<(?P<tag>image|img|video|audio)>(?P<inside>[^<>]*)</(?P=tag)>"
-    r"|<\|?\s*(?:images?|img)" + _END.format("number") + r"|<start_of_image>"
-    r"|(?-i:\[(?:IMG|IMAGE)(?:[\s_-]?(?P<bracketed>\d{1,4}))?\])"
-    r"|<\|?\s*(?P<unseen>videos?|audios?|speech|bbox|ref-object)" + _END.format("other") + r")"
-    r"(?:</img>|<fake_token_around_image>|<\|(?:vision|image)_end\|>|<end_of_image>)?",
+    r"(?P<tag>image|img|video|audio)>(?P<inside>[^<>]*)</(?P=tag)>"
+    r"|\|?\s*(?:images?|img)" + _END.format("number") + r"|start_of_image>"
+    r"|\|?\s*(?P<unseen>videos?|audios?|speech|bbox|ref-object)" + _END.format("other") + r")"
+    r"(?:</img>|<fake_token_around_image>|<\|(?:vision|image)_end\|>|<end_of_image>)?"
+    r"|(?<=\[)(?-i:(?:IMG|IMAGE)(?:[\s_-]?(?P<bracketed>\d{1,4}))?\]))",
     re.IGNORECASE,
 )
 _UNSEEN = {"v": "video", "a": "audio", "s": "audio", "b": "grounding", "r": "grounding"}
@@ -58,7 +59,10 @@ def place_images(turns: Sequence[Turn], images: Sequence[Image], root: ImageRoot
 
     user "In <image> or <image>?", images a and b -> user "In ", a, " or ", b, "?"
     """
-    literal = [kind for turn in turns if not _asks(turn) for text in _texts(turn) for kind in kinds_in(text)]
+    if not images and not any(isinstance(part, Slot) or kinds_in(part) for turn in turns for part in _texts(turn)):
+        return tuple(turns), []
+    answered = [text for turn in turns if not _asks(turn) for text in _texts(turn) if not isinstance(text, Slot)]
+    literal = [kind for text in answered for kind in kinds_in(text)]
     pieces = [list(_pieces(turn, root)) for turn in turns]
     if len(_places(pieces)) != len(images):
         pieces = [_without_doubles(one) for one in pieces]
@@ -110,7 +114,7 @@ def _asks(turn: Turn) -> bool:
 
 
 def _texts(turn: Turn) -> list[str]:
-    return [part for part in turn.parts if isinstance(part, str) and not isinstance(part, Slot)]
+    return [part for part in turn.parts if isinstance(part, str)]
 
 
 def _places(pieces: Sequence[Sequence[_Piece]]) -> list[_Place]:

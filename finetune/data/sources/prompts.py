@@ -22,10 +22,16 @@ CHOICES = ("choices", "options")
 def convert_qa(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """A question and its answer; earlier ones in "history", what the question is about in "context"."""
     question, answer = name_of(record, QUESTIONS), name_of(record, ANSWERS)
+    asks = [name for name in QUESTIONS if has(record, name, str) and record[name].strip()]
+    if len(asks) > 1 and asks != ["instruction", "input"]:
+        raise RecordError(
+            "several questions", f"{' and '.join(asks)}: expected one; `ignore: [{asks[-1]}]` reads another"
+        )
     if choices := first_name(record, CHOICES):
         raise RecordError("multiple choice", f'"{choices}": expected the choices written into "{question}"')
     context = first_name(record, CONTEXTS)
-    asked = joined((required(record, question, str), optional(record, context, str) if context else None))
+    required(record, question, str)
+    asked = joined((*(record[name] for name in asks), optional(record, context, str) if context else None))
     answers = all_answers(record, answer)
     references = tuple(answers) if isinstance(record[answer], list) else ()
     turns = [*history(record), user(asked), assistant(answers[0], references=references)]

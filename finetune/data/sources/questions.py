@@ -3,7 +3,7 @@
 from typing import Any
 
 from finetune.data.dialogue import Dialogue, Image, assistant, user
-from finetune.data.sources.build import build, history, leftovers
+from finetune.data.sources.build import build, history
 from finetune.data.sources.fields import (
     answer_of,
     first_item,
@@ -15,6 +15,7 @@ from finetune.data.sources.fields import (
     required,
     required_list,
 )
+from finetune.data.sources.leftovers import leftovers
 from finetune.data.sources.roots import ImageRoot
 
 DIFFERENCES = "What are the differences between the two images?"
@@ -63,7 +64,7 @@ def convert_cauldron(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     turns = [
         turn for text in texts for turn in (user(required(text, "user", str)), assistant(answer_of(text, "assistant")))
     ]
-    ignored = [key for text in texts for key in leftovers(text, ("user", "assistant"), shows=False, inside="texts[].")]
+    ignored = [key for text in texts for key in leftovers(text, {"user", "assistant"}, shows=False, inside="texts[].")]
     return build(record, root, turns, listed_images(record, root), ignored=ignored)
 
 

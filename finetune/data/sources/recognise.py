@@ -103,7 +103,7 @@ def _ranking(records: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
 def _is_of(name: str, record: dict[str, Any]) -> bool:
     """Whether a record fits a format, or one that is converted in the same way."""
     convert = FORMATS[name].convert
-    return any(family.convert is convert and family.fits(record) for family in FORMATS.values())
+    return any(family.convert == convert and family.fits(record) for family in FORMATS.values())
 
 
 def _by_files(source: Source) -> str | None:
@@ -147,7 +147,7 @@ def _require_one_kind(samples: Sequence[_Sample]) -> None:
     kinds: dict[str, list[str]] = {}
     for sample in samples:
         name = next((name for name, _ in _ranking(sample.records)), None)
-        alike = next((kind for kind in kinds if name and FORMATS[kind].convert is FORMATS[name].convert), name)
+        alike = next((kind for kind in kinds if name and FORMATS[kind].convert == FORMATS[name].convert), name)
         if alike:
             kinds.setdefault(alike, []).append(sample.name)
     if len(kinds) > 1:

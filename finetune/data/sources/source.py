@@ -1,11 +1,13 @@
 """Where records come from, and how a dataset family is read and converted."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.data.dialogue import Dialogue, RecordError, as_unicode
+from finetune.data.sources.leftovers import SYSTEM, leftovers
+from finetune.data.sources.names import first_name
 
 Record = tuple[str, dict[str, Any] | RecordError]
 """(place, what stood there): a place is "file:line" or the like; what is no record is an error to be counted."""
@@ -66,6 +68,22 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What makes a record the dialogue of what is read of it, and then looks at the keys that are not read."""
+
+    make: Callable[[dict[str, Any], Any], Dialogue]
+    reads: tuple[str, ...]
+    documents: bool
+
+    def __call__(self, record: dict[str, Any], root: Any) -> Dialogue:
+        """Raises RecordError, also for content under keys that are not read."""
+        dialogue = self.make(record, root)
+        read = {first_name(record, names.split("|")) or "" for names in self.reads}
+        left = leftovers(record, read if self.documents else {*read, *SYSTEM}, shows=bool(dialogue.images))
+        return replace(dialogue, ignored=(*left, *dialogue.ignored)) if left else dialogue
+
+
+@dataclass(frozen=True)
 class Format:
     """A dataset family."""
 
@@ -91,3 +109,7 @@ class Format:
     def names(self) -> tuple[str, ...]:
         """All names of the fields it reads."""
         return tuple(name for names in self.reads for name in names.split("|"))
+
+    def checked(self) -> "Format":
+        """The same format, which loses no content of a record without a word."""
+        return replace(self, convert=Conversion(self.convert, self.reads, self.documents)) if self.reads else self

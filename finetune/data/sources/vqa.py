@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dialogue import Dialogue, RecordError, assistant, user
+from finetune.data.sources.build import build
 from finetune.data.sources.fields import answer_of, checked, first_item, has, own_image, required
 from finetune.data.sources.files import files_of, read_header, read_items, read_keys, read_records, refuse_columns
 from finetune.data.sources.names import IMAGES, all_answers, first_name, name_of
@@ -47,8 +48,8 @@ def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     answers = all_answers(record, listed) if listed and record[listed] else []
     trained = Counter(answers).most_common(1)[0][0] if answers else _multiple_choice(record)
     named = "COCO_{data_subtype}_{image_id:012d}.jpg" if has(record, "data_subtype") else "{image_id}.jpg"
-    question = user(own_image(record, root, named), required(record, name_of(record, ASKED), str))
-    return Dialogue((question, assistant(trained, references=tuple(answers))))
+    turns = (user(required(record, name_of(record, ASKED), str)), assistant(trained, references=tuple(answers)))
+    return build(record, root, turns, [own_image(record, root, named)])
 
 
 def is_vqa(record: dict[str, Any]) -> bool:
