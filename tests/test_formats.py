@@ -282,7 +282,7 @@ REFUSED = [
     ("llava", {"conversations": [None]}, (UNKNOWN, '"conversations[0]": expected an object, got None')),
     ("llava", {"conversations": [{"from": 7, "value": "x"}]}, (UNKNOWN, '"from": expected text, got 7')),
     ("llava", {"conversations": [{"from": "human"}]}, (MISSING, "expected \"value\", got keys ['from']")),
-    ("llava", {"conversations": said("Who?", 7)}, (UNKNOWN, '"value": expected text, got 7')),
+    ("llava", {"conversations": said("Who?", {"a": 7})}, (UNKNOWN, '"value": expected text, got {')),
     ("llava", {"conversations": said("Who?", "Me.", speakers=("human", "tool"))}, ("unknown role", "got 'tool'")),
     ("llava", {"conversations": said("Who?", "Me.", speakers=("gpt", "human"))},
      ("roles do not alternate", "assistant, user")),

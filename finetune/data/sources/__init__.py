@@ -110,7 +110,7 @@ _FORMATS = {
         documents.convert_pair,
         read_records,
         documents.is_pair,
-        (_any(documents.PAIR_IMAGES), _any(CAPTIONS)),
+        (_any(documents.PAIR_IMAGES), _NUMBERED, _any(CAPTIONS)),
         documents=True,
         captions=True,
     ),

@@ -45,8 +45,15 @@ def is_obelics(record: dict[str, Any]) -> bool:
 
 
 def convert_pair(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """PMD, LAION, COCO's captions, WebDataset: an image, then its caption, the first where there are several."""
-    image, name = record[name_of(record, PAIR_IMAGES)], name_of(record, CAPTIONS)
+    """PMD, LAION, COCO's captions, WebDataset: an image, then its caption, the first where there are several.
+
+    COCO gives an image by its number: "image_id".
+    """
+    shown, name = first_name(record, PAIR_IMAGES), name_of(record, CAPTIONS)
+    if shown is None and has(record, "image_id"):
+        image: Any = root.named(record, "{image_id}.jpg")
+    else:
+        image = record[name_of(record, PAIR_IMAGES)]
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     caption = _caption(record[name], name)
@@ -57,7 +64,7 @@ def convert_pair(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 def is_pair(record: dict[str, Any]) -> bool:
     """A "url" beside a "text" is no image: it is where Wikipedia's and other pages are from."""
-    image, caption = first_name(record, PAIR_IMAGES), first_name(record, CAPTIONS)
+    image, caption = first_name(record, (*PAIR_IMAGES, "image_id")), first_name(record, CAPTIONS)
     return bool(image and caption) and (image, caption) != ("url", "text")
 
 

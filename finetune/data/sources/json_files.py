@@ -33,6 +33,11 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 def parse_record(line: bytes) -> dict[str, Any] | RecordError:
     """A JSON object, or why it is none."""
+    return as_record(parse_value(line))
+
+
+def parse_value(line: bytes) -> object | RecordError:
+    """Any JSON, or why it is none."""
     try:
         text = line.decode("utf-8-sig")
         if fault := too_many_values(text):
@@ -42,7 +47,7 @@ def parse_record(line: bytes) -> dict[str, Any] | RecordError:
         return RecordError("not UTF-8", f"{error.reason} at byte {error.start}")
     except (ValueError, RecursionError) as error:
         return RecordError("not JSON", str(error))
-    return is_deep(value, text, 0, len(text)) or as_record(value)
+    return is_deep(value, text, 0, len(text)) or value
 
 
 def as_record(value: object) -> dict[str, Any] | RecordError:

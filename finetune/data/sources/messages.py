@@ -16,6 +16,7 @@ from finetune.data.dialogue import Dialogue, Image, Part, RecordError, Role, Tur
 from finetune.data.sources.build import build
 from finetune.data.sources.fields import first_item, has, listed_images, required
 from finetune.data.sources.leftovers import WEIGHTS, leftovers
+from finetune.data.sources.names import answer_text
 from finetune.data.sources.placeholders import Slot, place_images
 from finetune.data.sources.roots import ImageRoot
 
@@ -66,6 +67,8 @@ def turn_of(message: object, root: ImageRoot, ignored: list[str]) -> Turn:
     role = _ROLES[said]
     ignored += leftovers(message, _READ, shows=False, inside="messages[].")
     content = required(message, name, object) if speaker == "from" else message.get(name)
+    if role == "assistant" and isinstance(content, bool | int | float):
+        content = answer_text(content, name)
     if isinstance(content, str):
         parts: tuple[Part, ...] = (content,)
     elif isinstance(content, list):

@@ -67,7 +67,7 @@ def convert_preference(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def is_preference(record: dict[str, Any]) -> bool:
-    return _is_said(record, "chosen") and has(record, "rejected")
+    return _is_said(record, "chosen") and (has(record, "rejected") or has(record, "prompt"))
 
 
 def _said(record: Mapping[str, Any], name: str, root: ImageRoot, ignored: list[str]) -> list[Turn]:

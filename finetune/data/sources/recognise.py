@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
@@ -66,8 +67,8 @@ def recognise_source(source: Source) -> Recognised:
         raise UserError(f"{source.name}: {error}") from error
     others = Counter(recognise_one(record) for record in records if not _is_of(found, record))
     if others:
-        seen = ", ".join(f"{count} of {name or 'no known format'}" for name, count in others.items())
-        broken.append(f"of the first {len(records)} records {seen}; all are read as {found}")
+        seen = ", ".join(f"{count} like {name or 'no known format'}" for name, count in others.items())
+        broken.append(f"of its first {len(records)} records, {seen}; all are read as {found}")
     return Recognised(found, tuple(broken))
 
 
@@ -123,7 +124,7 @@ def _by_files(source: Source) -> str | None:
         return "image_folder"
     if not source.prompt:
         raise UserError(
-            f"{source.name}: format: auto: images without captions, in folders such as {files[0].parent.name}; "
+            f"{source.name}: format: auto: images without captions, in folders such as {min(files).parent.name}; "
             f'format: class_folders with prompt: "What is in this image?" or the like trains on the folders\' names'
         )
     return "class_folders"
@@ -157,15 +158,24 @@ def _require_one_kind(samples: Sequence[_Sample]) -> None:
 
 def _of_no_format(records: Sequence[dict[str, Any]]) -> str:
     keys = sorted({str(key) for record in records for key in record})
-    shared = {name: len({*keys} & {*family.names}) for name, family in FORMATS.items()}
+    shared = {name: sum(_is_named(fields, keys) for fields in family.reads) for name, family in FORMATS.items()}
     near = sorted((name for name, count in shared.items() if count), key=lambda name: -shared[name])[:NEAREST]
-    reads = [
-        f"\n  {name} reads {', '.join(fields.replace('|', ' or ') for fields in FORMATS[name].reads)}" for name in near
-    ]
+    reads = [f"\n  {name} reads {', '.join(map(_in_short, FORMATS[name].reads))}" for name in near]
     return (
         f"format: auto: {len(records)} records with the keys {_some(keys)} are of no known format; set format, and "
         f"columns where the names differ{''.join(reads)}\n  formats: {', '.join(FORMATS)}"
     )
+
+
+def _is_named(fields: str, keys: Sequence[str]) -> bool:
+    """Whether a field is there, or nearly: "promt" for "prompt"."""
+    names = fields.split("|")
+    return any(key in names or get_close_matches(key, names, n=1, cutoff=0.8) for key in keys)
+
+
+def _in_short(fields: str) -> str:
+    names = fields.split("|")
+    return "|".join(names[:3]) + ("|..." if len(names) > 3 else "")
 
 
 def _some(names: Sequence[str]) -> str:

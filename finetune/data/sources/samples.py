@@ -29,9 +29,9 @@ def unfold(records: Iterable[Record], columns: Mapping[str, str]) -> Iterator[Re
 
 def _unfolded(sample: dict[str, Any], kept: Iterable[str]) -> dict[str, Any]:
     """{"__key__": "7", "jpg": image, "json": {"image": "7.jpg", "conversations": [...]}} -> {"image": image, ...}"""
-    inside = sample.get("json")
-    if isinstance(inside, dict) and "json" not in kept:
-        sample = {**inside, **{name: value for name, value in sample.items() if name != "json"}}
+    for name in [name for name in sample if name.rpartition(".")[2] == "json" and name not in kept]:
+        if inside := _dialogue_in(sample[name]):
+            sample = {**inside, **{other: value for other, value in sample.items() if other != name}}
     images = {name: value for name, value in sample.items() if name not in kept and _is_image(name, value)}
     under = next((name for name in ("image", "images") if sample.get(name) is not None), None)
     named = [] if under is None else sample[under] if isinstance(sample[under], list) else [sample[under]]
@@ -42,6 +42,15 @@ def _unfolded(sample: dict[str, Any], kept: Iterable[str]) -> dict[str, Any]:
     found = _chosen(images, named, str(sample["__key__"]))
     rest = {name: value for name, value in sample.items() if name not in images and name != under}
     return {**rest, "image": found[0]} if len(found) == 1 else {**rest, "images": found}
+
+
+def _dialogue_in(value: object) -> dict[str, Any] | None:
+    """An object as it is, a list of messages under the name that a record has for it; None for anything else."""
+    if isinstance(value, list):
+        first = value[0] if value else None
+        spoken = {"from": "conversations", "role": "messages"}
+        return next(({name: value} for key, name in spoken.items() if isinstance(first, dict) and key in first), None)
+    return value if isinstance(value, dict) else None
 
 
 def _is_image(name: str, value: object) -> bool:

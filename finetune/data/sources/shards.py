@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 from finetune.data.dialogue import Image, RecordError, Slice
 from finetune.data.images import encoded
 from finetune.data.sources import streams
-from finetune.data.sources.json_files import parse_record
+from finetune.data.sources.json_files import as_record, parse_value
 from finetune.data.sources.source import Record
 from finetune.data.sources.streams import BrokenFileError, lost_after, open_file, until_broken
 
@@ -168,13 +168,17 @@ def _sample(key: str, members: Iterable[Member]) -> dict[str, Any] | RecordError
     return {**beside, **sample}
 
 
-def _value(kind: str, content: Slice | bytes | RecordError) -> Slice | bytes | str | dict[str, Any] | RecordError:
+def _value(
+    kind: str, content: Slice | bytes | RecordError
+) -> Slice | bytes | str | dict[str, Any] | list[Any] | RecordError:
     ending = kind.rpartition(".")[2]
     if isinstance(content, RecordError) or ending not in ("json", *_TEXTS):
         return content
     read = encoded(Image(content))
     if ending == "json":
-        return parse_record(read)
+        value = parse_value(read)
+        of_objects = isinstance(value, list) and all(isinstance(item, dict | str) for item in value)
+        return value if isinstance(value, list) and of_objects else as_record(value)
     try:
         return read.decode("utf-8-sig")
     except UnicodeDecodeError as error:
