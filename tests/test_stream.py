@@ -332,6 +332,30 @@ def test_an_image_that_cannot_be_opened_takes_its_example_out_of_the_row_in_ever
     assert all(rows.at(number)["pixel_values"].isfinite().all() for number in range(30))
 
 
+def test_document_goes_on_without_an_image_as_in_preparing(reading, folder, tiny_tokenizer, tmp_path):
+    pages = [
+        {"images": ["a.png", None, "broken.png", None], "texts": [None, "red", None, "two"]},
+        {"images": ["broken.png", None], "texts": [None, "lost"]},
+        {"images": ["none.png", None, "b.png", None], "texts": [None, "no", None, "blue"]},
+    ]
+    paths = written(folder, *pages).paths
+    rows = reading(Source("obelics", paths, stream=True), row_tokens=512)
+    batch = rows.at(0)
+    image = "<fake_token_around_image><image><fake_token_around_image>"
+    texts = {tiny_tokenizer.decode(ids).replace(" ", "").replace("\n", "") for ids in sequences(batch)}
+    assert texts == {f"<s>{image}red", "<s>two</s>", f"<s>no{image}blue</s>"}
+    (account,) = rows.accounts
+    settings = {"max_length": 512, "max_images": 4, "seed": 0, "folder": tmp_path / "made"}
+    _, (prepared,) = prepare([Source("obelics", paths)], tiny_tokenizer, **settings)
+    facts = ("read", "kept", "rejected", "parts_rejected")
+    assert {name: getattr(account, name) for name in facts} == {name: getattr(prepared, name) for name in facts}
+    assert (account.kept, account.parts_rejected) == (2, {"corrupt image": 1, "missing image": 1})
+    again = reading(Source("obelics", paths, stream=True), row_tokens=512)
+    again.restore(rows.state(1))
+    again.at(0)
+    assert again.accounts == rows.accounts
+
+
 def test_a_row_of_which_nothing_is_left_is_one_unsupervised_token(reading, folder, monkeypatch):
     monkeypatch.setattr(stream, "WINDOW_ROWS", 1)
     rows = reading(written(folder, messages("broken.png"), messages(answer="blue")), row_tokens=96, max_length=96)

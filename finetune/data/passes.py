@@ -5,7 +5,7 @@ No source has to have a size, and no more of it is read than is asked for.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 
 import numpy as np
@@ -17,8 +17,9 @@ from finetune.data.prepared import PreparedSet
 from finetune.data.records import read_dialogues
 from finetune.data.schedule import Unit
 from finetune.data.sources.source import Source
-from finetune.data.tokens import Example
-from finetune.data.turns import Piece
+from finetune.data.template import render
+from finetune.data.tokens import Encoder, Example, tokenize_all
+from finetune.data.turns import Piece, without_images
 
 TOKENISED_AT_ONCE = 64
 
@@ -30,6 +31,7 @@ class Origin:
     place: str
     examples: int
     """Those it gave."""
+    encoder: Encoder
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,20 @@ class Drawn:
     """Of its record."""
     origin: Origin | None = None
     """None where the source is prepared, so that its images have been opened before."""
+    document: Dialogue | None = None
+    """Of a streamed document: itself, which goes on without an image that does not open."""
+
+    def without(self, lost: Sequence[bool]) -> "list[Drawn]":
+        """The examples of a document without those of its images that are lost, by their order."""
+        assert self.document is not None
+        assert self.origin is not None
+        documents = without_images(self.document, lost)
+        examples = tokenize_all([render(document) for document in documents], self.origin.encoder)
+        return [
+            replace(self, example=example, images=document.images, document=document)
+            for document, example in zip(documents, examples, strict=True)
+            if isinstance(example, Example) and document.turns[0].text
+        ]
 
 
 Pass = Callable[[int, Account], Iterator[Drawn]]
@@ -62,7 +78,8 @@ def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
                 return
             account.dialogues += len(chunk)
             for piece, example, origin in fit_records(chunk, fitter, account, start=start):
-                yield Drawn(example, piece.dialogue.images, number, epoch, origin.place, origin)
+                document = piece.dialogue if piece.dialogue.is_document else None
+                yield Drawn(example, piece.dialogue.images, number, epoch, origin.place, origin, document)
 
     return one_pass
 
@@ -90,7 +107,7 @@ def fit_records(
     fates.tell({number: place for number, (place, _) in enumerate(chunk)})
     kept = [(piece, example) for piece, example in fitted if isinstance(example, Example)]
     examples = Counter(piece.origins[0] for piece, _ in kept)
-    origins = {number: Origin(chunk[number][0], amount) for number, amount in examples.items()}
+    origins = {number: Origin(chunk[number][0], amount, fitter.encoder) for number, amount in examples.items()}
     return [(piece, example, origins[piece.origins[0]]) for piece, example in kept]
 
 

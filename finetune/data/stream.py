@@ -30,7 +30,7 @@ WINDOW_ROWS = 64
 
 @dataclass(frozen=True)
 class Lost:
-    """An example whose images cannot be opened."""
+    """An example that is left out because an image of it cannot be opened, or an image without which it goes on."""
 
     row: int
     index: int
@@ -41,6 +41,7 @@ class Lost:
     """Examples of its record."""
     reason: str
     detail: str
+    goes_on: bool = False
 
 
 @dataclass
@@ -98,9 +99,9 @@ class StreamedRows:
         lost = sorted((one for one in self._lost if one.source == source), key=lambda one: (one.row, one.index))
         left = {one.place: one.of for one in lost}
         for one in lost:
-            left[one.place] -= 1
+            left[one.place] -= not one.goes_on
             error = RecordError(one.reason, one.detail)
-            if left[one.place]:
+            if one.goes_on or left[one.place]:
                 account.reject_part(one.place, error)
             else:
                 account.kept -= 1
@@ -179,18 +180,25 @@ class StreamedRows:
         return row
 
     def _opened(
-        self, row: Sequence[Drawn], number: int, *, lose: Callable[[Drawn, int, int, RecordError], None]
+        self, row: Sequence[Drawn], number: int, *, lose: Callable[[Drawn, int, int, RecordError, bool], None]
     ) -> tuple[list[Drawn], dict[Image, np.ndarray]]:
-        """(examples whose images can be opened, the pixels of these images); `lose` counts the others."""
+        """(examples whose images can be opened, the pixels of these images); `lose` counts the others.
+
+        As in preparing, a document goes on without an image, as long as it has another.
+        """
         rng = np.random.default_rng([self.seed, number, 8]) if self.augmentation != Augmentation() else None
         fetched, pixels = self._fetch(row), dict[Image, np.ndarray]()
-        usable = []
+        usable: list[Drawn] = []
         for index, drawn in enumerate(row):
-            try:
-                pixels |= {image: self._pixels(image, fetched, rng) for image in drawn.images if image not in pixels}
-                usable.append(drawn)
-            except RecordError as error:
-                lose(drawn, number, index, error)
+            found = {image: self._pixels(image, fetched, rng) for image in drawn.images if image not in pixels}
+            errors = [one for one in found.values() if isinstance(one, RecordError)]
+            gone = [isinstance(found.get(image), RecordError) for image in drawn.images]
+            goes_on = drawn.document is not None and not all(gone)
+            for error in errors if goes_on else errors[:1]:
+                lose(drawn, number, index, error, goes_on)
+            if not errors or goes_on:
+                usable += drawn.without(gone) if errors else [drawn]
+                pixels |= {image: one for image, one in found.items() if not isinstance(one, RecordError)}
         return usable, pixels
 
     def _fetch(self, row: Sequence[Drawn]) -> dict[str, Path | RecordError]:
@@ -203,20 +211,25 @@ class StreamedRows:
 
     def _pixels(
         self, image: Image, fetched: Mapping[str, Path | RecordError], rng: np.random.Generator | None
-    ) -> np.ndarray:
+    ) -> np.ndarray | RecordError:
         if isinstance(image.source, Remote):
             found = fetched[image.source.url]
             if isinstance(found, RecordError):
-                raise found
+                return found
             image = Image(found)
-        return self.preprocessing.pixels(open_image(image), augmentation=self.augmentation, rng=rng)
+        try:
+            return self.preprocessing.pixels(open_image(image), augmentation=self.augmentation, rng=rng)
+        except RecordError as error:
+            return error
 
-    def _lose(self, drawn: Drawn, row: int, index: int, error: RecordError) -> None:
-        """Remember an example that is left out, in the first pass. Raises the error of a prepared source."""
+    def _lose(self, drawn: Drawn, row: int, index: int, error: RecordError, goes_on: bool) -> None:
+        """Remember what is left out, in the first pass. Raises the error of a prepared source."""
         if drawn.origin is None:
             raise error
         if not drawn.epoch:
-            lost = Lost(row, index, drawn.source, drawn.place, drawn.origin.examples, error.reason, error.detail)
+            lost = Lost(
+                row, index, drawn.source, drawn.place, drawn.origin.examples, error.reason, error.detail, goes_on
+            )
             with self._reading:
                 self._lost.add(lost)
 
