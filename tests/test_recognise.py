@@ -264,3 +264,22 @@ def test_chosen_that_does_not_continue_the_prompt(tmp_path):
         to_dialogue("d:1", {"prompt": "Who?", "chosen": said, "rejected": said}, root)
     dialogue = to_dialogue("d:1", {"prompt": "Why?", "chosen": said, "rejected": said}, root)
     assert dialogue == Dialogue((user("Why?"), assistant("So.")))
+
+
+@pytest.mark.parametrize(
+    ("reason", "extra"),
+    [
+        ("multiple choice", {"choices": ["a cat", "a dog"], "answer": 1}),
+        ("multiple choice", {"options": "(A) a cat (B) a dog", "answer": "A"}),
+        ("image not read", {"page": "scans/7.png", "answer": "Me."}),
+        ("image not read", {"page": {"bytes": RED, "path": None}, "answer": "Me."}),
+        ("image not read", {"shown": RED, "answer": "Me."}),
+    ],
+)
+def test_what_a_question_is_about_is_not_dropped(tmp_path, reason, extra):
+    root = ImageRoot(Source("qa", paths=(tmp_path,)))
+    with pytest.raises(RecordError) as caught:
+        to_dialogue("d:1", {"question": "Who?", **extra}, root)
+    assert caught.value.reason == reason
+    (key,) = extra.keys() - {"answer"}
+    assert f"`ignore: [{key}]` does without it" in caught.value.detail

@@ -6,10 +6,11 @@ said before), and then the record is rejected under that name; or it is unknown,
 
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
+from pathlib import PurePath
 from typing import Any
 
 from finetune.data.dialogue import RecordError
-from finetune.data.sources.names import SUFFIX_NAMES
+from finetune.data.sources.names import IMAGE_SUFFIXES, SUFFIX_NAMES
 
 SYSTEM = ("system", "system_prompt")
 """Names of a system message: every format of dialogues reads them."""
@@ -34,6 +35,7 @@ _CONTENT: dict[str, tuple[str, ...]] = {
     "reasoning": ("reasoning", "reasoning_content", "thinking", "thoughts"),
     "refusal": ("refusal",),
     "text beside the dialogue": (*SYSTEM, "history", "input", "inputs", "context", "passage"),
+    "multiple choice": ("choices", "options"),
     "answer trained in part": ("train_detail",),
 }
 _MARKS = {"kto_tag": "marked as a bad answer", **dict.fromkeys(WEIGHTS, "nothing supervised")}
@@ -65,13 +67,20 @@ def leftovers(value: Mapping[str, Any], reads: AbstractSet[str], *, shows: bool,
         if key in reads or lower in _WITHOUT_CONTENT or _is_empty(item):
             continue
         kind = (_KINDS.get(lower) if item is not False else None) or (
-            "image not read" if lower in _IMAGES and not shows else None
+            "image not read" if not shows and (lower in _IMAGES or _is_image(item)) else None
         )
         if kind and item is not False:
             hint = f"; `columns: {{image: {key}}}` reads it" if kind == "image not read" else ""
             raise RecordError(kind, f'"{name}" is not read{hint}; `ignore: [{key}]` does without it')
         unknown.append(name)
     return unknown
+
+
+def _is_image(value: object) -> bool:
+    """Whether a value is an image whatever its name: bytes, {"bytes", "path"}, or an image's file name."""
+    if isinstance(value, str):
+        return len(value) < 1000 and not value.count("\n") and PurePath(value).suffix.lower() in IMAGE_SUFFIXES
+    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
 
 
 def _is_empty(value: object) -> bool:

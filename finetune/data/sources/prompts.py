@@ -16,8 +16,6 @@ from finetune.data.sources.messages import turn_of
 from finetune.data.sources.names import ANSWERS, CONTEXTS, IMAGES, QUESTIONS, all_answers, first_name, name_of
 from finetune.data.sources.roots import ImageRoot
 
-CHOICES = ("choices", "options")
-
 
 def convert_qa(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """A question and its answer; earlier ones in "history", what the question is about in "context"."""
@@ -27,8 +25,6 @@ def convert_qa(record: dict[str, Any], root: ImageRoot) -> Dialogue:
         raise RecordError(
             "several questions", f"{' and '.join(asks)}: expected one; `ignore: [{asks[-1]}]` reads another"
         )
-    if choices := first_name(record, CHOICES):
-        raise RecordError("multiple choice", f'"{choices}": expected the choices written into "{question}"')
     context = first_name(record, CONTEXTS)
     required(record, question, str)
     asked = joined((*(record[name] for name in asks), optional(record, context, str) if context else None))
