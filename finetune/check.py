@@ -36,7 +36,8 @@ def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
     towers = _towers(config, recipe, instruct=hold_dialogues(training))
     encoder = _encoder(recipe)
     sources, first = [], None
-    for source in (*training, *(to_source(source, seed=seed) for source in recipe.data.eval_sources)):
+    documents = recipe.evaluation.documents if recipe.evaluation else []
+    for source in (*training, *(to_source(source, seed=seed) for source in (*recipe.data.eval_sources, *documents))):
         report, dialogue = first_records(source, recipe, encoder)
         first = first or dialogue
         sources.append(report)

@@ -194,6 +194,15 @@ def test_class_folders_need_a_prompt_to_be_recognised(classes):
     assert first_dialogue(auto(classes, prompt=("What?",))) == ("class_folders", [[(255, 0, 0), "What?"], ["cat"]])
 
 
+def test_class_folders_with_files_that_are_no_data_beside_them(classes):
+    write(classes, README__md="About.", labels__txt="cat\nwild_dog\n")
+    write(classes / "cat", Thumbs__db=b"", _DS_Store=b"")
+    (classes / ".hidden.json").write_text("{}")
+    assert recognise_source(auto(classes, prompt=("What?",))).format == "class_folders"
+    write(classes / "cat", a__txt="A cat.")
+    assert recognise_source(auto(classes, prompt=("What?",))).format == "image_folder"
+
+
 def test_class_folders_name_their_images(classes):
     write(classes, b__png=RED)
     records = [record for _, record in FORMATS["class_folders"].read(Source("class_folders", paths=(classes,)))]

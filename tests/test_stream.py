@@ -344,6 +344,8 @@ def test_document_goes_on_without_an_image_as_in_preparing(reading, folder, tiny
     image = "<fake_token_around_image><image><fake_token_around_image>"
     texts = {tiny_tokenizer.decode(ids).replace(" ", "").replace("\n", "") for ids in sequences(batch)}
     assert texts == {f"<s>{image}red", "<s>two</s>", f"<s>no{image}blue</s>"}
+    for number in range(1, 6):
+        rows.at(number)
     (account,) = rows.accounts
     settings = {"max_length": 512, "max_images": 4, "seed": 0, "folder": tmp_path / "made"}
     _, (prepared,) = prepare([Source("obelics", paths)], tiny_tokenizer, **settings)
@@ -351,7 +353,7 @@ def test_document_goes_on_without_an_image_as_in_preparing(reading, folder, tiny
     assert {name: getattr(account, name) for name in facts} == {name: getattr(prepared, name) for name in facts}
     assert (account.kept, account.parts_rejected) == (2, {"corrupt image": 1, "missing image": 1})
     again = reading(Source("obelics", paths, stream=True), row_tokens=512)
-    again.restore(rows.state(1))
+    again.restore(rows.state(6))
     again.at(0)
     assert again.accounts == rows.accounts
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.data.dialogue import RecordError
 from finetune.data.sources import FORMATS, image_folder
-from finetune.data.sources.files import files_of, read_first, read_records
+from finetune.data.sources.files import READERS, files_of, read_first, read_records
 from finetune.data.sources.names import IMAGE_SUFFIXES
 from finetune.data.sources.source import Record, Source
 from modeling.errors import UserError
@@ -110,21 +110,22 @@ def _is_of(name: str, record: dict[str, Any]) -> bool:
 def _by_files(source: Source) -> str | None:
     """The format of a source whose files alone say it: texts, and images in folders."""
     below = [file for path in source.paths for file in (path.rglob("*") if path.is_dir() else [path])]
-    files = [file for file in below if file.is_file() and file.name not in image_folder.METADATA]
-    kinds = {file.suffix.lower() for file in files}
-    if kinds == {".txt"}:
-        return "text"
-    if not kinds & set(IMAGE_SUFFIXES) or not kinds <= {*IMAGE_SUFFIXES, ".txt"}:
+    shown = [file for file in below if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in shown if file.name not in image_folder.METADATA]
+    if any(file.name.lower().endswith(tuple(READERS)) for file in files):
         return None
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    if not images:
+        return "text" if texts else None
     if not all(path.is_dir() for path in source.paths):
         raise UserError(f"{source.name}: format: auto: expected folders of images, got a file; give its folder as path")
-    captioned = ".txt" in kinds or len(files) < len([file for file in below if file.is_file()])
-    in_classes = not captioned and all(file.parent not in source.paths for file in files)
-    if not in_classes:
+    captioned = {file.with_suffix("") for file in texts} & {file.with_suffix("") for file in images}
+    if captioned or len(files) < len(shown) or any(file.parent in source.paths for file in images):
         return "image_folder"
     if not source.prompt:
         raise UserError(
-            f"{source.name}: format: auto: images without captions, in folders such as {min(files).parent.name}; "
+            f"{source.name}: format: auto: images without captions, in folders such as {min(images).parent.name}; "
             f'format: class_folders with prompt: "What is in this image?" or the like trains on the folders\' names'
         )
     return "class_folders"
