@@ -26,10 +26,16 @@ def _visibly() -> Iterator[None]:
         raise
 
 
+def _at_home(argument: str) -> str:
+    """~/x with the user's home in it, as a shell writes it, but for --html=~/x and what stands in quotes."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{Path(value).expanduser()}" if value == "~" or value.startswith("~/") else argument
+
+
 class _Verbs(TyperGroup):
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **options: Any) -> Any:
         with _visibly():
-            return super().make_context(*arguments, **options)
+            return super().make_context(info_name, list(map(_at_home, args)), *rest, **options)
 
     def invoke(self, ctx: Any) -> Any:
         with _visibly():

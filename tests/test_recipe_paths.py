@@ -3,7 +3,9 @@
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
+from finetune.cli import _at_home, app
 from finetune.recipe_file import load_recipe
 from finetune.recipe_paths import anchored
 from modeling.errors import UserError
@@ -100,6 +102,31 @@ def test_a_data_file_that_is_a_link_stands_where_the_link_is(places):
 def test_what_is_no_path_is_left_for_the_recipe_to_refuse(value, places):
     found = anchored(value, ("data", "sources", "path"), places)
     assert found == (str(places / value) if isinstance(value, str) and value else value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["check", "~/none.yaml"], "home/none.yaml: no such recipe"),
+        (["merge", "--out=~/file/merged", "--base", "b", "~/adapter"], "home/"),
+        (["check", "~other"], "~other: no such recipe"),
+    ],
+)
+def test_home_on_the_command_line(arguments, named, places):
+    (places / "home" / "file").write_text("")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert (str(places / named) if named.startswith("home") else named) in done.output.replace("\n", "")
+
+
+def test_home_is_not_put_into_what_is_no_path():
+    assert [_at_home(text) for text in ("~5 m?", "a~/b", "training.x=~/y", "--", "-~/x")] == [
+        "~5 m?",
+        "a~/b",
+        "training.x=~/y",
+        "--",
+        "-~/x",
+    ]
 
 
 def test_a_loop_of_links_is_named(places):
