@@ -90,6 +90,14 @@ def test_joined_questions_are_found_as_those_asked_alone(compare):
     assert compare(joined, [ask("2?", "also-a"), ask("9?", "also-a")], turns=4, ordered=False) == (1, 1, [0], [0])
 
 
+def test_questions_of_a_dialogue_that_was_divided_are_found(compare):
+    dialogue = [*ask("0?", "a"), *ask("1?", "b"), *ask("2?", "a"), *ask("3?"), *ask("4?", "c")]
+    found = compare([dialogue], [dialogue, ask("3?", "b", "a"), ask("3?", "a", "b")], turns=1, ordered=True)
+    assert found == (3, 5, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    whole, divided = [dialogue], [ask("2?", "b", "a"), ask("3?", "b", "a"), ask("4?", "b", "a", "c")]
+    assert compare(whole, divided) == (3, 3, [0], [0])
+
+
 def test_a_question_is_its_words_and_its_images():
     key = question_key([b"a" * 32], "Who is it?")
     assert question_key([b"a" * 32], " who  is\tit? ") == key
