@@ -25,7 +25,7 @@ from finetune.data import assemble, changes, convert, fit
 from finetune.data import prepare as module
 from finetune.data.account import Account
 from finetune.data.arrow import ArrowFile, DamagedError, to_batches, write_arrow
-from finetune.data.dialogue import Image, RecordError, Slice
+from finetune.data.dialogue import Image, RecordError, Slice, as_unicode
 from finetune.data.fit import Limits, fitter
 from finetune.data.images import open_image
 from finetune.data.prepare import prepare, prepare_source, require_examples, split_by_image
@@ -717,6 +717,35 @@ def test_files_with_equal_content_are_the_same_whenever_they_were_written(names,
     assert len(list((folder.parent / "made").glob("data*"))) == 1
 
 
+def test_why_a_set_is_made_anew_is_shown_with_the_progress(folder, tiny_tokenizer):
+    steps = []
+
+    def prepared():
+        source = Source("messages", (folder / "data.jsonl",))
+        how = fitter(source, Encoder(tiny_tokenizer), Limits(200, 2), seed=0)
+        steps.clear()
+        return prepare_source(
+            source, how, folder=folder / "made", workers=1, track=lambda items, step: (steps.append(step), items)[1]
+        )
+
+    write(folder, [record("a.bmp"), record("b.bmp"), record("none.bmp")])
+    prepared()
+    assert steps == ["convert data.jsonl", "tokenise data.jsonl"]
+    touch(folder / "a.bmp", (folder / "c.bmp").read_bytes())
+    touch(folder / "b.bmp", b"BM")
+    touch(folder / "none.bmp", (folder / "c.bmp").read_bytes())
+    found = prepared()
+    first, _, rest = steps[0].partition(" anew: ")
+    assert first == "convert data.jsonl"
+    assert rest == f"{folder / 'a.bmp'}: has other content, and 2 more"
+    assert steps[1:] == ["tokenise data.jsonl"]
+    (found.folder / "account.json").write_text("{}")
+    prepared()
+    assert steps[0] == "convert data.jsonl anew: account.json was damaged"
+    prepared()
+    assert steps == []
+
+
 def test_a_copied_archive_of_images_is_the_same_and_one_with_other_content_is_not(folder, tiny_tokenizer):
     def pack(*names):
         with zipfile.ZipFile(folder / "images.zip", "w") as archive:
@@ -887,7 +916,7 @@ def test_names_that_are_not_utf_8_lose_nothing(tmp_path, tiny_tokenizer):
         assert [open_image(image).getpixel((0, 0)) for image in prepared.dialogues[0].images] == [(255, 0, 0)]
         assert [image.source for image in prepared.dialogues[0].images] == [folder / odd]
         assert list(prepared.places) == ["l\\udcffnes.jsonl:1", "l\\udcffnes.jsonl:2"]
-        assert account.source == f"{path}[train]"
+        assert account.source == as_unicode(f"{path}[train]")
         assert account.rejected == {"not an image reference": 1, "text is not Unicode": 1}
         assert account.first_rejected["text is not Unicode"].startswith("l\\udcffnes.jsonl:4: ")
     json.dumps(account.to_json(), ensure_ascii=False).encode("utf-8", "backslashreplace")

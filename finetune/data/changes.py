@@ -6,7 +6,7 @@ the time that it has now is kept. Archives and data files are not looked at agai
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class Changes:
     changed: Sequence[str]
     """A line for each: "a.png: has other content"."""
     there: Sequence[Path]
-    """All that are there now."""
+    """Where some are missing, all that are there."""
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.changed)
@@ -73,31 +73,38 @@ class Changes:
 def find_changes(folder: Path) -> Changes:
     """Compare the files of a prepared set with what they were. Raises DamagedError."""
     files = ArrowFile(folder / FILES).validate(FILE_SCHEMA)
+    names, sizes, times, digests = (files.values(column) for column in FILE_SCHEMA.names)
     missing: list[Path] = []
     changed: list[str] = []
-    there: list[Path] = []
-    rows, touched = [], False
-    for name, size, time, content in zip(*(files.values(column) for column in FILE_SCHEMA.names), strict=True):
+    touched: dict[int, int] = {}
+    for row, (name, size, time, content) in enumerate(zip(names, sizes, times, digests, strict=True)):
         path = folder / os.fsdecode(name)
         _, size_now, time_now = file_now(path)
-        if size_now >= 0:
-            there.append(path)
-        if (size_now, time_now) != (size, time):
-            own = not Path(os.fsdecode(name)).is_absolute()
-            if own and (size_now != size or file_digest(path) != content):
-                raise DamagedError(path, "other content than was written")
-            if size_now < 0:
-                missing.append(path)
-            elif size < 0:
-                changed.append(f"{path}: was missing, and is there now")
-            elif size_now != size:
-                changed.append(f"{path}: had {size:,} bytes, has {size_now:,}")
-            elif content is not None and file_digest(path) != content:
-                changed.append(f"{path}: has other content")
-            else:
-                time, touched = time_now, True
-        rows.append({"path": name, "size": size, "mtime_ns": time, "digest": content})
+        if (size_now, time_now) == (size, time):
+            continue
+        own = not Path(os.fsdecode(name)).is_absolute()
+        if own and (size_now != size or file_digest(path) != content):
+            raise DamagedError(path, "other content than was written")
+        if size_now < 0:
+            missing.append(path)
+        elif size < 0:
+            changed.append(f"{path}: was missing, and is there now")
+        elif size_now != size:
+            changed.append(f"{path}: had {size:,} bytes, has {size_now:,}")
+        elif content is not None and file_digest(path) != content:
+            changed.append(f"{path}: has other content")
+        else:
+            touched[row] = time_now
     if touched:
         with suppress(OSError):  # in a folder of others, they are compared by content each time
-            write_arrow(folder / FILES, FILE_SCHEMA, pa.Table.from_pylist(rows, FILE_SCHEMA).to_batches())
-    return Changes(missing, changed, there)
+            _write_times(files, touched)
+    paths = (folder / os.fsdecode(name) for name in names) if missing else ()
+    return Changes(missing, changed, [path for path in paths if path.exists()])
+
+
+def _write_times(files: ArrowFile, touched: Mapping[int, int]) -> None:
+    times = files.values("mtime_ns").copy()
+    times[list(touched)] = list(touched.values())
+    table = pa.Table.from_batches(files.batches, FILE_SCHEMA)
+    column = FILE_SCHEMA.get_field_index("mtime_ns")
+    write_arrow(files.path, FILE_SCHEMA, table.set_column(column, "mtime_ns", pa.array(times)).to_batches())

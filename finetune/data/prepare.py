@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -89,10 +89,14 @@ def prepare_source(
         found = team.on_main(f"open {source.label}", look)
         if found.set is not None:
             return found.set
-        made = found.folder
-        options: dict[str, Any] = {"workers": workers, "track": track, "team": team}
-        account = convert(source, made, downloads=folder / "downloads", **options)
-        assemble(source, made, fitter, account, **options)
+        made, anew = found.folder, found.anew
+        options: dict[str, Any] = {"workers": workers, "team": team}
+
+        def tracked(items: Iterable[Any], step: str) -> Iterable[Any]:
+            return track(items, step + anew)
+
+        account = convert(source, made, downloads=folder / "downloads", track=tracked, **options)
+        assemble(source, made, fitter, account, track=track, **options)
         found = team.on_main(f"open {source.label}", look)
         if found.set is not None and found.folder == made:
             return found.set
@@ -106,6 +110,8 @@ class Found:
     set: PreparedSet | None
     folder: Path
     damaged: bool = False
+    anew: str = ""
+    """ " anew: ..." where a set is there, and why it is not the one."""
     missing: Changes | None = None
     """Of the files that a set was made of, if some are gone: to make one without them may be far from what is meant."""
 
@@ -113,19 +119,23 @@ class Found:
 def find_set(first: Path) -> Found:
     """Look for the set in `first`, or beside it: the first one whose image files are as they were."""
     missing: tuple[Path, Changes] | None = None
+    anew = ""
     for number in count(1):
         folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
         try:
             opened = PreparedSet.open(folder)
             changes = find_changes(folder) if opened is not None else None
-        except DamagedError:
-            return Found(None, folder, damaged=True)
+        except DamagedError as error:
+            return Found(None, folder, damaged=True, anew=f" anew: {error.path.name} was damaged")
         if opened is None or not changes:
             break
         missing = missing or ((folder, changes) if changes.missing else None)
+        if changes.changed:
+            more = f", and {len(changes.changed) - 1:,} more" if len(changes.changed) > 1 else ""
+            anew = f" anew: {changes.changed[0]}{more}"
     if opened is None and missing:
         return Found(None, missing[0], missing=missing[1])
-    return Found(opened, folder)
+    return Found(opened, folder, anew=anew)
 
 
 def _say_missing(source: Source, made: Path, changes: Changes) -> str:
