@@ -1,5 +1,6 @@
 """The command `finetune`: one verb per stage. Imports torch only inside a verb that needs it."""
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -278,6 +279,8 @@ def chat(
         if question:
             write(conversation.ask(question))
         else:
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="surrogateescape")  # what is not Unicode is refused as a question
             converse(conversation, lambda: input("> " if sys.stdin.isatty() else ""), write, say)
         return {}
 

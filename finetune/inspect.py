@@ -246,7 +246,10 @@ def view(dialogue: Dialogue, example: Example, tokenizer: Any, *, title: str, id
 
 def picture(image: Image, *, width: int) -> Text:
     """An image in half blocks, two pixels a character; at most so wide, and as many lines high."""
-    opened = open_image(image)
+    try:
+        opened = open_image(image)
+    except RecordError as error:  # it was there when the data was prepared
+        return Text(visible(f"({error})\n"))
     shrink = min(width / opened.width, TALLEST * width / opened.height)
     size = max(1, round(shrink * opened.width)), max(2, round(shrink * opened.height / 2) * 2)
     levels_HWC = np.asarray(opened.resize(size, reducing_gap=2))

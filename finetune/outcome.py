@@ -38,7 +38,7 @@ def guarded(
         fail(f"interrupted; {interrupted}", status=130)
     except Interrupted as error:
         fail(str(error), status=128 + error.signal)
-    except typer.Exit:
+    except (typer.Exit, BrokenPipeError):  # typer ends quietly where nobody reads on
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:

@@ -71,8 +71,9 @@ def test_the_format_of_every_source_is_told_a_recognised_one_too(recipe_file, na
 
 def test_a_streamed_and_a_held_out_source_are_checked_like_any_other(recipe_file):
     good = '{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}'
-    held = "data.eval_sources=[{path: dialogues.jsonl}]"
-    outcome = invoke("check", recipe_file(good, good), "data.sources.0.stream=true", held, "--json")
+    path = recipe_file(good, good)
+    held = f"data.eval_sources=[{{path: {path.parent / 'dialogues.jsonl'}}}]"
+    outcome = invoke("check", path, "data.sources.0.stream=true", held, "--json")
     assert outcome.exit_code == 0, outcome.output
     sources = json.loads(outcome.stdout)["sources"]
     assert [(source["read"], source["usable"], source["format"]) for source in sources] == [(2, 2, "messages")] * 2
@@ -149,3 +150,9 @@ def test_a_picture_has_the_image_s_colors(dialogue_folder):
 def test_a_picture_is_small_whatever_its_proportions(size, columns, lines):
     shown = picture(Image(PIL.Image.new("RGB", size)), width=24).plain.splitlines()
     assert (len(shown), {len(line) for line in shown}) == (lines, {columns})
+
+
+def test_a_picture_that_is_gone_leaves_its_reason(tmp_path):
+    shown = picture(Image(tmp_path / "\x1bgone.png"), width=24)
+    assert shown.plain.startswith("(missing image: ")
+    assert "␛gone.png" in shown.plain

@@ -7,6 +7,7 @@ from typing import Any
 from finetune.planning.memory import GIB
 from finetune.progress import display, table
 from finetune.sizes import show_size
+from finetune.visible import visible
 from modeling.errors import UserError
 
 COLORS = {
@@ -108,7 +109,9 @@ def draw(plan: Mapping[str, Any], out: Path) -> None:
             (plan["gpu"]["bytes"] - plan["gpu"]["reserve"]) / GIB, color="#b3261e", linestyle="--", label="GPU"
         )
     axis.set_xticks(range(len(bars)), list(bars), fontsize=8)
-    axis.set(ylabel="GiB at the peak, predicted", title=plan["model"], xlim=(-0.6, len(bars) - 0.4))
+    axis.set(ylabel="GiB at the peak, predicted", title=visible(plan["model"]), xlim=(-0.6, len(bars) - 0.4))
+    for text in (axis.title, *axis.get_xticklabels()):
+        text.set_parse_math(False)  # a dollar in a name is no formula
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
