@@ -515,6 +515,22 @@ def test_mimic_it_images_in_parquet(names, wrap, tmp_path):
     assert refusal(root.image, "DC_2") == "missing image"
 
 
+def test_parquet_whose_dictionary_multiplies_is_not_read(tmp_path):
+    """A thousand times the same two megabytes: a file of two megabytes, two gigabytes in memory."""
+    large = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array([bytes(2 * 10**6)]))
+    table = pa.table({"id": [str(number) for number in range(1000)], "image": large})
+    pq.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    message = mistake(root_of(tmp_path / "a.parquet").image, "7")
+    assert message.startswith(f"{tmp_path}/a.parquet: a Parquet file that cannot be read: ")
+    assert "\n" not in message
+
+
+def test_parquet_ids_that_are_not_utf8_are_one_error(tmp_path):
+    ids = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+    pq.write_table(pa.table({"id": ids, "image": [CAT]}), tmp_path / "a.parquet")
+    assert "a Parquet file that cannot be read: 'utf-8' codec" in mistake(root_of(tmp_path / "a.parquet").image, "7")
+
+
 def test_parquet_that_is_no_store(tmp_path):
     pq.write_table(pa.table({"name": ["a"], "image": [None]}), tmp_path / "a.parquet")
     message = mistake(root_of(tmp_path / "a.parquet").image, "a")

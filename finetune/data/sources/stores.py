@@ -1,5 +1,6 @@
 """Where images lie: folders, and MIMIC-IT's files of {id: base64} or of ids and images. Nothing is unpacked."""
 
+import errno
 import json
 import mmap
 import os
@@ -15,6 +16,9 @@ from finetune.data.dialogue import Image, RecordError, Slice
 from finetune.data.images import decode_base64
 from finetune.data.near import Names
 from finetune.data.sources.names import IMAGE_SUFFIXES
+from finetune.data.sources.parquet_pages import check_chunk
+from finetune.data.sources.streams import MAX_VALUES, BrokenFileError
+from finetune.data.sources.tables import check_schema
 from modeling.errors import UserError
 from modeling.files import open_regular
 
@@ -92,19 +96,28 @@ def _resolved(path: Path) -> Path:
         return path
 
 
+@contextmanager
+def open_mapped(path: Path) -> Iterator[mmap.mmap]:
+    """A file's bytes, without reading them all. Raises OSError: also for an empty one."""
+    with open_regular(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise OSError(errno.EINVAL, "the file is empty", str(path))
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content
+
+
 class Json(Store):
     """A MIMIC-IT file, {id: base64}: scanned once for where each image lies."""
 
     @cached_property
     def _slices(self) -> dict[str, tuple[int, int]]:
         try:
-            with open_regular(self.path) as file:
-                if not os.fstat(file.fileno()).st_size:
-                    raise self._error(0)
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    return dict(self._scan(content))
+            with open_mapped(self.path) as content:
+                return dict(self._scan(content))
         except OSError as error:
-            raise UserError(f"{self.path}: an image file that cannot be read: {error.strerror}") from error
+            raise UserError(
+                f"{self.path}: expected {{id: base64, ...}}, which cannot be read: {error.strerror}"
+            ) from error
 
     def _scan(self, content: mmap.mmap) -> Iterator[tuple[str, tuple[int, int]]]:
         opening = _OPENING.match(content)
@@ -166,7 +179,7 @@ class Parquet(Store):
             return {
                 str(name): (group, row)
                 for group in range(file.num_row_groups)
-                for row, name in enumerate(file.read_row_group(group, columns=[column])[column].to_pylist())
+                for row, name in enumerate(self._read(file, group, column).to_pylist())
             }
 
     def find(self, name: str) -> Image | None:
@@ -188,10 +201,25 @@ class Parquet(Store):
         if self._latest is None or self._latest[0] != number:
             _, column = self._columns
             with self._file() as file:
-                self._latest = number, file.read_row_group(number, columns=[column])[column]
+                self._latest = number, self._read(file, number, column)
         return self._latest[1]
 
     _latest: "tuple[int, pyarrow.ChunkedArray] | None" = None
+
+    def _read(self, file: "pyarrow.parquet.ParquetFile", group: int, name: str) -> "pyarrow.ChunkedArray":
+        """A column of a row group, whose pages account for what it takes in memory. Raises BrokenFileError."""
+        metadata = file.metadata.row_group(group)
+        columns = [metadata.column(number) for number in range(metadata.num_columns)]
+        with open_mapped(self.path) as content:
+            chunks = [
+                check_chunk(content, column, nested=False)
+                for column in columns
+                if column.path_in_schema.split(".")[0] == name
+            ]
+        multiplied = metadata.num_rows * max((chunk.dictionary for chunk in chunks), default=0)
+        if multiplied > 16 * sum(chunk.size for chunk in chunks) + 2**30:
+            raise BrokenFileError("record too large", f"column {name}: {multiplied:,} bytes of a dictionary's values")
+        return file.read_row_group(group, columns=[name])[name]
 
     @contextmanager
     def _file(self) -> Iterator["pyarrow.parquet.ParquetFile"]:
@@ -199,14 +227,17 @@ class Parquet(Store):
 
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
+                check_schema(file.schema_arrow)
+                if file.metadata.num_rows > MAX_VALUES + 1000 * self.path.stat().st_size:
+                    raise BrokenFileError("corrupt file", f"{file.metadata.num_rows:,} rows")
                 yield file
-        except (
-            pyarrow.ArrowException,
-            OSError,
-            ValueError,
-            MemoryError,
-        ) as error:
-            raise UserError(f"{self.path}: a Parquet file that cannot be read: {error}") from error
+        except BrokenFileError as error:
+            raise UserError(f"{self.path}: a Parquet file that cannot be read: {error.detail}") from error
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{self.path}: a Parquet file that cannot be read: {reason:.300}") from error
 
 
 _IDS = ("id", "image_id", "__index_level_0__")
