@@ -96,7 +96,8 @@ def _replace_length(document: dict[str, Any], overridden: set[str]) -> None:
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         both = training.get(given) is not None and training.get(other) is not None
         if both and f"training.{given}" in overridden and f"training.{other}" not in overridden:
-            say(f"training.{given}={training[given]} replaces training.{other}: {training[other]} of the recipe")
+            was = f"training.{other}: {training[other]!s:.80} of the recipe"
+            say(f"training.{given}={training[given]!s:.80} replaces {was}")
             training[other] = None
 
 

@@ -6,6 +6,7 @@ FUZZ_EXAMPLES=20000 runs the larger form.
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.answers import _open_journal
+from finetune.auto_fit import _as_before
+from finetune.folder import _read_inputs, _trained_recipe, read_metrics
+from finetune.origin import Origin
 from finetune.recipe import Recipe
 from finetune.recipe_file import load_recipe
+from finetune.stability import read_events
+from finetune.verify import _read_provenance
 from modeling.errors import UserError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -157,6 +163,60 @@ def test_fuzz_journal(tmp_path_factory, content):
     found = outcome(lambda: _open_journal(path, {"model": "m"}))
     for number, made in (found or {}).items():
         assert (type(number), type(made["answer"]), type(made["stopped"])) == (int, str, bool)
+
+
+def as_json(value):
+    return json.dumps(value, indent=2).encode()
+
+
+EVENT = {"step": 7, "reason": "a spike", "action": "skip", "back_to": 5}
+SEEN = {"source": "a.jsonl", "place": "a.jsonl:3", "loss": 9.5, "blamed": True}
+HASH = "0" * 64
+OWN = {
+    "finetune.json": (as_json(asdict(Origin("b", None, True, "nf4", HASH))), Origin.of),
+    "inputs.json": (
+        as_json({"recipe": RECIPE.model_dump(mode="json"), "data": {"sources": [{"source": "a", "sha256": HASH}]}}),
+        lambda folder: (began := _read_inputs(folder)) and _trained_recipe(folder, began),
+    ),
+    "auto_fit.json": (
+        as_json({"gpu": 1, "changed": {"training.checkpointing": {"asked": False, "run": 4}}}),
+        lambda folder: _as_before(RECIPE, folder),
+    ),
+    "unstable.jsonl": (json.dumps({**EVENT, "dialogues": [SEEN]}).encode() + b"\n", read_events),
+    "metrics.jsonl": (
+        b'{"step": 1, "loss": 2.5, "tokens": 9}\n' * 3,
+        lambda folder: [line["step"] + line.get("tokens", 0) for line in read_metrics(folder / "metrics.jsonl")],
+    ),
+    "provenance.json": (
+        as_json(
+            {
+                "sources": {"base": "b", "revision": None, "adapter": "a"},
+                "made_of": {"adapter": {"trained.safetensors": HASH}, "onto": "full"},
+                "sha256": {"base": {"model.safetensors": HASH}, "merged": {"config.json": HASH}},
+            }
+        ),
+        _read_provenance,
+    ),
+}
+"""Of each file of our own that a verb begins with: what it holds, and what reads it in its folder."""
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_own_files_that_are_fuzzed_are_read_when_they_are_whole(tmp_path, name):
+    content, read = OWN[name]
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path)
+
+
+@pytest.mark.parametrize("name", OWN)
+@fuzzed(60)
+@given(data=st.data())
+def test_fuzz_own_file(tmp_path_factory, name, data):
+    content, read = OWN[name]
+    folder = tmp_path_factory.getbasetemp() / f"fuzz_{name}"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(data.draw(mutations([content], JSON_TOKENS)))
+    outcome(lambda: read(folder))
 
 
 def test_the_examples_are_made_of_real_recipes():
