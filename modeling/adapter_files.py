@@ -70,7 +70,7 @@ def read_lora_config(folder: Path) -> LoraConfig | None:
             got = repr(value) if key in content else "nothing"
             raise UserError(f"{path}: {key}: expected {expected}, got {got[:80]}; {_FETCH}")
     for key, values in EXACT_LORA.items():
-        if key in content and content[key] not in values:
+        if key in content and content[key] not in (*values, [], {}):
             raise UserError(f"{path}: cannot be merged exactly: {key} is {str(content[key])[:80]!r}")
     try:
         config = LoraConfig(**{key: content[key] for key in _EXPECTED if key in content})
@@ -151,6 +151,8 @@ def read_peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def read_trained(folder: Path) -> dict[str, torch.Tensor]:
     """Our own tensors by stock name; empty where there is no such file. Raises UserError."""
     path = folder / TRAINED_FILE
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: expected a file of tensors, found something else; {_FETCH}")
     return _checked(path, read_tensors(path)) if path.is_file() else {}
 
 

@@ -86,7 +86,8 @@ def read_json(path: Path, *, repair: str = "delete it, and give the same command
     Raises UserError: the file holds something else; `repair` says what a user can do.
     """
     try:
-        value = json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            value = json.loads(file.read())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

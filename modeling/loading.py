@@ -155,6 +155,8 @@ def load_processor(base: str, *, revision: str | None = None, instruct: bool = T
     """
     if not is_folder(base):
         require_hub_id(base)
+    elif pipes := [path for path in Path(base).iterdir() if path.exists() and not (path.is_file() or path.is_dir())]:
+        raise UserError(f"{pipes[0]}: expected a file, found a pipe, a socket or a device; fetch the folder again")
     options = {"revision": revision, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **options)

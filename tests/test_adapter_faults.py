@@ -1,6 +1,7 @@
 """An adapter that is not whole, or not made for the base, is named before anything is done with it."""
 
 import json
+import os
 import pickle
 import shutil
 import time
@@ -110,6 +111,7 @@ def test_an_adapter_config_s_field_is_named(folder, changes, message):
 
 def test_fields_of_other_versions_without_a_value_do_no_harm(folder):
     configure(folder, new_in_the_next_version=None, and_another=False, peft_version="9.9", rank_pattern=None)
+    configure(folder, layer_replication=[], trainable_token_indices={}, loftq_config={})
     check(folder)
 
 
@@ -181,6 +183,18 @@ WEIGHTS = {
     "a pickle that unfolds": (
         lambda f: save_pickle(f, {"x": torch.zeros(1).expand(10**7, 10**7)}),
         "is more than the file holds",
+    ),
+    "a folder in place of our own file": (
+        lambda f: ((f / "trained.safetensors").unlink(), (f / "trained.safetensors").mkdir()),
+        r"trained\.safetensors: expected a file of tensors, found something else",
+    ),
+    "a pipe in place of the config": (
+        lambda f: ((f / "adapter_config.json").unlink(), os.mkfifo(f / "adapter_config.json")),
+        r"adapter_config\.json: cannot be read: expected a file, found a pipe",
+    ),
+    "a folder in place of the config": (
+        lambda f: ((f / "adapter_config.json").unlink(), (f / "adapter_config.json").mkdir()),
+        r"adapter_config\.json: cannot be read: expected a file, found a folder",
     ),
     "no config": (
         lambda f: (f / "adapter_config.json").unlink(),
