@@ -84,7 +84,7 @@ def test_records_of_no_known_format_are_an_error_that_names_their_keys(recipe_fi
     assert outcome.exit_code == 1
     said = " ".join(outcome.output.split())
     assert "format: auto: 1 records with the keys prompt, reply are of no known format; set format" in said
-    assert "prompt_completion reads prompt, completion, image or images" in said
+    assert "prompt_completion reads prompt, completion, image|images|image_path|..., " in said
 
 
 def test_records_that_cannot_be_used_are_shown_and_all_of_them_is_an_error(recipe_file):
