@@ -349,6 +349,7 @@ def test_an_image_root_that_is_a_pipe_is_not_waited_for(name, tmp_path):
 
 
 def test_a_name_that_is_too_long(folder):
+    assert refusal(root_of(folder).image, "x" * 300 + "/../..") == "not an image reference"
     assert refusal(lambda: open_image(root_of(folder).image("x" * 5000))) in ("not an image reference", "corrupt image")
 
 

@@ -60,10 +60,11 @@ class Folder(Store):
         """Where a file is, or would be. Raises RecordError: outside of the folder."""
         try:
             path = _resolved(self.path / name)
+            outside = None if self._holds(path) else self._why_outside(name, path)
         except (UnicodeEncodeError, RuntimeError, OSError) as error:  # a lone surrogate; a loop of links
             raise RecordError("not an image reference", f"{name!r:.200}: {error}") from error
-        if not self._holds(path):
-            raise RecordError("image outside the image root", self._why_outside(name, path))
+        if outside:
+            raise RecordError("image outside the image root", outside)
         return path
 
     def _holds(self, path: Path) -> bool:
