@@ -689,7 +689,7 @@ def test_json_breaks_off_and_says_how_much_is_lost(tmp_path):
         "  mend the file, or set `on_broken: keep` on this source to use what can be read"
     )
     *records, (place, error) = read_records(Source("auto", (tmp_path,), on_broken="keep"))
-    assert (len(records), place, error.file) == (20, "f.json", str(path))
+    assert (len(records), place, error.file) == (20, "sub/f.json", str(path))
     assert str(error) == message.splitlines()[0].removeprefix(f"{path}: the file breaks off: ")
 
 

@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 
 from finetune.data.dialogue import Image, RecordError, Remote, Slice
 from finetune.data.images import encoded, open_image
+from finetune.data.records import to_dialogue
+from finetune.data.sources.files import read_records
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from modeling.errors import UserError
@@ -331,6 +333,28 @@ def test_without_image_root_each_path_brings_its_folder(tmp_path):
             "name its folder as image_root, or make two sources of them"
         )
         assert root.image(f"{tmp_path}/g/same.png") == Image(tmp_path / "g" / "same.png")
+
+
+def test_without_image_root_a_record_s_own_folder_comes_first(tmp_path):
+    line = json.dumps({"question": "What?", "answer": "A.", "image": "images/x.png"})
+    for name in ("a", "b", "c/deep"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "d.jsonl").write_text(line)
+        if name != "c/deep":
+            (tmp_path / name / "images" / "x.png").write_bytes(CAT)
+    for paths in (["[ab]/d.jsonl"], ["a", "b/d.jsonl"], ["**/d.jsonl"], ["."]):
+        source = Source("lrv", tuple((tmp_path / path) for path in paths))
+        root = ImageRoot(source)
+        records = [(place, record) for place, record in read_records(source) if "deep" not in place]
+        images = {place: to_dialogue(place, record, root).images for place, record in records}
+        assert images["a/d.jsonl:1"] == (Image(tmp_path / "a/images/x.png"),)
+        assert images["b/d.jsonl:1"] == (Image(tmp_path / "b/images/x.png"),)
+    lost = root.beside("c/deep/d.jsonl:1")
+    assert missing(lost, "images/x.png").startswith(f"{tmp_path}/c/deep/images/x.png: No such file")
+    assert root.beside("c/deep/d.jsonl:1") is lost
+    assert lost.image("../../a/images/x.png") == Image(tmp_path / "a/images/x.png")
+    assert refusal(lost.image, "../../../x.png") == "image outside the image root"
+    assert root_of(tmp_path / "a").beside("b/d.jsonl:1").image("images/x.png") == Image(tmp_path / "a/images/x.png")
 
 
 def test_image_root_may_be_a_pattern(tmp_path):

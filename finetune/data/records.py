@@ -41,7 +41,7 @@ def to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoo
     """
     if isinstance(record, RecordError):
         raise record
-    source = root.source
+    source, root = root.source, root.beside(place)
     convert = FORMATS[source.format].convert
     try:
         record = without(record, source.ignore) if source.ignore else record

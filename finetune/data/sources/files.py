@@ -23,7 +23,7 @@ from finetune.data.sources.json_files import (
     read_pairs,
 )
 from finetune.data.sources.names import IMAGE_SUFFIXES
-from finetune.data.sources.places import expand, files_below, locate
+from finetune.data.sources.places import expand, files_below, folders_of, locate
 from finetune.data.sources.samples import unfold
 from finetune.data.sources.shards import COMPRESSED_TARS, read_shard
 from finetune.data.sources.source import Record, Source
@@ -118,8 +118,11 @@ def read_records(source: Source) -> Iterator[Record]:
 
 def _read_files(source: Source) -> Iterator[Record]:
     readers = [(_reader(path), path) for path in files_of(source)]
+    common = os.path.commonpath(folders_of(source.paths)) if source.paths else ""
     for read, path in readers:
-        yield from read(path, source.split)
+        folder = path.absolute().parent.relative_to(common)  # where the record's images may lie, too
+        for place, record in read(path, source.split):
+            yield (folder / place).as_posix() if folder.parts else place, record
 
 
 def read_first(source: Source, path: Path, *, count: int) -> list[Record]:

@@ -1,7 +1,7 @@
 """Paths and patterns -> the files and folders that they mean."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,6 +40,12 @@ def _step(place: Path, part: str, into_files: bool) -> list[Path]:
         for entry in _entries(place)
         if fnmatchcase(entry.name, part) and (hidden or not entry.name.startswith("."))
     )
+
+
+def folders_of(paths: Iterable[Path]) -> list[Path]:
+    """The folders that paths lead to, or whose files they lead to, absolute. Raises UserError: nothing is there."""
+    places = [place.absolute() for path in paths for place in expand(path)]
+    return list(dict.fromkeys(place if place.is_dir() else place.parent for place in places))
 
 
 def locate(path: Path) -> list[tuple[Path, str]]:

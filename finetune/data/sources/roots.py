@@ -1,7 +1,9 @@
 """References in records -> images, from where the source keeps them and nowhere else."""
 
+import os
 import re
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -12,7 +14,7 @@ import PIL.Image
 from finetune.data.dialogue import Image, RecordError, Remote, Slice
 from finetune.data.images import decode_base64, describe
 from finetune.data.sources.archives import Archive, Tar, Zip
-from finetune.data.sources.places import expand, locate
+from finetune.data.sources.places import folders_of, locate
 from finetune.data.sources.shards import COMPRESSED_TARS
 from finetune.data.sources.source import Source
 from finetune.data.sources.stores import Folder, Json, Parquet, Store
@@ -27,7 +29,11 @@ class ImageRoot:
 
     def __init__(self, source: Source):
         self.source = source
-        self._stores = _open_stores(source.image_root) if source.image_root else _open_folders(_default_folders(source))
+        folders = [] if source.image_root else _default_folders(source)
+        self._stores = _open_stores(source.image_root) if source.image_root else _open_folders(folders)
+        self._common = Path(os.path.commonpath(folders)) if source.paths and folders else None
+        self._own: Folder | None = None
+        self._beside: dict[Path, ImageRoot] = {}
         if source.image_name is not None:
             _check_template(source.image_name)
 
@@ -58,6 +64,20 @@ class ImageRoot:
             return Image(decode_base64(reference))
         return self._stored(reference)
 
+    def beside(self, place: str) -> "ImageRoot":
+        """The same for a record of that place: without `image_root`, its own file's folder comes first."""
+        if self._common is None:
+            return self
+        folder = self._common
+        for part in place.split("/")[:-1]:
+            if not (folder / part).is_dir():
+                break
+            folder /= part
+        if folder not in self._beside:
+            self._beside[folder] = copy(self)
+            self._beside[folder]._own = Folder(folder, tuple(store.path for store in self._stores))
+        return self._beside[folder]
+
     def base64(self, text: object) -> Image:
         """An image written as base64, white space allowed. Raises RecordError: it is not that."""
         if not isinstance(text, str):
@@ -85,6 +105,8 @@ class ImageRoot:
     def _stored(self, name: str) -> Image:
         if _NO_PATH.search(name):
             raise RecordError("not an image reference", f"{name[:200]!a}: expected a path")
+        if self._own and (image := self._own.find(name)):
+            return image
         refusal: RecordError | None = None
         found: list[Image] = []
         for store in self._stores:
@@ -97,8 +119,9 @@ class ImageRoot:
                 found.append(image)
                 if self.source.image_root:  # a list to be searched in order
                     break
-        if not found and not refusal and self._stores and isinstance(self._stores[0], Folder):
-            return Image(self._stores[0].place(name))  # opening it says what is missing; a document goes on without it
+        first = self._own or next(iter(self._stores), None)
+        if not found and not refusal and isinstance(first, Folder):
+            return Image(first.place(name))  # opening it says what is missing; a document goes on without it
         if not found:
             raise refusal or self._missing(name)
         if any(image != found[0] for image in found):
@@ -156,8 +179,10 @@ _KINDS: dict[str, type[Store]] = {".zip": Zip, ".tar": Tar, ".json": Json, ".par
 def _default_folders(source: Source) -> list[Path]:
     """The folders of the paths; of a dataset on the hub, those where its library puts the files."""
     if source.paths:
-        places = [place for path in source.paths for place in _places(path)]
-        return [place if place.is_dir() else place.parent for place in places]
+        try:
+            return folders_of(source.paths)
+        except UserError:  # raised again by what reads them
+            return [path.absolute().parent for path in source.paths]
     if not source.hub:
         return []
     import datasets
@@ -165,13 +190,6 @@ def _default_folders(source: Source) -> list[Path]:
 
     folders = (Path(source.hub), Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE))
     return [folder for folder in folders if folder.is_dir()]
-
-
-def _places(path: Path) -> list[Path]:
-    try:
-        return expand(path)
-    except UserError:  # raised again by what reads it
-        return [path]
 
 
 def _from_data_url(url: str) -> Image:
