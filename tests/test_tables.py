@@ -12,6 +12,7 @@ import pytest
 from finetune.data.dialogue import RecordError
 from finetune.data.sources import streams
 from finetune.data.sources.files import read_records
+from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
 from modeling.errors import UserError
 
@@ -334,6 +335,16 @@ def test_arrow_types_that_stand_for_any_number_of_values_are_refused(array, tmp_
     assert "column x is of type " in detail(path)
 
 
+def test_parquet_footer_whose_numbers_do_not_fit_ends_the_file_and_not_the_process(tmp_path):
+    """pyarrow calls abort() where it is asked for a column with counts of levels that it does not have."""
+    path = write_parquet(tmp_path / "f.parquet", {"x": [["a"]] * 3}, use_dictionary=False, compression="none")
+    content = path.read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for at in range(start, start + 200):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
+        assert all(isinstance(record, dict | str) for _, record in read(path))
+
+
 def test_encrypted_parquet_is_named(tmp_path):
     path = write_parquet(tmp_path / "f.parquet", {"x": ["a"]})
     content = path.read_bytes()
@@ -345,3 +356,26 @@ def test_a_damaged_table_ends_the_verb(tmp_path):
     path = write_hostile(tmp_path / "f.arrow", "falling")
     with pytest.raises(UserError, match=r"f\.arrow: the file breaks off: corrupt file: .*\n  mend the file, or set"):
         list(read_records(Source("auto", (path,))))
+
+
+@pytest.mark.parametrize("packing", ["zstd", "none"])
+def test_parquet_bombs_as_a_store_of_images(packing, tmp_path, small):
+    """A cell larger than a record, and a megabyte that a hundred rows repeat, in one row group."""
+    cells = ["a" * MB] * 100 + ["b" * (5 * MB)] if packing == "none" else ["c" * (40 * MB)]
+    path = write_parquet(
+        tmp_path / "s.parquet",
+        {"id": [str(number) for number in range(len(cells))], "image": cells},
+        compression=packing,
+        dictionary_pagesize_limit=8 * MB,
+    )
+    del cells
+    root = ImageRoot(Source("messages", (path,), image_root=(path,)))
+    with memory() as most:
+        if packing == "none":
+            assert len(root.image("7").source) == MB * 3 // 4  # "aaaa" is base64
+            with pytest.raises(RecordError, match="record too large"):
+                root.image("100")
+        else:
+            with pytest.raises(UserError, match="cannot be read: record too large: column image: 1 values of "):
+                root.image("0")
+        assert most() < 70 * MB

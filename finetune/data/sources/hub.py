@@ -62,4 +62,5 @@ def _told(source: Source, *, but: tuple[type[Exception], ...] = ()) -> Iterator[
             hint = "\n  is the hub reachable? HF_HUB_OFFLINE=1 takes what was downloaded before"
         elif isinstance(error, FileNotFoundError):
             hint = "\n  expected a dataset's name on the hub, or a folder; a private or gated one needs: hf auth login"
-        raise UserError(f"{source.name}: {error or type(error).__name__}{hint}") from error
+        message = " ".join(str(error).split())[:500] or type(error).__name__
+        raise UserError(f"{source.name}: {message}{hint}") from error

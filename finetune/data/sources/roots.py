@@ -17,7 +17,7 @@ from finetune.data.sources.archives import Archive, Tar, Zip
 from finetune.data.sources.places import folders_of, locate
 from finetune.data.sources.shards import COMPRESSED_TARS
 from finetune.data.sources.source import Source
-from finetune.data.sources.stores import Folder, Json, Parquet, Store
+from finetune.data.sources.stores import Folder, Json, Store, Table
 from modeling.errors import UserError
 
 
@@ -173,7 +173,7 @@ def _open_file(found: Path, inner: str) -> Store:
     return kind(found, inner)
 
 
-_KINDS: dict[str, type[Store]] = {".zip": Zip, ".tar": Tar, ".json": Json, ".parquet": Parquet}
+_KINDS: dict[str, type[Store]] = {".zip": Zip, ".tar": Tar, ".json": Json, ".parquet": Table}
 
 
 def _default_folders(source: Source) -> list[Path]:

@@ -10,21 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from finetune.data.dialogue import Image, RecordError, Slice
 from finetune.data.images import decode_base64
 from finetune.data.near import Names
 from finetune.data.sources.names import IMAGE_SUFFIXES
-from finetune.data.sources.parquet_pages import check_chunk
-from finetune.data.sources.streams import MAX_VALUES, BrokenFileError
-from finetune.data.sources.tables import check_schema
+from finetune.data.sources.streams import BrokenFileError
+from finetune.data.sources.tables import Checked, Parquet, open_parquet, python_rows, read_group
 from modeling.errors import UserError
 from modeling.files import open_regular
-
-if TYPE_CHECKING:
-    import pyarrow
-    import pyarrow.parquet
 
 
 class Store(ABC):
@@ -157,13 +152,19 @@ _ENTRY = re.compile(
 _CLOSING = re.compile(rb"\s*\}\s*")
 
 
-class Parquet(Store):
-    """A table of ids and images; one row group of it in memory at a time."""
+class Table(Store):
+    """A Parquet file of ids and images; one row group of it in memory at a time."""
+
+    @cached_property
+    def _file(self) -> Parquet:
+        try:
+            return open_parquet(self.path)
+        except BrokenFileError as error:
+            raise self._error(error) from error
 
     @cached_property
     def _columns(self) -> tuple[str, str]:
-        with self._file() as file:
-            names = file.schema_arrow.names
+        names = self._file.file.schema_arrow.names
         chosen = [next((name for name in names if name in known), None) for known in (_IDS, _IMAGES)]
         if None in chosen:
             raise UserError(
@@ -176,21 +177,32 @@ class Parquet(Store):
     def _places(self) -> dict[str, tuple[int, int]]:
         """id -> (row group, row in it)"""
         column, _ = self._columns
-        with self._file() as file:
-            return {
-                str(name): (group, row)
-                for group in range(file.num_row_groups)
-                for row, name in enumerate(self._read(file, group, column).to_pylist())
-            }
+        return {
+            str(row[column]): (group, number)
+            for group in range(len(self._file.groups))
+            for number, row in enumerate(row for one in self._read(group, column) for row in python_rows(one))
+            if isinstance(row, dict)
+        }
 
     def find(self, name: str) -> Image | None:
-        place = self._places.get(name)
-        if place is None:
+        if name not in self._places:
             return None
-        try:
-            value = self._group(place[0])[place[1]].as_py()
-        except UnicodeDecodeError as error:
-            raise RecordError("corrupt image", f"{name:.200} in {self.path}: {error}") from error
+        group, number = self._places[name]
+        if self._latest is None or self._latest[0] != group:
+            self._latest = group, self._read(group, self._columns[1])
+        for one in self._latest[1]:
+            if number < one.batch.num_rows:
+                (row,) = python_rows(Checked(one.batch.slice(number, 1), one.sound))
+                return self._image(name, row)
+            number -= one.batch.num_rows
+        return None
+
+    _latest: tuple[int, list[Checked]] | None = None
+
+    def _image(self, name: str, row: dict[str, Any] | RecordError) -> Image:
+        if isinstance(row, RecordError):
+            raise RecordError("corrupt image", f"{name:.200} in {self.path}: {row}")
+        value = row[self._columns[1]]
         content = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(content, str):
             return Image(decode_base64(content))
@@ -198,47 +210,14 @@ class Parquet(Store):
             raise RecordError("corrupt image", f"{name:.200} in {self.path}: no bytes")
         return Image(content)
 
-    def _group(self, number: int) -> "pyarrow.ChunkedArray":
-        if self._latest is None or self._latest[0] != number:
-            _, column = self._columns
-            with self._file() as file:
-                self._latest = number, self._read(file, number, column)
-        return self._latest[1]
-
-    _latest: "tuple[int, pyarrow.ChunkedArray] | None" = None
-
-    def _read(self, file: "pyarrow.parquet.ParquetFile", group: int, name: str) -> "pyarrow.ChunkedArray":
-        """A column of a row group, whose pages account for what it takes in memory. Raises BrokenFileError."""
-        metadata = file.metadata.row_group(group)
-        columns = [metadata.column(number) for number in range(metadata.num_columns)]
-        with open_mapped(self.path) as content:
-            chunks = [
-                check_chunk(content, column, nested=False)
-                for column in columns
-                if column.path_in_schema.split(".")[0] == name
-            ]
-        multiplied = metadata.num_rows * max((chunk.dictionary for chunk in chunks), default=0)
-        if multiplied > 16 * sum(chunk.size for chunk in chunks) + 2**30:
-            raise BrokenFileError("record too large", f"column {name}: {multiplied:,} bytes of a dictionary's values")
-        return file.read_row_group(group, columns=[name])[name]
-
-    @contextmanager
-    def _file(self) -> Iterator["pyarrow.parquet.ParquetFile"]:
-        import pyarrow.parquet
-
+    def _read(self, group: int, column: str) -> list[Checked]:
         try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                check_schema(file.schema_arrow)
-                if file.metadata.num_rows > MAX_VALUES + 1000 * self.path.stat().st_size:
-                    raise BrokenFileError("corrupt file", f"{file.metadata.num_rows:,} rows")
-                yield file
+            return read_group(self._file, group, column)
         except BrokenFileError as error:
-            raise UserError(f"{self.path}: a Parquet file that cannot be read: {error.detail}") from error
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.path}: a Parquet file that cannot be read: {reason:.300}") from error
+            raise self._error(error) from error
+
+    def _error(self, error: BrokenFileError) -> UserError:
+        return UserError(f"{self.path}: a Parquet file that cannot be read: {error}")
 
 
 _IDS = ("id", "image_id", "__index_level_0__")

@@ -40,7 +40,8 @@ def lost_after(done: int, total: int, unit: str = "byte") -> str:
     """
     if done >= total:
         return f"the file ends early, after {unit} {total:,}"
-    return f"{(total - done) / total * 100:.2g} % of the file was not read, from {unit} {done:,} of {total:,} on"
+    share = (total - done) / total * 100
+    return f"{share:.{0 if share > 10 else 1}f} % of the file was not read, from {unit} {done:,} of {total:,} on"
 
 
 def open_file(path: Path) -> io.BufferedReader:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.dialogue import RecordError
 from finetune.data.sources import streams
 from finetune.data.sources.arrow_messages import check_batches
-from finetune.data.sources.parquet_pages import check_chunk
+from finetune.data.sources.parquet_pages import MAX_RATIO, Column, check_chunk, read_footer
 from finetune.data.sources.source import Record
 from finetune.data.sources.streams import BrokenFileError, lost_after, open_raw, until_broken
 
@@ -46,27 +46,63 @@ def read_parquet(path: Path) -> Iterator[Record]:
     return until_broken(path, number_rows(path.name, _parquet_batches(path)))
 
 
-def _parquet_batches(path: Path) -> Iterator[Checked]:
+@dataclass(frozen=True)
+class Parquet:
+    """A Parquet file, opened."""
+
+    content: mmap.mmap
+    file: "pyarrow.parquet.ParquetFile"
+    groups: list[tuple[int, list[Column]]]
+    """(rows, columns) of each."""
+
+
+def open_parquet(path: Path) -> Parquet:
+    """Raises BrokenFileError."""
     import pyarrow.parquet
 
     content = _mapped(path)
-    done = total = 0
     try:
+        groups = read_footer(content)
         file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content))
         check_schema(file.schema_arrow)
-        total = file.metadata.num_rows
-        if total > streams.MAX_VALUES + 1000 * len(content):
-            raise BrokenFileError("corrupt file", f"{total:,} rows in {len(content):,} bytes")
-        for group in range(file.num_row_groups):
-            for batch in _group_batches(file, group, content):
+    except BrokenFileError as error:
+        raise BrokenFileError(error.reason, error.detail, _NOTHING) from error
+    except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
+        raise BrokenFileError("corrupt file", _first_line(error), _NOTHING) from error
+    rows = file.metadata.num_rows
+    if rows > streams.MAX_VALUES + 1000 * len(content):
+        raise BrokenFileError("corrupt file", f"{rows:,} rows in {len(content):,} bytes", _NOTHING)
+    return Parquet(content, file, groups)
+
+
+def _parquet_batches(path: Path) -> Iterator[Checked]:
+    opened = open_parquet(path)
+    done, total = 0, opened.file.metadata.num_rows
+    try:
+        for group in range(len(opened.groups)):
+            for batch in _group_batches(opened, group):
                 yield checked(batch)
                 done += batch.num_rows
     except BrokenFileError as error:
-        lost = lost_after(done, total, "row") if total else error.lost
-        raise BrokenFileError(error.reason, error.detail, lost) from error
+        raise BrokenFileError(error.reason, error.detail, lost_after(done, total, "row")) from error
     except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
-        lost = lost_after(done, total, "row") if total else _NOTHING
-        raise BrokenFileError("corrupt file", _first_line(error), lost) from error
+        raise BrokenFileError("corrupt file", _first_line(error), lost_after(done, total, "row")) from error
+
+
+def read_group(opened: Parquet, group: int, column: str) -> list[Checked]:
+    """One column of one row group. Raises BrokenFileError, also where the file is a bomb."""
+    found, size = [], 0
+    try:
+        for batch in _group_batches(opened, group, column):
+            size += batch.nbytes
+            if size > 4 * streams.MAX_RECORD_BYTES + MAX_RATIO * len(opened.content):
+                raise BrokenFileError("record too large", f"column {column}: over {size:,} bytes in a row group")
+            found.append(checked(batch))
+    except BrokenFileError:
+        raise
+    except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
+        raise BrokenFileError("corrupt file", _first_line(error)) from error
+    return found
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -77,27 +113,28 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _group_batches(
-    file: "pyarrow.parquet.ParquetFile", group: int, content: mmap.mmap
-) -> Iterator["pyarrow.RecordBatch"]:
+def _group_batches(opened: Parquet, group: int, only: str | None = None) -> Iterator["pyarrow.RecordBatch"]:
     """The batches of a row group. Texts that a dictionary would multiply stay in their dictionary."""
     import pyarrow.parquet
 
-    metadata = file.metadata.row_group(group)
-    columns = [metadata.column(number) for number in range(metadata.num_columns)]
-    nested = [file.schema.column(number).max_repetition_level > 0 for number in range(len(columns))]
-    chunks = [check_chunk(content, column, nested=inner) for column, inner in zip(columns, nested, strict=True)]
-    size = sum(chunk.size for chunk in chunks) // max(metadata.num_rows, 1) + max(chunk.dictionary for chunk in chunks)
+    columns, chunks, nested = [], [], []
+    count, there = opened.groups[group]
+    for number, column in enumerate(there):
+        if only in (None, column.path[0]):
+            nested.append(opened.file.schema.column(number).max_repetition_level > 0)
+            chunks.append(check_chunk(opened.content, column, nested=nested[-1]))
+            columns.append(column)
+    size = sum(chunk.size for chunk in chunks) // max(count, 1) + max((chunk.dictionary for chunk in chunks), default=0)
     rows = min(1024, max(BATCH_ROWS, BATCH_BYTES // max(size, 1)))
     compact = [
-        column.path_in_schema
+        column.name
         for column, inner, chunk in zip(columns, nested, chunks, strict=True)
-        if column.physical_type == "BYTE_ARRAY"
-        and chunk.dictionary * (chunk.values if inner else rows) > streams.MAX_RECORD_BYTES
+        if column.is_text and chunk.dictionary * (chunk.values if inner else rows) > streams.MAX_RECORD_BYTES
     ]
+    file, chosen = opened.file, None if only is None else [only]
     if compact:
-        file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(content), read_dictionary=compact)
-    yield from file.iter_batches(rows, row_groups=[group], use_threads=False)
+        file = pyarrow.parquet.ParquetFile(pyarrow.py_buffer(opened.content), read_dictionary=compact)
+    yield from file.iter_batches(rows, row_groups=[group], columns=chosen, use_threads=False)
 
 
 def read_arrow(path: Path) -> Iterator[Record]:
@@ -157,17 +194,18 @@ def number_rows(name: str, batches: Iterable[Checked]) -> Iterator[Record]:
         rows, weight = one.batch.num_rows, _weight(one.batch) if one.sound else math.inf
         step = rows if weight <= BATCH_BYTES else BATCH_ROWS
         for part in (one.batch.slice(start, step) for start in range(0, rows, max(step, 1))):
-            for row in _python_rows(part, sound=one.sound):
+            for row in python_rows(Checked(part, one.sound)):
                 yield f"{name}#{number}", row
                 number += 1
 
 
-def _python_rows(batch: "pyarrow.RecordBatch", *, sound: bool) -> Iterable[dict[str, Any] | RecordError]:
-    if sound and _weight(batch) <= min(2 * BATCH_BYTES, streams.MAX_RECORD_BYTES):
-        found = _as_python(batch)
+def python_rows(one: Checked) -> Iterable[dict[str, Any] | RecordError]:
+    """The rows of a batch; one that is too large, or that Python cannot hold, is a RecordError."""
+    if one.sound and _weight(one.batch) <= min(2 * BATCH_BYTES, streams.MAX_RECORD_BYTES):
+        found = _as_python(one.batch)
         if isinstance(found, list):
             return found
-    return (_python_row(batch.slice(row, 1), sound=sound) for row in range(batch.num_rows))
+    return (_python_row(one.batch.slice(row, 1), sound=one.sound) for row in range(one.batch.num_rows))
 
 
 def _python_row(row: "pyarrow.RecordBatch", *, sound: bool) -> dict[str, Any] | RecordError:
