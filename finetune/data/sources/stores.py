@@ -176,13 +176,13 @@ class Table(Store):
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         """id -> (row group, row in it)"""
-        column, _ = self._columns
-        return {
-            str(row[column]): (group, number)
-            for group in range(len(self._file.groups))
-            for number, row in enumerate(row for one in self._read(group, column) for row in python_rows(one))
-            if isinstance(row, dict)
-        }
+        (column, _), places = self._columns, {}
+        for group in range(len(self._file.groups)):
+            for number, row in enumerate(row for one in self._read(group, column) for row in python_rows(one)):
+                if isinstance(row, RecordError):
+                    raise self._error(row)
+                places[str(row[column])] = group, number
+        return places
 
     def find(self, name: str) -> Image | None:
         if name not in self._places:
@@ -216,7 +216,7 @@ class Table(Store):
         except BrokenFileError as error:
             raise self._error(error) from error
 
-    def _error(self, error: BrokenFileError) -> UserError:
+    def _error(self, error: RecordError) -> UserError:
         return UserError(f"{self.path}: a Parquet file that cannot be read: {error}")
 
 
