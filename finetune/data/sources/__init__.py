@@ -94,7 +94,7 @@ _FORMATS = {
         prompts.convert_preference,
         read_records,
         prompts.is_preference,
-        ("prompt", "chosen", "rejected", _any(IMAGES), *_BEFORE),
+        (_any(prompts.PROMPTS), "input", "chosen", "rejected", _any(IMAGES), *_BEFORE),
         note=_CHOSEN,
     ),
     "qa": Format(

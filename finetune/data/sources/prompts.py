@@ -16,6 +16,9 @@ from finetune.data.sources.messages import turn_of
 from finetune.data.sources.names import ANSWERS, CONTEXTS, IMAGES, QUESTIONS, all_answers, first_name, name_of
 from finetune.data.sources.roots import ImageRoot
 
+PROMPTS = ("prompt", "question", "query", "instruction", "problem")
+"""Names of what a preference is about."""
+
 
 def convert_qa(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """A question and its answer; earlier ones in "history", what the question is about in "context"."""
@@ -51,11 +54,14 @@ def is_prompt_completion(record: dict[str, Any]) -> bool:
 
 
 def convert_preference(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """TRL: the prompt with the chosen answer, or "chosen" as the whole conversation."""
+    """TRL: the prompt with the chosen answer, or "chosen" as the whole conversation; elsewhere a question with both."""
     ignored: list[str] = []
     chosen = _said(record, "chosen", root, ignored)
     whole = bool(chosen) and chosen[0].role != "assistant"
-    prompt = _said(record, "prompt", root, ignored) if has(record, "prompt") or not whole else []
+    asks = first_name(record, PROMPTS) if whole else name_of(record, PROMPTS)
+    prompt = _said(record, asks, root, ignored) if asks else []
+    if asks and has(record, "input"):
+        prompt = [user(joined((required(record, asks, str), required(record, "input", str))))]
     if whole and any(turn not in chosen for turn in prompt):
         raise RecordError("prompt and chosen do not match", '"chosen" is a whole conversation without the "prompt"')
     turns = [*history(record), *([] if whole else prompt), *chosen]
@@ -63,15 +69,16 @@ def convert_preference(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def is_preference(record: dict[str, Any]) -> bool:
-    return _is_said(record, "chosen") and (has(record, "rejected") or has(record, "prompt"))
+    return _is_said(record, "chosen") and (has(record, "rejected") or first_name(record, PROMPTS) is not None)
 
 
 def _said(record: Mapping[str, Any], name: str, root: ImageRoot, ignored: list[str]) -> list[Turn]:
-    """The turns of a list of messages; a text is the user's in "prompt", else the assistant's."""
+    """The turns of a list of messages; a text is the assistant's if it is an answer, else the user's."""
     value = record.get(name)
     if isinstance(value, list):
         return [turn_of(message, root, ignored) for message in value]
-    return [user(required(record, name, str)) if name == "prompt" else assistant(all_answers(record, name)[0])]
+    answers = name in ("chosen", "completion")
+    return [assistant(all_answers(record, name)[0]) if answers else user(required(record, name, str))]
 
 
 def _is_said(record: Mapping[str, Any], name: str) -> bool:
