@@ -25,6 +25,9 @@ from modeling.cores import available_cores
 from modeling.errors import UserError
 from modeling.files import read_json, write_json
 
+REPAIR = "delete it, and the same command writes it again"
+"""Of data.json."""
+
 STREAMED_BYTES = 2**25
 """Of a streamed file that are looked at to tell whether it has changed, at its beginning and at its end."""
 
@@ -95,14 +98,16 @@ def write_report(report: dict[str, Any], folder: Path, *, held_out_decides: bool
     `held_out_decides`: so do changes of the held-out data.
     """
     path = folder / "data.json"
-    before = read_json(path, repair="delete it, and the same command writes it again")
+    before = read_json(path, repair=REPAIR)
     if before is not None and is_trained(folder):
         free = () if held_out_decides else ("held_out_examples", "overlap", "eval_sources", "held_out_images")
-        was, now = ({key: one[key] for key in one if key not in free} for one in (before, report))
+        if not isinstance(before.get("sources"), list):
+            raise UserError(f"{path}: not as this toolkit writes it; {REPAIR}")
+        was, now = ({key: one[key] for key in before.keys() & report.keys() - {*free}} for one in (before, report))
         if differing := differences(was, now):
-            key, *values = differing[0]
+            key, had, has = differing[0]
             raise UserError(
-                f"{folder}: the data has changed since this run began: {key} was {values[0]}, is {values[1]}\n"
+                f"{folder}: the data has changed since this run began: {key} was {had!r:.60}, is {has!r:.60}\n"
                 f"  go on with the data it began with, choose another folder (output=runs/NAME), or delete this one"
             )
     write_json(path, report)

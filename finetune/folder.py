@@ -63,9 +63,11 @@ def open_folder(recipe: Recipe, contents: Contents, base: str | None) -> str | N
         require_same_recipe(folder, before, recipe)
         began = began or {"recipe": before.model_dump(mode="json"), "data": contents, "base": base}
         require_same_base(folder, began.get("base"), base)
-        sets = [one for one in began.get("prepared") or [] if isinstance(one, str)]
+        noted = began.get("prepared")
+        sets = [one for one in noted if isinstance(one, str)] if isinstance(noted, list) else []
         changed = _changed_data(recipe, began["data"], contents) or _changed_image(sets)
-        now = {**began, "base": began.get("base") or base}
+        mended = {"recipe": before.model_dump(mode="json"), "data": {**contents, **began["data"]}}
+        now = {**began, **mended, "base": began.get("base") or base}
     elif began is None or (began["recipe"], began["data"]) != (now["recipe"], now["data"]):
         _clear(folder)
     _write(folder, recipe, now)
@@ -88,25 +90,22 @@ def _read_inputs(folder: Path) -> dict[str, Any] | None:
 
 
 def _are_contents(data: Any) -> bool:
-    entries = [one for kind in data.values() for one in kind] if isinstance(data, dict) else [None]
-    return all(isinstance(one, dict) and {"source", "sha256"} <= one.keys() for one in entries)
+    if not isinstance(data, dict) or not all(isinstance(kind, list) for kind in data.values()):
+        return False
+    return all(isinstance(one, dict) and {"source", "sha256"} <= one.keys() for kind in data.values() for one in kind)
 
 
 def _trained_recipe(folder: Path, began: Mapping[str, Any] | None) -> Recipe:
     """What is trained here, by inputs.json, else by recipe.yaml. Raises UserError where neither says it."""
-    found = began["recipe"] if began else None
-    if found is None:
+    for read in (lambda: (began or {})["recipe"], lambda: parse_yaml((folder / RECIPE).read_bytes())):
         try:
-            found = parse_yaml((folder / RECIPE).read_bytes())
-        except (OSError, UserError):
-            found = None
-    try:
-        return Recipe.model_validate(found)
-    except ValidationError as error:
-        raise UserError(
-            f"{folder}: something is trained here, and neither {INPUTS} nor {RECIPE} can be read, which say what\n"
-            f"  put one of them back, choose another folder (output=runs/NAME), or delete this one to train anew"
-        ) from error
+            return Recipe.model_validate(read())
+        except (KeyError, OSError, UserError, ValidationError):
+            continue
+    raise UserError(
+        f"{folder}: something is trained here, and neither {INPUTS} nor {RECIPE} can be read, which say what\n"
+        f"  put one of them back, choose another folder (output=runs/NAME), or delete this one to train anew"
+    )
 
 
 def require_same_recipe(folder: Path, before: Recipe, now: Recipe) -> None:

@@ -1,6 +1,7 @@
 """`finetune merge FOLDER`: a run's adapter or any other -> a merged model, its card, and what was proved of it."""
 
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -87,23 +88,15 @@ def model_card(base: str, out: Path, run: Path | None) -> str:
         pipeline_tag="image-text-to-text",
         tags=["idefics", "instruction-tuning"],
     )
-    data = (read_json(run / "data.json") if run else None) or {"sources": []}
-    figures = (read_json(run / "evaluation.json") if run else None) or {}
     sections = [
         f"---\n{header.to_yaml()}\n---",
         f"# {_code((run or out).resolve().name)}",
         f"IDEFICS, fine-tuned from {_code(base)}, with everything that was trained merged into its weights. "
         f"{_code(PROVENANCE)} holds what it was made of, hashes, and the proof that it is base + adapter.",
     ]
-    if data["sources"]:
-        lines = [f"- {_code(source['source'])}: {source['examples']:,} examples" for source in data["sources"]]
-        sections += ["## Data", "\n".join(lines)]
-    if tuned := figures.get("tuned"):
-        before = figures["base"]
-        rows = [f"| {key} | {before[key]} | {value} |" for key, value in tuned.items() if value is not None]
-        sections += ["## Held-out figures", "\n".join(["| | base | this model |", "| --- | --- | --- |", *rows])]
     if run:
-        recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
+        sections += [*_described(run / "data.json", _data), *_described(run / "evaluation.json", _figures)]
+        recipe = (run / "recipe.yaml").read_text(encoding="utf-8", errors="backslashreplace")
         fence = _backticks(recipe, least=3)
         sections += ["## Recipe", f"{fence}yaml\n{recipe}{fence}"]
     sections += [
@@ -112,6 +105,29 @@ def model_card(base: str, out: Path, run: Path | None) -> str:
         "and those that IDEFICS added, are MIT. What it was trained on has licences of its own. Merging lifts none.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _described(path: Path, describe: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    """What the card says of a file of the run folder. Raises UserError where it is not as it was written."""
+    repair = "delete it, and the card does without"
+    values = read_json(path, repair=repair) or {}
+    try:
+        return describe(values)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not as this toolkit writes it ({error!r:.100}); {repair}") from error
+
+
+def _data(data: dict[str, Any]) -> list[str]:
+    lines = [f"- {_code(source['source'])}: {source['examples']:,} examples" for source in data.get("sources", [])]
+    return ["## Data", "\n".join(lines)] if lines else []
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    if not (tuned := figures.get("tuned")):
+        return []
+    before = figures["base"]
+    rows = [f"| {key} | {before[key]} | {value} |" for key, value in tuned.items() if value is not None]
+    return ["## Held-out figures", "\n".join(["| | base | this model |", "| --- | --- | --- |", *rows])]
 
 
 def _code(text: str) -> str:

@@ -156,9 +156,16 @@ class Run:
             done = [stage for stage in STAGES if self._why_not_done(stage) is None]
             result |= {stage: figures for stage in done if (figures := figures_of(self.folder, stage)) is not None}
             if not (self.folder / CURVES).is_file():
-                draw(self.folder / "metrics.jsonl", result.get("evaluate"), self.folder / CURVES)
+                self._draw(result.get("evaluate"))
         write_json(self.folder / "result.json", result)
         return result
+
+    def _draw(self, scores: dict[str, Any] | None) -> None:
+        metrics = self.folder / "metrics.jsonl"
+        try:
+            draw(metrics, scores, self.folder / CURVES)
+        except (ValueError, TypeError, KeyError) as error:
+            say(f"{metrics}: not as this toolkit writes it ({error!r:.200}); {CURVES} is not drawn")
 
     def require_adapter(self) -> Path:
         if why := self._why_not_done("train"):

@@ -395,6 +395,8 @@ def test_recipe_yaml_that_is_not_whole_is_mended(copy, content):
     (folder / "recipe.yaml").write_bytes(content)
     assert run(path, *overrides).exit_code == 0
     assert (folder / "recipe.yaml").read_bytes() == before
+    (folder / "inputs.json").write_text('{"recipe": {"model": 3}, "data": {}}')
+    assert run(path, *overrides).exit_code == 0  # either of them tells it
     (folder / "recipe.yaml").write_bytes(content)
     (folder / "inputs.json").unlink()
     told = refused(run(path, *overrides))

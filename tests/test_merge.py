@@ -677,3 +677,38 @@ def test_the_proof_tells_a_right_merge_from_a_wrong_one(base_folder, make_rows, 
 def test_peft_has_no_lora_field_the_merge_was_not_told_of():
     """The merge refuses what it does not understand; a new LoraConfig field of PEFT must be looked at first."""
     assert peft.__version__ == "0.21.2"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "file"),
+    [
+        (merging_module, "write_json", ".merged.partial/provenance.json"),
+        (merging_module.Path, "unlink", ".merged.partial/made_of.json"),
+        (merging_module, "flush", ".merged.partial"),
+        (merging_module.Path, "rename", ".merged.partial"),
+    ],
+)
+def test_killed_when_little_is_missing_a_merge_goes_on_from_there(
+    base_folder, tmp_path, monkeypatch, owner, name, file
+):
+    """Killed just before `name` is done to `file`; no weights are written again."""
+    adapter_for(base_folder, tmp_path / "adapter", {"decoder": "lora"})
+    original = getattr(owner, name)
+
+    def killed(path, *arguments, **options):
+        if path == tmp_path / file:
+            raise KeyboardInterrupt
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(merging_module, "write_shard", None)
+    record = merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged")
+    assert record == json.loads((tmp_path / "merged" / "provenance.json").read_text())
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "provenance.json"} <= names
+    assert "made_of.json" not in names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]

@@ -253,3 +253,12 @@ def test_a_hostile_name_stays_a_name(tmp_path, name):
     assert shown in lines[1]
     ticks = len(lines[1]) - len(lines[1].rstrip("`"))
     assert "`" * ticks not in shown
+
+
+@pytest.mark.parametrize("name", ["data.json", "evaluation.json"])
+@pytest.mark.parametrize("content", ["", "[]", '{"sources": 3, "tuned": 3}', '{"sources": [{}], "tuned": {"loss": 1}}'])
+def test_the_card_s_files_that_are_cut_or_odd_are_named_before_anything_is_merged(run, name, content):
+    (run / name).write_text(content)
+    assert f"{run / name}: " in told(outcome := invoke(run))
+    assert "delete it, and the card does without" in told(outcome)
+    assert not (run / "merged").exists()
