@@ -184,7 +184,13 @@ class Adapter:
             if ("lora_magnitude_vector" in factors) != bool(config.use_dora):
                 found = "no magnitude" if config.use_dora else "a magnitude"
                 raise UserError(f"{self.folder}: {name} has {found}, and {where} says use_dora {config.use_dora}")
-        saved = saved_modules(config.modules_to_save or [], {path for name in shapes for path in _paths(name)})
+        paths = {path for name in shapes for path in _paths(name)}
+        saved = saved_modules(config.modules_to_save or [], paths)
+        if foreign := [name for name in config.modules_to_save or [] if not saved_modules([name], paths)]:
+            raise UserError(
+                f"{self.folder}: modules_to_save names {foreign[0][:80]!r}, which the base does not have; "
+                f"it was made for another model"
+            )
         expected_names = {name for name in shapes if saved & {*_paths(name)}}
         if missing := sorted(expected_names - self.replaced.keys()):
             raise UserError(

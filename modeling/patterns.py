@@ -53,9 +53,9 @@ def matching(
             return _match(patterns, names)
         return _match_elsewhere(patterns, names)
     except re.error as error:
-        raise UserError(f"{where}: {error.pattern!r} is no regular expression: {error.msg}") from error
+        raise UserError(f"{where}: {repr(error.pattern)[:80]} is no regular expression: {error.msg[:200]}") from error
     except subprocess.TimeoutExpired as error:
-        texts = ", ".join(repr(one.text) for one in patterns[:3])
+        texts = ", ".join(repr(one.text)[:80] for one in patterns[:3])
         raise UserError(
             f"{where}: {texts}: matching takes longer than {LIMIT_S} s (nested quantifiers?); name the modules instead"
         ) from error

@@ -275,6 +275,12 @@ def test_half_an_adapter_is_refused(folder, kind):
         check(folder)
 
 
+def test_a_saved_module_that_the_base_does_not_have_is_refused(folder):
+    configure(folder, modules_to_save=["additional_embedding", "additional_fc", "classifier"])
+    with pytest.raises(UserError, match="modules_to_save names 'classifier', which the base does not have"):
+        check(folder)
+
+
 def test_dora_without_a_magnitude_is_refused(folder):
     configure(folder, use_dora=True)
     with pytest.raises(UserError, match=r"has no magnitude, and .* says use_dora True"):
@@ -410,5 +416,6 @@ def test_adapter_pattern_that_backtracks_without_end_is_ended(folder, changes, m
 @pytest.mark.parametrize("pattern", ["(", "*", "a{2,1}", "(?P<x>a)(?P<x>b)", "[z-a]", "x\\", "(" * 5000 + ")" * 5000])
 def test_adapter_pattern_that_is_none_is_named(folder, pattern):
     configure(folder, target_modules=pattern)
-    with pytest.raises(UserError, match=r"target_modules: .* is no regular expression: "):
+    with pytest.raises(UserError, match=r"target_modules: .* is no regular expression: ") as error:
         check(folder)
+    assert len(str(error.value)) < 1000
