@@ -19,7 +19,7 @@ NOT_ALL_ANSWERED = 4
 """Status of `finetune generate` where a record could not be asked."""
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
-_OF_A_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
+_OF_A_PLACE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EINVAL)
 
 
 def guarded(
@@ -30,6 +30,7 @@ def guarded(
     `interrupted` is what Ctrl-C leaves behind. Of several processes that fail, one says why.
     """
     try:
+        _hush()
         launch.begin()
         return work()
     except UserError as error:
@@ -70,12 +71,16 @@ def finish(result: dict[str, Any], as_json: bool, *, status: int = 0) -> None:
         raise typer.Exit(status)
 
 
-def quiet() -> None:
-    """Keep the libraries' notices out of our output; their errors stay."""
+def _hush() -> None:
+    """Keep notices of libraries out of our output, without importing one; their errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("bitsandbytes", "transformers", "trl", "accelerate", "datasets", "peft", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(peft|trl|transformers|torch|accelerate)\b.*")
+
+
+def quiet() -> None:
+    """Keep transformers, which sets its own level as it is imported, out of our output."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from modeling.errors import UserError
 from modeling.files import partial_of
@@ -13,7 +14,7 @@ LONGEST_NAME = 255
 def check_place(name: str, path: Path, *, folder: bool = False) -> None:
     """Raise UserError where no file, or no `folder`, can be written; `name` is the option or key that says where.
 
-    Nothing is made. Missing parents are no mistake where they can be made.
+    Nothing is left behind. Missing parents are no mistake where they can be made.
     """
     try:
         problem = _problem(path.absolute(), folder=folder)
@@ -34,14 +35,14 @@ def _problem(path: Path, *, folder: bool) -> str | None:
             return "is a folder; expected a file" if path.is_dir() else "is a pipe or a device; expected a file"
         if not os.access(path, os.W_OK):
             return "is read-only; choose another place"
-        if folder:
-            return None
-    parent = next(parent for parent in path.parents if _exists(parent))
+    parent = path if folder and path.is_dir() else next(parent for parent in path.parents if _exists(parent))
     if not parent.is_dir():
         return f"cannot be written: {parent} is a file, and no folder; choose another place"
-    if not os.access(parent, os.W_OK | os.X_OK):
-        return f"cannot be written: {parent} is read-only; choose another place"
-    return None
+    try:
+        with TemporaryFile(dir=parent):  # permissions alone say nothing of a disk that another machine keeps
+            return None
+    except OSError as error:
+        return f"cannot be written: no file can be made in {parent}: {error.strerror}; choose another place"
 
 
 def _exists(path: Path) -> bool:

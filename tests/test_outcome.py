@@ -47,7 +47,9 @@ def ended(capsys, error):
     return raised.value.exit_code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO])
+@pytest.mark.parametrize(
+    "number", [errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.ENOENT]
+)
 def test_a_place_that_cannot_be_is_one_line(capsys, number):
     error = OSError(number, os.strerror(number), "a\x1b[2J/[bold]b")
     assert ended(capsys, error) == (1, f"a␛[2J/[bold]b: {os.strerror(number)}\n")

@@ -1,5 +1,6 @@
 """Places to write to are looked at before the work: what cannot be written is one line, and nothing is made."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -79,7 +80,25 @@ def test_what_can_be_written_is_not_made(around, path, folder):
 def test_what_is_read_only(around, monkeypatch, path, folder):
     (around / "shut").mkdir()
     (around / "shut" / "file").touch()
-    shut = lambda place, mode: not str(place).startswith(f"{around}/shut")  # noqa: E731 - root may write everywhere
-    monkeypatch.setattr("finetune.places.os.access", shut)
-    with pytest.raises(UserError, match="read-only; choose another place"):
+
+    def refuse(dir):  # root may write everywhere
+        assert dir == around / "shut"
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("finetune.places.TemporaryFile", refuse)
+    with pytest.raises(UserError) as raised:
         check_place("--out", Path(path), folder=folder)
+    said = f"cannot be written: no file can be made in {around / 'shut'}: Permission denied; choose another place"
+    assert str(raised.value) == f"--out: {path!r} {said}"
+
+
+@pytest.mark.parametrize("path", ["/proc/nothing", "/proc/no/such.html"])
+def test_where_no_file_can_be_made_although_permissions_allow_it(path):
+    with pytest.raises(UserError, match="cannot be written: no file can be made in /proc: "):
+        check_place("--html", Path(path))
+
+
+def test_a_file_that_is_read_only_is_not_replaced(around, monkeypatch):
+    monkeypatch.setattr("finetune.places.os.access", lambda place, mode: place != around / "file")
+    with pytest.raises(UserError, match="'file' is read-only; choose another place"):
+        check_place("--out", Path("file"))
