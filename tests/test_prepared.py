@@ -3,14 +3,20 @@
 import json
 import multiprocessing
 import pickle
+import shutil
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from finetune.data.arrow import DamagedError
+from finetune.data.changes import find_changes
 from finetune.data.dialogue import Dialogue, Image, Slice, Turn, assistant, user
 from finetune.data.images import open_image
 from finetune.data.prepare import prepare
@@ -245,6 +251,28 @@ def test_another_process_sees_the_same(prepare_files):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(seen, prepared).result() == seen(prepared)
         assert pool.submit(len, prepared.sets[0]).result() == 3
+
+
+@given(
+    name=st.sampled_from(["examples.arrow", "images.arrow", "files.arrow", "account.json"]),
+    changes=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=4),
+    kept=st.floats(0, 1) | st.just(1.0),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fuzz_of_a_set_that_is_opened_or_named_as_damaged(prepare_files, tmp_path, name, changes, kept):
+    (made,) = prepare_files("first").sets
+    shutil.copytree(made.folder, tmp_path / "set", dirs_exist_ok=True)
+    content = bytearray((made.folder / name).read_bytes())
+    for place, byte in changes:
+        content[place % len(content)] = byte
+    (tmp_path / "set" / name).write_bytes(content[: round(kept * len(content))])
+    with suppress(DamagedError):
+        opened = PreparedSet.open(tmp_path / "set")
+        assert opened is not None
+        find_changes(opened.folder)
+        for row in range(len(opened)):
+            assert len(opened.example(row)) == len(opened.examples.cell("supervised", row))
+            opened.dialogue(row)
 
 
 def test_a_set_is_opened_with_its_account(prepare_files):

@@ -78,6 +78,8 @@ def find_changes(folder: Path) -> Changes:
     changed: list[str] = []
     touched: dict[int, int] = {}
     for row, (name, size, time, content) in enumerate(zip(names, sizes, times, digests, strict=True)):
+        if b"\0" in name:
+            raise DamagedError(files.path, "a name that no file has")
         path = folder / os.fsdecode(name)
         _, size_now, time_now = file_now(path)
         if (size_now, time_now) == (size, time):
