@@ -106,7 +106,10 @@ def _open_journal(journal: Path, command: dict[str, Any]) -> dict[int, dict[str,
             break
         try:
             made = json.loads(line)
-            found[int(made["record"])] = {"answer": str(made["answer"]), "stopped": bool(made["stopped"])}
+            record, answer, stopped = made["record"], made["answer"], made["stopped"]
+            if not (type(record) is int and isinstance(answer, str) and isinstance(stopped, bool)):
+                raise ValueError(line)
+            found[record] = {"answer": answer, "stopped": stopped}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{journal}: line {number} is no answer: {line!r:.80}; delete the journal") from error
     return found

@@ -80,7 +80,7 @@ def _as_before(recipe: Recipe, folder: Path) -> dict[str, Any]:
     try:
         values = {key: one["run"] for key, one in record["changed"].items() if _value(recipe, key) == one["asked"]}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder / FILE}: not as this toolkit writes it ({error!r}); {REPAIR}") from error
+        raise UserError(f"{folder / FILE}: not as this toolkit writes it ({error!r:.200}); {REPAIR}") from error
     if values:
         say(f"training.auto_fit: as this run began, with {' '.join(Change(0, values).overrides)}")
     return values

@@ -85,7 +85,7 @@ class Origin:
         origin = cls(**note)
         beside = adapter.parent / Path(origin.base).name
         if (
-            not is_folder(origin.base) and (beside / "config.json").is_file()
+            not is_folder(origin.base) and is_folder(str(beside)) and (beside / "config.json").is_file()
         ):  # the run's folder has moved, base and all
             return cls(**{**note, "base": str(beside)})
         return origin

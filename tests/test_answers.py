@@ -144,7 +144,17 @@ def test_answers_of_another_command_are_neither_mixed_nor_lost(scripted, tmp_pat
     assert (tmp_path / "out.journal").read_bytes() == before
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"record": "x", "answer": "", "stopped": true}', "\udcff", "[" * 9999])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "{}",
+        '{"record": 1e999, "answer": "", "stopped": true}',
+        '{"record": "x", "answer": "", "stopped": true}',
+        "\udcff",
+        "[" * 9999,
+    ],
+)
 def test_a_journal_that_is_none_is_named(scripted, tmp_path, line):
     source = written(tmp_path / "in.jsonl", [prompt("a"), prompt("b")])
     scripted.limit[0] = 1

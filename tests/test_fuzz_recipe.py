@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from finetune.answers import _open_journal
@@ -157,6 +157,7 @@ JOURNAL = b"""{"model": "m"}
 
 @fuzzed(150)
 @given(mutations([JOURNAL], JSON_TOKENS))
+@example(JOURNAL.replace(b"3", b"1e400"))
 def test_fuzz_journal(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.journal"
     path.write_bytes(content)
