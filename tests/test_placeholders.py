@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finetune.data.account import Account
 from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
@@ -242,6 +244,26 @@ def test_placeholders_kept_as_text_where_the_source_says_so(folder, tmp_path):
         (user(A, "Is <image> or [IMG] a tag?"), assistant("<image> is, and <video>v</video>."))
     )
     assert (account.rejected, account.ignored) == ({}, {})
+
+
+TOKENS = ("<image>", "<|image|>", "[IMG]", "a", " ", "\n", "<", "<b>", "</p>", "<img>")
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(TOKENS), max_size=6).map("".join), min_size=1, max_size=3),
+    st.lists(st.sampled_from(("a.png", "b.png", "7.jpg")), max_size=3),
+)
+@settings(max_examples=200, deadline=None)
+def test_placeholders_all_become_images_in_their_order_or_none_does(folder, questions, images):
+    try:
+        dialogue = convert("messages", {"messages": asked(*questions), "images": images}, folder)
+    except RecordError:
+        return
+    assert [name_of(image).source.name for image in dialogue.images] == images
+    assert [kind for turn in dialogue.turns for kind in kinds_in(turn.text)] == []
+    written = [len(kinds_in(question)) for question in questions]
+    shown = [len(turn.images) for turn in dialogue.turns[::2]]
+    assert shown == (written if any(written) else [len(images), *[0] * (len(questions) - 1)])
 
 
 def test_placeholder_is_found_in_time_that_grows_with_the_text():

@@ -33,7 +33,7 @@ from finetune.data.prepared import EXAMPLE_SCHEMA, IMAGE_SCHEMA, Prepared, Prepa
 from finetune.data.sources import FORMATS
 from finetune.data.sources.source import Source
 from finetune.data.template import render
-from finetune.data.tokens import Encoder
+from finetune.data.tokens import IGNORED, Encoder
 from modeling.errors import UserError
 
 COLORS = {"a": "red", "b": "green", "c": "blue"}
@@ -241,6 +241,23 @@ def test_one_exchange_too_long_is_a_part_of_a_record_that_is_kept(folder, tiny_t
     assert list(prepared.image_ids) == [(0,), (0,)]
     whole, account = run(folder, tiny_tokenizer, [long])
     assert (len(whole), account.rejected, account.parts_rejected) == (0, {"too long": 1}, {})
+
+
+def test_weight_of_an_answer_reaches_labels_questions_and_parts(folder, tiny_tokenizer):
+    long = talk("a.bmp", count=3)
+    long["messages"][1]["weight"] = 0
+    long["score"] = 7
+    whole, account = run(folder, tiny_tokenizer, [long])
+    (example,), (dialogue,) = whole.examples, whole.dialogues
+    trained = tiny_tokenizer.decode(example.input_ids[example.labels != IGNORED])
+    assert trained == "1!<end_of_utterance> 2!<end_of_utterance>"
+    assert [turn.supervised for turn in dialogue.turns] == [True, False, True, True, True, True]
+    assert [references for _, references in dialogue.prompts()] == [("1!",), ("2!",)]
+    assert account.ignored == {"score": 1}
+    assert account.loss == "not used of records: score 1"
+    parts, account = run(folder, tiny_tokenizer, [long], turns=1)
+    assert texts(parts) == [text for text in texts(parts) if "0!" not in text]
+    assert (len(parts), account.kept, account.parts_rejected) == (2, 1, {"nothing supervised": 1})
 
 
 def test_images_of_equal_content_are_one(folder, tiny_tokenizer):

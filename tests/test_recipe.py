@@ -600,3 +600,18 @@ def test_steps_given_in_the_command_replace_epochs_of_the_file_and_epochs_steps(
         load_recipe(own_data, ["training.steps=50", "training.epochs=1"])
     assert load_recipe(own_data, ["training.steps=null"]).training.epochs == 3
     assert capsys.readouterr().err == ""
+
+
+def test_placeholders_and_ignored_keys_of_a_source(tmp_path):
+    def written_source(**more):
+        return written(tmp_path, MINIMAL.replace("format: easy_vqa", json.dumps({"path": "a.jsonl", **more})[1:-1]))
+
+    for ignore in ("tools", ["tools"]):
+        (source,) = load_recipe(written_source(format="messages", placeholders="text", ignore=ignore)).data.sources
+        assert (to_source(source).placeholders, to_source(source).ignore) == ("text", ("tools",))
+    (source,) = load_recipe(written_source(format="messages")).data.sources
+    assert (to_source(source).placeholders, to_source(source).ignore) == ("images", ())
+    with pytest.raises(UserError, match=r"placeholders: .*'images' or 'text'"):
+        load_recipe(written_source(placeholders="html"))
+    with pytest.raises(UserError, match=r"ignore: expected a key or a list of keys, got 7"):
+        load_recipe(written_source(ignore=7))

@@ -66,9 +66,8 @@ def leftovers(value: Mapping[str, Any], reads: AbstractSet[str], *, shows: bool,
             raise RecordError(_MARKS[lower], f'"{name}" is {item}')
         if key in reads or lower in _WITHOUT_CONTENT or _is_empty(item):
             continue
-        kind = (_KINDS.get(lower) if item is not False else None) or (
-            "image not read" if not shows and (lower in _IMAGES or _is_image(item)) else None
-        )
+        is_image = not shows and (lower in _IMAGES or _is_image(item))
+        kind = _KINDS.get(lower) or ("image not read" if is_image else None)
         if kind and item is not False:
             hint = f"; `columns: {{image: {key}}}` reads it" if kind == "image not read" else ""
             raise RecordError(kind, f'"{name}" is not read{hint}; `ignore: [{key}]` does without it')
