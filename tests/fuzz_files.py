@@ -76,6 +76,7 @@ TABLE = pa.table(
         "image": [{"bytes": PNG, "path": "a.png"}] * 20,
         "messages": [TALK] * 20,
         "n": list(range(20)),
+        "id": [str(number) for number in range(20)],
     }
 )
 
@@ -194,6 +195,8 @@ def fuzz_columns(folder: Path, count: int) -> None:
         path = folder / f"last{file[0]}"
         path.write_bytes(data.draw(damaged(file[1], donor=other[1])))
         check_reading(path)
+        if file[0] == ".parquet":
+            check_images(path, "0", "19", "no")
 
     run()
 

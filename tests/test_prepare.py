@@ -1150,3 +1150,20 @@ def test_accounts_of_parts_add_up_and_keep_the_first_place():
         "parts of kept records left out: corrupt image 1, too many images 2"
     )
     assert Account("x", read=1, kept=1).loss is None
+
+
+def test_a_file_that_breaks_off_is_prepared_as_far_as_it_goes_where_that_is_asked(folder, tiny_tokenizer, tmp_path):
+    lines = [json.dumps(record("a.bmp")), "[]", json.dumps(record("b.bmp"))]
+    path = folder / "data.json"
+    path.write_text(f"[{', '.join(lines)}, tru")
+    options = {"max_length": 200, "max_images": 2, "seed": 0, "folder": tmp_path / "made"}
+    with pytest.raises(UserError, match=r"data\.json: the file breaks off: not JSON: .*; 3 records were read before, "):
+        prepare([Source("messages", (path,))], tiny_tokenizer, **options)
+    prepared, (account,) = prepare([Source("messages", (path,), on_broken="keep")], tiny_tokenizer, **options)
+    assert len(prepared) == 2
+    assert (account.read, account.kept, account.rejected) == (3, 2, {"not an object": 1})
+    size = path.stat().st_size
+    lost = f"3 records were read before, 0.9 % of the file was not read, from byte {size - 3} of {size} on"
+    told = f"{path} breaks off: not JSON: Expecting value at byte {size - 3}; {lost}"
+    assert account.broken == [told]
+    assert account.loss == f"{told}; 1 of 3 records rejected: not an object 1"

@@ -526,3 +526,19 @@ def test_sizes_and_accounts_are_known_while_images_are_downloaded(reading, folde
 def test_only_sources_that_allow_it_download(folder):
     assert downloads(folder, [Source("messages"), Source("obelics")]) is None
     assert downloads(folder, [Source("messages"), Source("obelics", download=True)]) is not None
+
+
+def test_a_streamed_file_that_breaks_off_ends_the_run_or_is_kept_and_reported_once(folder, reading):
+    lines = [json.dumps(messages()) for _ in range(3)]
+    path = folder / "broken.json"
+    path.write_text(f"[{', '.join(lines)}, tru")
+    with pytest.raises(UserError, match=r"broken\.json: the file breaks off: not JSON: .* 3 records were read before"):
+        reading(Source("messages", (path,), stream=True)).at(0)
+    rows = reading(Source("messages", (path,), stream=True, on_broken="keep"), buffer=2)
+    for number in range(8):
+        rows.at(number)
+    (account,) = rows.accounts
+    assert rows.epoch(7) > 1
+    assert (account.read, account.kept, dict(account.rejected)) == (3, 3, {})
+    (broken,) = account.broken
+    assert broken.startswith(f"{path} breaks off: not JSON: Expecting value at byte ")
