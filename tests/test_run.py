@@ -184,7 +184,8 @@ def test_a_streamed_run_interrupted_ends_as_if_nothing_had_happened_and_accounts
 
 
 @pytest.mark.parametrize("sources", [None, "[{path: dialogues.jsonl, stream: true}]", "[{path: dialogues.jsonl}]"])
-def test_without_held_out_data_the_merge_is_proven_on_training_data(streaming_recipe, sources):
+def test_without_held_out_data_the_merge_is_proven_on_training_data(streaming_recipe, sources, monkeypatch):
+    monkeypatch.chdir(streaming_recipe.parent)  # paths on the command line are relative to where it is given
     overrides = [f"data.sources={sources}"] if sources else []
     outcome = invoke("run", streaming_recipe, *overrides, "--json")
     assert outcome.exit_code == 0, outcome.output
@@ -353,7 +354,10 @@ def overlapping(recipe_file, rule, output):
         ("drop_images", 7),  # without those that show the red image
     ],
 )
-def test_what_training_and_held_out_data_share_is_counted_and_dropped_if_asked(recipe_file, tmp_path, rule, left):
+def test_what_training_and_held_out_data_share_is_counted_and_dropped_if_asked(
+    recipe_file, tmp_path, rule, left, monkeypatch
+):
+    monkeypatch.chdir(recipe_file.parent)
     outcome = invoke("train", recipe_file, *overlapping(recipe_file, rule, tmp_path / rule))
     assert outcome.exit_code == 0, outcome.output
     data = data_of(tmp_path / rule)
@@ -372,14 +376,16 @@ def test_what_training_and_held_out_data_share_is_counted_and_dropped_if_asked(r
     assert f"training and held-out data {shared}: {'kept' if rule == 'report' else 'dropped'}" in said
 
 
-def test_dropping_every_training_example_is_a_mistake(recipe_file, tmp_path):
+def test_dropping_every_training_example_is_a_mistake(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(recipe_file.parent)
     overrides = overlapping(recipe_file, "drop_images", tmp_path / "out")
     outcome = invoke("train", recipe_file, *overrides, "data.eval_sources=[{path: dialogues.jsonl}]")
     assert outcome.exit_code == 1
     assert "data.overlap: every training example would be dropped" in " ".join(outcome.output.split())
 
 
-def test_draws_and_repeats_per_epoch_are_told(recipe_file, tmp_path):
+def test_draws_and_repeats_per_epoch_are_told(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(recipe_file.parent)
     sources = "[{path: dialogues.jsonl, weight: 4, limit: 3}, {path: dialogues.jsonl, weight: 1}]"
     overrides = [f"data.sources={sources}", "data.eval_split=0", "evaluation=null"]
     first, second = {}, {}
