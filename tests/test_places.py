@@ -7,6 +7,7 @@ import pytest
 
 from finetune.data.sources.files import files_of, fingerprint, read_records
 from finetune.data.sources.places import expand, files_below, locate
+from finetune.data.sources.recognise import recognise_source
 from finetune.data.sources.source import Source
 from modeling.errors import UserError
 
@@ -136,3 +137,10 @@ def test_fingerprint_waits_for_no_pipe(key, tree):
     source = Source("text", **{"paths": (tree / "s/top.jsonl",), key: (tree / "pipe",)})
     with pytest.raises(UserError, match="pipe: a file that cannot be read: expected a file, found a pipe"):
         fingerprint(source)
+
+
+def test_files_of_one_name_and_several_formats_are_told_apart(tree):
+    (tree / "s/a/d.jsonl").write_text('{"question": "Q", "answer": "A"}\n')
+    (tree / "s/b/d.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
+    with pytest.raises(UserError, match=r"a/d\.jsonl: \w+; b/d\.jsonl: messages"):
+        recognise_source(Source("auto", (tree / "s/*/d.jsonl",)))

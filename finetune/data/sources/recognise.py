@@ -1,5 +1,6 @@
 """First records of a source -> its format, for `format: auto`; where they do not agree, which of them are what."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,8 +136,12 @@ def _samples(source: Source) -> list[_Sample]:
     if source.hub:
         return [_sample(source.hub, list(islice(read_records(source), FIRST_RECORDS)))]
     files = files_of(source)
-    step = -(-len(files) // FIRST_FILES)
-    return [_sample(file.name, read_first(source, file, count=FIRST_RECORDS)) for file in files[:: max(1, step)]]
+    chosen = files[:: max(1, -(-len(files) // FIRST_FILES))]
+    common = os.path.commonpath([file.absolute().parent for file in chosen]) if chosen else ""
+    names = [file.absolute().relative_to(common).as_posix() for file in chosen]
+    return [
+        _sample(name, read_first(source, file, count=FIRST_RECORDS)) for name, file in zip(names, chosen, strict=True)
+    ]
 
 
 def _sample(name: str, read: Sequence[Record]) -> _Sample:
