@@ -20,7 +20,7 @@ from finetune.folder import Contents, differences, is_trained
 from finetune.progress import say, track
 from finetune.recipe import Recipe
 from finetune.recipe import Source as SourceOfRecipe
-from finetune.recipe_sources import to_source
+from finetune.recipe_sources import as_written, to_source
 from modeling.cores import available_cores
 from modeling.errors import UserError
 from modeling.files import read_json, write_json
@@ -129,7 +129,7 @@ def contents(recipe: Recipe) -> Contents:
 
 
 def _content(said: SourceOfRecipe, cache: Path) -> dict[str, str | None]:
-    source = to_source(said.model_copy(update={"format": "messages"}) if said.format == "auto" else said)
+    source = as_written(said)
     try:
         if source.stream and not source.hub:
             return {"source": source.name, "sha256": _ends_of(files_of(source))}

@@ -17,7 +17,22 @@ def to_source(source: recipe.Source, *, seed: int = 0) -> Source:
 
     `seed` draws among several prompts. Raises UserError: what the source says does not go with its format.
     """
-    found = Source(
+    found = as_written(source, seed=seed)
+    if source.format == "auto":
+        recognised = recognise_source(found)
+        found = replace(found, format=recognised.format)
+        say(f"{found.name}: format {recognised.format} (recognised from its first records)")
+        for note in recognised.notes:
+            say(f"{found.name}: {note}")
+    if FORMATS[found.format].note:
+        say(f"{found.name}: {FORMATS[found.format].note}")
+    _check(found)
+    return found
+
+
+def as_written(source: recipe.Source, *, seed: int = 0) -> Source:
+    """The same with its format as the recipe says, perhaps `auto`: nothing is read, checked or said."""
+    return Source(
         format=source.format,
         paths=tuple(map(Path, source.path)),
         hub=source.hub,
@@ -40,16 +55,6 @@ def to_source(source: recipe.Source, *, seed: int = 0) -> Source:
         prompt_seed=seed if len(source.prompt) > 1 else 0,
         license=source.license,
     )
-    if source.format == "auto":
-        recognised = recognise_source(found)
-        found = replace(found, format=recognised.format)
-        say(f"{found.name}: format {recognised.format} (recognised from its first records)")
-        for note in recognised.notes:
-            say(f"{found.name}: {note}")
-    if FORMATS[found.format].note:
-        say(f"{found.name}: {FORMATS[found.format].note}")
-    _check(found)
-    return found
 
 
 def say_if_documents(sources: Sequence[Source]) -> None:

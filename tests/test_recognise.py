@@ -17,6 +17,7 @@ from finetune.data.sources import FORMATS
 from finetune.data.sources.recognise import Recognised, recognise_source
 from finetune.data.sources.roots import ImageRoot
 from finetune.data.sources.source import Source
+from finetune.dataset import contents
 from finetune.recipe_sources import say_if_documents, to_source
 from modeling.errors import UserError
 
@@ -232,6 +233,23 @@ def test_columns_of_a_name_that_the_format_does_not_read(tmp_path):
     assert found.columns == {"text": "alt"}
     with pytest.raises(UserError, match="columns: format pairs reads no txt2; it reads image, images, "):
         to_source(source_of(path, format="pairs", columns={"txt2": "alt"}))
+
+
+def test_content_of_a_source_is_told_apart_whatever_its_format(tmp_path, capsys):
+    write(tmp_path, d__jsonl=[{"image": "a.png", "alt": "A cat."}])
+    source = {"path": str(tmp_path / "d.jsonl"), "columns": {"text": "alt"}, "prompt": ["What?", "Who?"]}
+    made = recipe.Recipe.model_validate(
+        {
+            "model": {"base": "x"},
+            "data": {"sources": [source], "prepared": str(tmp_path)},
+            "training": {"steps": 1},
+            "output": "x",
+        }
+    )
+    (content,) = contents(made)["sources"]
+    assert content["source"] == f"{tmp_path / 'd.jsonl'}[train]"
+    assert len(content["sha256"]) == 64
+    assert capsys.readouterr().err == ""
 
 
 def test_prompt_belongs_to_captions(tmp_path):
