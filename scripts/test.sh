@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes or completes .venv, then format, lint, types and tests. Arguments go to pytest: scripts/test.sh -m "not slow"
+# Makes or completes .venv, then format, lint, types and tests, two test files at a time. Arguments go to pytest:
+# scripts/test.sh -m "not slow" -n 0
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -22,4 +23,4 @@ prepare_environment test
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-exec .venv/bin/pytest "$@"
+exec .venv/bin/pytest -n 2 --dist loadfile "$@"

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import mistral_common
 import PIL.Image
 import pytest
@@ -23,6 +24,9 @@ from finetune.data.schedule import Mix, build_schedule
 from finetune.data.sources.source import Source
 from modeling import loading, tiny
 from modeling.shapes import IDEFICS_9B, stand_in
+
+hypothesis.settings.register_profile("patient", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("patient")  # how fast a machine is, and what else it does, is no test's result
 
 TEXTS = (
     "User: What is in this image?",

@@ -56,15 +56,15 @@ def test_it_is_the_stock_processor_and_model(asked, idefics, prompts):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_batch_is_answered_as_the_stock_generate_does_with_images_projected_once(asked, prompts, lora):
-    rng = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)  # with others the two best tokens may be one rounding apart
     with torch.no_grad():  # a copy of `</s>`'s row, it would be as good as that at every step
-        asked.model.lm_head.additional_fc.weight[2].normal_(std=0.1, generator=rng)
+        asked.model.lm_head.additional_fc.weight[2].normal_(std=0.1)
     if lora:
         wrapped = attach(asked.model, {"cross_attention": "lora", "decoder": "lora"}, lora={"r": 2}, base="")
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
                 if "lora_B" in name:
-                    parameter.normal_(std=0.3, generator=rng)
+                    parameter.normal_(std=0.3)
         asked = Assistant(wrapped.eval(), asked.tokenizer, asked.preprocessing)
     rendered = [render(prompt) for prompt in prompts]
     assert {len(text.images) for text in rendered} == {0, 1, 2}
