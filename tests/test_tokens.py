@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, user
+from finetune.data.dialogue import Dialogue, Image, RecordError, Turn, assistant, is_blank, user
 from finetune.data.template import Special, render
 from finetune.data.tokens import SPECIALS, Encoder, tokenize, tokenize_all
 from modeling import tiny
@@ -163,7 +163,8 @@ LITERALS = (
     "e\u0301",
     "👩‍👧",
 )
-TEXTS = st.lists(st.text(max_size=8) | st.sampled_from(LITERALS), min_size=1, max_size=5).map("".join).filter(str.strip)
+WRITTEN = st.lists(st.text(max_size=8) | st.sampled_from(LITERALS), min_size=1, max_size=5).map("".join)
+TEXTS = WRITTEN.filter(lambda text: not is_blank(text))
 PARTS = st.lists(TEXTS | st.sampled_from((A, B)), min_size=1, max_size=4)
 EXCHANGES = st.lists(st.tuples(PARTS, TEXTS), min_size=1, max_size=3)
 
