@@ -80,7 +80,8 @@ def _hush() -> None:
 
 
 def quiet() -> None:
-    """Keep transformers, which sets its own level as it is imported, out of our output."""
+    """Keep libraries out of our output, also transformers, which sets its own level as it is imported."""
+    _hush()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -172,7 +172,6 @@ output: {folder}/run
 
 def prepare(folder: Path, steps: int) -> tuple[Callable[[], nn.Module], Any, Rows]:
     """(what makes the model in a process, tokenizer, rows): drawn shapes, and text alone of growing length."""
-    from finetune.folder import open_folder
     from finetune.materials import Materials
     from finetune.recipe_file import load_recipe
 
@@ -182,7 +181,7 @@ def prepare(folder: Path, steps: int) -> tuple[Callable[[], nn.Module], Any, Row
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in talk), encoding="utf-8")
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=steps), encoding="utf-8")
     recipe = load_recipe(folder / "recipe.yaml")
-    made = Materials(recipe, open_folder(recipe))
+    made = Materials(recipe, Path(recipe.output))
     rows = made.train_rows()
 
     def make() -> nn.Module:

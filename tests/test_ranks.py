@@ -336,7 +336,7 @@ def test_torchrun_makes_a_fresh_base_quantises_it_trains_evaluates_and_merges(wa
     assert figures["merge"]["answers"] > 0
     main, other = (written(tmp_path, number) for number in (0, 1))
     assert [name for name in other if name.startswith(("run/", "prepared/", "quantized/"))] == []
-    for name in ("base/config.json", "training.json", "evaluation.json", "merge.json"):
+    for name in ("base", "training.json", "evaluation.json", "merge.json"):
         assert main.count(f"run/{name}") == 1, name
     assert sum(name.startswith("quantized/") and name.endswith("/config.json") for name in main) == 1
     assert outcome.stderr.count("train: waited for data") == 1
