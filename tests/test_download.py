@@ -430,6 +430,19 @@ def test_the_address_that_was_checked_is_the_one_connected_to(tmp_path, server, 
     assert server.requests[0][1]["Host"] == f"a.example:{server.server_port}"
 
 
+@pytest.mark.parametrize(("url", "port"), [("https://a.b/x", 443), ("http://a.b/x", 80), ("https://a.b:8443/x", 8443)])
+def test_a_url_without_a_port_is_asked_at_its_schemes(url, port, tmp_path, monkeypatch):
+    asked = []
+
+    def look_up(host, port, deadline):
+        asked.append((host, port))
+        return []
+
+    monkeypatch.setattr("finetune.data.sources.download._look_up", look_up)
+    assert "a.b: no address" in str(Downloader(tmp_path, http=True).fetch_all([url])[url])
+    assert asked == [("a.b", port)]
+
+
 def test_the_next_address_is_tried_when_one_does_not_answer(tmp_path, server, monkeypatch):
     original = socket.getaddrinfo
 
