@@ -7,7 +7,13 @@ import torch
 from test_train import logged, rows_of, run
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from finetune.arguments import Plan
+from finetune.recipe import Recipe
+from finetune.run import _plan
+from finetune.stability import Watch
+
 STEPS = 8
+FSDP2, DDP = {"parallel": "fsdp2", "optimizer": "adamw"}, {"parallel": "ddp"}
 
 
 @pytest.fixture
@@ -79,3 +85,55 @@ def test_betas_decay_and_clipping_reach_the_optimiser(shallow_folder, make_rows,
     norms = [norm for _, norm in taken]
     assert norms == pytest.approx(logged(tmp_path / "free", "grad_norm"), rel=1e-4)  # a norm of fp32 norms
     assert min(norms) > 0.01
+
+
+def test_every_key_of_a_recipe_s_training_reaches_the_plan():
+    training = {
+        "epochs": 2,
+        "row_tokens": 512,
+        "tokens_per_step": 2048,
+        "learning_rate": 3e-4,
+        "final_learning_rate": 1e-5,
+        "schedule": "linear",
+        "warmup_steps": 7,
+        "weight_decay": 0.02,
+        "optimizer": "adamw_8bit",
+        "betas": [0.8, 0.95],
+        "clip": 0.5,
+        "checkpointing": 3,
+        "gates_learning_rate": 1e-3,
+        "added_tokens_learning_rate": 2e-3,
+        "seed": 11,
+        "checkpoint_every": 40,
+        "evaluate_every": 20,
+        "early_stop": 4,
+        "trackers": ["tensorboard"],
+    }
+    model, data = {"base": "base"}, {"sources": [{"path": "d.jsonl"}], "max_length": 512, "eval_split": 0.1}
+    recipe = Recipe.model_validate({"model": model, "data": data, "training": training | FSDP2, "output": "run"})
+    watch = Watch(spike=5.0)
+    assert _plan(recipe, 400, autocast=True, watch=watch, rate_cuts=[30]) == Plan(
+        packs_per_step=4,
+        learning_rate=3e-4,
+        final_learning_rate=1e-5,
+        schedule="linear",
+        warmup_steps=7,
+        weight_decay=0.02,
+        optimizer="adamw",
+        betas=(0.8, 0.95),
+        clip=0.5,
+        tower_rates={"gates": 1e-3, "added_tokens": 2e-3},
+        seed=11,
+        checkpoint_every=40,
+        evaluate_every=20,
+        early_stop=4,
+        trackers=["tensorboard"],
+        unused_parameters=False,
+        autocast=True,
+        checkpointing=3,
+        parallel="fsdp2",
+        watch=watch,
+        rate_cuts=[30],
+    )
+    eighth = Recipe.model_validate({"model": model, "data": data, "training": training | DDP, "output": "run"})
+    assert _plan(eighth, 400, autocast=False, watch=watch, rate_cuts=[]).optimizer == "adamw_8bit"
