@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from test_layout import FILES
 
 from modeling.cores import available_cores
 
@@ -65,6 +66,4 @@ def test_available_cores_are_those_of_the_affinity(monkeypatch, tmp_path):
 
 
 def test_nothing_else_counts_the_cores_of_the_machine():
-    from tests.test_layout import FILES
-
     assert {path.name for path in FILES if "cpu_count" in path.read_text()} == {"cores.py"}
