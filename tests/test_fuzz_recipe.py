@@ -1,16 +1,16 @@
 """Whatever a recipe, an override or a file of our own holds: values, or a short error that names the file, and soon.
 
-FUZZ_EXAMPLES=20000 runs the larger form.
+`FUZZ=20000 pytest tests/test_fuzz_recipe.py` tries that many inputs of each kind, drawn anew each time.
 """
 
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from fuzzing import fuzz
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.answers import _open_journal
@@ -24,21 +24,8 @@ from finetune.verify import _read_provenance
 from modeling.errors import UserError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 SECONDS = 10
 """Of one example; what a file of a few kilobytes says takes a hundredth of one."""
-
-
-def fuzzed(examples):
-    """Settings of one test: the same examples each time, unless a larger form is asked for."""
-    large = EXAMPLES > 0
-    return settings(
-        max_examples=EXAMPLES or examples,
-        derandomize=not large,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 YAML_TOKENS = (
@@ -100,7 +87,7 @@ def outcome(work):
         assert time.monotonic() - started < SECONDS
 
 
-@fuzzed(120)
+@fuzz(120)
 @given(mutations([path.read_bytes() for path in RECIPES], YAML_TOKENS))
 def test_fuzz_recipe(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
@@ -141,7 +128,7 @@ OVERRIDES = st.one_of(
 )
 
 
-@fuzzed(200)
+@fuzz(200)
 @given(st.lists(OVERRIDES, min_size=1, max_size=3))
 def test_fuzz_override(overrides):
     path = next(path for path in RECIPES if path.name == "quickstart.yaml")
@@ -155,7 +142,7 @@ JOURNAL = b"""{"model": "m"}
 """
 
 
-@fuzzed(150)
+@fuzz(150)
 @given(mutations([JOURNAL], JSON_TOKENS))
 @example(JOURNAL.replace(b"3", b"1e400"))
 def test_fuzz_journal(tmp_path_factory, content):
@@ -210,7 +197,7 @@ def test_the_own_files_that_are_fuzzed_are_read_when_they_are_whole(tmp_path, na
 
 
 @pytest.mark.parametrize("name", OWN)
-@fuzzed(60)
+@fuzz(60)
 @given(data=st.data())
 def test_fuzz_own_file(tmp_path_factory, name, data):
     content, read = OWN[name]
