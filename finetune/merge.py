@@ -107,7 +107,10 @@ def merge(
     processor = load_processor(base, revision=revision, instruct=instruct)
     require_agreement(config, processor, where=base)
     try:
+        str(out).encode()  # tokenizers and safetensors take no other names
         out.parent.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{out}: the name is not UTF-8, and a model cannot be written there; choose --out") from error
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
     with locked(out.with_name(f".{out.name}.lock"), what=f"{out}", instead="--out FOLDER"):

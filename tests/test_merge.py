@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 
 import peft
@@ -423,6 +424,12 @@ def test_a_base_without_tokenizer_is_told_before_anything_is_written(base_folder
     with pytest.raises(UserError, match="expected tokenizer and image processor files"):
         merge(adapter, str(tmp_path / "base"), tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused(base_folder, adapter, tmp_path):
+    with pytest.raises(UserError, match="the name is not UTF-8, and a model cannot be written there"):
+        merge(adapter, str(base_folder), tmp_path / os.fsdecode(b"m\xff") / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_a_folder_in_use_is_left_alone(base_folder, adapter, tmp_path):
