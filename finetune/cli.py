@@ -365,3 +365,4 @@ def _stages(
         return result
 
     finish(guarded(work, **interrupted), as_json and launch.is_first())
+    launch.end()

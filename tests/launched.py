@@ -9,7 +9,7 @@ import time
 import typer
 
 import finetune.launch
-from finetune.launch import is_first, launch
+from finetune.launch import end, is_first, launch
 from finetune.outcome import finish, guarded
 from finetune.progress import say
 from modeling.errors import Interrupted, UserError
@@ -37,6 +37,7 @@ def work(case: str) -> None:
 
         assert not distributed.is_initialized()  # else one process in ten aborts at exit
     finish(result, as_json=is_first())
+    end()
 
 
 def group():

@@ -6,6 +6,7 @@ Rank 0 writes OUT: figures of both, by rank.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,3 +78,4 @@ if __name__ == "__main__":
     if distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(both))
     distributed.destroy_process_group()
+    os._exit(0)  # see finetune.launch.end
