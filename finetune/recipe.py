@@ -204,7 +204,7 @@ class Data(Section):
     augment: Augment = Augment()
     cache_features: bool = True
     """Keep what a frozen vision tower and resampler make of each image, beside the prepared sets; with `augment`, or
-    for streamed sources, they run live all the same."""
+    for streamed sources, they run live."""
     feature_cache_size: Annotated[str, AfterValidator(_size)] = "50GB"
     """What all cached features may take on disk; those that no run has used for longest give way."""
 
