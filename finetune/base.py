@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from finetune import ranks
-from finetune.data.account import Account
+from finetune.console import track
 from finetune.data.records import read_dialogues
-from finetune.data.sources.source import Source
-from finetune.device import device
-from finetune.progress import track
+from finetune.data.source import Source
+from finetune.data.stats import Account
+from finetune.distributed import collectives
+from finetune.distributed.device import device
 from finetune.stages import adapter_identity, digest
 from modeling import loading, tiny
 from modeling.checkpoint import identity, read_checkpoint, require_shapes
@@ -32,7 +32,7 @@ DECIDING_FILES = (
 
 def local_base(base: str, *, revision: str | None) -> Path:
     """Folder of a base; a hub id is fetched, by the main process first: the others find what it fetched."""
-    return ranks.main_first("fetch the base", lambda: loading.local_folder(base, revision=revision))
+    return collectives.main_first("fetch the base", lambda: loading.local_folder(base, revision=revision))
 
 
 def content_of(base: Path, continue_from: str | None = None) -> str | None:
@@ -80,7 +80,7 @@ def load_model(
     quantized, folder = None, local_base(base, revision=revision)
     if quantize:
         name = Path(base).name
-        quantized = ranks.on_main("quantise", lambda: quantized_checkpoint(folder, cache, name=name, track=track))
+        quantized = collectives.on_main("quantise", lambda: quantized_checkpoint(folder, cache, name=name, track=track))
     return loading.load(
         base,
         revision=revision,
@@ -88,7 +88,7 @@ def load_model(
         instruct=instruct,
         quantized=quantized,
         device=loading.CPU if divided else device(),
-        weights=not divided or ranks.is_main(),
+        weights=not divided or collectives.is_main(),
         image_towers=image_towers,
     )
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from finetune import launch
-from finetune.outcome import DOES_NOT_FIT, NOT_ALL_ANSWERED, fail, finish, guarded, quiet
-from finetune.places import check_place
+from finetune.distributed import launcher as launch
+from finetune.distributed.writable import check_place
+from finetune.exit_codes import DOES_NOT_FIT, NOT_ALL_ANSWERED, fail, finish, guarded, quiet
 from finetune.visible import visible
 
 
@@ -69,7 +69,7 @@ Restarts = Annotated[
 @app.command(epilog="Example: `finetune check recipes/quickstart.yaml`")
 def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read the recipe, the first records of every source and the model's config: seconds, no torch."""
-    from finetune.check import check as check_recipe
+    from finetune.recipe.check import check as check_recipe
 
     def work() -> dict[str, Any]:
         return check_recipe(_load(recipe, overrides, runs=True), show=not as_json)
@@ -97,8 +97,8 @@ def plan(
 
     Ends with status 3 where it does not fit.
     """
-    from finetune.planning.plan import plan as plan_recipe
-    from finetune.recipe_file import load_recipe
+    from finetune.planning.estimate import plan as plan_recipe
+    from finetune.recipe.load import load_recipe
 
     def work() -> dict[str, Any]:
         loaded = load_recipe(recipe, overrides)
@@ -117,11 +117,11 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
     def work() -> dict[str, Any]:
         loaded = _load(recipe, overrides)
         quiet()
-        from finetune.card import write_card
-        from finetune.dataset import tell_losses
-        from finetune.inspect import accounts_table
+        from finetune.console import display, say
+        from finetune.data.dataset import tell_losses
+        from finetune.export.cards import write_card
         from finetune.materials import open_dataset
-        from finetune.progress import display, say
+        from finetune.reporting.inspect import accounts_table
 
         sources, dataset, _ = open_dataset(loaded)
         folder = write_card(loaded, sources, dataset)
@@ -209,7 +209,7 @@ def merge(
 
     def work() -> dict[str, Any]:
         quiet()
-        from finetune.merge_verb import merge_folder, verify_folder
+        from finetune.export.merge_verb import merge_folder, verify_folder
 
         if verify:
             return verify_folder(what, show=not as_json)
@@ -238,7 +238,7 @@ def inspect(
         if html:
             check_place("--html", html)
         quiet()
-        from finetune.inspect import inspect as inspect_recipe
+        from finetune.reporting.inspect import inspect as inspect_recipe
 
         return inspect_recipe(loaded, count=count, ids=ids, html=html, show=not as_json)
 
@@ -270,8 +270,8 @@ def chat(
 
     def work() -> dict[str, Any]:
         quiet()
-        from finetune.chat import Conversation, converse, open_assistant
-        from finetune.progress import say, write
+        from finetune.console import say, write
+        from finetune.serving.chat import Conversation, converse, open_assistant
 
         conversation = Conversation(open_assistant(model, adapter=adapter, quantize=quantize), max_new_tokens)
         for path in image or []:
@@ -304,9 +304,9 @@ def generate(
 
     def work() -> dict[str, Any]:
         quiet()
-        from finetune.answers import answer_file, asked, count_prompts
-        from finetune.chat import open_assistant
-        from finetune.progress import say, track
+        from finetune.console import say, track
+        from finetune.serving.batch import answer_file, asked, count_prompts
+        from finetune.serving.chat import open_assistant
 
         total = count_prompts(prompts, answers)
         assistant = open_assistant(model, adapter=adapter, quantize=quantize)
@@ -327,7 +327,7 @@ def generate(
 
 def _load(path: Path, overrides: list[str] | None, *, runs: bool = False) -> Any:
     """A recipe whose folders can be written: that of prepared sets and, where it `runs`, its own."""
-    from finetune.recipe_file import load_recipe
+    from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides)
     check_place("data.prepared", Path(recipe.data.prepared), folder=True)
@@ -356,8 +356,8 @@ def _stages(
             parallel = loaded.training.parallel
             raise typer.Exit(launch.launch(arguments, processes=processes, parallel=parallel, restarts=restarts))
         quiet()
-        from finetune.report import show
-        from finetune.run import Run, stages_of
+        from finetune.pipeline import Run, stages_of
+        from finetune.reporting.summary import show
 
         result = Run(loaded).do(*((stage,) if stage else stages_of(loaded)))
         if launch.is_first() and not as_json:

@@ -10,31 +10,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune import ranks
 from finetune.base import QUANTIZED, learn_tokenizer, load_model, local_base, make_base
+from finetune.console import say, track
 from finetune.data.collate import Features, RowCollator, Rows
-from finetune.data.dialogue import Image
+from finetune.data.conversation import Image
+from finetune.data.dataset import Dataset, make_dataset, prepare_sources, tell_losses, write_report
 from finetune.data.fit import Limits, fitter
+from finetune.data.formats import hold_dialogues
 from finetune.data.images import Augmentation, Preprocessing
+from finetune.data.mixing import prepared_pass, read_pass
 from finetune.data.packing import pack_in_order
-from finetune.data.passes import prepared_pass, read_pass
 from finetune.data.prepare import require_examples
 from finetune.data.prepared import Prepared
-from finetune.data.schedule import Row, build_schedule
-from finetune.data.sources import hold_dialogues
-from finetune.data.sources.source import Source
-from finetune.data.stream import StreamedRows, downloads
-from finetune.data.tokens import Encoder
-from finetune.dataset import Dataset, make_dataset, prepare_sources, tell_losses, write_report
-from finetune.device import auto_dtype, device
-from finetune.features import FeatureCache, ImageFeatures
-from finetune.folder import held_out_decides, note_prepared
-from finetune.generate import Assistant
-from finetune.progress import say, track
-from finetune.recipe import Recipe
-from finetune.recipe_sources import say_if_documents, to_source
+from finetune.data.sampling import Row, build_schedule
+from finetune.data.source import Source
+from finetune.data.streaming import StreamedRows, downloads
+from finetune.data.tokenize import Encoder
+from finetune.distributed import collectives
+from finetune.distributed.device import auto_dtype, device
+from finetune.evaluation.generate import Assistant
+from finetune.recipe.schema import Recipe
+from finetune.recipe.sources import say_if_documents, to_source
+from finetune.run_dir import held_out_decides, note_prepared
 from finetune.sizes import parse_size
-from finetune.stability import read_events
+from finetune.training.image_features import FeatureCache, ImageFeatures
+from finetune.training.loss_spikes import read_events
 from modeling import loading
 from modeling.files import flush, partial_of, put_in_place
 from modeling.shapes import SHAPES, read_config
@@ -72,7 +72,7 @@ class Materials:
                 put_in_place(partial, folder)
 
         _require_all_here()
-        ranks.on_main("make the base", make)
+        collectives.on_main("make the base", make)
         return str(folder)
 
     @cached_property
@@ -116,13 +116,13 @@ class Materials:
         """Writes data.json."""
         _require_all_here()
         prepared = Path(self.recipe.data.prepared)
-        ranks.on_main("make the folder of prepared sets", lambda: prepared.mkdir(parents=True, exist_ok=True))
-        ranks.require_shared("data.prepared", prepared)
-        made = make_dataset(self.recipe, self.sources, self.processor.tokenizer, team=ranks.nodes())
+        collectives.on_main("make the folder of prepared sets", lambda: prepared.mkdir(parents=True, exist_ok=True))
+        collectives.require_shared("data.prepared", prepared)
+        made = make_dataset(self.recipe, self.sources, self.processor.tokenizer, team=collectives.nodes())
         decides = held_out_decides(self.recipe)
-        ranks.on_main("write data.json", lambda: write_report(made.report, self.folder, held_out_decides=decides))
+        collectives.on_main("write data.json", lambda: write_report(made.report, self.folder, held_out_decides=decides))
         sets = dict.fromkeys(one.folder for one in (*made.training.sets, *(made.held.sets if decides else ())))
-        ranks.on_main("note the prepared sets", lambda: note_prepared(self.folder, list(sets)))
+        collectives.on_main("note the prepared sets", lambda: note_prepared(self.folder, list(sets)))
         tell_losses(made, self.folder / "data.json")
         return made
 
@@ -166,13 +166,13 @@ class Materials:
             return None
         sources = [to_source(source, seed=self.recipe.training.seed) for source in evaluation.documents]
         _require_all_here()
-        prepared, accounts = prepare_sources(self.recipe, sources, self.processor.tokenizer, team=ranks.nodes())
+        prepared, accounts = prepare_sources(self.recipe, sources, self.processor.tokenizer, team=collectives.nodes())
         require_examples(prepared, accounts)
         return self._held_rows(prepared)
 
     def streamed(self, rows: Rows) -> list[dict[str, Any]]:
         """What became of the records that were read while training, per streamed source."""
-        rows.restore(ranks.gather(rows.state(len(rows))))
+        rows.restore(collectives.gather(rows.state(len(rows))))
         accounts = rows.accounts if isinstance(rows, StreamedRows) else []
         for broken in (broken for account in accounts for broken in account.broken):
             say(broken)
@@ -262,7 +262,7 @@ class Materials:
 
 
 def _require_all_here() -> None:
-    assert ranks.all_here(), "made together by all processes, and asked for by one alone"
+    assert collectives.all_here(), "made together by all processes, and asked for by one alone"
 
 
 def _by_image(rows: RowCollator, features: Features) -> Callable[[Sequence[Image]], torch.Tensor]:

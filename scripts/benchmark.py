@@ -172,7 +172,7 @@ LINES = (
 def _show(mix: str, found: Mapping[str, Any]) -> None:
     from rich.console import Console
 
-    from finetune.progress import table
+    from finetune.console import table
 
     lines = found["lines"]
     one = next(iter(lines.values()))

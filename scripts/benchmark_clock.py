@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from finetune.data.ahead import RowsAhead
+from finetune.data.prefetch import RowsAhead
 
 PARTS = ("data", "images", "forward", "backward", "optimiser")
 

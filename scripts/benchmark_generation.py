@@ -21,11 +21,11 @@ import numpy as np
 import PIL.Image
 import torch
 
-from finetune.data.dialogue import Dialogue, Image, assistant, user
+from finetune.data.chat_template import render
+from finetune.data.conversation import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
-from finetune.data.template import render
-from finetune.data.tokens import tokenize
-from finetune.generate import Assistant, _inputs
+from finetune.data.tokenize import tokenize
+from finetune.evaluation.generate import Assistant, _inputs
 from modeling import tiny
 from modeling.generation import greedy
 from modeling.loading import generation_config

@@ -14,7 +14,7 @@ from io import BytesIO
 import numpy as np
 import PIL.Image
 
-from finetune.data.dialogue import Dialogue, Image, Turn, assistant, user
+from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
 
 WORDS = 3000
 QUESTIONS_AN_IMAGE = 6

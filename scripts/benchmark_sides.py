@@ -34,15 +34,15 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from finetune.arguments import Plan
+from finetune.data.chat_template import FAKE, IMAGE, Rendered, Text, render
 from finetune.data.collate import RowCollator
-from finetune.data.dialogue import Dialogue, Image
+from finetune.data.conversation import Dialogue, Image
 from finetune.data.images import Preprocessing, digest
-from finetune.data.schedule import Mix, build_schedule
-from finetune.data.template import FAKE, IMAGE, Rendered, Text, render
-from finetune.data.tokens import IGNORED, Encoder, Example, tokenize_all
-from finetune.features import FeatureCache
-from finetune.train import train
+from finetune.data.sampling import Mix, build_schedule
+from finetune.data.tokenize import IGNORED, Encoder, Example, tokenize_all
+from finetune.training.arguments import Plan
+from finetune.training.image_features import FeatureCache
+from finetune.training.trainer import train
 from modeling import tiny
 from modeling.adapters import attach
 from modeling.forward import image_features, packed_loss

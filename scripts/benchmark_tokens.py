@@ -18,9 +18,9 @@ import numpy as np
 import PIL.Image
 import torch
 
-from finetune.data.dialogue import Dialogue, Image, assistant, user
-from finetune.data.template import render
-from finetune.data.tokens import Encoder, tokenize_all
+from finetune.data.chat_template import render
+from finetune.data.conversation import Dialogue, Image, assistant, user
+from finetune.data.tokenize import Encoder, tokenize_all
 from modeling import tiny
 from modeling.shapes import IDEFICS_9B
 

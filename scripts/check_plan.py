@@ -166,7 +166,7 @@ def measure(case: Case, out: Path) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
-    import finetune.train  # noqa: F401 - its imports are not what is measured
+    import finetune.training.trainer  # noqa: F401 - its imports are not what is measured
 
     reset_highest()
     imported = memory()["VmRSS"]
@@ -222,8 +222,8 @@ def _train(case: Case, model: Any, folder: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
-    from finetune.arguments import Plan
-    from finetune.train import train
+    from finetune.training.arguments import Plan
+    from finetune.training.trainer import train
     from modeling import tiny
     from modeling.adapters import count_trained
     from modeling.towers import is_lora

@@ -23,11 +23,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-import finetune.train
-from finetune import ranks
-from finetune.arguments import Plan
+import finetune.training.trainer
 from finetune.data.collate import RowCollator, Rows
-from finetune.train import IdeficsTrainer
+from finetune.distributed import collectives
+from finetune.training.arguments import Plan
+from finetune.training.trainer import IdeficsTrainer
 from modeling.adapters import attach, whole
 
 LAYOUTS = ((2, "ddp"), (4, "ddp"), (2, "fsdp2"), (4, "fsdp2"))
@@ -59,7 +59,7 @@ class Recorder(TrainerCallback):
         self._save("gradients", state, gradients)
 
     def _save(self, what: str, state: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-        if ranks.is_main():
+        if collectives.is_main():
             save_file({name: one.clone() for name, one in tensors.items()}, self._path(what, state.global_step))
 
     def _path(self, what: str, step: int) -> Path:
@@ -126,7 +126,7 @@ def train(
         callbacks=[Recorder(folder, given)] if record else [],
     )
     divided = sum(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-    return ranks.count(), type(trainer.model_wrapped).__name__, divided
+    return collectives.count(), type(trainer.model_wrapped).__name__, divided
 
 
 def relative_error(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
@@ -173,7 +173,7 @@ output: {folder}/run
 def prepare(folder: Path, steps: int) -> tuple[Callable[[], nn.Module], Any, Rows]:
     """(what makes the model in a process, tokenizer, rows): drawn shapes, and text alone of growing length."""
     from finetune.materials import Materials
-    from finetune.recipe_file import load_recipe
+    from finetune.recipe.load import load_recipe
 
     talk = [
         [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "so " * n}] for n in range(1, 30)

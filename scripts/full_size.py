@@ -150,7 +150,7 @@ def whole(out: Path, again: list[str]) -> None:
     plan = json.loads(run_stage("plan", [*FINETUNE, "plan", recipe, "--json"], out))
     tell_plan(plan)
     # Memory that importing takes comes on top of what is planned.
-    run_stage("imports", [sys.executable, "-c", "import finetune.run, finetune.train"], out)
+    run_stage("imports", [sys.executable, "-c", "import finetune.pipeline, finetune.training.trainer"], out)
     imports = json.loads((out / "imports.json").read_text())["all"]
     run_stage("train", [*FINETUNE, "train", recipe], out, planned=plan["memory"]["resident"] + imports)
     merge_and_verify(out, [str(out / "run"), "--onto", "full"], out / "run/merged")

@@ -67,7 +67,7 @@ class Stages:
 
 def merge_here(folder: Path) -> dict[str, Any]:
     """In a process of its own: what importing takes, then merging and copying in turn."""
-    from finetune.merge import merge
+    from finetune.export.merge import merge
 
     imported, rounds, peaks = memory()["RssAnon"], [], {}
     copy(folder)  # not measured: what it frees, the first merge writes into

@@ -88,8 +88,8 @@ def measure_models(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def predict(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """At `--share` of the peak. A row is full: sequences of 128 tokens, all of which see an image."""
-    from finetune.planning.plan import Planner
-    from finetune.recipe_file import load_recipe
+    from finetune.planning.estimate import Planner
+    from finetune.recipe.load import load_recipe
 
     lines = []
     for path, gpus in PREDICTED:
@@ -129,7 +129,7 @@ def lay_out(count: str) -> dict[str, Any]:
     """All rows of an epoch over so many LLaVA-like lengths: log-normal, median 90 tokens, 1 to 3 images."""
     import numpy as np
 
-    from finetune.data.schedule import Mix, build_schedule
+    from finetune.data.sampling import Mix, build_schedule
 
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(90), 0.6, int(count)), 16, 2048).astype(np.int64)
@@ -229,7 +229,7 @@ COLUMNS: dict[str, tuple[str, float]] = {
 def _show(part: str, lines: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
 
-    from finetune.progress import table
+    from finetune.console import table
 
     keys = [key for key in COLUMNS if key in lines[0]]
     rows: list[list[object]] = [

@@ -63,7 +63,7 @@ def write_images(folder: Path, count: int) -> Path:
 def measure(kind: str, count: int, folder: Path, workers: int) -> dict[str, Any]:
     """In a process of its own: seconds and peak memory of preparing, and of preparing again."""
     from finetune.data.prepare import prepare
-    from finetune.data.sources.source import Source
+    from finetune.data.source import Source
     from modeling import tiny
 
     if kind == "text":

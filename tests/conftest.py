@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 from finetune.data.collate import RowCollator
 from finetune.data.images import Augmentation, Preprocessing
 from finetune.data.prepare import prepare
-from finetune.data.schedule import Mix, build_schedule
-from finetune.data.sources.source import Source
+from finetune.data.sampling import Mix, build_schedule
+from finetune.data.source import Source
 from modeling import loading, tiny
 from modeling.shapes import IDEFICS_9B, stand_in
 

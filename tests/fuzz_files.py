@@ -23,13 +23,13 @@ from fuzzing import damaged, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.account import Account
-from finetune.data.dialogue import Dialogue, RecordError
+from finetune.data.conversation import Dialogue, RecordError
+from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
+from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import taken
-from finetune.data.sources import FORMATS
-from finetune.data.sources.roots import ImageRoot
-from finetune.data.sources.source import Source
+from finetune.data.source import Source
+from finetune.data.stats import Account
 from modeling.errors import UserError
 
 

@@ -8,10 +8,10 @@ import time
 
 import typer
 
-import finetune.launch
-from finetune.launch import end, is_first, launch
-from finetune.outcome import finish, guarded
-from finetune.progress import say
+import finetune.distributed.launcher
+from finetune.console import say
+from finetune.distributed.launcher import end, is_first, launch
+from finetune.exit_codes import finish, guarded
 from modeling.errors import Interrupted, UserError
 
 app = typer.Typer(pretty_exceptions_show_locals=False)
@@ -42,13 +42,18 @@ def work(case: str) -> None:
 
 def group():
     """What each process knows of the others, by way of them."""
-    from finetune import ranks
+    from finetune.distributed import collectives
 
     names = ("OMP_NUM_THREADS", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_MIXED_PRECISION")
-    said = {"rank": ranks.rank(), "of": ranks.count(), "pid": os.getpid(), "backend": ranks.state().backend}
+    said = {
+        "rank": collectives.rank(),
+        "of": collectives.count(),
+        "pid": os.getpid(),
+        "backend": collectives.state().backend,
+    }
     said |= {name: os.environ[name] for name in names if name in os.environ}
     say(f"rank {RANK} speaks")
-    return {"processes": ranks.gather([said])}
+    return {"processes": collectives.gather([said])}
 
 
 def all_mistaken():
@@ -154,9 +159,9 @@ def tell(line):
 
 
 def collective():
-    from finetune import ranks
+    from finetune.distributed import collectives
 
-    ranks.wait()
+    collectives.wait()
 
 
 CASES = {

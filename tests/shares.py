@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from finetune.arguments import Plan, division
+from finetune.training.arguments import Plan, division
 from modeling import tiny
 from modeling.adapters import attach
 from modeling.loading import extend_vocabulary

@@ -58,12 +58,13 @@ def test_modeling_never_imports_finetune():
 
 
 def test_data_knows_no_recipe_and_only_the_verbs_do():
-    knows = {name for name, targets in GRAPH.items() if "finetune.recipe" in targets}
+    knows = {name for name, targets in GRAPH.items() if "finetune.recipe.schema" in targets}
     assert knows == {
         f"finetune.{name}"
         for name in (
-            *("auto_fit", "card", "check", "dataset", "folder", "inspect", "materials", "out_of_memory"),
-            *("planning.afford", "planning.lengths", "planning.plan", "recipe_file", "recipe_sources", "report", "run"),
+            *("data.dataset", "export.cards", "materials", "pipeline", "planning.estimate", "planning.lengths"),
+            *("planning.suggest", "recipe.check", "recipe.load", "recipe.sources", "reporting.inspect"),
+            *("reporting.summary", "run_dir", "training.auto_fit", "training.out_of_memory"),
         )
     }
 
@@ -74,18 +75,18 @@ def test_module_paths_of_idefics_are_spelt_in_towers_alone():
     assert places <= {"towers.py", "shapes.py"}
 
 
-def test_the_template_is_written_in_template_alone():
+def test_the_template_is_written_in_chat_template_alone():
     places = {path.name for path in FILES if re.search(r"[\"']\\nAssistant:", path.read_text())}
-    assert places <= {"template.py", "loading.py"}  # loading.py: the probe of a saved tokenizer
+    assert places <= {"chat_template.py", "loading.py"}  # loading.py: the probe of a saved tokenizer
 
 
 @pytest.mark.parametrize(
     "code",
     [
         "import finetune.cli",
-        "import finetune.check",
-        "import finetune.recipe",
-        "import finetune.data.prepare, finetune.data.schedule, finetune.data.images",
+        "import finetune.recipe.check",
+        "import finetune.recipe.schema",
+        "import finetune.data.prepare, finetune.data.sampling, finetune.data.images",
         "import modeling.shapes, modeling.towers",
     ],
 )

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from finetune import recipe
 from finetune.cli import app
-from finetune.data.sources import FORMATS
-from finetune.recipe_file import load_recipe
+from finetune.data.formats import FORMATS
+from finetune.recipe import schema as recipe
+from finetune.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -3,14 +3,14 @@
 import hashlib
 from pathlib import Path
 
-from finetune.data.dialogue import Dialogue, Image, RecordError, Turn
+from finetune.data.conversation import Dialogue, Image, RecordError, Turn
+from finetune.data.formats import FORMATS
+from finetune.data.formats.easy_vqa import read
 from finetune.data.images import Preprocessing
-from finetune.data.sources import FORMATS
-from finetune.data.sources.easy_vqa import read
-from finetune.data.sources.roots import ImageRoot
-from finetune.data.sources.source import Source
-from finetune.recipe_file import load_recipe
-from finetune.recipe_sources import to_source
+from finetune.data.io.image_roots import ImageRoot
+from finetune.data.source import Source
+from finetune.recipe.load import load_recipe
+from finetune.recipe.sources import to_source
 from modeling import loading
 from modeling.shapes import TINY, read_config, tensor_shapes
 
@@ -57,9 +57,9 @@ def test_its_recipe_reads_documents_only_and_no_test_image():
 
 
 def test_it_completes_text_about_an_image():
-    from finetune.data.template import render
-    from finetune.data.tokens import tokenize
-    from finetune.generate import Assistant, _continue, _inputs
+    from finetune.data.chat_template import render
+    from finetune.data.tokenize import tokenize
+    from finetune.evaluation.generate import Assistant, _continue, _inputs
 
     loaded = loading.load(str(FOLDER), instruct=False)
     assistant = Assistant(loaded.model, loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor))

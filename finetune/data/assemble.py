@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.account import Account
 from finetune.data.arrow import ArrowFile, to_batches, write_arrow
-from finetune.data.dialogue import Dialogue, Image
+from finetune.data.chat_template import IMAGE
+from finetune.data.conversation import Dialogue, Image
 from finetune.data.fit import Fates, Fitter
-from finetune.data.parallel import run_all
 from finetune.data.parts import (
     DIALOGUES,
     PART_RECORDS,
@@ -33,12 +32,13 @@ from finetune.data.prepared import (
     dialogue_to_json,
     image_from_row,
 )
-from finetune.data.sources.source import Source
+from finetune.data.source import Source
+from finetune.data.stats import Account
 from finetune.data.team import Team
-from finetune.data.template import IMAGE
-from finetune.data.tokens import IGNORED, Example
+from finetune.data.tokenize import IGNORED, Example
 from finetune.data.tracking import Track
 from finetune.data.turns import Piece, by_last_appearance
+from finetune.data.workers import run_all
 from modeling.files import flush, write_json
 
 

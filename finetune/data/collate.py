@@ -7,10 +7,10 @@ from typing import Any, Protocol, TypedDict
 import numpy as np
 import torch
 
-from finetune.data.dialogue import Image
+from finetune.data.conversation import Image
 from finetune.data.images import Augmentation, Preprocessing, open_image
-from finetune.data.schedule import Row
-from finetune.data.tokens import IGNORED, Example
+from finetune.data.sampling import Row
+from finetune.data.tokenize import IGNORED, Example
 
 
 class Batch(TypedDict, total=False):

@@ -13,12 +13,12 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 
-from finetune.data.account import Account
 from finetune.data.arrow import ArrowFile, to_batches, write_arrow
-from finetune.data.changes import FILE_SCHEMA, FILES, File, file_digest, file_now
-from finetune.data.dialogue import Dialogue, Image, RecordError, Remote, Slice
+from finetune.data.conversation import Dialogue, Image, RecordError, Remote, Slice
+from finetune.data.image_changes import FILE_SCHEMA, FILES, File, file_digest, file_now
 from finetune.data.images import MAX_BYTES, digest, encoded, open_image
-from finetune.data.parallel import run_all
+from finetune.data.io.download import Downloader
+from finetune.data.io.image_roots import ImageRoot
 from finetune.data.parts import (
     DIALOGUE_SCHEMA,
     DIALOGUES,
@@ -31,12 +31,12 @@ from finetune.data.parts import (
 )
 from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, dialogue_to_json, image_row
 from finetune.data.records import lost_images, taken, to_dialogue
-from finetune.data.sources.download import Downloader
-from finetune.data.sources.roots import ImageRoot
-from finetune.data.sources.source import Record, Source
+from finetune.data.source import Record, Source
+from finetune.data.stats import Account
 from finetune.data.team import Team
 from finetune.data.tracking import Track
 from finetune.data.turns import opening_images, without_images
+from finetune.data.workers import run_all
 from modeling.files import flush
 
 PART_BYTES = 16_000_000

@@ -21,8 +21,8 @@ import PIL.Image
 import PIL.ImageOps
 import PIL.TiffImagePlugin
 
-from finetune.data.dialogue import Image, RecordError, Remote, Slice
-from finetune.data.near import near_path
+from finetune.data.conversation import Image, RecordError, Remote, Slice
+from finetune.data.io.nearest import near_path
 from modeling.errors import UserError
 from modeling.files import open_regular
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from finetune.data.account import Account
 from finetune.data.arrow import ArrowFile, DamagedError
+from finetune.data.stats import Account
 from finetune.data.team import Team
 
 PART_RECORDS = 512

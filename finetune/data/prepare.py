@@ -21,17 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.account import Account, why_nothing_is_left
 from finetune.data.arrow import DamagedError
 from finetune.data.assemble import assemble
-from finetune.data.changes import Changes, find_changes
 from finetune.data.convert import convert
 from finetune.data.fit import Fitter, Limits, fitter
+from finetune.data.image_changes import Changes, find_changes
+from finetune.data.io.files import fingerprint
 from finetune.data.prepared import Prepared, PreparedSet
-from finetune.data.sources.files import fingerprint
-from finetune.data.sources.source import Source
+from finetune.data.source import Source
+from finetune.data.stats import Account, why_nothing_is_left
 from finetune.data.team import ALONE, Team
-from finetune.data.tokens import Encoder
+from finetune.data.tokenize import Encoder
 from finetune.data.tracking import Track, silently
 from modeling.errors import UserError
 

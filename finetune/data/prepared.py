@@ -19,10 +19,10 @@ from typing import Any, Generic, Self, TypeVar, overload
 import numpy as np
 import pyarrow as pa
 
-from finetune.data.account import Account
 from finetune.data.arrow import ArrowFile, DamagedError
-from finetune.data.dialogue import Dialogue, Image, RecordError, Slice, Turn
-from finetune.data.tokens import IGNORED, Example, see_images
+from finetune.data.conversation import Dialogue, Image, RecordError, Slice, Turn
+from finetune.data.stats import Account
+from finetune.data.tokenize import IGNORED, Example, see_images
 from modeling.errors import UserError
 from modeling.files import read_json
 

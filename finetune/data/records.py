@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from finetune.data.account import Account
-from finetune.data.dialogue import Dialogue, Image, RecordError, Remote, as_unicode, assistant, is_blank, user
+from finetune.data.conversation import Dialogue, Image, RecordError, Remote, as_unicode, assistant, is_blank, user
+from finetune.data.formats import FORMATS
+from finetune.data.formats.placeholders import hide, reveal
 from finetune.data.images import open_image
-from finetune.data.sources import FORMATS
-from finetune.data.sources.leftovers import without
-from finetune.data.sources.placeholders import hide, reveal
-from finetune.data.sources.roots import ImageRoot
-from finetune.data.sources.source import Record, Source
-from finetune.data.sources.streams import BrokenFileError
+from finetune.data.io.image_roots import ImageRoot
+from finetune.data.io.streams import BrokenFileError
+from finetune.data.leftovers import without
+from finetune.data.source import Record, Source
+from finetune.data.stats import Account
 from finetune.data.tracking import Track, silently
 from finetune.data.turns import without_images
 

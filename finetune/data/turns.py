@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from finetune.data.dialogue import Dialogue, Image, Part, Turn
+from finetune.data.conversation import Dialogue, Image, Part, Turn
 
 Item = TypeVar("Item", bound=Hashable)
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.dataset import Dataset, make_dataset
 from finetune.data.fit import Limits, fitter
+from finetune.data.formats import hold_dialogues
 from finetune.data.prepare import find_set, place
 from finetune.data.prepared import ACCOUNT, Prepared
-from finetune.data.schedule import build_schedule
-from finetune.data.sources import hold_dialogues
-from finetune.data.sources.source import Source
-from finetune.data.tokens import Encoder
-from finetune.dataset import Dataset, make_dataset
+from finetune.data.sampling import build_schedule
+from finetune.data.source import Source
+from finetune.data.tokenize import Encoder
 from finetune.planning.setup import RowSize
-from finetune.recipe import Recipe
-from finetune.recipe_sources import to_source
+from finetune.recipe.schema import Recipe
+from finetune.recipe.sources import to_source
 from modeling.errors import UserError
 from modeling.files import read_json
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil, prod
 
-from finetune.planning.footprint import INT64, NF4_GROUP, record
+from finetune.planning.graph import FP32, GRADIENTS, peak
+from finetune.planning.operations import INT64, NF4_GROUP, record
 from finetune.planning.setup import RowSize, Setup
-from finetune.planning.tape import FP32, GRADIENTS, peak
 from modeling.shapes import count_lora, tensor_shapes
 from modeling.towers import IMAGE_TOWERS, LORA_TOWERS, QUANTIZED_TOWERS, TOWERS, lora_pattern, tower_of
 
@@ -25,7 +25,7 @@ LIBRARIES = 96 * 2**20
 """Main memory that threads, kernels and the trainer take once a run has begun."""
 
 ROWS_AHEAD = 2
-"""finetune/data/ahead.py"""
+"""finetune/data/prefetch.py"""
 
 GPU_RESERVE = GIB
 """Of a GPU's memory: its context, the libraries' workspaces, and what the allocator loses to rounding."""
@@ -157,7 +157,7 @@ def fixed_parts(setup: Setup) -> dict[str, int]:
 
 
 def gathered_bytes(setup: Setup) -> int:
-    """What a process that holds a share of everything holds whole besides, as finetune/arguments.py divides a model.
+    """What a process that holds a share of everything holds whole besides, as `training.arguments` divides a model.
 
     Two of the largest layers; the head, and the image towers where they are loaded, from forward to backward.
     """

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.console import display, table
 from finetune.planning.memory import GIB
-from finetune.progress import display, table
 from finetune.sizes import show_size
 from finetune.visible import visible
 from modeling.errors import UserError

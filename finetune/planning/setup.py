@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from finetune.planning.tape import FP32
+from finetune.planning.graph import FP32
 from modeling.shapes import Config
 
 

@@ -1,0 +1,141 @@
+"""Dialogue -> Rendered. The only file that knows "User:", "\\nAssistant:" and the tokens that stand around them.
+
+The canonical instruct text (idefics-9b-instruct's model card, and its authors' later training code):
+
+    <s>User:<fake_token_around_image><image><fake_token_around_image>What is it?<end_of_utterance>
+    Assistant: A dog.<end_of_utterance>
+    User: Which breed?<end_of_utterance>
+    Assistant: A puli.<end_of_utterance></s>
+
+Neighbouring images share the fake token between them. A system message stands before the first "User:", on a line of
+its own. A document is `<s>`, its texts and images, `</s>`. Supervised: the assistant's text from the space after
+"Assistant:", its `<end_of_utterance>`, unless the turn says no; all text of a document and its `</s>`. Never an image
+token, nor a fake one.
+"""
+
+from dataclasses import dataclass, field
+
+from finetune.data.conversation import Dialogue, Image, Turn
+
+BOS, EOS = "<s>", "</s>"
+FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
+
+
+@dataclass(frozen=True)
+class Special:
+    """One special token."""
+
+    name: str
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text between two specials, encoded in one piece; from character `supervised_from` on it is trained on."""
+
+    text: str
+    supervised_from: int | None = None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What the model reads: pieces in order, and the images in the order of their `<image>` pieces."""
+
+    pieces: tuple[Special | Text, ...]
+    images: tuple[Image, ...]
+
+    @property
+    def text(self) -> str:
+        """The whole string, specials written out: for eyes, and for comparison with transformers' processor."""
+        return "".join(piece.name if isinstance(piece, Special) else piece.text for piece in self.pieces)
+
+
+def render(dialogue: Dialogue) -> Rendered:
+    """Write a dialogue out.
+
+    A prompt (the user spoke last) ends at the colon of "\\nAssistant:", a document that goes on has no `</s>`.
+    """
+    writer = _Writer()
+    writer.special(BOS)
+    for turn in dialogue.turns:
+        _WRITERS[turn.role](writer, turn)
+    if dialogue.is_prompt:
+        writer.text("\nAssistant:")
+    elif not dialogue.goes_on:
+        writer.special(EOS, supervised=dialogue.is_document)
+    return writer.finish()
+
+
+@dataclass
+class _Writer:
+    """Collects pieces; joins neighbouring texts into one piece, so that each is encoded whole."""
+
+    pieces: list[Special | Text] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+
+    def special(self, name: str, *, supervised: bool = False) -> None:
+        self.pieces.append(Special(name, supervised))
+
+    def text(self, text: str, *, supervised: bool = False) -> None:
+        if not text:
+            return
+        before, start = "", 0 if supervised else None
+        if isinstance(self.pieces[-1], Text):
+            last = self.pieces.pop()
+            assert isinstance(last, Text)
+            assert supervised or last.supervised_from is None, "what follows an answer stands behind a special token"
+            before, start = last.text, last.supervised_from
+            if supervised and start is None:
+                start = len(before)
+        self.pieces.append(Text(before + text, start))
+
+    def image(self, image: Image) -> None:
+        if self.pieces[-1] != Special(FAKE):
+            self.special(FAKE)
+        self.special(IMAGE)
+        self.special(FAKE)
+        self.images.append(image)
+
+    def parts(self, turn: Turn, *, lead: str, between: str, supervised: bool = False) -> None:
+        """Texts stripped, empty ones left out; `lead` before a text that comes first, `between` two texts."""
+        previous: str | Image | None = None
+        for part in turn.parts:
+            if isinstance(part, Image):
+                self.image(part)
+            elif stripped := part.strip():
+                space = lead if previous is None else between if isinstance(previous, str) else ""
+                self.text(space + stripped, supervised=supervised)
+            else:
+                continue
+            previous = part
+
+    def finish(self) -> Rendered:
+        return Rendered(tuple(self.pieces), tuple(self.images))
+
+
+def _write_system(writer: _Writer, turn: Turn) -> None:
+    writer.parts(turn, lead="", between="\n")
+
+
+def _write_user(writer: _Writer, turn: Turn) -> None:
+    writer.text("User:" if writer.pieces == [Special(BOS)] else "\nUser:")
+    writer.parts(turn, lead=" ", between="\n")
+    writer.special(END_OF_UTTERANCE)
+
+
+def _write_assistant(writer: _Writer, turn: Turn) -> None:
+    writer.text("\nAssistant:")
+    writer.parts(turn, lead=" ", between="\n", supervised=turn.supervised)
+    writer.special(END_OF_UTTERANCE, supervised=turn.supervised)
+
+
+def _write_document(writer: _Writer, turn: Turn) -> None:
+    writer.parts(turn, lead="", between="\n\n", supervised=True)
+
+
+_WRITERS = {
+    "system": _write_system,
+    "user": _write_user,
+    "assistant": _write_assistant,
+    "document": _write_document,
+}

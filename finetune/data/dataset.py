@@ -1,0 +1,178 @@
+"""Recipe -> its data: every source prepared, held-out data kept apart, and a report of where each record went."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.console import say, track
+from finetune.data.contamination import Overlap, find_overlap
+from finetune.data.io.files import files_of, fingerprint
+from finetune.data.prepare import prepare, require_examples, split_by_image
+from finetune.data.prepared import Prepared
+from finetune.data.sampling import Mix
+from finetune.data.source import Source
+from finetune.data.stats import Account
+from finetune.data.team import ALONE, Team
+from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Source as SourceOfRecipe
+from finetune.recipe.sources import as_written, to_source
+from finetune.run_dir import Contents, differences, is_trained
+from modeling.cores import available_cores
+from modeling.errors import UserError
+from modeling.files import read_json, write_json
+
+REPAIR = "delete it, and the same command writes it again"
+"""Of data.json."""
+
+STREAMED_BYTES = 2**25
+"""Of a streamed file that are looked at to tell whether it has changed, at its beginning and at its end."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a recipe trains on and what it holds out; streamed sources are in neither."""
+
+    training: Prepared
+    held: Prepared
+    mix: Mix
+    """How the prepared training sources are drawn."""
+    accounts: list[Account]
+    """Of the training sources, then of the held-out ones."""
+    report: dict[str, Any]
+    """data.json."""
+
+
+def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, team: Team = ALONE) -> Dataset:
+    """Prepare, or open what is prepared already. `sources`: the recipe's training sources, their formats known."""
+    prepared = [source for source in sources if not source.stream]
+    training, accounts = prepare_sources(recipe, prepared, tokenizer, team=team)
+    apart = [to_source(source, seed=recipe.training.seed) for source in recipe.data.eval_sources]
+    held, held_accounts = prepare_sources(recipe, apart, tokenizer, team=team)
+    if not recipe.data.streams:
+        require_examples(training, accounts)
+    if recipe.data.eval_split:
+        training, held = split_by_image(training, recipe.data.eval_split, seed=recipe.training.seed)
+    if recipe.data.eval_sources:
+        require_examples(held, held_accounts)
+    overlap = find_overlap(training, held)
+    training = _without_overlap(training, overlap, recipe.data.overlap)
+    weights = [source.weight for source in recipe.data.sources if not source.stream]
+    mix = Mix(training.sizes, weights, training.lengths, recipe.data.weigh)
+    for account, draws, repeats in zip(accounts, mix.draws, mix.repeats, strict=True):
+        account.draws_per_epoch, account.repeats_per_epoch = draws, round(repeats, 4)
+    report = {
+        "training_examples": len(training),
+        "held_out_examples": len(held),
+        "training_images": hashlib.sha256(training.digests.tobytes()).hexdigest(),
+        "held_out_images": hashlib.sha256(held.digests.tobytes()).hexdigest(),
+        "overlap": {**overlap.to_json(), "dropped": recipe.data.overlap != "report"},
+        "sources": [account.to_json() for account in accounts],
+        "eval_sources": [account.to_json() for account in held_accounts],
+    }
+    return Dataset(training, held, mix, [*accounts, *held_accounts], report)
+
+
+def prepare_sources(
+    recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, team: Team = ALONE
+) -> tuple[Prepared, list[Account]]:
+    return prepare(
+        sources,
+        tokenizer,
+        max_length=recipe.data.max_length,
+        max_images=recipe.training.row_images,
+        seed=recipe.training.seed,
+        folder=Path(recipe.data.prepared),
+        workers=recipe.data.workers or available_cores(),
+        track=track,
+        team=team,
+    )
+
+
+def write_report(report: dict[str, Any], folder: Path, *, held_out_decides: bool) -> None:
+    """Write data.json of a run folder. Raises UserError where what is trained there was trained on other data.
+
+    `held_out_decides`: so do changes of the held-out data.
+    """
+    path = folder / "data.json"
+    before = read_json(path, repair=REPAIR)
+    if before is not None and is_trained(folder):
+        free = () if held_out_decides else ("held_out_examples", "overlap", "eval_sources", "held_out_images")
+        if not isinstance(before.get("sources"), list):
+            raise UserError(f"{path}: not as this toolkit writes it; {REPAIR}")
+        was, now = ({key: one[key] for key in before.keys() & report.keys() - {*free}} for one in (before, report))
+        if differing := differences(was, now):
+            key, had, has = differing[0]
+            raise UserError(
+                f"{folder}: the data has changed since this run began: {key} was {had!r:.60}, is {has!r:.60}\n"
+                f"  go on with the data it began with, choose another folder (output=runs/NAME), or delete this one"
+            )
+    write_json(path, report)
+
+
+def contents(recipe: Recipe) -> Contents:
+    """What the recipe's data is made of: {"sources": [{"source": name, "sha256": of its files' content}], ...}.
+
+    The hash is None where a source is not there, and "" where the hub does not say. Folders of images are not looked
+    into, see `fingerprint`.
+    """
+    kinds: dict[str, Sequence[SourceOfRecipe]] = {
+        "sources": recipe.data.sources,
+        "eval_sources": recipe.data.eval_sources,
+        "documents": recipe.evaluation.documents if recipe.evaluation else [],
+    }
+    cache = Path(recipe.data.prepared) / "fingerprints.json"
+    return {kind: [_content(source, cache) for source in sources] for kind, sources in kinds.items()}
+
+
+def _content(said: SourceOfRecipe, cache: Path) -> dict[str, str | None]:
+    source = as_written(said)
+    try:
+        if source.stream and not source.hub:
+            return {"source": source.name, "sha256": _ends_of(files_of(source))}
+        return {"source": source.name, "sha256": fingerprint(source, cache=cache)}
+    except (UserError, OSError):
+        return {"source": source.name, "sha256": "" if source.hub and not Path(source.hub).is_dir() else None}
+
+
+def _ends_of(files: Sequence[Path]) -> str:
+    """A hash of names, sizes, and the first and last `STREAMED_BYTES` of each file: a stream may be terabytes."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(file.read(STREAMED_BYTES))
+            file.seek(max(file.tell(), size - STREAMED_BYTES))
+            digest.update(file.read(STREAMED_BYTES))
+    return digest.hexdigest()
+
+
+def tell_losses(dataset: Dataset, report: Path) -> None:
+    """Say what was rejected, and what training and held-out data share."""
+    for account in dataset.accounts:
+        if account.loss:
+            say(f"{account.source}: {account.loss}; every reason is in {report}")
+    overlap = dataset.report["overlap"]
+    if overlap["images"] or overlap["questions"]:
+        say(
+            f"training and held-out data share {overlap['images']} images (in "
+            f"{overlap['training_examples_with_images']} "
+            f"training examples) and {overlap['questions']} questions about equal images (in "
+            f"{overlap['training_examples_with_questions']}): {'dropped' if overlap['dropped'] else 'kept'}"
+        )
+
+
+def _without_overlap(training: Prepared, overlap: Overlap, rule: str) -> Prepared:
+    dropped = {
+        "report": np.zeros(0, np.int64),
+        "drop_questions": overlap.examples_with_questions,
+        "drop_images": np.union1d(overlap.examples_with_images, overlap.examples_with_questions),
+    }[rule]
+    left = training.select(np.setdiff1d(np.arange(len(training)), dropped))
+    if len(training) and not len(left):
+        raise UserError("data.overlap: every training example would be dropped; is it the held-out data itself?")
+    return left

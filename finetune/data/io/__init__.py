@@ -1,0 +1,1 @@
+"""Files, tables, shards, archives and downloads -> records, whatever format the records have."""

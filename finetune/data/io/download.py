@@ -1,0 +1,238 @@
+"""https URLs -> files, each fetched once, from public addresses only."""
+
+import hashlib
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPException
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin
+
+from finetune.data.conversation import RecordError
+
+if TYPE_CHECKING:
+    from urllib3.response import BaseHTTPResponse
+    from urllib3.util import Url
+
+Address = IPv4Address | IPv6Address
+
+MAX_REDIRECTS = 5
+HEADERS = {"User-Agent": "idefics-finetune (fetches the images of a dataset)", "Accept-Encoding": "identity"}
+
+_PUBLIC_V6 = IPv6Network("2000::/3")
+"""Global unicast. The rest is local, reserved, or stands for an IPv4 address as ::ffff:0:0/96 and 64:ff9b::/96 do."""
+
+_NOT_PUBLIC = tuple(
+    map(
+        ip_network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+            *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
+            *("203.0.113.0/24", "224.0.0.0/3"),
+            *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),  # Teredo is in the first, 6to4 the third
+        ),
+    )
+)
+"""IANA's registries of special purposes; the ipaddress module of older Pythons lacks some."""
+
+_ISATAP = (0x00005EFE, 0x02005EFE)
+"""The third quarter of an IPv6 address that carries an IPv4 address in its last."""
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address belongs to the public internet: it is neither local nor special, nor stands for another."""
+    if any(address in network for network in _NOT_PUBLIC) or not address.is_global:
+        return False
+    if isinstance(address, IPv4Address):
+        return True
+    return address in _PUBLIC_V6 and not address.scope_id and (int(address) >> 32) & 0xFFFFFFFF not in _ISATAP
+
+
+class Downloader:
+    """Fetches images into a folder: content/ab/<sha256 of the bytes>, and by-url/<sha256 of the URL> -> that digest.
+
+    No cookies, no proxies, no credentials. `allow` says which addresses may be connected to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        http: bool = False,
+        max_bytes: int = 20_000_000,
+        timeout_s: float = 20,
+        workers: int = 16,
+        allow: Callable[[Address], bool] = is_public,
+    ):
+        self._folder, self._http, self._max_bytes, self._timeout_s = folder, http, max_bytes, timeout_s
+        self._workers, self._allow = workers, allow
+        self._tls = ssl.create_default_context()
+
+    def fetch_all(self, urls: Iterable[str]) -> dict[str, Path | RecordError]:
+        """Each URL's file, or why there is none."""
+        distinct = list(dict.fromkeys(urls))
+        with ThreadPoolExecutor(self._workers) as threads:
+            return dict(zip(distinct, threads.map(self._fetch_or_error, distinct), strict=True))
+
+    def _fetch_or_error(self, url: str) -> Path | RecordError:
+        try:
+            return self.fetch(url)
+        except RecordError as error:
+            return error
+
+    def fetch(self, url: str) -> Path:
+        """The file that holds what a URL gave. Raises RecordError: not allowed, not there, too large or too slow."""
+        known = self._folder / "by-url" / hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+        if known.is_file() and (path := self._place(known.read_text(encoding="ascii", errors="replace"))).is_file():
+            return path
+        content = self._download(url)
+        digest = hashlib.sha256(content).hexdigest()
+        path = self._place(digest)
+        _write(path, content)
+        _write(known, digest.encode())
+        return path
+
+    def _place(self, digest: str) -> Path:
+        return self._folder / "content" / digest[:2] / digest
+
+    def _download(self, url: str) -> bytes:
+        from urllib3.exceptions import HTTPError
+
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            return self._follow(url, deadline)
+        except (_RefusedError, HTTPError, HTTPException, OSError, ValueError) as error:
+            late = f"over {self._timeout_s:g} s" if time.monotonic() >= deadline else None
+            raise RecordError("download failed", f"{url[:200]!a}: {late or error or type(error).__name__}") from error
+
+    def _follow(self, url: str, deadline: float) -> bytes:
+        for _ in range(MAX_REDIRECTS + 1):
+            found = self._request(url, deadline)
+            if isinstance(found, bytes):
+                return found
+            url = urljoin(url, found)
+        raise _RefusedError(f"over {MAX_REDIRECTS} redirects")
+
+    def _request(self, url: str, deadline: float) -> bytes | str:
+        """The body, or the URL that a redirect names."""
+        from urllib3.connection import HTTPConnection
+
+        parsed = self._parse(url)
+        host, port = str(parsed.host).strip("[]"), parsed.port or (443 if parsed.scheme == "https" else 80)
+        connected = self._connect(host, port, deadline)
+        if parsed.scheme == "https":
+            connected = self._tls.wrap_socket(connected, server_hostname=host, do_handshake_on_connect=False)
+        # A timeout of the socket starts anew with every byte; this one does not.
+        end = threading.Timer(deadline - time.monotonic(), _cut, (connected,))
+        end.start()
+        connection = HTTPConnection(host, port, timeout=max(deadline - time.monotonic(), 0.001))
+        connection.sock = connected
+        try:
+            if isinstance(connected, ssl.SSLSocket):
+                connected.do_handshake()
+            headers = {**HEADERS, "Host": str(parsed.netloc)}
+            connection.request("GET", parsed.request_uri, headers=headers, preload_content=False, decode_content=False)
+            return self._answer(connection.getresponse(), deadline)
+        finally:
+            end.cancel()
+            connection.close()
+
+    def _parse(self, url: str) -> "Url":
+        from urllib3.util import parse_url
+
+        parsed = parse_url(url)
+        schemes = ("https", "http") if self._http else ("https",)
+        if parsed.scheme not in schemes or not parsed.host:
+            raise _RefusedError(f"expected {' or '.join(schemes)}, got {url[:200]!a}")
+        if parsed.auth:
+            raise _RefusedError("credentials in the URL")
+        return parsed
+
+    def _connect(self, host: str, port: int, deadline: float) -> socket.socket:
+        """To an address that was checked, not to a name that may mean another one the next time it is asked for."""
+        failure: Exception = _RefusedError(f"{host}: no address")
+        for address in self._resolve(host, port, deadline):
+            try:
+                return socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.001))
+            except OSError as error:
+                failure = error
+        raise failure
+
+    def _resolve(self, host: str, port: int, deadline: float) -> list[str]:
+        """The addresses of a host; one that is not allowed condemns them all."""
+        addresses = [str(address[0]) for *_, address in _look_up(host, port, deadline)]
+        for address in addresses:
+            if not self._allow(ip_address(address)):
+                raise _RefusedError(f"{host} is at {address}, which is no public address")
+        return addresses
+
+    def _answer(self, response: "BaseHTTPResponse", deadline: float) -> bytes | str:
+        location = response.headers.get("Location")
+        if response.status in _REDIRECTS and location:
+            return location
+        if response.status != 200:
+            raise _RefusedError(f"HTTP {response.status} {response.reason or ''}".strip())
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise _RefusedError(f"content encoding {response.headers['Content-Encoding']}, which was not asked for")
+        body = bytearray()
+        while piece := response.read(2**16):
+            body += piece
+            if len(body) > self._max_bytes:
+                raise _RefusedError(f"over {self._max_bytes:,} bytes")
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        return bytes(body)
+
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class _RefusedError(Exception):
+    """Why a URL is not fetched."""
+
+
+def _look_up(host: str, port: int, deadline: float) -> list[Any]:
+    """What getaddrinfo says, which knows no deadline: a thread waits for it, and is left behind where it is late."""
+    answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # raised in the thread that waits
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(deadline - time.monotonic(), 0.001))
+    except queue.Empty:
+        raise TimeoutError(f"{host}: no answer from DNS") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _cut(connected: socket.socket) -> None:
+    """Ends what another thread waits for, TLS or not."""
+    with suppress(OSError):
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.close()
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise

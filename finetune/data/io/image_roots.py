@@ -1,0 +1,243 @@
+"""References in records -> images, from where the source keeps them and nowhere else."""
+
+import os
+import re
+from collections.abc import Iterable
+from copy import copy
+from pathlib import Path
+from string import Formatter
+from typing import Any
+from urllib.parse import unquote
+
+import PIL.Image
+
+from finetune.data.conversation import Image, RecordError, Remote, Slice
+from finetune.data.images import decode_base64, describe
+from finetune.data.io.archives import Archive, Tar, Zip
+from finetune.data.io.paths import folders_of, locate
+from finetune.data.io.shards import COMPRESSED_TARS
+from finetune.data.io.stores import Folder, Json, Store, Table
+from finetune.data.source import Source
+from modeling.errors import UserError
+
+
+class ImageRoot:
+    """Where the images of a source are looked up. Raises UserError: a root that is not there, or a bad `image_name`.
+
+    Sent to another process, it opens its archives there anew.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+        folders = [] if source.image_root else _default_folders(source)
+        self._stores = _open_stores(source.image_root) if source.image_root else _open_folders(folders)
+        self._common = Path(os.path.commonpath(folders)) if source.paths and folders else None
+        self._own: Folder | None = None
+        self._beside: dict[Path, ImageRoot] = {}
+        if source.image_name is not None:
+            _check_template(source.image_name)
+
+    def __reduce__(self) -> tuple[type["ImageRoot"], tuple[Source]]:
+        return ImageRoot, (self.source,)
+
+    def image(self, reference: object) -> Image:
+        """The image that a record's value stands for. Raises RecordError.
+
+        A path under a root, an id in a MIMIC-IT file, base64 with `data:image/...;base64,` before it or without, an
+        https URL if the source allows it, encoded bytes, {"bytes", "path"}, or what is an image already.
+        """
+        if isinstance(reference, Image):
+            return reference
+        if isinstance(reference, dict) and ("bytes" in reference or "path" in reference):
+            reference = reference.get("bytes") or reference.get("path")
+        if isinstance(reference, bytes | Slice | PIL.Image.Image):
+            return Image(reference)
+        if not isinstance(reference, str) or not reference:
+            raise RecordError("not an image reference", f"expected a path, got {_short(reference)}")
+        if reference[:5].lower() == "data:":
+            return _from_data_url(reference)
+        if local := _FILE_URL.fullmatch(reference):
+            return self._stored(unquote(local["path"]))
+        if _URL.match(reference):
+            return self._remote(reference)
+        if _BASE64.fullmatch(reference):
+            return Image(decode_base64(reference))
+        return self._stored(reference)
+
+    def beside(self, place: str) -> "ImageRoot":
+        """The same for a record of that place: without `image_root`, its own file's folder comes first."""
+        if self._common is None:
+            return self
+        folder = self._common
+        for part in place.split("/")[:-1]:
+            if not (folder / part).is_dir():
+                break
+            folder /= part
+        if folder not in self._beside:
+            self._beside[folder] = copy(self)
+            self._beside[folder]._own = Folder(folder, tuple(store.path for store in self._stores))
+        return self._beside[folder]
+
+    def base64(self, text: object) -> Image:
+        """An image written as base64, white space allowed. Raises RecordError: it is not that."""
+        if not isinstance(text, str):
+            raise RecordError("corrupt image", f"expected base64, got {_short(text)}")
+        return Image(decode_base64(text))
+
+    def named(self, record: dict[str, Any], default: str) -> Image:
+        """The image whose name `image_name`, or else `default`, makes of a record's own fields.
+
+        "COCO_train2014_{image_id:012d}.jpg" and {"image_id": 9} -> COCO_train2014_000000000009.jpg
+
+        Raises RecordError: a field is missing, or neither text nor a whole number.
+        """
+        template = self.source.image_name or default
+        return self.image("".join(_fill(*part, record) for part in _check_template(template)))
+
+    def _remote(self, url: str) -> Image:
+        scheme = url.partition(":")[0].lower()
+        allowed = self.source.download and (scheme == "https" or (scheme == "http" and self.source.download_http))
+        if allowed:
+            return Image(Remote(url))
+        hint = {"https": "; `download: true` fetches it", "http": "; `download` and `download_http: true` fetch it"}
+        raise RecordError("image is a URL", f"{url:.200}: expected a path{hint.get(scheme, '')}")
+
+    def _stored(self, name: str) -> Image:
+        if _NO_PATH.search(name):
+            raise RecordError("not an image reference", f"{name[:200]!a}: expected a path")
+        if self._own and (image := self._own.find(name)):
+            return image
+        refusal: RecordError | None = None
+        found: list[Image] = []
+        for store in self._stores:
+            try:
+                image = store.find(name)
+            except RecordError as error:
+                refusal = refusal or error
+                continue
+            if image is not None:
+                found.append(image)
+                if self.source.image_root:  # a list to be searched in order
+                    break
+        first = self._own or next(iter(self._stores), None)
+        if not found and not refusal and isinstance(first, Folder):
+            return Image(first.place(name))  # opening it says what is missing; a document goes on without it
+        if not found:
+            raise refusal or self._missing(name)
+        if any(image != found[0] for image in found):
+            places = " and ".join(describe(image) for image in found[:2])
+            detail = f"{name:.200}: {places}; name its folder as image_root, or make two sources of them"
+            raise RecordError("ambiguous image", detail)
+        return found[0]
+
+    def _missing(self, name: str) -> RecordError:
+        near = next(filter(None, (store.near(name) for store in self._stores)), None)
+        where = " or ".join(str(store.path) for store in self._stores)
+        hint = f"; did you mean {near:.200}?" if near else ""
+        return RecordError("missing image", f"{name:.200}: {f'not in {where}{hint}' if where else 'no image_root'}")
+
+
+_BASE64 = re.compile(r"\s*(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}+={0,2}\s*+")
+"""An image's first bytes (JPEG, PNG, GIF, WebP, BMP, TIFF) in base64, which has no dot, as names of files do."""
+_NO_PATH = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")
+r"""\udc80 to \udcff stand for bytes of a file's name that is not UTF-8 (os.fsdecode)."""
+_FILE_URL = re.compile(r"(?i)file:(?://(?:localhost)?)?(?P<path>/[^/].*)", re.DOTALL)
+_URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|https?|ftp):")
+
+
+def _open_stores(paths: Iterable[Path]) -> tuple[Store, ...]:
+    """The stores that paths lead to. Raises UserError: nothing is there, or nothing that images can be looked up in."""
+    places = [place for path in paths for place in locate(path)]
+    folders = tuple(found.resolve() for found, _ in places if found.is_dir())
+    return tuple(Folder(found, folders) if found.is_dir() else _open_file(found, inner) for found, inner in places)
+
+
+def _open_folders(paths: Iterable[Path]) -> tuple[Store, ...]:
+    """A store for each of the folders."""
+    folders = tuple(dict.fromkeys(path.resolve() for path in paths))
+    return tuple(Folder(folder, folders) for folder in folders)
+
+
+def _open_file(found: Path, inner: str) -> Store:
+    name = found.name.lower()
+    if name.endswith(COMPRESSED_TARS):
+        raise UserError(
+            f"{found}: a compressed tar archive has to be read from its start for every image; "
+            "unpack it, or make a plain .tar or a .zip of it"
+        )
+    kind = _KINDS.get(found.suffix.lower())
+    if kind is None or not found.is_file():
+        raise UserError(f"{found}: expected a folder of images, or a file that ends in {', '.join(_KINDS)}")
+    if inner != "." and not issubclass(kind, Archive):
+        raise UserError(f"{found / inner}: {found.name} holds no folders")
+    return kind(found, inner)
+
+
+_KINDS: dict[str, type[Store]] = {".zip": Zip, ".tar": Tar, ".json": Json, ".parquet": Table}
+
+
+def _default_folders(source: Source) -> list[Path]:
+    """The folders of the paths; of a dataset on the hub, those where its library puts the files."""
+    if source.paths:
+        try:
+            return folders_of(source.paths)
+        except UserError:  # raised again by what reads them
+            return [path.absolute().parent for path in source.paths]
+    if not source.hub:
+        return []
+    import datasets
+    from huggingface_hub import constants
+
+    folders = (Path(source.hub), Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE))
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _from_data_url(url: str) -> Image:
+    head, _, content = url.partition(",")
+    if not re.fullmatch(r"(?i)data:image/.*;base64", head, re.DOTALL):
+        raise RecordError("not an image reference", f"expected data:image/...;base64,... got {head[:80]!a}")
+    return Image(decode_base64(content))
+
+
+_Part = tuple[str, str | None, str]
+"""(text, name of the field that follows it, format of that field)"""
+
+
+def _check_template(template: str) -> list[_Part]:
+    """The parts of a template. Raises UserError: it is none, or asks for more than a record's own fields."""
+    try:
+        parsed = list(Formatter().parse(template))
+        for _, name, spec, conversion in parsed:
+            if name is None:
+                continue
+            if not name.isidentifier() or "{" in (spec or "") or conversion:
+                raise ValueError(f"{{{name}}} is no field of a record")
+            if max(map(int, re.findall(r"\d+", spec or "")), default=0) > 255:
+                raise ValueError(f"{spec:.20} asks for more characters than a name may have")
+            format(0, spec or "")
+    except ValueError as error:
+        raise UserError(
+            f"image_name: expected a name such as {{image_id:012d}}.jpg, got {template!r}: {error}"
+        ) from error
+    return [(text, name, spec or "") for text, name, spec, _ in parsed]
+
+
+def _fill(text: str, name: str | None, spec: str, record: dict[str, Any]) -> str:
+    if name is None:
+        return text
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        got = f"fields {', '.join(map(str, record))}" if name not in record else _short(value)
+        raise RecordError("no image name", f"expected text or a whole number under {name!r}, got {got:.200}")
+    number = isinstance(value, str) and spec.endswith("d") and value.isascii() and value.isdecimal()
+    try:
+        return text + format(int(value) if number else value, spec)
+    except (ValueError, OverflowError) as error:
+        raise RecordError("no image name", f"{name!r} is {_short(value)}: {error}") from error
+
+
+def _short(value: object) -> str:
+    """What was got, in a few words, whatever it is."""
+    if value is None:
+        return "nothing"
+    return ascii(value[:80]) if isinstance(value, str) else type(value).__name__

@@ -1,0 +1,139 @@
+"""What became of every record of a source."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from finetune.data.conversation import RecordError, as_unicode
+
+MOST_NAMES = 50
+"""So many names are counted each by itself."""
+
+_COUNTERS = ("rejected", "parts_rejected", "ignored")
+
+
+@dataclass
+class Account:
+    """The records of one source: read = kept + rejected."""
+
+    source: str
+    read: int = 0
+    kept: int = 0
+    """Records of which something is trained on."""
+    limited: bool = False
+    """Whether reading ended at the limit, so that what follows was not counted."""
+    broken: list[str] = field(default_factory=list)
+    """Files that break off, with what was wrong and how much of them was not read: records that nobody can count."""
+    rejected: dict[str, int] = field(default_factory=Counter)
+    """Reason -> records."""
+    first_rejected: dict[str, str] = field(default_factory=dict)
+    """Reason -> place and detail of the first."""
+    parts_rejected: dict[str, int] = field(default_factory=Counter)
+    """Reason -> turns, texts or images of documents, that were left out of records not rejected for it."""
+    documents_cut: int = 0
+    """Documents that became several examples: too long for one, or an image within them is lost."""
+    ignored: dict[str, int] = field(default_factory=Counter)
+    """What dialogues do without -> records that have it: keys that are not known, and placeholders that stay text."""
+    dialogues: int = 0
+    """Dialogues and documents the records became, before they were joined, divided or cut."""
+    examples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    images: int = 0
+    """Distinct ones that examples show."""
+    draws_per_epoch: int | None = None
+    repeats_per_epoch: float | None = None
+    """How often an example of this source comes in an epoch, on average."""
+
+    def reject(self, place: str, error: RecordError) -> None:
+        self.rejected[error.reason] += 1
+        self._remember(place, error)
+
+    def reject_part(self, place: str, error: RecordError, *, parts: int = 1) -> None:
+        self.parts_rejected[error.reason] += parts
+        self._remember(place, error)
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Count what a record holds that its dialogue does without."""
+        for name in names:
+            known = as_unicode(name[:80])
+            self.ignored[known if known in self.ignored or len(self.ignored) < MOST_NAMES else "other keys"] += 1
+
+    def _remember(self, place: str, error: RecordError) -> None:
+        self.first_rejected.setdefault(error.reason, as_unicode(f"{place}: {error.detail}".removesuffix(": ")))
+
+    def add(self, other: "Account") -> None:
+        """Take in what happened to further records of the same source."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(mine, Counter):
+                mine.update(value)
+            elif isinstance(mine, dict):
+                setattr(self, name, {**mine, **value, **mine})
+            elif isinstance(mine, list):
+                setattr(self, name, [*mine, *value])
+            elif isinstance(mine, bool):
+                setattr(self, name, mine or value)
+            elif isinstance(mine, int):
+                setattr(self, name, mine + value)
+
+    @property
+    def loss(self) -> str | None:
+        """ "4 of 10 records rejected: corrupt image 2, missing image 2", or None."""
+        said = list(self.broken)
+        if self.rejected:
+            said.append(f"{sum(self.rejected.values())} of {self.read} records rejected: {_list(self.rejected)}")
+        if self.parts_rejected:
+            said.append(f"parts of kept records left out: {_list(self.parts_rejected)}")
+        if self.ignored:
+            said.append(f"not used of records: {most_frequent(self.ignored)}")
+        return "; ".join(said) or None
+
+    def to_json(self) -> dict[str, Any]:
+        assert self.read == self.kept + sum(self.rejected.values()), f"records lost: {self}"
+        return self.partial()
+
+    def partial(self) -> dict[str, Any]:
+        """The same of an account that is not complete yet; "ignored" where there is anything."""
+        values = {**vars(self), **{name: dict(getattr(self, name)) for name in _COUNTERS}}
+        return values if self.ignored else {name: value for name, value in values.items() if name != "ignored"}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The account that `to_json` or `partial` wrote. Raises ValueError: it is none."""
+        empty = vars(cls(""))
+        values = {"ignored": {}, **values}
+        if values.keys() != empty.keys():
+            raise ValueError("other keys than an account's")
+        for name, value in values.items():
+            if isinstance(empty[name], dict):
+                kind = str if name == "first_rejected" else int
+                fits = isinstance(value, dict) and all(isinstance(one, kind) for one in value.values())
+            else:
+                fits = isinstance(value, type(empty[name])) or (empty[name] is None and isinstance(value, int | float))
+            if not fits:
+                raise ValueError(f"{name}: {value!r:.80}")
+        counters = {name: Counter(values[name]) for name in _COUNTERS}
+        return cls(**{**values, **counters})
+
+
+def most_frequent(counts: Mapping[str, int], most: int = 8) -> str:
+    """ "score 10, url 3 and 7 more"."""
+    first = sorted(counts.items(), key=lambda item: -item[1])[:most]
+    return _list(dict(first)) + (f" and {len(counts) - most} more" if len(counts) > most else "")
+
+
+def _list(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items())
+
+
+def why_nothing_is_left(accounts: Sequence[Account]) -> str:
+    """The reasons, a line each."""
+    reasons = [
+        f"  {account.source}: {count} x {reason} (first: {account.first_rejected[reason]})"
+        for account in accounts
+        for reason, count in account.rejected.items()
+    ]
+    reasons += [f"  {broken}" for account in accounts for broken in account.broken]
+    return "\n".join(["no dialogue is left:", *(reasons or ["  the sources are empty"])])

@@ -1,0 +1,267 @@
+"""Sources read as they are trained on: no preparing, no size, bounded memory.
+
+The rows are the same for every rank and worker: each reads all records, and opens the images of its own rows alone. A
+run that goes on reads the stream again up to its row, without opening an image.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from itertools import count
+from pathlib import Path
+from threading import Lock, RLock
+from typing import Any
+
+import numpy as np
+
+from finetune.data.collate import Batch, collate, stack_pixels
+from finetune.data.conversation import Image, RecordError, Remote
+from finetune.data.images import Augmentation, Preprocessing, open_image
+from finetune.data.io.download import Downloader
+from finetune.data.mixing import Drawn, Pass, mix, shuffle
+from finetune.data.packing import pack
+from finetune.data.sampling import Unit
+from finetune.data.source import Source
+from finetune.data.stats import Account, why_nothing_is_left
+from modeling.errors import UserError
+
+WINDOW_ROWS = 64
+"""Rows that are packed together: the more, the fuller, and the more examples are held."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An example that is left out because an image of it cannot be opened, or an image without which it goes on."""
+
+    row: int
+    index: int
+    """In its row."""
+    source: int
+    place: str
+    of: int
+    """Examples of its record."""
+    reason: str
+    detail: str
+    goes_on: bool = False
+
+
+@dataclass
+class StreamedRows:
+    """The rows of a run, made on the way: in order; asking for an earlier one begins again."""
+
+    passes: Sequence[Pass]
+    """For each source, how to go through it once."""
+    names: Sequence[str]
+    weights: Sequence[float | None]
+    rows: int
+    row_tokens: int
+    row_images: int
+    seed: int
+    preprocessing: Preprocessing
+    filler: int
+    downloader: Downloader | None = None
+    unit: Unit = "examples"
+    buffer: int = 1000
+    """Examples of each source among which the next one is drawn."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    blank_image: bool = False
+    skipped: Collection[tuple[str, str]] = frozenset()
+    """(source, place) of records that rows do without."""
+    remembered: int = 0
+    """Rows whose dialogues can be told without reading the stream again."""
+
+    def __post_init__(self) -> None:
+        # Rows are made in a thread, and who logs asks for their sizes: that never waits for images, which may be
+        # downloads.
+        self._reading, self._opening = RLock(), Lock()
+        self._tokens: dict[int, int] = {}
+        self._epochs: dict[int, int] = {}
+        self._last: dict[int, list[Drawn]] = {}
+        self._lost: set[Lost] = set()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._accounts = [Account(name) for name in self.names]
+        self._coming = self._stream()
+        self._next = 0
+
+    @property
+    def accounts(self) -> list[Account]:
+        """For each source, what became of its records in the first pass, as far as it has been read.
+
+        Of several processes, each knows of images that could not be opened in its own rows, and in restored ones.
+        """
+        with self._reading:
+            return [self._account(number) for number in range(len(self.names))]
+
+    def _account(self, source: int) -> Account:
+        account = Account(self.names[source])
+        account.add(self._accounts[source])
+        lost = sorted((one for one in self._lost if one.source == source), key=lambda one: (one.row, one.index))
+        left = {one.place: one.of for one in lost}
+        for one in lost:
+            left[one.place] -= not one.goes_on
+            error = RecordError(one.reason, one.detail)
+            if one.goes_on or left[one.place]:
+                account.reject_part(one.place, error)
+            else:
+                account.kept -= 1
+                account.reject(one.place, error)
+        return account
+
+    def state(self, rows: int) -> list[Any]:
+        with self._reading:
+            return [list(astuple(one)) for one in self._lost if one.row < rows]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        with self._reading:
+            self._lost |= {Lost(*values) for values in state}
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def tokens(self, number: int) -> int:
+        with self._reading:
+            if number not in self._tokens:
+                self._go_on(number)
+        return self._tokens[number]
+
+    def epoch(self, number: int) -> int:
+        with self._reading:
+            if number not in self._epochs:
+                self._go_on(number)
+        return self._epochs[number]
+
+    def dialogues(self, number: int) -> list[tuple[tuple[str, str], Batch]]:
+        with self._reading:
+            row = self._last[number] if number in self._last else self._go_on(number)
+        with self._opening:
+            alone = [(drawn, self._opened([drawn], number, lose=lambda *_: None)) for drawn in row]
+        return [(self._origin(drawn), self._collate(*opened)) for drawn, opened in alone if opened[0]]
+
+    def empty(self) -> Batch:
+        return self._collate([], {})
+
+    def _origin(self, drawn: Drawn) -> tuple[str, str]:
+        return self.names[drawn.source], drawn.place
+
+    def at(self, number: int) -> Batch:
+        with self._reading:
+            coming = self._go_on(number)
+        with self._opening:
+            row, pixels = self._opened(coming, number, lose=self._lose)
+        with self._reading:
+            self._tokens[number] = sum(len(drawn.example) for drawn in row)
+        return self._collate(row, pixels)
+
+    def _collate(self, row: Sequence[Drawn], pixels: Mapping[Image, np.ndarray]) -> Batch:
+        numbers = {image: index for index, image in enumerate(pixels)}
+        levels, size = list(pixels.values()), self.preprocessing.size
+        return collate(
+            [drawn.example for drawn in row],
+            [[numbers[image] for image in drawn.images] for drawn in row],
+            show=lambda images: {
+                "pixel_values": stack_pixels(images, lambda image: levels[image], size=size, blank=self.blank_image)
+            },
+            filler=self.filler,
+        )
+
+    def _go_on(self, number: int) -> list[Drawn]:
+        """Row `number`. Rows are made in order, so for an earlier one all begins again."""
+        if number < self._next:
+            self._begin()
+        row: list[Drawn] = []
+        while self._next <= number:
+            row = [drawn for drawn in next(self._coming) if self._origin(drawn) not in self.skipped]
+            self._tokens[self._next] = sum(len(drawn.example) for drawn in row)
+            self._epochs[self._next] = min((drawn.epoch for drawn in row), default=self._epochs.get(self._next - 1, 0))
+            self._last[self._next] = row
+            self._last.pop(self._next - self.remembered, None)
+            self._next += 1
+        return row
+
+    def _opened(
+        self, row: Sequence[Drawn], number: int, *, lose: Callable[[Drawn, int, int, RecordError, bool], None]
+    ) -> tuple[list[Drawn], dict[Image, np.ndarray]]:
+        """(examples whose images can be opened, the pixels of these images); `lose` counts the others.
+
+        As in preparing, a document goes on without an image, as long as it has another.
+        """
+        rng = np.random.default_rng([self.seed, number, 8]) if self.augmentation != Augmentation() else None
+        fetched, pixels = self._fetch(row), dict[Image, np.ndarray]()
+        usable: list[Drawn] = []
+        for index, drawn in enumerate(row):
+            found = {image: self._pixels(image, fetched, rng) for image in drawn.images if image not in pixels}
+            errors = [one for one in found.values() if isinstance(one, RecordError)]
+            gone = [isinstance(found.get(image), RecordError) for image in drawn.images]
+            goes_on = drawn.document is not None and not all(gone)
+            for error in errors if goes_on else errors[:1]:
+                lose(drawn, number, index, error, goes_on)
+            if not errors or goes_on:
+                usable += drawn.without(gone) if errors else [drawn]
+                pixels |= {image: one for image, one in found.items() if not isinstance(one, RecordError)}
+        return usable, pixels
+
+    def _fetch(self, row: Sequence[Drawn]) -> dict[str, Path | RecordError]:
+        """The images of a row that are URLs, downloaded all at once."""
+        urls = [image.source.url for drawn in row for image in drawn.images if isinstance(image.source, Remote)]
+        if not urls:
+            return {}
+        assert self.downloader is not None
+        return self.downloader.fetch_all(urls)
+
+    def _pixels(
+        self, image: Image, fetched: Mapping[str, Path | RecordError], rng: np.random.Generator | None
+    ) -> np.ndarray | RecordError:
+        if isinstance(image.source, Remote):
+            found = fetched[image.source.url]
+            if isinstance(found, RecordError):
+                return found
+            image = Image(found)
+        try:
+            return self.preprocessing.pixels(open_image(image), augmentation=self.augmentation, rng=rng)
+        except RecordError as error:
+            return error
+
+    def _lose(self, drawn: Drawn, row: int, index: int, error: RecordError, goes_on: bool) -> None:
+        """Remember what is left out, in the first pass. Raises the error of a prepared source."""
+        if drawn.origin is None:
+            raise error
+        if not drawn.epoch:
+            lost = Lost(
+                row, index, drawn.source, drawn.place, drawn.origin.examples, error.reason, error.detail, goes_on
+            )
+            with self._reading:
+                self._lost.add(lost)
+
+    def _stream(self) -> Iterator[list[Drawn]]:
+        """Rows without end: examples mixed by weight, gathered in windows, packed, and the window's rows shuffled."""
+        streams = [self._endless(number) for number in range(len(self.passes))]
+        examples = mix(streams, [weight or 1.0 for weight in self.weights], unit=self.unit)
+        for window in count():
+            gathered: list[Drawn] = []
+            tokens = images = 0
+            while tokens < WINDOW_ROWS * self.row_tokens and images < WINDOW_ROWS * self.row_images:
+                drawn = next(examples)
+                gathered.append(drawn)
+                tokens, images = tokens + len(drawn.example), images + len(set(drawn.images))
+            lengths, pictures = zip(*((len(one.example), len(set(one.images))) for one in gathered), strict=True)
+            packs = pack(lengths, pictures, row_tokens=self.row_tokens, row_images=self.row_images)
+            order = np.random.default_rng([self.seed, window, 6]).permutation(len(packs))
+            yield from ([gathered[index] for index in packs[row]] for row in order)
+
+    def _endless(self, number: int) -> Iterator[Drawn]:
+        """One pass after the other. Raises UserError after one that gave nothing, or of which nothing could be used."""
+        first = self._accounts[number]
+        for epoch in count():
+            account = first if epoch == 0 else Account(self.names[number])
+            rng = np.random.default_rng([self.seed, epoch, number, 7])
+            yield from shuffle(self.passes[number](epoch, account), rng, buffer=self.buffer)
+            for one in (account, self._account(number)):
+                if not one.kept:
+                    raise UserError(f"{one.source}: {why_nothing_is_left([one])}")
+
+
+def downloads(folder: Path, sources: Sequence[Source]) -> Downloader | None:
+    """What fetches the images of sources that allow it."""
+    allowed: list[Any] = [source for source in sources if source.download]
+    return Downloader(folder, http=any(source.download_http for source in allowed)) if allowed else None

@@ -1,0 +1,1 @@
+"""Processes, devices and locks: the only package that knows ranks, nodes and the launcher."""

@@ -1,0 +1,208 @@
+"""Held-out dialogues -> figures: loss per supervised token, marks of answers, stop rate; and the test for blindness.
+
+Of several processes all call `evaluate` or `held_out_loss` alike: each does its share, and all get the same figures,
+which are those of one process.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from finetune.data.collate import RowCollator
+from finetune.data.conversation import Dialogue, Image
+from finetune.data.images import describe
+from finetune.data.sampling import Row
+from finetune.data.tracking import Track, silently
+from finetune.distributed import collectives
+from finetune.evaluation.generate import Answer, Assistant, generate
+from finetune.evaluation.metrics import is_yes_no, mark, most_common
+from modeling.forward import packed_loss
+
+Question = tuple[Dialogue, tuple[str, ...]]
+"""A prompt and its reference answers: one, or all that people gave."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures of one model on held-out data. Shares are of questions; None where there are none."""
+
+    loss: float
+    """Nats per supervised token."""
+    supervised_tokens: int
+    questions: int
+    exact: float | None
+    """Share of answers equal to a reference."""
+    exact_open: float | None
+    """Of the questions whose most common reference is not yes or no."""
+    exact_yes_no: float | None
+    """Of a subset of the others: for each question as many yes as no, so that its words give nothing away."""
+    first_word: float | None
+    """Share of answers whose first word is a reference's: fair to a model that does not know when to stop."""
+    stopped: float | None
+    """Share of answers that ended by themselves within the limit."""
+    vqa: float | None
+    """Mean VQA accuracy, of the questions that several people answered in a few words."""
+    cider: float | None
+    """Mean CIDEr-D, of the questions whose references are sentences (four words or more). Papers print it times 100."""
+    rouge_l: float | None
+    """Mean ROUGE-L of the same."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    assistant: Assistant,
+    rows: RowCollator,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    predictions: Path | None = None,
+    track: Track = silently,
+) -> Scores:
+    """Score one model. `predictions` gets a JSON line per question."""
+    loss, supervised = held_out_loss(assistant, rows, track=track)
+    prompts, references = [prompt for prompt, _ in questions], [given for _, given in questions]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "track": track}
+    answers = generate(assistant, prompts, together=True, **options)
+    marks = mark([answer.text for answer in answers], references)
+    open_ended = [figures for figures, given in zip(marks, references, strict=True) if not is_yes_no(given)]
+    if predictions:
+        collectives.on_main("write predictions", lambda: _write_predictions(predictions, questions, answers, marks))
+    return Scores(
+        loss=loss,
+        supervised_tokens=supervised,
+        questions=len(questions),
+        exact=_mean_mark(marks, "exact"),
+        exact_open=_mean_mark(open_ended, "exact"),
+        exact_yes_no=_mean_mark([marks[index] for index in balanced_yes_no(questions)], "exact"),
+        first_word=_mean(
+            [
+                _first_word(answer.text) in map(_first_word, given)
+                for answer, given in zip(answers, references, strict=True)
+            ]
+        ),
+        stopped=_mean([answer.stopped for answer in answers]),
+        vqa=_mean_mark(marks, "vqa"),
+        cider=_mean_mark(marks, "cider"),
+        rouge_l=_mean_mark(marks, "rouge_l"),
+    )
+
+
+def balanced_yes_no(questions: Sequence[Question]) -> list[int]:
+    """Indices of a subset of the yes/no questions that holds, for each wording, as many yes as no: the first ones.
+
+    A wording alone then tells nothing: the best guess is right half of the time.
+    """
+    by_wording: dict[str, dict[str, list[int]]] = defaultdict(lambda: {"yes": [], "no": []})
+    for index, (prompt, references) in enumerate(questions):
+        if is_yes_no(references):
+            by_wording[prompt.turns[-1].text][most_common(references).lower()].append(index)
+    chosen: list[int] = []
+    for answers in by_wording.values():
+        fewer = min(map(len, answers.values()))
+        chosen += [index for indices in answers.values() for index in indices[:fewer]]
+    return sorted(chosen)
+
+
+def exchange_images(
+    rows: RowCollator, dialogues: Sequence[Dialogue], questions: Sequence[Question], *, seed: int
+) -> tuple[RowCollator, list[Question]]:
+    """The blindness test's data: every image replaced by another of the held-out ones, everywhere the same way.
+
+    What a model loses on it, it owes to seeing. Needs two distinct images at least.
+    """
+    used = sorted({image for images in rows.image_ids for image in images})
+    order = np.random.default_rng([seed, 5]).permutation(used)
+    other = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
+    images = list(rows.images)
+    for image, substitute in other.items():
+        images[image] = rows.images[substitute]
+    swapped = {
+        image: images[number]
+        for dialogue, ids in zip(dialogues, rows.image_ids, strict=True)
+        for image, number in zip(dialogue.images, ids, strict=True)
+    }
+
+    def blind(dialogue: Dialogue) -> Dialogue:
+        turns = [
+            replace(turn, parts=tuple(swapped[part] if isinstance(part, Image) else part for part in turn.parts))
+            for turn in dialogue.turns
+        ]
+        return replace(dialogue, turns=tuple(turns))
+
+    features = rows.features and rows.features.exchanged(other)
+    return replace(rows, images=images, features=features), [
+        (blind(prompt), references) for prompt, references in questions
+    ]
+
+
+@torch.no_grad()
+def held_out_loss(assistant: Assistant, rows: RowCollator, *, track: Track = silently) -> tuple[float, int]:
+    """(mean loss in nats, supervised tokens): every token weighs the same, whatever row it is in."""
+    model = assistant.model.eval()
+    device = assistant.idefics.device
+
+    def measure(row: Row) -> tuple[float, int]:
+        batch = {name: tensor.to(device) for name, tensor in rows.batch(row).items()}  # type: ignore[attr-defined]
+        loss = float(packed_loss(model, batch, config=assistant.idefics.config))
+        return loss, int((batch["labels"] >= 0).sum())
+
+    measured = collectives.share_out("held-out loss", rows.rows, measure, track=track)
+    supervised = sum(tokens for _, tokens in measured)
+    return sum(loss for loss, _ in measured) / max(supervised, 1), supervised
+
+
+def draw_questions(dialogues: Sequence[Dialogue], *, limit: int | None, seed: int) -> list[Question]:
+    """Every assistant turn as a question in its context; with a `limit`, so many drawn by `seed`, in their order."""
+    questions = [question for dialogue in dialogues for question in dialogue.prompts()]
+    if limit is None or limit >= len(questions):
+        return questions
+    chosen = np.random.default_rng([seed, 4]).choice(len(questions), size=limit, replace=False)
+    return [questions[index] for index in sorted(chosen)]
+
+
+def _write_predictions(
+    path: Path, questions: Sequence[Question], answers: Sequence[Answer], marks: Sequence[dict[str, float]]
+) -> None:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as lines:  # surrogates, as JSON escapes them
+        for (prompt, references), answer, figures in zip(questions, answers, marks, strict=True):
+            line = {
+                "images": [_place(image) for image in prompt.images],
+                "question": prompt.turns[-1].text,
+                "references": references,
+                "answer": answer.text,
+                "stopped": answer.stopped,
+                **figures,
+            }
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _place(image: Image) -> str | None:
+    """Where it was read from; None of an image that is in memory alone."""
+    return None if isinstance(image.source, bytes | PIL.Image.Image) else describe(image)
+
+
+def _first_word(text: str) -> str:
+    """In lower case; "" where there is none."""
+    words = re.findall(r"\w+", text.lower())
+    return words[0] if words else ""
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+def _mean_mark(marks: Sequence[dict[str, float]], name: str) -> float | None:
+    """Over those that have it."""
+    return _mean([figures[name] for figures in marks if name in figures])

@@ -1,0 +1,88 @@
+"""The work of a verb -> what it prints, and the status it ends with."""
+
+import errno
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from finetune.distributed import launcher as launch
+from modeling.errors import Interrupted, UserError
+
+DOES_NOT_FIT = 3
+"""Status of `finetune plan` for a recipe that does not fit the GPU."""
+
+NOT_ALL_ANSWERED = 4
+"""Status of `finetune generate` where a record could not be asked."""
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_OF_A_PLACE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EINVAL)
+
+
+def guarded(
+    work: Callable[[], dict[str, Any]], *, interrupted: str = "the same command goes on from the last checkpoint"
+) -> dict[str, Any]:
+    """Do the work; a user's mistake ends with its message and status 1, an interruption with 128 + its signal.
+
+    `interrupted` is what Ctrl-C leaves behind. Of several processes that fail, one says why.
+    """
+    try:
+        _hush()
+        launch.begin()
+        return work()
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail(f"interrupted; {interrupted}", status=130)
+    except Interrupted as error:
+        fail(str(error), status=128 + error.signal)
+    except (typer.Exit, BrokenPipeError):  # typer ends quietly where nobody reads on
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            what = error.filename or "writing"
+            fail(f"{what}: {error.strerror}; what is complete is kept, and the same command goes on")
+        if isinstance(error, OSError) and error.errno in _OF_A_PLACE and error.filename:
+            fail(f"{error.filename}: {error.strerror}")
+        launch.tell_unforeseen(error)
+        raise typer.Exit(1) from error
+    finally:
+        launch.leave()
+
+
+def fail(message: str, status: int = 1) -> NoReturn:
+    """End with a message; of several processes, one says it."""
+    from finetune.console import complain
+
+    launch.tell(lambda: complain(message), status, final=True)
+    raise typer.Exit(status)
+
+
+def finish(result: dict[str, Any], as_json: bool, *, status: int = 0) -> None:
+    """End with the figures on stdout, where they are asked for."""
+    if as_json:
+        from finetune.console import write_figures
+
+        write_figures(result)
+    if status:
+        raise typer.Exit(status)
+
+
+def _hush() -> None:
+    """Keep notices of libraries out of our output, without importing one; their errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("bitsandbytes", "transformers", "trl", "accelerate", "datasets", "peft", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(peft|trl|transformers|torch|accelerate)\b.*")
+
+
+def quiet() -> None:
+    """Keep libraries out of our output, also transformers, which sets its own level as it is imported."""
+    _hush()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,329 @@
+"""base + adapter -> a standalone instruct checkpoint for plain transformers, a few rows at a time; and its proof.
+
+Everything trained finds its home: LoRA is added to its matrix in fp32, gates and towers trained in full replace the
+base's, the added tokens' rows bring the vocabulary to three. A tensor of the adapter that finds none is an error.
+
+    OUT/  *.safetensors (and index) · config.json · tokenizer, processor and generation files · README.md
+          provenance.json: what it was made of, hashes, and the proof
+"""
+
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import IdeficsProcessor
+
+from finetune.data.tracking import Track, silently
+from finetune.distributed.lock import locked
+from finetune.export.verify import PROVENANCE, compare, folder_digests, require_rounding, weight_digests
+from finetune.run_dir import commit
+from modeling.adapter_files import ADAPTER_FILES
+from modeling.checkpoint import (
+    Planned,
+    Rows,
+    Stored,
+    identity,
+    plan_shards,
+    read_checkpoint,
+    read_header,
+    require_shapes,
+    write_index,
+    write_shard,
+)
+from modeling.deltas import Adapter, Onto, rounded, weights_of
+from modeling.errors import UserError
+from modeling.files import digests, flush, read_json, write_json
+from modeling.loading import generation_config, load_processor, open_base, require_agreement, save_processor
+from modeling.shapes import Config, tensor_shapes
+from modeling.towers import is_computed
+
+SHARD_BYTES = 5 * 10**9
+"""Largest weight file."""
+
+MADE_OF = "made_of.json"
+"""Beside weights that are still being written: what they are made of."""
+
+SPARE_BYTES = 200_000_000
+"""Of disk, beyond the weights."""
+
+
+def merge(
+    adapter: Path,
+    base: str,
+    out: Path,
+    *,
+    revision: str | None = None,
+    instruct: bool = True,
+    base_identity: str | None = None,
+    onto: Onto = "full",
+    trained_onto: Onto = "full",
+    may_replace: Collection[Path] = (),
+    provenance: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    track: Track = silently,
+) -> dict[str, Any]:
+    """Write the merged model to `out`, which appears only when it is complete and proved; returns provenance.json.
+
+    To `instruct`, a base gains `<end_of_utterance>`, as in training. `onto` nf4 adds to the matrices as a 4-bit
+    training saw them, quantised and back; where this is not what the adapter was `trained_onto`, the difference to that
+    is reported, too. `base_identity`: of the weights it was trained on, to tell another base of the same shapes.
+    `may_replace`: files in `out` that an earlier merge left. `provenance`: more to put down; `card`: the model's
+    README.md; `dtype`: of the merged weights, as the base's if None. In memory are the adapter and a few blocks of one
+    matrix. Interrupted, it goes on with the first shard that is not complete. Raises UserError: another base, not
+    enough disk, something else in `out`.
+    """
+    out = out.resolve()
+    folder, base_config = open_base(base, revision=revision)
+    for place, what in ((folder, "base"), (adapter, "adapter")):
+        if out == place.resolve():
+            raise UserError(f"{out}: is the {what} itself, which a merge leaves as it is; name another folder: --out")
+    stored, changes = read_checkpoint(folder), Adapter.read(adapter)
+    instruct = instruct or changes.added_tokens == 3
+    config = _merged_config(base_config, instruct, dtype)
+    made_of = {
+        "base": identity(stored),
+        "adapter": digests(adapter / name for name in ADAPTER_FILES if (adapter / name).is_file()),
+        "instruct": instruct,
+        "onto": onto,
+        "dtype": str(dtype) if dtype else None,
+        "shard_bytes": shard_bytes,
+    }
+    left_out = sorted(filter(is_computed, stored))
+    stored = {name: one for name, one in stored.items() if not is_computed(name)}
+    _require_base(folder, stored, tensor_shapes(base_config))
+    shapes = tensor_shapes(config)
+    changes.require_fit(shapes)
+    if base_identity and base_identity != made_of["base"]:
+        raise UserError(f"{adapter}: was trained on other weights than those of {base}: same shapes, other content")
+    weights = _weights(stored, base_config, changes, onto)
+    planned = {
+        name: _planned(name, shapes[name], changes, dtype or stored[name].dtype, weights, config) for name in weights
+    }
+    processor = load_processor(base, revision=revision, instruct=instruct)
+    require_agreement(config, processor, where=base)
+    try:
+        str(out).encode()  # tokenizers and safetensors take no other names
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{out}: the name is not UTF-8, and a model cannot be written there; choose --out") from error
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
+    with locked(out.with_name(f".{out.name}.lock"), what=f"{out}", instead="--out FOLDER"):
+        if record := _done(out, made_of, may_replace) or _complete(out, made_of):
+            return record
+        partial = _write_weights(out, made_of, planned, plan_shards(planned, shard_bytes), track)
+        _write_rest(partial, config, processor, card)
+        merged = read_checkpoint(partial)
+        proof = compare(config, weights, merged, changes, track=track)
+        require_rounding(proof, merged)
+        others: set[Onto] = {trained_onto, "full"} - {onto}
+        against = {
+            other: asdict(compare(config, weights_of(stored, base_config, other), merged, changes, track=track))
+            for other in others
+        }
+        merged_files = folder_digests(partial, track)
+        del merged_files[MADE_OF]
+        record = {
+            **(provenance or {}),
+            "commit": commit(),
+            "sources": {
+                "base": str(folder.resolve()) if Path(base).is_dir() else base,
+                "revision": revision,
+                "adapter": str(adapter.resolve()),
+            },
+            "made_of": made_of,
+            "left_out": left_out,
+            "proof": asdict(proof),
+            "against": against,
+            "sha256": {"base": weight_digests(folder, track), "merged": merged_files},
+            "files": {path.name: path.stat().st_size for path in _files_in(partial)},
+        }
+        for path in _files_in(partial):
+            flush(path)
+        write_json(partial / PROVENANCE, record)
+        _put_in_place(out)
+        return record
+
+
+def _merged_config(base_config: Config, instruct: bool, dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json of the merged model; transformers loads weights in the dtype that it names."""
+    config = {**base_config, "architectures": ["IdeficsForVisionText2Text"]}
+    if instruct:
+        config["additional_vocab_size"] = 3
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    return config
+
+
+def _require_base(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
+    require_shapes(folder, stored, expected)
+    if strange := sorted(stored.keys() - expected.keys()):
+        raise UserError(f"{stored[strange[0]].file}: {strange[0]} is no tensor of IDEFICS")
+
+
+def _done(out: Path, made_of: Mapping[str, Any], may_replace: Collection[Path]) -> dict[str, Any] | None:
+    """The provenance of the same merge, done before; None where `out` is free. Raises UserError where it is not.
+
+    Of the same merge, but with files that are missing or cut short, what is whole becomes the beginning of a new one.
+    """
+    if out.is_mount():
+        raise UserError(f"{out}: is a mount point, and is to appear as a whole; name a folder inside it")
+    occupied = UserError(f"{out}: is not empty, and not the result of this merge; choose another folder, or delete it")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not out.is_dir():
+        raise occupied
+    record = _record_of(out)
+    if record and record["made_of"] == made_of and _is_whole(out, record):
+        return record
+    if (record or {}).get("made_of") == made_of or _note_of(out) == made_of:
+        write_json(out / MADE_OF, made_of)
+        (out / PROVENANCE).unlink(missing_ok=True)
+        shutil.rmtree(_partial(out), ignore_errors=True)
+        out.rename(_partial(out))
+        return None
+    for path in may_replace:
+        path.unlink(missing_ok=True)
+    if any(out.iterdir()):
+        raise occupied
+    return None
+
+
+def _complete(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Give a merged folder its name where an interrupted merge of the same lacked nothing else; its provenance."""
+    record = _record_of(_partial(out))
+    if record is None or record["made_of"] != made_of or not _is_whole(_partial(out), record):
+        return None
+    _put_in_place(out)
+    return record
+
+
+def _put_in_place(out: Path) -> None:
+    (_partial(out) / MADE_OF).unlink(missing_ok=True)
+    flush(_partial(out))
+    if out.exists():
+        out.rmdir()
+    _partial(out).rename(out)
+    flush(out.parent)
+
+
+def _partial(out: Path) -> Path:
+    """Where a merged folder is made."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    """provenance.json, where it is one."""
+    try:
+        record = read_json(folder / PROVENANCE)
+    except UserError:
+        return None
+    return record if record and isinstance(record.get("made_of"), dict) else None
+
+
+def _note_of(folder: Path) -> dict[str, Any] | None:
+    """What weights that are being written are made of."""
+    try:
+        return read_json(folder / MADE_OF)
+    except UserError:
+        return None
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in (MADE_OF, PROVENANCE))
+
+
+def _is_whole(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether every file is there with the size that it had."""
+    files = record.get("files")
+    there = {path.name: path.stat().st_size for path in _files_in(folder)}
+    return isinstance(files, dict) and files.items() <= there.items()
+
+
+def _weights(stored: Mapping[str, Stored], config: Config, adapter: Adapter, onto: Onto) -> dict[str, Rows]:
+    """What the adapter is added to. Raises UserError: a matrix in 4 bits that was trained in full."""
+    weights = weights_of(stored, config, onto)
+    if full := sorted(name for name in adapter.replaced if weights[name] is not stored[name]):
+        raise UserError(f"--onto {onto}: {full[0]} was trained in full, which no 4-bit training does; --onto full")
+    return weights
+
+
+def _planned(
+    name: str,
+    shape: tuple[int, ...],
+    adapter: Adapter,
+    dtype: torch.dtype,
+    weights: Mapping[str, Rows],
+    config: Config,
+) -> Planned:
+    """A merged tensor, made of a few rows of the base and the adapter at a time."""
+    base = weights[name]
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        if name in adapter.replaced:
+            return adapter.replaced[name][start:stop]
+        if name in adapter.lora:
+            return adapter.merge_rows(name, base.rows(start, stop), start)
+        if base.shape == shape:
+            return base.rows(start, stop)
+        # `<end_of_utterance>` starts as `</s>`, in training as here
+        owner, end = weights[name.removesuffix(".weight").rpartition(".")[0] + ".weight"], config["eos_token_id"]
+        return torch.cat([base.rows(), owner.rows(end, end + 1)])[start:stop]
+
+    return Planned(dtype, shape, lambda start, stop: rounded(name, rows(start, stop), dtype))
+
+
+def _write_weights(
+    out: Path,
+    made_of: Mapping[str, Any],
+    planned: Mapping[str, Planned],
+    shards: Mapping[str, list[str]],
+    track: Track,
+) -> Path:
+    """The folder beside `out` with all weights; shards that an interrupted merge of the same left there are kept."""
+    partial = _partial(out)
+    try:
+        if partial.exists() and _note_of(partial) != made_of:
+            shutil.rmtree(partial)
+        for path in partial.glob("*.safetensors"):
+            _delete_if_cut(path)
+        _require_disk(partial, shards, planned)
+        partial.mkdir(parents=True, exist_ok=True)
+        write_json(partial / MADE_OF, made_of)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
+    for file, names in track(list(shards.items()), "merge"):
+        if not (partial / file).is_file():
+            write_shard(partial / file, {name: planned[name] for name in names})
+    write_index(partial, shards, planned)
+    return partial
+
+
+def _delete_if_cut(weights: Path) -> None:
+    try:
+        read_header(weights)
+    except UserError:
+        weights.unlink()
+
+
+def _require_disk(folder: Path, shards: Mapping[str, list[str]], planned: Mapping[str, Planned]) -> None:
+    left = [name for file, names in shards.items() if not (folder / file).is_file() for name in names]
+    missing = sum(planned[name].nbytes for name in left)
+    disk = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(disk).free
+    if missing + SPARE_BYTES > free:
+        raise UserError(f"{disk}: {free / 1e9:.1f} GB are free, and the merged model needs {missing / 1e9:.1f} GB more")
+
+
+def _write_rest(folder: Path, config: Mapping[str, Any], processor: IdeficsProcessor, card: str | None) -> None:
+    write_json(folder / "config.json", config)
+    save_processor(processor, folder)
+    generation_config(processor.tokenizer).save_pretrained(folder)
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")

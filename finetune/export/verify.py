@@ -1,0 +1,181 @@
+"""A merged folder -> what can be proved of it: its files by their hashes, its weights by `modeling.parity`."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.data.tracking import Track, silently
+from modeling.adapter_files import ADAPTER_FILES
+from modeling.checkpoint import Rows, Stored, read_checkpoint, require_shapes
+from modeling.deltas import Adapter, Onto, weights_of
+from modeling.errors import UserError
+from modeling.files import digests, read_json
+from modeling.loading import open_base
+from modeling.parity import changed_blocks, compare_block, compare_tensor
+from modeling.shapes import Config, read_config, tensor_shapes
+from modeling.towers import is_computed
+
+PROVENANCE = "provenance.json"
+"""In a merged folder: what it was made of, hashes, and the proof."""
+
+NOT_HASHED = (PROVENANCE, "README.md")
+"""Of a merged folder, besides hidden files: the model card is for people, who may write on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """base + adapter against the merged weights, by `modeling.parity`."""
+
+    tensors: int
+    largest_tensor_difference: float
+    """Of rows from the formula in fp64, to what rounding to the merged dtype explains: at most 1 in an honest merge."""
+    worst_tensor: str
+    blocks: int
+    largest_block_difference: float
+    """Relative to the largest output, for the same input."""
+    worst_block: str | None
+    """None where no block holds LoRA."""
+    tensor_differences: dict[str, float]
+    """Of the tensors that differ at all."""
+    block_differences: dict[str, float]
+
+
+def verify(merged: Path, *, track: Track = silently) -> dict[str, Any]:
+    """Repeat the proof of a merged folder: its files, its base and its adapter are those it was made of, and agree.
+
+    Returns the comparison. Raises UserError: one of them is not there any more, or has changed.
+    """
+    made = _read_provenance(merged)
+    if changed := _changes(made.merged, folder_digests(merged, track)):
+        raise UserError(f"{merged}: has changed since it was merged: {', '.join(changed[:5])}")
+    adapter = made.adapter
+    present = [adapter / name for name in ADAPTER_FILES if (adapter / name).is_file()]
+    if digests(present) != made.adapter_files:
+        raise UserError(f"{adapter}: the adapter that {merged} was made of is gone, or has changed")
+    folder, base_config = open_base(made.base, revision=made.revision)
+    if weight_digests(folder, track) != made.base_files:
+        raise UserError(f"{folder}: is not the base that {merged} was made of")
+    stored = {name: one for name, one in read_checkpoint(folder).items() if not is_computed(name)}
+    weights, tensors = weights_of(stored, base_config, made.onto), read_checkpoint(merged)
+    config, changes = read_config(str(merged)), Adapter.read(adapter)
+    for place, found, expected in ((folder, stored, base_config), (merged, tensors, config)):
+        require_shapes(place, found, tensor_shapes(expected))
+    changes.require_fit(tensor_shapes(config))
+    comparison = compare(config, weights, tensors, changes, track=track)
+    require_rounding(comparison, tensors)
+    return asdict(comparison)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a provenance.json says that `verify` relies on."""
+
+    base: str
+    revision: str | None
+    adapter: Path
+    adapter_files: dict[str, str]
+    onto: Onto
+    base_files: dict[str, str]
+    merged: dict[str, str]
+
+
+def _read_provenance(merged: Path) -> _Made:
+    """Every value of the kind that is expected: the folder may come from anywhere. Raises UserError."""
+    path = merged / PROVENANCE
+    record = read_json(path, repair="merge again")
+    if record is None:
+        raise UserError(f"{merged}: expected a merged model with its {PROVENANCE}, found none")
+
+    def value(*keys: str, is_right: Callable[[Any], bool]) -> Any:
+        found: Any = record
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if not is_right(found):
+            raise UserError(f"{path}: {'.'.join(keys)}: unexpected {repr(found)[:80]}; merge again")
+        return found
+
+    return _Made(
+        base=value("sources", "base", is_right=_is_text),
+        revision=value("sources", "revision", is_right=lambda found: found is None or _is_text(found)),
+        adapter=Path(value("sources", "adapter", is_right=_is_text)),
+        adapter_files=value("made_of", "adapter", is_right=lambda found: _are_hashes(found, ADAPTER_FILES)),
+        onto=value("made_of", "onto", is_right=lambda found: found in ("full", "nf4")),
+        base_files=value("sha256", "base", is_right=_are_hashes),
+        merged=value("sha256", "merged", is_right=_are_hashes),
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
+
+
+def _are_hashes(value: Any, names: Collection[str] | None = None) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(digest, str) and (names is None or name in names) for name, digest in value.items()
+    )
+
+
+def _changes(expected: Mapping[str, str], got: Mapping[str, str]) -> list[str]:
+    """What is not as it was, in words; weights last, which are many."""
+    found = [(name, "is gone") for name in expected.keys() - got.keys()]
+    found += [(name, "is new") for name in got.keys() - expected.keys()]
+    found += [(name, "is another") for name in expected.keys() & got.keys() if expected[name] != got[name]]
+    return [f"{name} {what}" for name, what in sorted(found, key=lambda one: (one[0].endswith(".safetensors"), one))]
+
+
+def compare(
+    config: Config,
+    base: Mapping[str, Rows],
+    merged: Mapping[str, Stored],
+    adapter: Adapter,
+    *,
+    track: Track = silently,
+) -> Comparison:
+    """Tensor by tensor and block by block; `config` is that of the merged model."""
+    tensors = {name: compare_tensor(name, config, base, merged, adapter) for name in track(list(merged), "compare")}
+    blocks = {
+        block: compare_block(block, config, base, merged, adapter) for block in track(changed_blocks(adapter), "prove")
+    }
+    worst_tensor = max(tensors, key=lambda name: tensors[name].relative)
+    worst_block = max(blocks, key=lambda name: blocks[name].relative, default=None)
+    return Comparison(
+        tensors=len(tensors),
+        largest_tensor_difference=tensors[worst_tensor].relative,
+        worst_tensor=worst_tensor,
+        blocks=len(blocks),
+        largest_block_difference=blocks[worst_block].relative if worst_block else 0.0,
+        worst_block=worst_block,
+        tensor_differences={name: one.relative for name, one in tensors.items() if one.largest},
+        block_differences={name: one.relative for name, one in blocks.items()},
+    )
+
+
+def require_rounding(comparison: Comparison, merged: Mapping[str, Stored]) -> None:
+    """Raises UserError for a tensor that is not base + adapter, and for a block that gives no numbers."""
+    for name, difference in comparison.tensor_differences.items():
+        if not difference <= 1:
+            raise UserError(
+                f"{merged[name].file}: {name} is {difference:.3g} times as far from base + adapter as rounding "
+                f"explains; delete the file, and merge again"
+            )
+    for block, difference in comparison.block_differences.items():
+        if not math.isfinite(difference):
+            raise UserError(f"{block}: its outputs are not numbers: the base or the adapter holds infinite values")
+
+
+def folder_digests(folder: Path, track: Track = silently) -> dict[str, str]:
+    """SHA-256 of each file of a merged folder, by its path in it; not of what only describes it."""
+    found = {}
+    for path in track(sorted(folder.rglob("*")), "hash"):
+        name = path.relative_to(folder).as_posix()
+        if name in NOT_HASHED or name.startswith(".") or path.is_dir():
+            continue
+        found[name] = digests([path])[path.name]
+    return found
+
+
+def weight_digests(folder: Path, track: Track = silently) -> dict[str, str]:
+    """SHA-256 of each weight file of a model."""
+    return digests(track(sorted(folder.glob("*.safetensors")), "hash"))

@@ -1,0 +1,105 @@
+"""The section `adapter`: LoRA's rank, alpha and dropout, and those fields of PEFT's whose results can be merged."""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from finetune.recipe.values import Positive, Share
+from modeling.towers import EXACT_LORA
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 2**31
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError, OverflowError, RecursionError):
+        return False
+    return isinstance(value, str)
+
+
+def _by_pattern(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(_is_pattern(key) and is_value(value[key]) for key in value)
+
+
+def _is_pattern_or_names(value: Any) -> bool:
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return value is None or names or _is_pattern(value)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None
+
+
+_FLAG = ("true or false", _is_flag)
+_CONFIG = ("null: its settings are objects that a recipe cannot hold", _is_null)
+_OF_LISTS = (
+    "null: PEFT takes it only beside a list of modules, and the towers are a pattern; see exclude_modules",
+    _is_null,
+)
+
+LORA_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), _FLAG
+    ),
+    **dict.fromkeys(("megatron_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"), _CONFIG),
+    **dict.fromkeys(("monteclora_config", "runtime_config", "arrow_config", "kasa_config", "use_bdlora"), _CONFIG),
+    **dict.fromkeys(("layers_to_transform", "layers_pattern"), _OF_LISTS),
+    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "layer_replication"), ("null", _is_null)),
+    "target_parameters": ("null", _is_null),
+    "bias": ("text", lambda value: isinstance(value, str)),
+    "megatron_core": ("text", lambda value: isinstance(value, str)),
+    "init_lora_weights": ("true, false or text", lambda value: isinstance(value, bool | str)),
+    "rank_pattern": ("{pattern of names: rank}", _by_pattern(_is_rank)),
+    "alpha_pattern": ("{pattern of names: alpha}", _by_pattern(_is_alpha)),
+    "exclude_modules": ("a pattern, or a list of names", _is_pattern_or_names),
+    "loftq_config": ("{}: the matrices of the base stay as they are", lambda value: value in (None, {})),
+    "qalora_group_size": ("a whole number", _is_rank),
+}
+"""Fields of peft.LoraConfig a recipe may set, and what each takes: literals, because importing peft takes seconds. A
+test compares."""
+
+
+class Adapter(BaseModel):
+    """LoRA. Any other field of `peft.LoraConfig` is passed through to it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Share = 0.0
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> Self:
+        ours = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+        ours |= dict.fromkeys(("target_modules", "modules_to_save"), "the towers under model")
+        for key, value in (self.model_extra or {}).items():
+            if key in ours:
+                raise ValueError(f"{key} is set by {ours[key]}")
+            if key not in LORA_FIELDS:
+                near = difflib.get_close_matches(key[:80], ("rank", "alpha", "dropout", *LORA_FIELDS), n=1)
+                raise ValueError(f"{key[:80]}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
+            expected, fits = LORA_FIELDS[key]
+            if key in EXACT_LORA and (value not in EXACT_LORA[key] or not fits(value)):
+                raise ValueError(f"{key}: {value!r:.80} could not be merged exactly; expected one of {EXACT_LORA[key]}")
+            if not fits(value):
+                raise ValueError(f"{key}: expected {expected}, got {value!r:.80} ({type(value).__name__})")
+        return self
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """Arguments of `peft.LoraConfig`."""
+        return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **(self.model_extra or {})}

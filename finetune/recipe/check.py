@@ -1,0 +1,191 @@
+"""Recipe -> what it would do: first records of every source, the model's config, what is trained. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from finetune.console import display, panel, table
+from finetune.data.chat_template import Special, render
+from finetune.data.conversation import Dialogue, Remote
+from finetune.data.fit import Limits, fitter
+from finetune.data.formats import hold_dialogues
+from finetune.data.images import digest
+from finetune.data.mixing import fit_records
+from finetune.data.records import look, read_dialogues
+from finetune.data.source import Source
+from finetune.data.stats import Account, most_frequent
+from finetune.data.tokenize import Encoder
+from finetune.recipe.schema import Recipe
+from finetune.recipe.sources import say_if_documents, to_source
+from finetune.visible import visible
+from modeling.errors import UserError
+from modeling.shapes import SHAPES, Config, count_lora, count_parameters, read_config
+from modeling.towers import TOWERS
+
+FIRST_RECORDS = 20
+
+
+def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
+    """Read what can be read in seconds. Raises UserError if a source has no usable record among its first ones."""
+    config, seed = _config(recipe), recipe.training.seed
+    training = [to_source(source, seed=seed) for source in recipe.data.sources]
+    say_if_documents(training)
+    towers = _towers(config, recipe, instruct=hold_dialogues(training))
+    encoder = _encoder(recipe)
+    sources, first = [], None
+    documents = recipe.evaluation.documents if recipe.evaluation else []
+    for source in (*training, *(to_source(source, seed=seed) for source in (*recipe.data.eval_sources, *documents))):
+        report, dialogue = first_records(source, recipe, encoder)
+        first = first or dialogue
+        sources.append(report)
+    result = {
+        "model": recipe.model.base or f"init: {recipe.model.init}",
+        "towers": towers,
+        "sources": sources,
+        "doubts": recipe.doubts(None),
+    }
+    if show:
+        _show(result, first)
+    bad = [report for report in sources if not report["usable"]]
+    if bad:
+        raise UserError("\n".join(line for report in bad for line in _why_nothing(report)))
+    return result
+
+
+def _why_nothing(report: dict[str, Any]) -> list[str]:
+    read = report["read"]
+    got = f"none of the first {read} records is usable" if read else "no records"
+    return [f"{report['source']}: {got}", *(f"  {line}" for line in _losses(report))]
+
+
+def _config(recipe: Recipe) -> Config:
+    model = recipe.model
+    if model.init:
+        return SHAPES[model.init]
+    assert model.base
+    config = read_config(model.base, revision=model.revision)
+    folder = Path(model.base)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: expected safetensors weights, found none")
+    if model.continue_from and not Path(model.continue_from).is_dir():
+        raise UserError(f"model.continue_from: {model.continue_from}: no such adapter folder")
+    return config
+
+
+def _towers(config: Config, recipe: Recipe, *, instruct: bool) -> dict[str, dict[str, Any]]:
+    sizes = count_parameters({**config, "additional_vocab_size": 3} if instruct else config)
+    towers = {}
+    for tower in TOWERS:
+        mode = recipe.model.modes[tower]
+        trained = sizes[tower] if mode == "full" else 0
+        if mode == "lora":
+            trained = count_lora(config, (tower,), recipe.adapter.rank)[1]
+        towers[tower] = {"mode": mode, "parameters": sizes[tower], "trained": trained}
+    return towers
+
+
+def first_records(source: Source, recipe: Recipe, encoder: Encoder | None) -> tuple[dict[str, Any], Dialogue | None]:
+    """What becomes of the first records; images that would have to be downloaded are left alone."""
+    first = replace(source, limit=min(source.limit or FIRST_RECORDS, FIRST_RECORDS))
+    account = Account(source.name)
+    found = list(read_dialogues(first, account, look=look))
+    images = {image for _, dialogues in found for dialogue in dialogues for image in dialogue.images}
+    remote = sum(isinstance(image.source, Remote) for image in images)
+    usable = [dialogue for _, dialogues in found for dialogue in dialogues]
+    kept = account.read - sum(account.rejected.values())
+    if encoder:
+        limits = Limits(recipe.data.max_length, recipe.training.row_images)
+        same = {image: image if isinstance(image.source, Remote) else digest(image) for image in images}
+        how = fitter(source, encoder, limits, seed=recipe.training.seed)
+        usable = [piece.dialogue for piece, _, _ in fit_records(found, how, account, same=same.__getitem__)]
+        kept = account.kept
+    told = ("read", "rejected", "parts_rejected", "first_rejected", "ignored", "broken")
+    report = {"source": source.name, "format": source.format, **{name: getattr(account, name) for name in told}}
+    report |= {"usable": kept, "not_downloaded": remote, "length_checked": encoder is not None}
+    return report, next(iter(usable), None)
+
+
+def _encoder(recipe: Recipe) -> Encoder | None:
+    """The base's tokenizer, where it is on this machine in a file that needs no transformers."""
+    model = recipe.model
+    if not model.base:
+        return None
+    path: Any = Path(model.base) / "tokenizer.json"
+    if not Path(model.base).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(model.base, "tokenizer.json", revision=model.revision)
+    if not path or not Path(str(path)).is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Encoder(_Tokenizer(Tokenizer.from_file(str(path))))
+    except Exception:  # a damaged file; what is wrong with it is said where the whole base is loaded
+        return None
+
+
+class _Tokenizer:
+    """What `Encoder` asks of a transformers tokenizer, whose import takes seconds.
+
+    `<end_of_utterance>`, which a base's tokenizer does not have yet, gets a free id: lengths are the same.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.backend_tokenizer = tokenizer
+        self.unk_token_id = tokenizer.token_to_id("<unk>")
+
+    def convert_tokens_to_ids(self, names: Sequence[str]) -> list[int]:
+        known = [self.backend_tokenizer.token_to_id(name) for name in names]
+        size = self.backend_tokenizer.get_vocab_size()
+        return [size + index if number is None else number for index, number in enumerate(known)]
+
+
+def _show(result: dict[str, Any], first: Dialogue | None) -> None:
+    towers = [(tower, *values.values()) for tower, values in result["towers"].items()]
+    total = [sum(values[key] for values in result["towers"].values()) for key in ("parameters", "trained")]
+    columns = ("tower", "mode", "parameters", "trained")
+    display(table(f"model: {result['model']}", columns, [*towers, ("total", "", *total)]))
+    for report in result["sources"]:
+        place = f"{report['source']} ({report['format']})"
+        title = f"{place}: {report['usable']} of the first {report['read']} usable"
+        display(title, "green" if report["usable"] else "red")
+        for line in _losses(report):
+            display(f"  {line}", "yellow")
+    for doubt in result["doubts"]:
+        display(doubt, "yellow")
+    if first:
+        display(panel(_coloured(first), title="the first dialogue; trained on: green"))
+
+
+def _losses(report: dict[str, Any]) -> list[str]:
+    """What is not trained on of the first records, and what was not looked at."""
+    first = report["first_rejected"]
+    lines = [f"{count} x {reason} (first: {first[reason]})" for reason, count in report["rejected"].items()]
+    lines += [
+        f"{count} x {reason} in records kept (first: {first[reason]})"
+        for reason, count in report["parts_rejected"].items()
+    ]
+    lines += report["broken"]
+    if report["ignored"]:
+        lines.append(f"not used of records: {most_frequent(report['ignored'])}")
+    if report["not_downloaded"]:
+        lines.append(f"{report['not_downloaded']} images are to be downloaded, and were not looked at")
+    if not report["length_checked"]:
+        lines.append("lengths are not checked: the tokenizer is not on this machine yet")
+    return lines
+
+
+def _coloured(dialogue: Dialogue) -> Text:
+    text = Text()
+    for piece in render(dialogue).pieces:
+        if isinstance(piece, Special):
+            text.append(visible(piece.name), style="green" if piece.supervised else "dim")
+        else:
+            start = len(piece.text) if piece.supervised_from is None else piece.supervised_from
+            text.append(visible(piece.text[:start]))
+            text.append(visible(piece.text[start:]), style="green")
+    return text

@@ -1,0 +1,382 @@
+"""What a recipe may say: one class a section, every key with its default, what does not fit together refused."""
+
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from finetune.recipe.adapter import Adapter
+from finetune.recipe.values import Name, Names, Places, Positive, Prompts, Rate, Real, Seed, Share, Whole
+from finetune.sizes import parse_size
+from modeling.errors import UserError
+from modeling.towers import IMAGE_TOWERS, QUANTIZED_TOWERS
+
+Mode = Literal["frozen", "lora", "full"]
+Switch = Literal["frozen", "full"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: a key nobody asked for is an error, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Model(Section):
+    """Where the run starts, and what it trains."""
+
+    base: Name | None = None
+    """Folder or hub id of a base or instruct IDEFICS."""
+    init: Literal["tiny", "idefics-9b", "idefics-80b"] | None = None
+    """Instead of `base`: a shape, for a fresh one with a vocabulary learnt from the recipe's own texts."""
+    revision: Name | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of what is not trained; auto: bf16 where the hardware has it, else fp32."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the matrices of cross_attention and decoder in 4 bits, in training and evaluation (QLoRA)."""
+    vision: Mode = "frozen"
+    resampler: Mode = "frozen"
+    cross_attention: Mode = "lora"
+    decoder: Mode = "lora"
+    gates: Switch = "full"
+    added_tokens: Switch = "full"
+    embeddings_and_head: Switch = "frozen"
+    continue_from: Name | None = None
+    """An adapter folder made earlier, trained on from where it stands."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if (self.base is None) == (self.init is None):
+            got = "both" if self.base else "neither"
+            raise ValueError(f"expected either base (a folder or hub id) or init (a shape), got {got}")
+        if self.init and self.revision:
+            raise ValueError("revision belongs to a base on the hub, and init makes a fresh model")
+        if self.init and self.continue_from:
+            raise ValueError("continue_from needs the base its adapter was made for, and init makes a fresh model")
+        if self.quantize:
+            self._check_quantized()
+        if all(mode == "frozen" for mode in self.modes.values()):
+            raise ValueError("everything is frozen: expected at least one tower to be lora or full")
+        return self
+
+    def _check_quantized(self) -> None:
+        full = [tower for tower in QUANTIZED_TOWERS if self.modes[tower] == "full"]
+        if full:
+            raise ValueError(
+                f"quantize: nf4 holds the matrices of {' and '.join(full)} in 4 bits, too coarse for the small steps "
+                f"of training in full: set {', '.join(f'{tower}: lora' for tower in full)}, or leave quantize out"
+            )
+        if "lora" not in self.modes.values():
+            raise ValueError("quantize: nf4 trains through LoRA: expected at least one tower to be lora")
+
+    @property
+    def modes(self) -> dict[str, str]:
+        towers = ("vision", "resampler", "cross_attention", "decoder", "gates", "added_tokens", "embeddings_and_head")
+        return {tower: getattr(self, tower) for tower in towers}
+
+    @property
+    def trains_image_towers(self) -> bool:
+        return any(self.modes[tower] != "frozen" for tower in IMAGE_TOWERS)
+
+
+Format = Literal[
+    "auto", "messages", "sharegpt", "llava", "svit", "lrv", "m3it", "mimic_it", "spot_the_diff", "ultrachat", "alpaca",
+    "cauldron", "vqa", "prompt_completion", "preference", "qa", "obelics", "pairs", "image_folder", "class_folders",
+    "text", "easy_vqa", "easy_vqa_captions",
+]  # fmt: skip
+"""Dataset families; auto: recognised from the first records."""
+
+CAPTIONS = ("pairs", "image_folder", "class_folders", "easy_vqa_captions")
+"""Formats of images with their captions."""
+
+
+class Source(Section):
+    """Where records come from; paths are relative to the recipe's folder, given as key=value to where you are."""
+
+    format: Format = "auto"
+    path: Places = ()
+    """Files, folders or patterns: json, jsonl (also .gz, .zst), csv, parquet, arrow, webdataset tar, txt, images."""
+    hub: Name | None = None
+    """Instead of a path: a dataset on the hub."""
+    subset: Name | None = None
+    """Its configuration."""
+    split: Name = "train"
+    revision: Name | None = None
+    """Branch, tag or commit of a hub dataset."""
+    stream: bool = False
+    """Train on it as it is read, without preparing it."""
+    image_root: Places = ()
+    """Folders, zip or tar archives, or MIMIC-IT image files that image paths are looked up in, and may not leave;
+    without it, the data file's own folder."""
+    image_name: str | None = None
+    """How image files are called where records give only a number: COCO_train2014_{image_id:012d}.jpg."""
+    columns: dict[str, str] = {}
+    """Other names of the fields: {text: caption} reads "text" from "caption"."""
+    weight: Rate | None = None
+    """Sampling ratio among the sources that have one; without weights each example is drawn once an epoch."""
+    limit: Positive | None = None
+    """Read only the first so many records."""
+    on_broken: Literal["stop", "keep"] = "stop"
+    """Where a file cannot be read to its end: stop with an error, or keep the records before and report the loss."""
+    turns: Positive | None = None
+    """Join questions about one image, and divide longer dialogues, into dialogues of at most so many turns."""
+    ordered: bool | None = None
+    """Whether turns build on each other, so that their order is kept; without it, what the format says."""
+    prompt: Prompts = ()
+    """Of captions: what a user asks for one, which makes dialogues of them; of a list, one is drawn for each record.
+    Without it captions are documents, and a model does not learn to answer from documents."""
+    download: Literal[False, True, "http"] = False
+    """Fetch images that are URLs, over https; http: over plain http, too."""
+    placeholders: Literal["images", "text"] = "images"
+    """What "<image>" and the like in a user's text stand for: the images that records list, or text to be kept."""
+    ignore: Names = ()
+    """Keys of records, or of their messages, to read as if they were not there: [tools, videos]."""
+    license: str | None = None
+    """For the dataset card."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        packaged = self.format in ("easy_vqa", "easy_vqa_captions")
+        given = [key for key in ("path", "hub") if getattr(self, key)]
+        if len(given) != (0 if packaged else 1):
+            expected = "neither path nor hub" if packaged else "either path or hub"
+            raise ValueError(f"format {self.format}: expected {expected}, got {' and '.join(given) or 'neither'}")
+        if self.prompt and self.format not in ("auto", *CAPTIONS):
+            raise ValueError(f"prompt makes dialogues of captions ({', '.join(CAPTIONS)}), got format {self.format}")
+        if not self.hub and (self.subset or self.revision):
+            raise ValueError("subset and revision belong to a dataset on the hub")
+        return self
+
+
+class HeldOut(Source):
+    """A source that is only evaluated on."""
+
+    @model_validator(mode="after")
+    def _not_trained_on(self) -> Self:
+        for key in ("stream", "weight"):
+            if getattr(self, key):
+                raise ValueError(f"{key} belongs to data.sources: held-out data is prepared, and all of it is used")
+        return self
+
+
+def _size(text: str) -> str:
+    try:
+        parse_size("feature_cache_size", text)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+class Augment(Section):
+    """Random changes to training images."""
+
+    flip: bool = False
+    """Mirror left to right, by a coin."""
+    shift: Whole = 0
+    """Move by up to so many pixels of the model's input, each way."""
+
+
+class Data(Section):
+    """What is trained on, and what is held out."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    eval_sources: list[HeldOut] = []
+    """Held-out data that comes as its own split or file."""
+    eval_split: Share = 0.0
+    """Without `eval_sources`: the share of the examples to hold out, no image on both sides."""
+    max_length: Annotated[Positive, Field(ge=8)] = 1024
+    """Longest example in tokens. A longer document is cut between its texts; a longer dialogue is divided where `turns`
+    allows, else rejected and counted."""
+    weigh: Literal["examples", "tokens"] = "examples"
+    """What the sources' weights are ratios of."""
+    overlap: Literal["report", "drop_questions", "drop_images"] = "report"
+    """Training examples that ask a held-out question about the same image, or show a held-out image: counted, or
+    dropped as well."""
+    shuffle_buffer: Positive = 1000
+    """Examples of a streamed source among which the next one is drawn."""
+    prepared: Name = "runs/prepared"
+    """Folder of prepared sets, which runs share, relative to where the command is given."""
+    changed: Literal["refuse", "keep"] = "refuse"
+    """What a finished run does when its data has changed since: end with the reason, or keep what was trained as it is,
+    which can still be merged."""
+    workers: Positive | None = None
+    """Processes that prepare; without it, one a core."""
+    augment: Augment = Augment()
+    cache_features: bool = True
+    """Keep what a frozen vision tower and resampler make of each image, beside the prepared sets; with `augment`, or
+    for streamed sources, they run live."""
+    feature_cache_size: Annotated[str, AfterValidator(_size)] = "50GB"
+    """What all cached features may take on disk; those that no run has used for longest give way."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.eval_sources and self.eval_split:
+            raise ValueError("expected eval_sources or eval_split, got both")
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError(f"expected a weight for every source or for none, got {sum(weighted)} of {len(weighted)}")
+        if self.streams:
+            self._check_streams()
+        return self
+
+    @property
+    def streams(self) -> bool:
+        return any(source.stream for source in self.sources)
+
+    def _check_streams(self) -> None:
+        if len(self.sources) > 1 and self.sources[0].weight is None:
+            raise ValueError("a streamed source has no size: expected a weight for every source")
+        if self.eval_split:
+            raise ValueError("a streamed source cannot be split: set eval_sources instead of eval_split")
+        if self.overlap != "report":
+            raise ValueError("overlap: a streamed source cannot be compared with the held-out data before the run")
+
+
+class Instability(Section):
+    """What is done about a loss or a gradient that is not finite, and a loss far above those before it.
+
+    Such a step is never taken. The run goes back to its last checkpoint, and `unstable.jsonl` names the dialogues.
+    """
+
+    action: Literal["skip", "lower_rate", "stop"] = "skip"
+    """skip: do without the dialogues to blame from there on; lower_rate: halve the rates; stop: tell, and end."""
+    spike: Rate | None = 20.0
+    """A spike is so many robust standard deviations, and a nat, above the median of the last 64 losses; null: none."""
+    rollbacks: Whole = 3
+    """How often the run may go back before it ends with the reason."""
+
+
+class Training(Section):
+    """How long, how much at once, and how fast."""
+
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    row_tokens: Positive = 2048
+    """Most tokens of one packed row, the micro-batch."""
+    row_images: Positive = 16
+    """Most distinct images of one packed row."""
+    tokens_per_step: Positive = 16384
+    """Tokens of one optimiser step: round(tokens_per_step / row_tokens) rows, over all processes."""
+    learning_rate: Rate = 2e-4
+    final_learning_rate: Real = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Whole = 0
+    weight_decay: Real = 0.0
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """8bit: its two moments in 8 bits; paged: moved to main memory while a GPU's runs short."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    clip: Real = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    checkpointing: bool | Positive = False
+    """Keep only each layer's input for the backward, and compute the rest again: less memory, a third more work. A
+    number: in as many of the decoder's layers, and in the cross-attention before them."""
+    gates_learning_rate: Rate | None = None
+    added_tokens_learning_rate: Rate | None = None
+    seed: Seed = 0
+    checkpoint_every: Positive | None = None
+    """Steps between checkpoints; without it, a tenth of the run, or `evaluate_every`."""
+    evaluate_every: Positive | None = None
+    """Steps between held-out losses; each new best is a checkpoint, is kept, and in the end becomes the adapter."""
+    early_stop: Positive | None = None
+    """Stop after so many held-out losses without a better one."""
+    trackers: list[str] = []
+    """The trainer's own: tensorboard, wandb, trackio, mlflow, ..."""
+    instability: Instability = Instability()
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """Over several processes, each holds the whole model (ddp), or a share of each layer (fsdp2)."""
+    auto_fit: bool = False
+    """Where the plan says that the recipe does not fit this machine's GPU, begin the run with the cheapest change that
+    makes it fit (`finetune plan` tells which). The run's recipe.yaml and auto_fit.json say what it was."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"expected either epochs or steps, got {'both' if self.epochs else 'neither'}")
+        if self.early_stop and not self.evaluate_every:
+            raise ValueError("early_stop needs evaluate_every")
+        if self.schedule != "constant" and self.final_learning_rate >= self.learning_rate:
+            raise ValueError(f"final_learning_rate must be below learning_rate ({self.learning_rate:g})")
+        if self.schedule == "constant" and self.final_learning_rate:
+            raise ValueError("final_learning_rate needs schedule: linear or cosine")
+        return self
+
+    @property
+    def packs_per_step(self) -> int:
+        return max(1, round(self.tokens_per_step / self.row_tokens))
+
+
+class Evaluation(Section):
+    """Asking the base and the tuned model the held-out questions."""
+
+    max_new_tokens: Positive = 64
+    limit: Positive | None = None
+    """Ask only so many questions, drawn by the seed."""
+    batch_size: Positive = 32
+    documents: list[HeldOut] = []
+    """Held-out documents: the loss on them before and after tells what was forgotten."""
+
+
+class Recipe(Section):
+    """One run, from data to merged model."""
+
+    model: Model
+    adapter: Adapter = Adapter()
+    data: Data
+    training: Training
+    evaluation: Evaluation | None = None
+    """Leave out to skip this stage."""
+    merge: bool = True
+    output: Name
+    """The run folder, relative to where the command is given."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.data.max_length > self.training.row_tokens:
+            raise ValueError(
+                f"data.max_length ({self.data.max_length}) must not exceed training.row_tokens "
+                f"({self.training.row_tokens}): a dialogue is never cut"
+            )
+        if self.data.streams and self.training.epochs:
+            raise ValueError("a streamed source has no epochs: set training.steps instead of training.epochs")
+        if self.data.streams and self.model.init:
+            raise ValueError("model.init learns a vocabulary from whole sources, and one is streamed: set model.base")
+        if self.training.parallel == "fsdp2" and self.model.quantize:
+            raise ValueError(
+                "training.parallel: fsdp2 divides matrices over processes, and those of model.quantize: nf4 are packed "
+                "in blocks that cannot be divided: set training.parallel: ddp, or leave model.quantize out"
+            )
+        if self.training.parallel == "fsdp2" and self.training.optimizer != "adamw":
+            raise ValueError(
+                f"training.parallel: fsdp2 divides the optimiser's moments over processes, and those of "
+                f"training.optimizer: {self.training.optimizer} cannot be: set training.optimizer: adamw, or "
+                f"training.parallel: ddp"
+            )
+        held_out = self.data.eval_sources or self.data.eval_split
+        if not held_out and (self.evaluation or self.training.evaluate_every):
+            asker = "evaluation" if self.evaluation else "training.evaluate_every"
+            raise ValueError(f"{asker} needs held-out data: set data.eval_sources or data.eval_split")
+        return self
+
+    def doubts(self, steps: int | None) -> list[str]:
+        """What a run of so many steps (as many as the recipe says, where they are not known) will never come to."""
+        training, steps = self.training, steps or self.training.steps
+        found = []
+        if steps and training.warmup_steps >= steps:
+            found.append(f"warmup_steps ({training.warmup_steps}) lasts for the whole run: the rate is never reached")
+        if steps and (training.checkpoint_every or 0) > steps:
+            found.append(f"checkpoint_every ({training.checkpoint_every}) is longer: the only checkpoint is the last")
+        if steps and (training.evaluate_every or 0) > steps:
+            found.append(f"evaluate_every ({training.evaluate_every}) is longer: nothing is evaluated on the way")
+        if steps and (training.early_stop or 0) * (training.evaluate_every or 0) >= steps:
+            found.append(f"early_stop ({training.early_stop} x {training.evaluate_every} steps) is never reached")
+        return [f"training, {steps:,} steps: {doubt}" for doubt in found]
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether an image's features stay the same throughout the run, and are asked to be kept."""
+        same = not self.model.trains_image_towers and self.data.augment == Augment()
+        return self.data.cache_features and same and not self.data.streams
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""What people look at: tables, pages and pictures of data and runs."""

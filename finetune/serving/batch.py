@@ -1,0 +1,167 @@
+"""A file of prompts -> the same records with their answers, each kept as soon as it is made.
+
+OUT.journal   what is asked of which model, then a line an answer: {"record": 7, "answer": "A cat.", "stopped": true}
+OUT           once all are answered: a line a record, in their order; then there is no journal any more
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.data.chat_template import render
+from finetune.data.conversation import Dialogue, RecordError
+from finetune.data.images import open_image
+from finetune.data.io.files import files_of, fingerprint, read_records
+from finetune.data.io.image_roots import ImageRoot
+from finetune.data.records import to_dialogue
+from finetune.data.source import Source
+from finetune.data.tokenize import tokenize
+from finetune.data.tracking import Track, silently
+from finetune.distributed.writable import check_place
+from finetune.evaluation.generate import Assistant, generate_each
+from finetune.export.adapter_metadata import named_model
+from finetune.visible import to_json
+from modeling.errors import UserError
+from modeling.files import partial_of, put_in_place
+
+AT_ONCE = 1024
+"""Prompts among which those of similar length are answered together."""
+
+OURS = ("answer", "stopped", "error")
+"""Keys that are added to a record."""
+
+
+def count_prompts(prompts: Path, out: Path) -> int:
+    """The number of records in a file whose answers can be written to `out`. Raises UserError where they cannot."""
+    check_place("OUT", out)
+    source = Source("messages", paths=(prompts,))
+    if any(out.exists() and out.samefile(file) for file in files_of(source)):
+        raise UserError(f"{out}: would be written over its own prompts; name another file for the answers")
+    return sum(1 for _ in read_records(source))
+
+
+def asked(model: str, *, adapter: Path | None, quantize: str | None) -> dict[str, Any]:
+    """What tells one model from another, so that a journal holds the answers of one: its name, and its weight files."""
+    named = named_model(model, adapter)
+    folders = [Path(named.model), *([named.adapter] if named.adapter else [])]
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    stats = [(str(file), file.stat()) for file in files]
+    weights = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return {"model": model, "adapter": adapter and str(adapter), "quantize": quantize, "weights": weights}
+
+
+def answer_file(
+    assistant: Assistant,
+    prompts: Path,
+    out: Path,
+    *,
+    max_new_tokens: int,
+    model: Mapping[str, Any],
+    batch_size: int = 32,
+    track: Track = silently,
+) -> dict[str, int]:
+    """A line of `out` for every record of `prompts` (`messages`, ending with the user): it, and "answer" or "error".
+
+    Interrupted, the same call goes on. `model` is what `asked` says of it.
+    """
+    source = Source("messages", paths=(prompts,))
+    command = {**model, "max_new_tokens": max_new_tokens, "prompts": fingerprint(source)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    journal = out.with_name(f"{out.name}.journal")
+    found = _open_journal(journal, command)
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    with journal.open("a", encoding="utf-8") as lines:
+        for number, made in track(_answers(assistant, source, found, **options), "answer"):
+            if number not in found and "answer" in made:
+                lines.write(to_json({"record": number, **made}) + "\n")
+                lines.flush()
+            found[number] = made
+    _write_whole(out, source, found)
+    journal.unlink()
+    errors = sum("error" in made for made in found.values())
+    return {"records": len(found), "answered": len(found) - errors, "errors": errors}
+
+
+def _open_journal(journal: Path, command: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Number of a record -> its answer, as far as the same command came before; a new journal where it did not.
+
+    Raises UserError: the journal is another command's.
+    """
+    head = to_json(command)
+    lines = journal.read_bytes().splitlines(keepends=True) if journal.is_file() else []
+    if not lines or not lines[0].endswith(b"\n"):
+        journal.write_text(f"{head}\n", encoding="utf-8")
+        return {}
+    if lines[0] != f"{head}\n".encode():
+        raise UserError(
+            f"{journal}: holds the answers of another command, or to prompts that have changed since; give that "
+            f"command again, delete the journal, or name another file for these answers"
+        )
+    found = {}
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.endswith(b"\n"):  # cut off while it was written
+            with journal.open("r+b") as opened:
+                opened.truncate(sum(map(len, lines[: number - 1])))
+            break
+        try:
+            made = json.loads(line)
+            record, answer, stopped = made["record"], made["answer"], made["stopped"]
+            if not (type(record) is int and isinstance(answer, str) and isinstance(stopped, bool)):
+                raise ValueError(line)
+            found[record] = {"answer": answer, "stopped": stopped}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{journal}: line {number} is no answer: {line!r:.80}; delete the journal") from error
+    return found
+
+
+def _answers(
+    assistant: Assistant, source: Source, found: Mapping[int, dict[str, Any]], **options: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of a record, what is added to it), in the order in which they are made."""
+    waiting: list[tuple[int, Dialogue]] = []
+
+    def ask() -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, answer in generate_each(assistant, [prompt for _, prompt in waiting], **options):
+            yield waiting[index][0], {"answer": answer.text, "stopped": answer.stopped}
+
+    root = ImageRoot(source)
+    for number, (place, record) in enumerate(read_records(source)):
+        if number in found:
+            yield number, found[number]
+            continue
+        try:
+            waiting.append((number, _prompt(place, record, root, assistant.tokenizer)))
+        except RecordError as error:
+            yield number, {"error": str(error)}
+        if len(waiting) == AT_ONCE:
+            yield from ask()
+            waiting = []
+    yield from ask()
+
+
+def _prompt(place: str, record: dict[str, Any] | RecordError, root: ImageRoot, tokenizer: Any) -> Dialogue:
+    """Raises RecordError: the record cannot be asked."""
+    dialogue = to_dialogue(place, record, root, prompt=True)
+    for image in dialogue.images:
+        open_image(image)
+    tokenize(render(dialogue), tokenizer)
+    return dialogue
+
+
+def _write_whole(out: Path, source: Source, found: Mapping[int, dict[str, Any]]) -> None:
+    partial = partial_of(out)
+    with partial.open("w", encoding="utf-8") as lines:
+        for number, (place, record) in enumerate(read_records(source)):
+            lines.write(_line(place, record, found[number]) + "\n")
+    put_in_place(partial, out)
+
+
+def _line(place: str, record: dict[str, Any] | RecordError, made: dict[str, Any]) -> str:
+    """A record that cannot be written again as JSON is named by its place."""
+    if isinstance(record, RecordError):
+        return to_json({"place": place, **made})
+    try:
+        return to_json({**{key: value for key, value in record.items() if key not in OURS}, **made})
+    except (TypeError, ValueError, RecursionError):
+        return to_json({"place": place, **made})

@@ -1,0 +1,1 @@
+"""Training through TRL's SFTTrainer: the trainer, its arguments, callbacks, checkpoints, memory and image features."""

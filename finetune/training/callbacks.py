@@ -1,0 +1,100 @@
+"""What is written down while a trainer trains: a line a step, and a bar to look at."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+from transformers import TrainerCallback
+
+from finetune.console import bar
+from finetune.data.collate import Rows
+from finetune.distributed import collectives
+from finetune.run_dir import read_metrics
+from modeling.adapters import whole
+from modeling.files import atomic_write
+from modeling.towers import stock_name, tower_of
+
+
+class MetricsFile(TrainerCallback):
+    """Writes each log of the trainer as a line of metrics.jsonl, with the step's epoch and tokens from the schedule.
+
+    The line of a step that is saved or evaluated, and of the last one, has the gates as well.
+    """
+
+    def __init__(self, path: Path, rows: Rows, packs_per_step: int):
+        self.path, self.rows, self.packs = path, rows, packs_per_step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Going on from a checkpoint, lines of later steps are of a run that was lost."""
+        if state.is_world_process_zero and self.path.is_file():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "train_runtime" in logs:
+            return
+        milestone = control.should_save or control.should_evaluate or state.global_step == state.max_steps
+        gates = gate_openings(kwargs["model"]) if milestone and "loss" in logs else {}
+        step = range(max(state.global_step - 1, 0) * self.packs, state.global_step * self.packs)
+        mine = sum(
+            self.rows.tokens(row) for row in step[collectives.rank() :: collectives.count()]
+        )  # who made a row knows
+        tokens = int(collectives.gather_numbers([mine]).sum())
+        if not state.is_world_process_zero:
+            return
+        place = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}
+        line = {**place, **{key: value for key, value in logs.items() if key != "epoch"}, "tokens": tokens}
+        if gates:
+            line["gates"] = gates
+        with self.path.open("a", encoding="utf-8") as metrics:
+            metrics.write(json.dumps(line) + "\n")
+
+
+class Stopping(TrainerCallback):
+    """Ends the training after a step, saved, once `asked` says so on any process."""
+
+    def __init__(self, asked: Callable[[], bool]):
+        self.asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked():
+            control.should_save = control.should_training_stop = True
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over all steps, with the last loss. Use it as a context: whatever ends the training ends the bar."""
+
+    def __enter__(self) -> Self:
+        self.progress = bar()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.start()
+        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, note="")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.progress.update(self.task, completed=state.global_step, note=f"loss {logs['loss']:.3f}")
+
+
+def gate_openings(model: nn.Module) -> dict[str, list[float]]:
+    """tanh of every trained gate, layer by layer: {"alpha_cross_attn": [0.1, ...], "alpha_dense": [0.2, ...]}.
+
+    0 is shut. Of a gate with a value for each channel, the mean. Where parameters are divided over processes, all must
+    ask.
+    """
+    openings: dict[str, list[float]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and tower_of(stock_name(name)) == "gates":
+            openings.setdefault(name.rpartition(".")[2], []).append(float(whole(parameter).tanh().mean()))
+    return openings
+
+
+def tokens_trained(metrics: Path) -> int:
+    """Of all steps so far, by metrics.jsonl."""
+    return sum(line["tokens"] for line in read_metrics(metrics) if "loss" in line)

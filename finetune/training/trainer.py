@@ -1,0 +1,329 @@
+"""The page to read first: one packed row after the other through TRL's SFTTrainer, and what had to be overridden.
+
+`IdeficsTrainer` overrides, and the reason for each:
+
+    __init__               what is trained stays in fp32; TRL casts it to bf16 on a 4-bit base
+    train                  SIGTERM and SIGINT are noted, for the end of a step; so is the time spent without a row
+    compute_loss           the whole decoupled vocabulary; TRL's fused head leaves the added rows out
+    evaluate               sums over tokens; TRL averages packs
+    get_optimizer_cls_...  own rates for gates and added tokens, no decay where it would pull at a scale
+    create_scheduler       rates that are lower from a step on, after the run went back
+    _get_grad_norm         loss and gradient are looked at before a step is taken
+    _determine_best_metric a new best is always a checkpoint, whatever the interval
+    _save_checkpoint       whole or not there, whoever is killed meanwhile
+    save_model, _load_...  the adapter folder, which holds more than PEFT knows of, and no pickles
+    create_model_card      TRL's says nothing true about this model
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerControl, set_seed
+from trl import SFTTrainer
+
+from finetune.data.collate import Batch, RowCollator, Rows
+from finetune.data.prefetch import RowsAhead
+from finetune.data.sampling import Row
+from finetune.distributed import collectives
+from finetune.training.arguments import Plan, training_arguments
+from finetune.training.callbacks import MetricsFile, Stopping
+from finetune.training.checkpoints import require_room, seal, sweep
+from finetune.training.loss_spikes import WINDOW, Seen, UnstableError
+from finetune.training.signals import Heard, listening
+from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter
+from modeling.errors import Interrupted, UserError
+from modeling.forward import packed_loss
+from modeling.quantize import quantized_layers
+from modeling.towers import is_lora, no_decay, stock_name, tower_of
+
+ROWS_STATE = "rows.json"
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    train_rows: Rows,
+    eval_rows: RowCollator | None,
+    plan: Plan,
+    resume_from: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> "IdeficsTrainer":
+    """Train an attached `model` on every row of `train_rows`, and leave `folder`/adapter and `folder`/metrics.jsonl.
+
+    Checkpoints go to `folder`/checkpoint-*; `resume_from` is one of them. The best one by held-out loss becomes the
+    adapter where `plan` evaluates, else the last state. Every process of a group calls this; the first one writes.
+
+    Raises Interrupted after SIGTERM or SIGINT, saved; UnstableError before a step that must not be taken; UserError.
+    """
+    if collectives.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+    collectives.wait()
+    if resume_from:  # before FSDP divides the model
+        load_adapter_weights(model, resume_from)
+        train_rows.restore(json.loads((resume_from / ROWS_STATE).read_text(encoding="utf-8")))
+    checkpoint_layers(model, plan.checkpointing)
+    half = any(layer.compute_dtype == torch.float16 for layer in quantized_layers(model).values())
+    arguments = training_arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
+    ahead = RowsAhead(train_rows, stride=collectives.count())
+    trainer = IdeficsTrainer(
+        model=model,
+        args=arguments,
+        processing_class=tokenizer,
+        plan=plan,
+        train_rows=ahead,
+        eval_rows=eval_rows,
+        callbacks=[MetricsFile(folder / "metrics.jsonl", train_rows, plan.packs_per_step), *callbacks],
+    )
+    count_trained(model)  # asserts that TRL left every trained parameter in fp32
+    if collectives.count() > 1:
+        set_seed(
+            plan.seed + collectives.rank()
+        )  # else dropout would be the same in all; a checkpoint has its own states
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finally:
+        ahead.close()
+    if told := int(collectives.gather_numbers([trainer.heard.signal]).max()):
+        saved = folder / f"checkpoint-{trainer.state.global_step}"
+        name = signal.Signals(told).name
+        raise Interrupted(f"{name}: saved as {saved}; the same command goes on from there", told)
+    best = trainer.state.best_model_checkpoint if plan.evaluate_every else None
+    if best is None:
+        trainer.save_model(str(folder / "adapter"))
+    elif collectives.is_main():
+        copy_adapter(Path(best), folder / "adapter")
+    collectives.wait()
+    return trainer
+
+
+class IdeficsTrainer(SFTTrainer):
+    """SFTTrainer over packed rows. One micro-batch is one row; the row's number is all the dataset holds."""
+
+    # Our loss is a sum over tokens divided by the tokens of the whole step, so accumulation must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    waiting: float
+    """Share of the training's time that went by without a row to train on."""
+    heard: Heard
+    """What this process was told meanwhile."""
+    told_to_stop: bool = False
+    """Whether any process was."""
+
+    def __init__(
+        self, *, plan: Plan, train_rows: RowsAhead, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any
+    ):
+        self.plan, self.ahead, self.rows, self.eval_rows = plan, train_rows, train_rows.rows, eval_rows
+        self._losses = list[torch.Tensor]()
+        self.idefics_config = model.config
+        held_out = _row_numbers(len(eval_rows)) if eval_rows and plan.evaluate_every else None
+        in_fp32 = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        super().__init__(
+            model=model,
+            data_collator=train_rows,
+            train_dataset=_row_numbers(len(train_rows.rows)),
+            eval_dataset=held_out,
+            **kwargs,
+        )
+        for parameter, data in in_fp32.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data
+        rows_of_a_step = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        assert rows_of_a_step == plan.packs_per_step, f"{rows_of_a_step} rows a step, not {plan.packs_per_step}"
+        if plan.parallel == "fsdp2" and collectives.count() > 1 and not self.is_fsdp_enabled:
+            raise UserError(
+                "training.parallel: fsdp2: accelerate divides models over GPUs alone, and the processes run on "
+                f"{self.accelerator.device.type}; set training.parallel=ddp"
+            )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Stopping(lambda: self.told_to_stop))
+        if plan.early_stop:
+            self.add_callback(EarlyStoppingCallback(early_stopping_patience=plan.early_stop))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        with listening() as self.heard:
+            output = super().train(*args, **kwargs)
+        self.waiting = self.ahead.waited / (time.perf_counter() - started)
+        return output
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sum of token losses / supervised tokens of the step over all ranks and rows; DDP's mean is undone."""
+        assert num_items_in_batch is not None
+        assert not return_outputs
+        loss = packed_loss(model, inputs, config=self.idefics_config)
+        loss = loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        self._losses.append(loss.detach())
+        return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss per supervised token, over all rows and ranks."""
+        assert self.eval_rows is not None
+        rows = [*self.eval_rows.rows, *[Row(0)] * (-len(self.eval_rows.rows) % collectives.count())]
+        mine = range(collectives.rank(), len(rows), collectives.count())
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for number in mine:
+                batch = self._prepare_inputs(self.eval_rows.batch(rows[number]))
+                loss = packed_loss(self.model_wrapped, batch, config=self.idefics_config)
+                sums += torch.stack([loss.double(), (batch["labels"] >= 0).sum().double()])
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # which only a backward does for the last ones: a checkpoint would find no weights
+        loss, supervised = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / max(supervised, 1)}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+        """The trainer's optimiser, over groups that share a rate and a decay."""
+        cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        return cls, {**kwargs, "params": parameter_groups(model or self.model, plan=self.plan)}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The trainer's schedule, halved from each of the plan's cuts on."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        scheduler.lr_lambdas = [self._with_cuts(rate) for rate in scheduler.lr_lambdas]
+        return scheduler
+
+    def _with_cuts(self, rate: Callable[[int], float]) -> Callable[[int], float]:
+        return lambda step: rate(step) * 0.5 ** sum(step >= cut for cut in self.plan.rate_cuts)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """A checkpoint holds the rates of its own next step, which may have been cut since."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        factors = [rate(scheduler.last_epoch) for rate in scheduler.lr_lambdas]
+        scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called once a step, after its last row and before it is taken. Raises UnstableError, on all processes."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss, self._losses = torch.stack(self._losses).sum(), []
+        told = collectives.gather_numbers([float(loss), float(self.heard.signal)])
+        self.told_to_stop = bool(told[:, 1].any())
+        before = [line["loss"] for line in self.state.log_history[-2 * WINDOW :] if "loss" in line]
+        checked = float(norm) if self.accelerator.scaler is None else 0.0  # which passes over infinite ones itself
+        if reason := self.plan.watch.reason(float(told[:, 0].mean()), checked, before):
+            raise UnstableError(self.state.global_step + 1, reason, self._dialogues_of_this_step(before))
+        return norm
+
+    @torch.no_grad()
+    def _dialogues_of_this_step(self, before: Sequence[float]) -> list[Seen]:
+        """Each with its own loss; those of all processes."""
+        self.model.eval()
+        first = self.state.global_step * self.plan.packs_per_step
+        mine = range(first + collectives.rank(), first + self.plan.packs_per_step, collectives.count())
+        alone = [named for row in mine for named in self.rows.dialogues(row)]
+        most = max(collectives.gather([len(alone)]))
+        fillers = [(("", ""), self.rows.empty())] * (most - len(alone))  # with FSDP every forward is a common one
+        measured = []
+        for origin, batch in [*alone, *fillers]:
+            prepared = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                loss = packed_loss(self.model_wrapped, prepared, config=self.idefics_config)
+            measured.append((*origin, float(loss) / max(int((batch["labels"] >= 0).sum()), 1)))
+        found = collectives.gather(measured[: len(alone)])
+        blamed = self.plan.watch.suspects([loss for *_, loss in found], before)
+        return [
+            Seen(source, place, loss if math.isfinite(loss) else None, blame)
+            for (source, place, loss), blame in zip(found, blamed, strict=True)
+        ]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        state = gathered_state(self.model) if self.is_fsdp_enabled else None
+        if self.args.should_save:
+            save_adapter(self.model, Path(output_dir or self.args.output_dir), state_dict=state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """`train` has loaded the weights."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Sealed when all have written, so that it is whole or not there. Raises UserError where there is no room."""
+        folder, needed = Path(self.args.output_dir), self._checkpoint_bytes()
+        collectives.on_main("look for room", lambda: require_room(folder, needed))
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError):
+            require_room(folder, needed)  # another's files may have filled the disk meanwhile
+            raise
+        states = collectives.gather(self.rows.state(self.state.global_step * self.plan.packs_per_step))
+        if self.args.should_save:
+            checkpoint = folder / f"checkpoint-{self.state.global_step}"
+            (checkpoint / ROWS_STATE).write_text(json.dumps(states), encoding="utf-8")
+            seal(checkpoint)
+        collectives.wait()
+
+    def _checkpoint_bytes(self) -> int:
+        """Of what is trained and the optimiser's state, of one process."""
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        states = [one for state in self.optimizer.state.values() for one in state.values() if torch.is_tensor(one)]
+        return sum(one.nbytes for one in (*trained, *states))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_new_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_new_best
+        return is_new_best
+
+
+def checkpoint_layers(model: nn.Module, layers: bool | int) -> None:
+    """Keep only the inputs of the first `layers` of the decoder (True: of all), and of the cross-attention before them.
+
+    Layers of the vision tower, which are few and small, follow as soon as there are any. Reentrant checkpointing would
+    lose the gradients of a layer whose inputs need none.
+    """
+    idefics = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not layers:
+        idefics.gradient_checkpointing_disable()
+        return
+    idefics.gradient_checkpointing_enable({"use_reentrant": False})
+    if layers is not True:
+        interval = idefics.config.cross_layer_interval
+        for kept in (idefics.model.layers[layers:], idefics.model.gated_cross_attn_layers[-(-layers // interval) :]):
+            for layer in kept:
+                layer.gradient_checkpointing = False
+
+
+def parameter_groups(model: nn.Module, *, plan: Plan) -> list[dict[str, Any]]:
+    """Trained parameters grouped by (learning rate, weight decay), in a stable order."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    rates = plan.tower_rates or {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            stock = stock_name(name)
+            rate = rates.get(tower_of(stock)) or plan.learning_rate
+            decay = plan.weight_decay if is_lora(name) or not no_decay(stock) else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _row_numbers(rows: int) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"row": range(rows)})

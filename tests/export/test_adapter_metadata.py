@@ -1,0 +1,135 @@
+"""The note beside an adapter says what it was trained on; without one, PEFT's own file does, or the user."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import pytest
+from merging import adapter_for
+
+from finetune.export.adapter_metadata import NOTE, Named, Origin, named_model
+from finetune.serving import chat
+from modeling.checkpoint import identity, read_checkpoint
+from modeling.errors import UserError
+
+
+def test_an_origin_is_read_as_it_was_written(tmp_path):
+    origin = Origin("bases/mine", "main", True, "nf4", "0123")
+    origin.write(tmp_path)
+    assert Origin.of(tmp_path) == origin
+    assert json.loads((tmp_path / NOTE).read_text()) == {**asdict(origin), "sha256": {}}
+    assert (origin.onto, Origin("a/b").onto) == ("nf4", "full")
+    (tmp_path / NOTE).unlink()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say what base it was made for; name it: --base"):
+        Origin.of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        ('{"base": "a/b"', "not JSON .*copy the adapter again"),
+        ("[1]", "expected a JSON object, got list"),
+        ("{}", "base: unexpected None; copy the adapter again; or delete this file, and name the base"),
+        ('{"zzz": 1}', "unknown key 'zzz'"),
+        ('{"base": "a/b", "base_": 1}', "unknown key 'base_'"),
+        ('{"base": 3}', "base: unexpected 3"),
+        ('{"base": ""}', "base: unexpected ''"),
+        ('{"base": "a\\u0000b"}', "base: unexpected"),
+        ('{"base": "a/b", "revision": ["main"]}', "revision: unexpected"),
+        ('{"base": "a/b", "instruct": "yes"}', "instruct: unexpected 'yes'"),
+        ('{"base": "a/b", "instruct": null}', "instruct: unexpected None"),
+        ('{"base": "a/b", "quantize": "int3"}', "quantize: expected nf4 or null, got 'int3'"),
+        ('{"base": "a/b", "identity": {}}', "identity: unexpected"),
+        ('{"base": "a/b", "sha256": [1]}', "sha256: expected hashes of weight files"),
+        ('{"base": "a/b", "sha256": {"../../etc/passwd": "0"}}', "sha256: expected hashes of weight files"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_note_that_is_odd_is_named(tmp_path, note, message):
+    (tmp_path / NOTE).write_text(note)
+    with pytest.raises(UserError, match=rf"finetune\.json: {message}"):
+        Origin.of(tmp_path)
+
+
+@pytest.mark.parametrize("config", ['{"base_model_name_or_path": 3}', '{"base_model_name_or_path": ["a/b"]}'])
+def test_a_base_that_peft_s_file_names_oddly_is_told(tmp_path, config):
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(UserError, match=r"adapter_config\.json: base_model_name_or_path: expected a text"):
+        Origin.of(tmp_path)
+
+
+def test_a_flipped_byte_of_an_adapter_is_noticed(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"abc")
+    (tmp_path / "trained.safetensors").write_bytes(b"def")
+    Origin("a/b").write(tmp_path)
+    assert Origin.of(tmp_path) == Origin("a/b")
+    (tmp_path / "trained.safetensors").write_bytes(b"dfe")
+    with pytest.raises(UserError, match=r"trained\.safetensors: is not the file that training left"):
+        Origin.of(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(base_folder, tmp_path_factory):
+    """A run folder after training."""
+    run = tmp_path_factory.mktemp("runs") / "mine"
+    adapter_for(base_folder, run / "adapter", {"gates": "full"})
+    Origin(str(base_folder), None, True, None, identity(read_checkpoint(base_folder))).write(run / "adapter")
+    (run / "recipe.yaml").write_text("model: {}")
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "mine")
+
+
+def test_a_model_is_what_was_named(run, base_folder):
+    base, known = str(base_folder), identity(read_checkpoint(base_folder))
+    on_base = Named(base, run / "adapter", None, True, known)
+    assert named_model(base) == Named(base)
+    assert named_model("owner/name") == Named("owner/name")
+    assert named_model(str(run / "adapter")) == on_base
+    assert named_model(str(run)) == on_base
+    assert named_model(base, run / "adapter") == on_base
+    assert named_model(base, run) == on_base
+    shutil.copytree(base_folder, run / "merged")
+    assert named_model(str(run)) == Named(str(run / "merged"))
+    assert named_model(str(run / "adapter")) == on_base
+
+
+def test_the_base_of_a_run_that_has_moved_is_found_beside_its_adapter(run, base_folder, tmp_path):
+    Origin("runs/elsewhere/base", None, True).write(run / "adapter")
+    shutil.copytree(base_folder, run / "base")
+    assert named_model(str(run)).model == str(run / "base")
+
+
+def test_an_adapter_of_others_is_put_on_the_base_that_it_names(run):
+    (run / "adapter" / NOTE).unlink()
+    (run / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name", "revision": "v1"}')
+    assert named_model(str(run / "adapter")) == Named("owner/name", run / "adapter", "v1", True)
+
+
+def test_what_is_no_model_is_told(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: expected a model \(config.json\), an adapter or a run folder"):
+        named_model(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="empty: expected an adapter folder"):
+        named_model("owner/name", tmp_path / "empty")
+    with pytest.raises(UserError, match=r"mine: expected the base of .*adapter, a model; found none"):
+        named_model(str(run), run / "adapter")
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(UserError, match="a run folder in which nothing is trained yet; first: finetune train"):
+        named_model(str(run))
+
+
+def test_chat_opens_a_run_and_its_adapter_and_no_other_base(run, base_folder, tmp_path):
+    gates = [chat.open_assistant(str(place)).idefics.model.gated_cross_attn_layers[0].alpha_dense.item()
+             for place in (run, run / "adapter", base_folder)]  # fmt: skip
+    assert gates[0] == gates[1] != gates[2]
+    shutil.copytree(base_folder, tmp_path / "other")
+    content = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "other" / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"adapter: was trained on other weights than those of .*other"):
+        chat.open_assistant(str(tmp_path / "other"), adapter=run / "adapter")

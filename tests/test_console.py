@@ -1,0 +1,203 @@
+"""Everything printed passes one place: nothing in data commands a terminal, markup is text, a log has few lines."""
+
+import ast
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.columns import Columns
+from rich.console import Group
+from rich.text import Text
+from typer.testing import CliRunner
+
+from finetune import console as progress
+from finetune.cli import app
+from finetune.visible import to_json, visible
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202eabc\u200b\r[bold]b[/i] :smile: \ud800 \U000e0041"
+SHOWN = "␛]52;c;ZXZpbA==␇␛[2J[U+009B]31m[U+202E]abc[U+200B]␍[bold]b[/i] :smile: \ufffd [U+E0041]"
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """printed(renderable) -> what a terminal of 200 columns gets, without the colours of our own."""
+
+    def show(what):
+        out = io.StringIO()
+        monkeypatch.setattr(progress.results, "_file", out)
+        monkeypatch.setattr(progress.results, "_width", 200)
+        monkeypatch.setattr(progress.results, "_color_system", None)
+        progress.display(what)
+        return out.getvalue()
+
+    return show
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda text: text,
+        lambda text: progress.table(text, ["a", "b"], [("c", "d")]),
+        lambda text: progress.table("t", [text, "b"], [("c", "d")]),
+        lambda text: progress.table("t", ["a", "b"], [(text, 1), ("c", text)]),
+        lambda text: progress.panel("body", title=text),
+        lambda text: progress.panel("body", title="t", subtitle=text),
+        lambda text: progress.panel(text, title="t"),
+        lambda text: progress.panel(Group(Text("a"), Columns([Text(visible(text)), text])), title="t"),
+    ],
+)
+def test_nothing_that_is_printed_obeys_the_data(printed, made):
+    shown = printed(made(HOSTILE))
+    assert re.sub(r"\s", "", SHOWN) in re.sub(r"[\s│┃]", "", shown)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e\ud800]", shown)
+
+
+def test_styles_stay_where_they_were_when_characters_are_written_out():
+    text = Text.assemble("a\x1b", ("b\u202ec", "red"), ("d", "green"))
+    seen = progress._seen(text)
+    assert seen.plain == "a␛b[U+202E]cd"
+    assert [(seen.plain[span.start : span.end], span.style) for span in seen.spans] == [
+        ("b[U+202E]c", "red"),
+        ("d", "green"),
+    ]
+
+
+def test_messages_and_errors_are_filtered_and_not_broken_into_lines(capsys):
+    long = "word " * 60
+    progress.say(HOSTILE + long)
+    progress.complain(HOSTILE + long)
+    progress.write(HOSTILE + long)
+    out, err = capsys.readouterr()
+    assert [line.rstrip() for line in err.splitlines()] == [(SHOWN + long).rstrip()] * 2
+    assert out == f"{SHOWN}{long}\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["\U0001f469\u200d\U0001f680 ❤\ufe0f é 犬 e\u0301 שלום नमस्ते", "two\nlines\tand a tab", "ﾊﾛｰ", "a\u200cb"]
+)
+def test_what_can_be_seen_stays(text):
+    assert visible(text) == text
+
+
+@pytest.mark.parametrize(
+    "character",
+    [
+        *("\x00", "\x08", "\x1b", "\x7f", "\x85", "\x9d", "\xad", "\u034f", "\u061c", "\u115f", "\u200e", "\u2028"),
+        *("\u202d", "\u2060", "\u2066", "\u206f", "\u3164", "\ufeff", "\ufdd0", "\ufff9", "\uffff", "\U0001d173"),
+        "\U000e007f",
+    ],
+)
+def test_each_kind_of_unseen_character_is_written_out(character):
+    shown = visible(f"a{character}b")
+    assert character not in shown
+    assert shown.isprintable()
+
+
+@given(st.text(st.characters(codec=None)))
+def test_json_gives_back_every_text_and_holds_no_unseen_character(text):
+    written = to_json({text: [text]})
+    assert json.loads(written) == {text: [text]}
+    assert visible(written) == written
+
+
+def test_json_has_no_number_that_is_none():
+    figures = {"a": float("nan"), "b": [float("inf"), -float("inf"), 1.5], "c": (True, None)}
+    assert to_json(figures) == '{"a": null, "b": [null, null, 1.5], "c": [true, null]}'
+
+
+def test_stdout_in_ascii_still_takes_an_answer(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    progress.write("犬 is a dog")
+    assert out.buffer.getvalue() == b"\\u72ac is a dog\n"
+
+
+def test_a_wrong_command_line_is_shown_in_visible_characters():
+    for arguments in (["\x1b[2J"], ["--\x1b[2J"], ["plan", "r.yaml", "--\x1b[2J"], ["merge", "x", "\x1b[2Ja=1"]):
+        outcome = CliRunner().invoke(app, arguments)
+        assert outcome.exit_code in (1, 2)
+        assert "\x1b[2J" not in outcome.output
+
+
+# Bars
+
+
+def lines_of(capsys):
+    return [line.rstrip() for line in capsys.readouterr().err.splitlines()]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test moves: clock[0] seconds."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_has_a_line_a_minute_and_one_in_the_end(clock, capsys):
+    for item in progress.track(list(range(300)), "con[red]vert"):
+        clock[0] = item * 0.5
+    assert lines_of(capsys) == [
+        "con[red]vert 121/300 0:01:00",
+        "con[red]vert 241/300 0:02:00",
+        "con[red]vert 300/300 0:02:29",
+    ]
+
+
+def test_a_log_tells_how_far_work_came_that_failed(clock, capsys):
+    def fail():
+        with progress.bar() as bar:
+            task = bar.add_task("train", total=4000, note="")
+            bar.update(task, completed=1500, note="loss 1.250")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert lines_of(capsys) == ["train 1,500/4,000 loss 1.250 0:00:00"]
+
+
+def test_a_bar_on_a_terminal_parses_no_markup(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(progress.console, "_force_terminal", True)
+    monkeypatch.setattr(progress.console, "_file", out)
+    monkeypatch.setattr(progress.console, "_width", 120)
+    monkeypatch.setattr(progress.console, "_color_system", None)
+    with progress.bar() as bar:
+        bar.add_task("a[/b]\x1b[2J.jsonl", total=2, note="[/x]\x1b[8m")
+    assert "a[/b]␛[2J.jsonl" in out.getvalue()
+    assert "[/x]␛[8m" in out.getvalue()
+
+
+# The one place
+
+
+def test_nothing_else_prints():
+    """print, typer.echo, input's prompt and writing to sys.stdout or sys.stderr are progress.py's alone."""
+    found = []
+    for path in sorted([*(ROOT / "finetune").rglob("*.py"), *(ROOT / "modeling").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                prints = called in (
+                    "print",
+                    "typer.echo",
+                    "typer.secho",
+                    "click.echo",
+                    "rich.print",
+                    "print_exc",
+                    "traceback.print_exc",
+                    "Panel",
+                    "Console",
+                )
+                writes = re.search(
+                    r"(^|\.)(stdout|stderr)\.(write|writelines)$|(^|\.)(console|results)\.(print|log|out)$", called
+                )
+                if prints or writes:
+                    found.append(f"{path.relative_to(ROOT)}: {called}")
+    assert [line for line in found if not line.startswith("finetune/console.py: ")] == []
+    assert len(found) > 4

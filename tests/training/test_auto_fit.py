@@ -1,0 +1,140 @@
+"""training.auto_fit: decided once, written down, found again by the same command, and the same in every process."""
+
+import json
+
+import pytest
+import yaml
+from processes import run_processes
+
+from finetune.pipeline import Run
+from finetune.planning.estimate import Planner
+from finetune.recipe.load import load_recipe
+from finetune.training import auto_fit
+from finetune.training.auto_fit import fitted
+from modeling.errors import UserError
+
+FIT = "training.auto_fit=true"
+
+
+def needed(recipe):
+    return Planner(recipe, on_gpu=True).needed(recipe)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """on_gpu(bytes): this machine has a GPU of so many, or none."""
+    return lambda size: monkeypatch.setattr(auto_fit, "gpu_memory", lambda: size)
+
+
+@pytest.fixture
+def recipe(recipe_file):
+    return load_recipe(recipe_file, [FIT])
+
+
+def test_a_recipe_too_large_for_the_gpu_runs_with_the_least_change_and_the_same_command_goes_on(
+    recipe,
+    recipe_file,
+    tmp_path,
+    on_gpu,
+    capsys,
+):
+    asked = needed(recipe)
+    on_gpu(asked - 1)
+    run = Run(recipe)
+    layers = run.recipe.training.checkpointing
+    assert (recipe.training.checkpointing, layers) == (False, 1)
+    assert run.recipe == load_recipe(recipe_file, [FIT, f"training.checkpointing={layers}"])
+    assert needed(run.recipe) < asked
+    assert f"runs with training.checkpointing={layers}" in " ".join(capsys.readouterr().err.split())
+    written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert written["training"]["checkpointing"] == layers
+    assert json.loads((tmp_path / "run" / "auto_fit.json").read_text()) == {
+        "gpu": asked - 1,
+        "needed": asked,
+        "needed_changed": needed(run.recipe),
+        "changed": {"training.checkpointing": {"asked": False, "run": layers}},
+    }
+    for later in (10 * asked, 1, None):  # whatever GPU there is by then
+        on_gpu(later)
+        assert Run(recipe).recipe == run.recipe
+        assert "as this run began, with training.checkpointing=1" in " ".join(capsys.readouterr().err.split())
+    assert Run(recipe).do("train")["train"]["steps"] == 4
+
+
+def test_a_change_of_what_is_trained_is_kept_to(recipe, recipe_file, on_gpu, monkeypatch):
+    on_gpu(1)
+    monkeypatch.setattr(Planner, "fits", lambda self, recipe, budget: recipe.adapter.rank < 4 or recipe.model.quantize)
+    first = Run(recipe).recipe
+    assert (recipe.model.quantize, first.model.quantize) == (None, "nf4")
+    assert Run(recipe).recipe == first
+    assert Run(load_recipe(recipe_file, [FIT, "model.quantize=nf4"])).recipe == first
+    asked_without = load_recipe(recipe_file, ["model.quantize=nf4"])
+    assert Run(asked_without).recipe == asked_without  # nothing is trained yet
+
+
+def test_what_the_command_says_anew_is_taken(recipe, recipe_file, on_gpu):
+    on_gpu(needed(recipe) - 1)
+    Run(recipe)
+    again = load_recipe(recipe_file, [FIT, "training.checkpointing=3"])
+    assert Run(again).recipe == again
+
+
+def test_what_fits_is_left_alone(recipe, tmp_path, on_gpu, capsys):
+    on_gpu(needed(recipe))
+    assert Run(recipe).recipe == recipe
+    assert not (tmp_path / "run" / "auto_fit.json").exists()
+    assert capsys.readouterr().err == ""
+    on_gpu(1)  # in the middle of a run nothing is changed
+    assert Run(recipe).recipe == recipe
+
+
+def test_without_a_gpu_nothing_is_done_and_that_is_said_once(recipe, on_gpu, capsys):
+    on_gpu(None)
+    assert Run(recipe).recipe == recipe
+    assert "there is no GPU here" in capsys.readouterr().err
+    assert Run(recipe).recipe == recipe
+    assert capsys.readouterr().err == ""
+
+
+def test_not_asked_nothing_is_done(recipe_file, tmp_path, on_gpu):
+    on_gpu(1)
+    recipe = load_recipe(recipe_file)
+    assert Run(recipe).recipe == recipe
+    assert not (tmp_path / "run" / "auto_fit.json").exists()
+
+
+def test_where_nothing_fits_it_is_told_what_was_tried_and_no_folder_is_made(recipe, tmp_path, on_gpu):
+    on_gpu(2**20)
+    with pytest.raises(UserError, match=r"1\.0 MiB there, and nothing makes it fit; tried, .*training\.checkpointing="):
+        Run(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def in_a_group(recipe, sizes):
+    """What one process of several runs, where each finds a GPU of its own size; or what it is told."""
+    from accelerate import PartialState
+
+    from finetune.distributed import collectives
+
+    PartialState._reset_state()  # that of the test's own process, which is alone
+    auto_fit.gpu_memory = lambda: sizes[collectives.rank()]
+    try:
+        return fitted(recipe)
+    except UserError as error:
+        return str(error)
+
+
+def test_several_processes_decide_alike_by_the_smallest_gpu(recipe, tmp_path):
+    alone = Planner(recipe, on_gpu=True, processes=2)
+    sizes = [10 * needed(recipe), alone.needed(recipe) - 1]
+    both = run_processes(2, in_a_group, recipe, sizes)
+    assert both[0] == both[1]
+    assert both[0].training.checkpointing == 1
+    assert both[0].training.parallel == "ddp"
+    assert json.loads((tmp_path / "run" / "auto_fit.json").read_text())["gpu"] == sizes[1]
+
+
+def test_several_processes_end_alike_where_nothing_fits(recipe):
+    both = run_processes(2, in_a_group, recipe, [2**40, 1])
+    assert both[0] == both[1]
+    assert "nothing makes it fit" in both[0]

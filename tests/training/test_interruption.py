@@ -1,0 +1,304 @@
+"""Killed, told to stop, out of disk: the run goes on, and ends as if nothing had happened."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import namedtuple
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import run_processes, start_processes
+from test_pipeline import metrics
+from test_trainer import trained
+
+from finetune.pipeline import Run, _checkpoint_to_go_on_from
+from finetune.recipe.load import load_recipe
+from finetune.training import checkpoints, signals
+from finetune.training.checkpoints import (
+    SEAL,
+    is_whole,
+    last_checkpoint,
+    seal,
+    step_of,
+    sweep,
+    what_has_changed_inside,
+)
+from modeling.errors import Interrupted, UserError
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def write_in(write_recipe):
+    """write_in(folder) -> a recipe with a checkpoint every step, dropout, features to be computed: much to be lost."""
+    return lambda folder: write_recipe(folder, training={"steps": STEPS, "checkpoint_every": 1})
+
+
+@pytest.fixture
+def recipe_file(write_in, tmp_path):
+    return write_in(tmp_path)
+
+
+def train(recipe_file, *overrides):
+    Run(load_recipe(recipe_file, list(overrides))).do("train")
+
+
+def assert_same(one, other):
+    ours, theirs = trained(one), trained(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens")
+    lines, expected = ([[line.get(key) for key in keys] for line in metrics(folder)] for folder in (one, other))
+    assert lines == expected
+    assert len(lines) == STEPS
+
+
+@pytest.fixture(scope="module")
+def whole(write_in, tmp_path_factory):
+    """whole(processes) -> the folder of an uninterrupted run, with data and features of its own; and its seconds."""
+
+    @cache
+    def run(processes):
+        folder = tmp_path_factory.mktemp("whole")
+        recipe, started = write_in(folder), time.monotonic()
+        run_processes(processes, lambda: train(recipe))
+        return folder / "run", time.monotonic() - started
+
+    return run
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_in(monkeypatch, place, *, call):
+    """A function that writes a file: at its `call`-th call it writes half of something, and is killed."""
+    module, name = place.rsplit(".", 1)
+    original, calls = getattr(__import__(module, fromlist=[name]), name), []
+
+    def dying(content, file, *args, **kwargs):
+        calls.append(file)
+        if len(calls) == call:
+            Path(file).write_bytes(b"half of it")
+            die()
+        return original(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(place, dying)
+
+
+WRITERS = [
+    ("finetune.training.image_features.save_file", 1),
+    ("modeling.adapters.save_file", 2),
+    ("torch.save", 5),  # optimiser, scheduler, random states; of the second checkpoint, the scheduler
+]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_any_moment_the_run_goes_on_and_ends_the_same(recipe_file, tmp_path, whole, processes):
+    expected, seconds = whole(processes)
+    chance = random.Random(processes)
+
+    def killed_while_writing(place, call):
+        patch = pytest.MonkeyPatch()
+        dies_in(patch, place, call=call)
+        train(recipe_file)
+
+    for place, call in WRITERS:
+        group = start_processes(processes, killed_while_writing, place, call)
+        deadline = time.monotonic() + 60
+        while all(one.is_alive() for one in group) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert -signal.SIGKILL in [one.exitcode for one in group], place
+        kill(group)
+    for _ in range(3):
+        group = start_processes(processes, train, recipe_file)
+        time.sleep(chance.uniform(0, seconds))
+        kill(group)
+    assert not (tmp_path / "run" / "training.json").exists() or last_checkpoint(tmp_path / "run")
+    run_processes(processes, train, recipe_file)
+    assert_same(tmp_path / "run", expected)
+    left = [path for path in (tmp_path / "run").glob("checkpoint-*") if not is_whole(path)]
+    assert left == []
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) <= 2
+
+
+def kill(group):
+    """As a launcher does when one of them has died."""
+    for process in group:
+        process.kill()
+        process.join()
+
+
+def tell(recipe_file, number, *, which, step=3):
+    """Trains; process `which` sends itself a signal in the middle of a step. Returns what Interrupted says."""
+    from finetune.distributed import collectives
+    from finetune.training.trainer import IdeficsTrainer
+
+    original, calls = IdeficsTrainer.compute_loss, []
+
+    def telling(self, *args, **kwargs):
+        calls.append(1)
+        if self.state.global_step == step - 1 and collectives.rank() == which and not self.heard.signal:
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    IdeficsTrainer.compute_loss = telling
+    try:
+        train(recipe_file)
+    except Interrupted as told:
+        return str(told), told.signal
+    finally:
+        IdeficsTrainer.compute_loss = original
+    return None
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_says_how_to_go_on_and_ends_the_same(recipe_file, tmp_path, whole, processes, number):
+    expected, _ = whole(processes)
+    last = processes - 1
+    told = run_processes(processes, lambda: tell(recipe_file, number, which=last))
+    saved = tmp_path / "run" / "checkpoint-3"
+    message = f"{number.name}: saved as {saved}; the same command goes on from there"
+    assert told == [(message, number)] * processes
+    assert last_checkpoint(tmp_path / "run") == saved
+    run_processes(processes, train, recipe_file)
+    assert_same(tmp_path / "run", expected)
+
+
+def test_told_in_the_last_step_it_ends_too_and_the_same_command_finishes(recipe_file, tmp_path, whole):
+    expected, _ = whole(1)
+    (told,) = run_processes(1, lambda: tell(recipe_file, signal.SIGTERM, which=0, step=STEPS))
+    assert told[1] == signal.SIGTERM
+    assert not (tmp_path / "run" / "training.json").exists()
+    run_processes(1, train, recipe_file)
+    assert_same(tmp_path / "run", expected)
+
+
+def test_told_again_it_ends_at_once_but_an_echo_is_not_again(monkeypatch):
+    before, told = signal.getsignal(signal.SIGTERM), []
+
+    def tell_three_times():
+        with signals.listening() as heard:
+            for pause in (0, 0, 2 * signals.ECHO):
+                told.append(heard.signal)
+                monkeypatch.setattr(signals.time, "monotonic", lambda pause=pause: 100.0 + pause)
+                os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        tell_three_times()
+    assert told == [0, signal.SIGTERM, signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_without_room_for_a_checkpoint_the_last_one_stays_and_the_message_says_what_is_needed(
+    recipe_file, tmp_path, monkeypatch
+):
+    original = checkpoints.require_room
+    sizes = []
+
+    def fills_up(folder, needed):
+        sizes.append(needed)
+        free = 10 if len(sizes) == 3 else 10**12
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, free))
+        original(folder, needed)
+
+    monkeypatch.setattr("finetune.training.trainer.require_room", fills_up)
+    with pytest.raises(UserError, match=r"a checkpoint takes 0.3 MiB, and 0.0 MiB are free\n.*from checkpoint-2"):
+        train(recipe_file)
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    written = sum(path.stat().st_size for path in last_checkpoint(tmp_path / "run").glob("*.*"))
+    assert sizes[2] == pytest.approx(written, rel=0.5)
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(recipe_file, tmp_path, monkeypatch):
+    original, calls = torch.save, []
+
+    def full(content, file, *args, **kwargs):
+        calls.append(file)
+        if "checkpoint-3" in str(file):
+            Path(file).write_bytes(b"half of it")
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10))
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"and 0\.0 MiB are free"):
+        train(recipe_file)
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    monkeypatch.undo()
+    train(recipe_file)
+    assert last_checkpoint(tmp_path / "run").name == f"checkpoint-{STEPS}"
+
+
+def make_checkpoint(folder, step, files):
+    checkpoint = folder / f"checkpoint-{step}"
+    for name, size in files.items():
+        path = checkpoint / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+    return checkpoint
+
+
+FILES = {"trained.safetensors": 7, "optimizer.pt": 5, "trainer_state.json": 3, "optimizer_0/.metadata": 2}
+
+
+@settings(max_examples=30, deadline=None)
+@given(name=st.sampled_from([*FILES, SEAL]), change=st.sampled_from(["gone", "shorter", "longer"]))
+def test_what_is_not_as_it_was_sealed_is_no_checkpoint(tmp_path_factory, name, change):
+    folder = tmp_path_factory.mktemp("run")
+    older, newer = make_checkpoint(folder, 9, FILES), make_checkpoint(folder, 10, FILES)
+    assert last_checkpoint(folder) is None
+    for checkpoint in (older, newer):
+        seal(checkpoint)
+    assert last_checkpoint(folder) == newer
+    assert step_of(newer) == 10
+    path = newer / name
+    content = path.read_bytes()
+    path.unlink() if change == "gone" else path.write_bytes(
+        content[: len(content) // 2] if change == "shorter" else content + b"}"
+    )
+    assert last_checkpoint(folder) == older
+    sweep(folder)
+    assert [one.name for one in folder.iterdir()] == ["checkpoint-9"]
+
+
+@pytest.mark.parametrize(("size", "seen_by"), [(300, "every listing"), (2**20 + 5, "going on")])
+def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path, size, seen_by):
+    older, newer = (make_checkpoint(tmp_path, step, {"optimizer.pt": size, "rng_state.pth": 9}) for step in (9, 10))
+    for checkpoint in (older, newer):
+        seal(checkpoint)
+    assert what_has_changed_inside(newer) is None
+    content = bytearray((newer / "optimizer.pt").read_bytes())
+    content[size // 2] ^= 4
+    (newer / "optimizer.pt").write_bytes(content)
+    assert last_checkpoint(tmp_path) == (older if seen_by == "every listing" else newer)
+    assert what_has_changed_inside(newer) == "optimizer.pt"
+    assert what_has_changed_inside(older) is None
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_whose_bytes_have_changed(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3, {"optimizer.pt": 2**20 + 5})
+    seal(checkpoint)
+    (checkpoint / "optimizer.pt").write_bytes(bytes(2**20 + 5))
+    with pytest.raises(UserError, match=r"optimizer\.pt: is not what was written: .*\n  delete .*checkpoint-3, and"):
+        _checkpoint_to_go_on_from(tmp_path)
+
+
+def test_a_seal_of_sizes_alone_still_counts(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3, FILES)
+    (checkpoint / SEAL).write_text(json.dumps(FILES))
+    assert last_checkpoint(tmp_path) == checkpoint
+    assert what_has_changed_inside(checkpoint) is None

@@ -1,0 +1,208 @@
+"""Out of memory: told once, with the plan's figures beside the actual ones, and changes that really need less."""
+
+import json
+import re
+import resource
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from finetune import base, materials
+from finetune.cli import app
+from finetune.distributed import collectives
+from finetune.pipeline import Run, _train_once
+from finetune.planning.estimate import Planner
+from finetune.recipe.load import load_recipe
+from finetune.recipe.schema import Recipe
+from finetune.sizes import show_size
+from finetune.training import out_of_memory
+from finetune.training.loss_spikes import Watch
+from finetune.training.out_of_memory import LESS, Held, explain, held, told_if_memory_runs_out
+from finetune.training.trainer import IdeficsTrainer
+from modeling.errors import UserError
+
+GIB = 2**30
+
+
+def recipe_of(*, base="HuggingFaceM4/idefics-9b", **training):
+    return Recipe.model_validate(
+        {
+            "model": {"base": base},
+            "data": {"sources": [{"format": "messages", "path": "nowhere.jsonl"}], "max_length": 512},
+            "training": {"steps": 10, "row_tokens": 2048, "row_images": 8, "tokens_per_step": 16 * 2048, **training},
+            "output": "runs/mine",
+        }
+    )
+
+
+def proposed(message):
+    """The overrides of each proposal."""
+    _, _, lines = message.partition("behind the same command:\n")
+    return [line.split() for line in lines.splitlines()]
+
+
+def changed(recipe, overrides, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    return load_recipe(path, overrides)
+
+
+FULL = Held(True, 21 * GIB, 22 * GIB, GIB // 2, 24 * GIB, 23 * GIB)
+
+
+def test_what_was_planned_stands_beside_what_there_was():
+    lines = explain(recipe_of(), "CUDA out of memory", FULL).splitlines()
+    memory = Planner(recipe_of(), on_gpu=True).estimate(recipe_of())
+    activations = sum(memory.parts[part] for part in ("vision", "resampler", "cross_attention", "decoder", "head"))
+    planned = {**{part: memory.parts[part] for part in ("weights", "adapters", "optimizer", "gradients")}}
+    planned["activations"] = activations + memory.parts["batch"]
+    assert sum(planned.values()) + GIB == memory.on_gpu > 23 * GIB
+    figures = ", ".join(f"{part} {show_size(size)}" for part, size in planned.items())
+    assert lines[:5] == [
+        "out of memory while training: CUDA out of memory",
+        f"  planned: {figures}; {show_size(memory.on_gpu)} needed",
+        "  held at most: 21.00 GiB in tensors, 22.00 GiB by the allocator",
+        "  of the GPU: 24.00 GiB in all, 512.0 MiB free",
+        "by the plan it does not fit into the 23.00 GiB that this process could have",
+    ]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_is_proposed_fits_when_pasted_and_the_second_is_another_way(tmp_path, monkeypatch, trained):
+    monkeypatch.setattr(out_of_memory, "is_trained", lambda folder: trained)
+    recipe = recipe_of()
+    first, second = proposed(explain(recipe, "x", FULL))
+    planner = Planner(recipe, on_gpu=True)
+    for overrides in (first, second):
+        assert planner.needed(changed(recipe, overrides, tmp_path)) <= 23 * GIB
+    keys = [{override.split("=")[0] for override in overrides} for overrides in (first, second)]
+    assert keys[0] == {"training.checkpointing"}  # which changes no result: the folder's run goes on
+    assert "training.checkpointing" not in keys[1]
+    assert ("output=runs/mine-2" in second) == trained  # as long as nothing is trained, the folder is any recipe's
+
+
+def test_a_plan_that_said_too_little_says_so_and_proposes_what_needs_less_by_its_own_figures(tmp_path):
+    recipe = recipe_of()
+    planner = Planner(recipe, on_gpu=True)
+    needed = planner.needed(recipe)
+    roomy = Held(True, 70 * GIB, 78 * GIB, GIB, 80 * GIB, 79 * GIB)
+    assert needed < roomy.room
+    message = explain(recipe, "x", roomy)
+    assert "by the plan it should have fitted into the 79.00 GiB" in message
+    assert "the plan is wrong here, and what follows needs at most 90% of what it says of this recipe" in message
+    options = proposed(message)
+    assert len(options) == 2
+    for overrides in options:
+        assert planner.needed(changed(recipe, overrides, tmp_path)) <= LESS * needed
+
+
+def test_several_gpus_may_divide_the_model_and_the_message_says_which_process(monkeypatch):
+    monkeypatch.setattr(out_of_memory.ranks, "count", lambda: 8)
+    monkeypatch.setattr(out_of_memory.ranks, "rank", lambda: 2)
+    recipe = recipe_of(base="HuggingFaceM4/idefics-80b", checkpointing=True)
+    message = explain(recipe, "x", Held(True, 78 * GIB, 78 * GIB, GIB, 80 * GIB, 79 * GIB))
+    assert message.startswith("process 3 of 8: out of memory while training: x\n")
+    assert proposed(message)[0] == ["training.parallel=fsdp2"]
+    divided = explain(recipe_of(parallel="fsdp2"), "x", FULL)
+    assert ", gathered " in divided.splitlines()[1]
+
+
+def test_where_nothing_helps_it_says_so():
+    tiny = Held(True, GIB, GIB, 0, GIB, GIB)
+    assert explain(recipe_of(), "x", tiny).endswith("makes it fit; a larger GPU does")
+
+
+def test_figures_of_a_gpu_are_those_of_this_process(monkeypatch):
+    figures = {"max_memory_allocated": 5, "max_memory_reserved": 7, "memory_reserved": 6}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda gpu, value=value: value if gpu.index == 3 else 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (2, 20) if gpu.index == 3 else (0, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert held() == Held(True, highest=5, kept=7, free=2, total=20, room=8)
+
+
+def test_figures_without_a_gpu_are_resident_memory(monkeypatch):
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
+    monkeypatch.setattr(out_of_memory.sys, "platform", "linux")
+    found = held()
+    assert (found.on_gpu, found.highest) == (False, 3 * GIB)
+    assert 0 < found.free < found.room < found.total
+
+
+def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(out_of_memory, "explain", lambda recipe, what, held: f"told: {what}")
+    cases = {
+        torch.OutOfMemoryError: ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total\nSee", "GiB"),
+        MemoryError: ("", "MemoryError"),
+    }
+    for kind, (said, end) in cases.items():
+        with pytest.raises(UserError, match=f"told: .*{end}$"), told_if_memory_runs_out(recipe_of()):
+            raise kind(said)
+    with pytest.raises(UserError, match=r"told: .*can't allocate memory"), told_if_memory_runs_out(recipe_of()):
+        torch.empty(2**58, dtype=torch.uint8)  # the allocator's own words
+    with pytest.raises(RuntimeError, match=r"^shapes differ$") as raised, told_if_memory_runs_out(recipe_of()):
+        raise RuntimeError("shapes differ")
+    assert not isinstance(raised.value, UserError)
+
+
+def test_a_model_that_will_be_divided_is_loaded_onto_no_gpu(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "device", lambda: torch.device("meta"))  # as a GPU that is not here
+    made = Run(load_recipe(recipe_file)).materials
+    for divided, expected in ((False, "meta"), (True, "cpu")):
+        assert {one.device.type for one in made.load(divided=divided).model.parameters()} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel", "divided"), [(2, "fsdp2", True), (2, "ddp", False), (1, "fsdp2", False)]
+)
+def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, monkeypatch, processes, parallel, divided):
+    def load(self, *, divided):
+        raise InterruptedError(divided)
+
+    monkeypatch.setattr(materials.Materials, "load", load)
+    run = Run(load_recipe(recipe_file, [f"training.parallel={parallel}"]))
+    rows = run.materials.train_rows()
+    assert len(rows)
+    monkeypatch.setattr(run.materials, "train_rows", lambda: rows)
+    monkeypatch.setattr(collectives, "count", lambda: processes)
+    with pytest.raises(InterruptedError) as loaded:
+        _train_once(run, Watch())
+    assert loaded.value.args == (divided,)
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_with_what_it_is_told_to(recipe_file, tmp_path, monkeypatch):
+    runner, original, calls = CliRunner(), IdeficsTrainer.compute_loss, []
+
+    def full(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # in step 3, of two rows
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(IdeficsTrainer, "compute_loss", full)
+
+    def too_little():
+        recipe = load_recipe(recipe_file)
+        room = Planner(recipe, on_gpu=False).needed(recipe) - 1
+        return Held(False, room, room, 0, room, room)
+
+    monkeypatch.setattr(out_of_memory, "held", too_little)
+    failed = runner.invoke(app, ["train", str(recipe_file)])
+    assert failed.exit_code == 1
+    said = " ".join(failed.output.split())
+    assert "out of memory while training: CUDA out of memory. Tried to allocate 2.00 GiB" in said
+    assert "of resident memory" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run" / "training.json").exists()
+    (change,) = re.findall(r"training\.checkpointing=\w+", said)
+    again = runner.invoke(app, ["train", str(recipe_file), change])
+    assert again.exit_code == 0, again.output
+    assert "going on from checkpoint-2" in again.output
+    whole = runner.invoke(app, ["train", str(recipe_file), f"output={tmp_path / 'whole'}", "--json"])
+    assert json.loads(whole.stdout)["train"]["steps"] == 4
+    for name in ("adapter_model.safetensors", "trained.safetensors"):
+        ours, theirs = (tmp_path / run / "adapter" / name for run in ("run", "whole"))
+        assert ours.read_bytes() == theirs.read_bytes()
