@@ -1,6 +1,6 @@
 """The two sides of scripts/benchmark.py, each in a process of its own: the same model, dialogues and LoRA.
 
-    ours      this toolkit: packed rows, its attention, head and loss, through finetune.train.train
+    ours      this toolkit: packed rows, its attention, head and loss, through finetune.training.trainer.train
     random    transformers' Trainer and IdeficsProcessor, padded batches in random order
     grouped   the same, batches of like lengths, sorted over the whole set: the least padding there can be. The
               trainer's own group_by_length sorts within 50 batches, or less in a small set, and pads more.

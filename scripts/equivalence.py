@@ -108,14 +108,14 @@ def train(
 ) -> tuple[int, str, int]:
     """In one process of several: (processes, what accelerate made of the model, how many parameters are divided)."""
     bases = (*([OnGpus] if kind == "fsdp2" else []), *([Sgd] if sgd else []), IdeficsTrainer)
-    finetune.train.IdeficsTrainer = type("Trainer", bases, {})  # type: ignore[misc] # of this process alone
+    finetune.training.trainer.IdeficsTrainer = type("Trainer", bases, {})  # type: ignore[misc] # of this process alone
     folder.mkdir(exist_ok=True)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # else the gradients of A would be zero
                 parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
     options: dict[str, Any] = {"parallel": kind, "checkpoint_every": every, "evaluate_every": 1 if held else None}
-    trainer = finetune.train.train(
+    trainer = finetune.training.trainer.train(
         model,
         tokenizer,
         folder,

@@ -136,7 +136,7 @@ def never_saves():
 
 
 def peer_gone_without_failing():
-    finetune.launch.SECONDS_TO_TELL = 1
+    finetune.distributed.launcher.SECONDS_TO_TELL = 1
     collective()
     if RANK == 1:
         os._exit(0)

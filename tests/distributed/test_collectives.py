@@ -34,9 +34,10 @@ WATCHED = """
 import os, sys
 from pathlib import Path
 from finetune.cli import app
-from finetune.outcome import quiet
+from finetune.exit_codes import quiet
 quiet()
-from finetune import evaluate, features, generate
+from finetune.evaluation import evaluate, generate
+from finetune.training import image_features as features
 from finetune.data import assemble, convert
 convert.PART_RECORDS = assemble.PART_RECORDS = {part_records}
 features.BATCH = dict.fromkeys(features.BATCH, 1)

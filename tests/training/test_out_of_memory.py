@@ -99,8 +99,8 @@ def test_a_plan_that_said_too_little_says_so_and_proposes_what_needs_less_by_its
 
 
 def test_several_gpus_may_divide_the_model_and_the_message_says_which_process(monkeypatch):
-    monkeypatch.setattr(out_of_memory.ranks, "count", lambda: 8)
-    monkeypatch.setattr(out_of_memory.ranks, "rank", lambda: 2)
+    monkeypatch.setattr(out_of_memory.collectives, "count", lambda: 8)
+    monkeypatch.setattr(out_of_memory.collectives, "rank", lambda: 2)
     recipe = recipe_of(base="HuggingFaceM4/idefics-80b", checkpointing=True)
     message = explain(recipe, "x", Held(True, 78 * GIB, 78 * GIB, GIB, 80 * GIB, 79 * GIB))
     assert message.startswith("process 3 of 8: out of memory while training: x\n")
