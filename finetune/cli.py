@@ -69,7 +69,7 @@ Restarts = Annotated[
 @app.command(epilog="Example: `finetune check recipes/quickstart.yaml`")
 def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Read the recipe, the first records of every source and the model's config: seconds, no torch."""
-    from finetune.recipe.check import check as check_recipe
+    from finetune.planning.check import check as check_recipe
 
     def work() -> dict[str, Any]:
         return check_recipe(_load(recipe, overrides, runs=True), show=not as_json)

@@ -63,7 +63,7 @@ def test_data_knows_no_recipe_and_only_the_verbs_do():
         f"finetune.{name}"
         for name in (
             *("data.dataset", "export.cards", "materials", "pipeline", "planning.estimate", "planning.lengths"),
-            *("planning.suggest", "recipe.check", "recipe.load", "recipe.sources", "reporting.inspect"),
+            *("planning.suggest", "planning.check", "recipe.load", "recipe.sources", "reporting.inspect"),
             *("reporting.summary", "run_dir", "training.auto_fit", "training.out_of_memory"),
         )
     }
@@ -84,7 +84,7 @@ def test_the_template_is_written_in_chat_template_alone():
     "code",
     [
         "import finetune.cli",
-        "import finetune.recipe.check",
+        "import finetune.planning.check",
         "import finetune.recipe.schema",
         "import finetune.data.prepare, finetune.data.sampling, finetune.data.images",
         "import modeling.shapes, modeling.towers",

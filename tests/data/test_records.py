@@ -19,7 +19,7 @@ from finetune.data.records import to_dialogue
 from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.tokenize import Encoder, tokenize, tokenize_all
-from finetune.recipe.check import _encoder, first_records
+from finetune.planning.check import _encoder, first_records
 from finetune.recipe.schema import Recipe
 from modeling.loading import load_processor
 
