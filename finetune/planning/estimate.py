@@ -202,7 +202,8 @@ class Planner:
         notes += self._notes_of_processes()
         if self.on_gpu:
             notes.append(
-                "figures for a GPU are predicted, not measured; scripts/check_plan.py measures where there is one"
+                "figures for a GPU are predicted, not measured; where there is one, measure them with "
+                "scripts/benchmarks/check_plan.py"
             )
         else:
             notes.append(

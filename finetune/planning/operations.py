@@ -1,7 +1,7 @@
 """A model, how it is trained, sizes of a row -> every operation of its forward, as sizes. No torch.
 
 The forward of IDEFICS is written down once more (see `tape`); what an operation keeps for its backward is said where it
-stands. `scripts/check_plan.py` holds it against what torch's allocator counts.
+stands. `scripts/benchmarks/check_plan.py` holds it against what torch's allocator counts.
 
 Letters: T tokens of a row, K supervised ones, N images, P patches of an image (and its class token), L latents.
 """

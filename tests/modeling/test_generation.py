@@ -202,7 +202,7 @@ def test_keys_and_values_move_when_their_room_is_full_and_not_before():
 @pytest.mark.slow
 def test_the_benchmark_compares_the_tokens_of_both_sides():
     small = "--images 2 --tokens 3 --batch 2 --repeats 1 --hidden 128 --image-width 32 --vocab 300 --json"
-    script = [sys.executable, "scripts/benchmark_generation.py", *small.split()]
+    script = [sys.executable, "scripts/benchmarks/generation.py", *small.split()]
     ran = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, check=True)
     figures = json.loads(ran.stdout)
     assert figures["tokens"] == 3

@@ -542,7 +542,7 @@ def test_a_plan_from_the_config_alone_needs_no_torch(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_predicted_is_what_the_allocator_counts():
-    script = [sys.executable, "scripts/check_plan.py", "lora, checkpointing", "lora, 8 cached images"]
+    script = [sys.executable, "scripts/benchmarks/check_plan.py", "lora, checkpointing", "lora, 8 cached images"]
     checked = subprocess.run(script, capture_output=True, text=True, cwd=ROOT)
     assert "2 recipes, 0 bounds missed" in checked.stdout, checked.stdout + checked.stderr
     assert checked.returncode == 0

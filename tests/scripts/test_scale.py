@@ -22,12 +22,12 @@ RANK, SEQUENCE, SEQUENCES, SUPERVISED, IMAGES = 4, 32, 4, 52, 4
 
 @pytest.fixture(scope="module")
 def scripts():
-    """arithmetic.py, scale.py and random_rows.py of scripts/, imported by path."""
-    sys.path.insert(0, str(ROOT / "scripts"))
+    """arithmetic.py, scale.py and random_rows.py of scripts/benchmarks/, imported by path."""
+    sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
     try:
         yield tuple(importlib.import_module(name) for name in ("arithmetic", "scale", "random_rows"))
     finally:
-        sys.path.remove(str(ROOT / "scripts"))
+        sys.path.remove(str(ROOT / "scripts" / "benchmarks"))
 
 
 class Products(TorchDispatchMode):
@@ -76,7 +76,8 @@ def test_a_layer_that_is_recomputed_costs_its_forward_again(scripts):
 
 
 def test_predictions_are_of_the_recipes_plans(tmp_path):
-    command = [sys.executable, "scripts/scale.py", "--only", "prediction", "--share", "0.2", "--out", tmp_path]
+    script = [sys.executable, "scripts/benchmarks/scale.py"]
+    command = [*script, "--only", "prediction", "--share", "0.2", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "predicted" in done.stdout

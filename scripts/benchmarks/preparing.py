@@ -1,6 +1,6 @@
 """How time and memory of preparing grow with the data: text and image dialogues, generated on the way.
 
-    python scripts/scale_prepare.py --out runs/scale_prepare
+    python scripts/benchmarks/preparing.py --out runs/preparing
 
 For each size a process of its own writes the source files, prepares them, and prepares them again; its memory, and that
 of its workers, is watched meanwhile. Prints a table and leaves it as JSON and as a picture in the folder. What is
@@ -135,7 +135,7 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/scale_prepare"))
+    parser.add_argument("--out", type=Path, default=Path("runs/preparing"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--text", type=int, nargs="+", default=TEXT)
     parser.add_argument("--images", type=int, nargs="+", default=IMAGES)

@@ -1,4 +1,4 @@
-"""Made-up data for scripts/benchmark.py: seeded dialogues with photograph-like images, in four mixes.
+"""Made-up data for scripts/benchmarks/training.py: seeded dialogues with photograph-like images, in four mixes.
 
     short   several short questions about each image, each its own dialogue
     llava   dialogues of one to three turns about one to three images, lengths log-normal with a median of 90 tokens

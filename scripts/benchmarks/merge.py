@@ -1,6 +1,6 @@
 """How much memory and time a merge takes at the true shapes of the 9B's layers, against copying the same files.
 
-    python scripts/measure_merge.py --layers 4
+    python scripts/benchmarks/merge.py --layers 4
 
 Writes a checkpoint of random bf16 weights (hidden 4096, the real vision tower and resampler, cross-attention at every
 fourth layer; with --layers 32 it is the whole 9B, 18 GB) and a LoRA adapter of rank 16 on decoder and cross-attention,

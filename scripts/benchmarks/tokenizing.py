@@ -1,6 +1,6 @@
 """How fast dialogues become tokens, labels and image index: transformers' IdeficsProcessor and ours, side by side.
 
-    python scripts/benchmark_tokens.py
+    python scripts/benchmarks/tokenizing.py
 
 Both read the same dialogues of one or two images and several turns, in one process with one thread. The processor is
 spared its image work: images are given as ready tensors. It makes no labels; ours does. The ids are compared.

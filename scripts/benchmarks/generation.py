@@ -1,6 +1,6 @@
 """How fast an answer about five images is written: transformers' processor and model.generate, and ours, side by side.
 
-    python scripts/benchmark_generation.py
+    python scripts/benchmarks/generation.py
 
 Both read the same conversation with the same model, a fresh one with the proportions of the 9B: hidden 512, 8 layers,
 a gated block every 4, 64 latents an image. Both write exactly the same number of tokens, greedily: the ends are

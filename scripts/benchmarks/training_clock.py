@@ -1,4 +1,4 @@
-"""Where the time of training goes, by the same hooks on both sides of scripts/benchmark.py."""
+"""Where the time of training goes, by the same hooks on both sides of scripts/benchmarks/training.py."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """Kills a run again and again, and shows that it ends as if nothing had happened.
 
-    python scripts/chaos.py --kills 20
-    python scripts/chaos.py --kills 20 --processes 2
+    python scripts/benchmarks/chaos.py --kills 20
+    python scripts/benchmarks/chaos.py --kills 20 --processes 2
 
 A small IDEFICS is trained on drawn shapes: once in peace, once with kill -9 at random moments, some of them while a
 checkpoint or the feature cache is being written. Then adapters, losses and accounts are compared, byte by byte. With

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What `finetune plan` predicts against what torch's allocator counts, on small random models: no network, any machine.
 
-    .venv/bin/python scripts/check_plan.py [NAME]...
+    python scripts/benchmarks/check_plan.py [NAME]...
 
 Each recipe trains for four steps in a process of its own, through the same trainer as a run. Tensor memory is every
 allocation and release of the third step (torch.profiler with profile_memory, temporaries inside operations included) on

@@ -1,4 +1,4 @@
-"""The two sides of scripts/benchmark.py, each in a process of its own: the same model, dialogues and LoRA.
+"""The two sides of scripts/benchmarks/training.py, each in a process of its own: the same model, dialogues and LoRA.
 
     ours      this toolkit: packed rows, its attention, head and loss, through finetune.training.trainer.train
     random    transformers' Trainer and IdeficsProcessor, padded batches in random order
@@ -26,11 +26,11 @@ import numpy as np
 import PIL.Image
 import torch
 from arithmetic import Arithmetic, Sizes, products_of_an_image
-from benchmark_clock import Clock
-from benchmark_mixes import make_mix, vocabulary
 from check_plan import MIDDLE
 from process_memory import memory, reset_highest
 from torch import nn
+from training_clock import Clock
+from training_mixes import make_mix, vocabulary
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 

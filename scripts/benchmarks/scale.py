@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How time and memory of training grow, measured and drawn; and what that makes of the 9B and 80B on GPUs, predicted.
 
-    .venv/bin/python scripts/scale.py --out runs/scale
-    .venv/bin/python scripts/scale.py --only prediction
+    python scripts/benchmarks/scale.py --out runs/scale
+    python scripts/benchmarks/scale.py --only prediction
 
 dialogues    1,000 to 1,000,000: preparing them, and laying out a run's rows
 row          256 to 4,096 tokens of one row, sequences of 128
@@ -65,7 +65,7 @@ def main() -> None:
 def measure_dialogues(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     lines = []
     for count in DIALOGUES:
-        command = ["scripts/scale_prepare.py", "--out", arguments.out, "--one", "text", count]
+        command = [str(Path(__file__).with_name("preparing.py")), "--out", arguments.out, "--one", "text", count]
         prepared, laid = _ran(command), _ran([__file__, "--worker", "rows", count])
         kept = {key: prepared[key] for key in ("dialogues", "seconds", "peak_memory_mb")}
         lines.append({**kept, "per_1000": 1000 * prepared["seconds"] / count, **laid})
@@ -147,10 +147,10 @@ def lay_out(count: str) -> dict[str, Any]:
 
 def step(model: str, tokens: str, sequence: str, images: str) -> dict[str, Any]:
     """Seconds of a row's forward and backward, and what they hold."""
-    from benchmark_sides import MODELS as CONFIGS
-    from benchmark_sides import MODES, multiplying_rate
     from process_memory import memory, reset_highest
     from random_rows import make_row
+    from training_sides import MODELS as CONFIGS
+    from training_sides import MODES, multiplying_rate
 
     from finetune.planning.setup import RowSize
     from modeling import tiny

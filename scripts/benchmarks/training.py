@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Training here against transformers' Trainer with PEFT and padded batches, at its honest best, side by side.
 
-    .venv/bin/python scripts/benchmark.py --mix llava
-    .venv/bin/python scripts/benchmark.py --mix short llava pages text --examples 64 --picture benchmark.png
+    python scripts/benchmarks/training.py --mix llava
+    python scripts/benchmarks/training.py --mix short llava pages text --examples 64 --picture benchmark.png
 
-See scripts/benchmark_sides.py for the two sides and scripts/benchmark_mixes.py for the data. Each line is a process of
-its own, one after the other, so that memory is its own; loss and gradients are compared in further processes, on the
-first dialogues and equal weights. On our side tokens are there, as after `finetune prepare`; images are decoded on
-both. Rates are those of the second epoch on, and once more of the first one with the time that filling the cached
-features took. Memory is the highest resident size beyond what imports took, the model included.
+training_sides.py holds the two sides, training_mixes.py the data. Each line is a process of its own, one after the
+other, so that memory is its own; loss and gradients are compared in further processes, on the first dialogues and equal
+weights. On our side tokens are there, as after `finetune prepare`; images are decoded on both. Rates are those of the
+second epoch on, and once more of the first one with the time that filling the cached features took. Memory is the
+highest resident size beyond what imports took, the model included.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     if arguments.worker:
         _work(*arguments.worker)
         return
-    from benchmark_sides import Settings
+    from training_sides import Settings
 
     found = {}
     for mix in arguments.mix:
@@ -136,7 +136,7 @@ def _in_own_process(task: str, settings: Any, folder: Path) -> dict[str, Any]:
 
 
 def _work(task: str, settings: str, out: str) -> None:
-    import benchmark_sides as sides
+    import training_sides as sides
     from safetensors.torch import save_file
 
     if task == "measure":

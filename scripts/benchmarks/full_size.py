@@ -1,6 +1,6 @@
 """Models of full size through the ordinary verbs, on a machine without a GPU.
 
-    python scripts/full_size.py --shape 9b --out runs/full_size
+    python scripts/benchmarks/full_size.py --shape 9b --out runs/full_size
 
 `3b` and `9b` (the true names and shapes of idefics-9b; the 3B has its towers): write a checkpoint of random weights,
 prepare, plan, train in NF4 for two optimiser steps on packed dialogues of 512 tokens, merge, verify. The 9B takes

@@ -1,6 +1,6 @@
 """Whether several processes train as one does: one, two and four, DDP and FSDP2, over gloo.
 
-    python scripts/equivalence.py --steps 25
+    python scripts/benchmarks/equivalence.py --steps 25
 
 A small IDEFICS, its resampler trained in full, on drawn shapes and on text alone. Each layout is trained from the
 weights that one process had at every step, to compare losses and gradients; and by itself, to compare adapters.

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def test_both_sides_learn_the_same(mix, features, tmp_path):
     out, picture = tmp_path / "benchmark.json", tmp_path / "benchmark.png"
     options = ["--mix", mix, "--features", features, "--model", "27m", "--examples", "4", "--batch", "2"]
-    script = [sys.executable, "scripts/benchmark.py", *options, "--lines", "ours", "random"]
+    script = [sys.executable, "scripts/benchmarks/training.py", *options, "--lines", "ours", "random"]
     done = subprocess.run([*script, "--json", out, "--picture", picture], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())[mix]
