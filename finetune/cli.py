@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from finetune.console import visible
 from finetune.distributed import launcher as launch
 from finetune.distributed.writable import check_place
 from finetune.exit_codes import DOES_NOT_FIT, NOT_ALL_ANSWERED, fail, finish, guarded, quiet
-from finetune.visible import visible
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
     def work() -> dict[str, Any]:
         loaded = _load(recipe, overrides)
         quiet()
-        from finetune.console import display, say
+        from finetune.console import display, log
         from finetune.data.dataset import tell_losses
         from finetune.export.cards import write_card
         from finetune.materials import open_dataset
@@ -128,7 +128,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
         if not as_json:
             display(accounts_table(dataset.report["sources"] + dataset.report["eval_sources"]))
         tell_losses(dataset, folder / "README.md")
-        say(f"the dataset card: {folder / 'README.md'}")
+        log(f"the dataset card: {folder / 'README.md'}")
         return dataset.report
 
     finish(guarded(work, interrupted="what is prepared is kept, and the same command goes on"), as_json)
@@ -270,18 +270,18 @@ def chat(
 
     def work() -> dict[str, Any]:
         quiet()
-        from finetune.console import say, write
+        from finetune.console import log, print_text
         from finetune.serving.chat import Conversation, converse, open_assistant
 
         conversation = Conversation(open_assistant(model, adapter=adapter, quantize=quantize), max_new_tokens)
         for path in image or []:
             conversation.show(str(path))
         if question:
-            write(conversation.ask(question))
+            print_text(conversation.ask(question))
         else:
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="surrogateescape")  # what is not Unicode is refused as a question
-            converse(conversation, lambda: input("> " if sys.stdin.isatty() else ""), write, say)
+            converse(conversation, lambda: input("> " if sys.stdin.isatty() else ""), print_text, log)
         return {}
 
     guarded(work, interrupted="nothing is written" if question else "the conversation is not saved")
@@ -304,7 +304,7 @@ def generate(
 
     def work() -> dict[str, Any]:
         quiet()
-        from finetune.console import say, track
+        from finetune.console import log, track
         from finetune.serving.batch import answer_file, asked, count_prompts
         from finetune.serving.chat import open_assistant
 
@@ -318,7 +318,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             track=partial(track, total=total),
         )
-        say(f"{answers}: {counts['answered']} answers, {counts['errors']} errors")
+        log(f"{answers}: {counts['answered']} answers, {counts['errors']} errors")
         return dict(counts)
 
     counts = guarded(work, interrupted=f"what is answered is kept beside {answers}, and the same command goes on")

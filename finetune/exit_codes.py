@@ -55,18 +55,18 @@ def guarded(
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """End with a message; of several processes, one says it."""
-    from finetune.console import complain
+    from finetune.console import log_error
 
-    launch.tell(lambda: complain(message), status, final=True)
+    launch.tell(lambda: log_error(message), status, final=True)
     raise typer.Exit(status)
 
 
 def finish(result: dict[str, Any], as_json: bool, *, status: int = 0) -> None:
     """End with the figures on stdout, where they are asked for."""
     if as_json:
-        from finetune.console import write_figures
+        from finetune.console import print_json
 
-        write_figures(result)
+        print_json(result)
     if status:
         raise typer.Exit(status)
 

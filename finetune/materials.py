@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from finetune.base import QUANTIZED, learn_tokenizer, load_model, local_base, make_base
-from finetune.console import say, track
+from finetune.console import log, parse_size, track
 from finetune.data.collate import Features, RowCollator, Rows
 from finetune.data.conversation import Image
 from finetune.data.dataset import Dataset, make_dataset, prepare_sources, tell_losses, write_report
@@ -32,7 +32,6 @@ from finetune.evaluation.generate import Assistant
 from finetune.recipe.schema import Recipe
 from finetune.recipe.sources import say_if_documents, to_source
 from finetune.run_dir import held_out_decides, note_prepared
-from finetune.sizes import parse_size
 from finetune.training.image_features import FeatureCache, ImageFeatures
 from finetune.training.loss_spikes import read_events
 from modeling import loading
@@ -175,7 +174,7 @@ class Materials:
         rows.restore(collectives.gather(rows.state(len(rows))))
         accounts = rows.accounts if isinstance(rows, StreamedRows) else []
         for broken in (broken for account in accounts for broken in account.broken):
-            say(broken)
+            log(broken)
         return [account.to_json() for account, source in zip(accounts, self.sources, strict=False) if source.stream]
 
     def _streamed_rows(self, training: Prepared, **common: Any) -> StreamedRows:

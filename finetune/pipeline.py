@@ -26,7 +26,7 @@ import torch
 from transformers import set_seed
 
 from finetune.base import content_of, local_base, require_whole
-from finetune.console import say, track
+from finetune.console import log, show_size, track
 from finetune.data.collate import Rows
 from finetune.data.conversation import Dialogue, Image
 from finetune.data.dataset import contents
@@ -44,7 +44,6 @@ from finetune.recipe.schema import Recipe
 from finetune.reporting.html.predictions import predictions_page
 from finetune.reporting.plots import draw
 from finetune.run_dir import Contents, is_trained, note_base, open_folder, versions
-from finetune.sizes import show_size
 from finetune.stages import FILES, adapter_identity, digest, figures_of, files_of, why_not_done, write_stage
 from finetune.training.arguments import Plan, rows_per_process
 from finetune.training.auto_fit import fitted
@@ -95,10 +94,10 @@ class Run:
                     self.require_adapter()
                 again = self._why_not_done(stage)
                 if again is None:
-                    say(f"{stage}: done before, see {self.folder / FILES[stage]}")
+                    log(f"{stage}: done before, see {self.folder / FILES[stage]}")
                     continue
                 if (self.folder / FILES[stage]).exists():
-                    say(f"{stage}: {again}; done again")
+                    log(f"{stage}: {again}; done again")
                 figures, inputs = _DOES[stage](self), self._inputs(stage)
                 collectives.on_main(f"write {stage}", partial(write_stage, self.folder, stage, figures, inputs))
                 (self.folder / CURVES).unlink(missing_ok=True)
@@ -119,7 +118,7 @@ class Run:
                 f"{said}: {self.changed}\n"
                 f"  train on it in another folder (output=runs/NAME), or delete this one to train anew, or {kept}"
             )
-        say(f"{said}: {self.changed}; what was trained is kept as it is")
+        log(f"{said}: {self.changed}; what was trained is kept as it is")
 
     def _require_room_to_evaluate(self) -> None:
         """Known before a divided training begins: what is asked afterwards is whole on each GPU. Raises UserError."""
@@ -165,7 +164,7 @@ class Run:
         try:
             draw(metrics, scores, self.folder / CURVES)
         except (ValueError, TypeError, KeyError) as error:
-            say(f"{metrics}: not as this toolkit writes it ({error!r:.200}); {CURVES} is not drawn")
+            log(f"{metrics}: not as this toolkit writes it ({error!r:.200}); {CURVES} is not drawn")
 
     def require_adapter(self) -> Path:
         if why := self._why_not_done("train"):
@@ -235,8 +234,8 @@ def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
     resume_from = collectives.on_main("look for a checkpoint", lambda: _checkpoint_to_go_on_from(run.folder))
     started = time.perf_counter()
     for doubt in recipe.doubts(len(rows) // plan.packs_per_step):
-        say(doubt)
-    say(f"train: {counts.total:,} parameters" + (f", going on from {resume_from.name}" if resume_from else ""))
+        log(doubt)
+    log(f"train: {counts.total:,} parameters" + (f", going on from {resume_from.name}" if resume_from else ""))
     with ProgressBar() as bar:
         trainer = train(
             model,
@@ -248,7 +247,7 @@ def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
             resume_from=resume_from,
             callbacks=[bar],
         )
-    say(f"train: waited for data {trainer.waiting:.1%} of the time")
+    log(f"train: waited for data {trainer.waiting:.1%} of the time")
     origin = Origin(made.base, recipe.model.revision, made.instruct, recipe.model.quantize, base_identity)
     collectives.on_main("write the origin", lambda: origin.write(run.folder / "adapter"))
     return {
@@ -327,7 +326,7 @@ def _write_page(folder: Path, images: Sequence[Image]) -> None:
 def _merge(run: Run) -> dict[str, Any]:
     adapter, made = run.require_adapter(), run.materials
     if run.changed:
-        say(f"merge: the model is proved tensor by tensor and block by block, and not asked: {run.changed}")
+        log(f"merge: the model is proved tensor by tensor and block by block, and not asked: {run.changed}")
         return collectives.on_main("merge", lambda: _merge_and_ask(run, adapter, None, ()))
     rows, some = made.rows_to_ask(), made.dataset.held if len(made.dataset.held) else made.dataset.training
     return collectives.on_main("merge", lambda: _merge_and_ask(run, adapter, rows, some.dialogues[:PROOF_DIALOGUES]))
@@ -366,7 +365,7 @@ def _ask(run: Run, adapter: Path, out: Path, rows: Rows, dialogues: Sequence[Dia
     made = run.materials
     needed = weight_bytes(read_checkpoint(out), made.dtype)
     if needed > (free := free_memory()):
-        say(
+        log(
             f"{out}: not asked as a whole, which takes {show_size(needed)} and {show_size(free)} are free; "
             f"it is proved tensor by tensor and block by block"
         )

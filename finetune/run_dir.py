@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from finetune.console import say
+from finetune.console import log
 from finetune.data.arrow import DamagedError
 from finetune.data.image_changes import find_changes
 from finetune.recipe.plain_yaml import parse_yaml
@@ -79,12 +79,12 @@ def _read_inputs(folder: Path) -> dict[str, Any] | None:
     try:
         inputs = read_json(folder / INPUTS)
     except UserError as error:
-        say(f"{error}\n  it is written anew")
+        log(f"{error}\n  it is written anew")
         return None
     if inputs is None:
         return None
     if not isinstance(inputs.get("recipe"), dict) or not _are_contents(inputs.get("data")):
-        say(f"{folder / INPUTS}: not as this toolkit writes it; it is written anew")
+        log(f"{folder / INPUTS}: not as this toolkit writes it; it is written anew")
         return None
     return inputs
 
@@ -233,7 +233,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines() if path.is_file() else []
     found = [one for line in lines if (one := _metrics_line(line)) is not None]
     if len(found) < len(lines):
-        say(f"{path}: {len(lines) - len(found)} of {len(lines)} lines cannot be read, and are left out")
+        log(f"{path}: {len(lines) - len(found)} of {len(lines)} lines cannot be read, and are left out")
     return found
 
 

@@ -9,7 +9,7 @@ import time
 import typer
 
 import finetune.distributed.launcher
-from finetune.console import say
+from finetune.console import log
 from finetune.distributed.launcher import end, is_first, launch
 from finetune.exit_codes import finish, guarded
 from modeling.errors import Interrupted, UserError
@@ -52,7 +52,7 @@ def group():
         "backend": collectives.state().backend,
     }
     said |= {name: os.environ[name] for name in names if name in os.environ}
-    say(f"rank {RANK} speaks")
+    log(f"rank {RANK} speaks")
     return {"processes": collectives.gather([said])}
 
 

@@ -14,9 +14,10 @@ from rich.console import Group
 from rich.text import Text
 from typer.testing import CliRunner
 
-from finetune import console as progress
+from finetune import console
 from finetune.cli import app
-from finetune.visible import to_json, visible
+from finetune.console import parse_size, show_size, to_json, visible
+from modeling.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b31m\u202eabc\u200b\r[bold]b[/i] :smile: \ud800 \U000e0041"
@@ -29,10 +30,10 @@ def printed(monkeypatch):
 
     def show(what):
         out = io.StringIO()
-        monkeypatch.setattr(progress.results, "_file", out)
-        monkeypatch.setattr(progress.results, "_width", 200)
-        monkeypatch.setattr(progress.results, "_color_system", None)
-        progress.display(what)
+        monkeypatch.setattr(console.results, "_file", out)
+        monkeypatch.setattr(console.results, "_width", 200)
+        monkeypatch.setattr(console.results, "_color_system", None)
+        console.display(what)
         return out.getvalue()
 
     return show
@@ -42,13 +43,13 @@ def printed(monkeypatch):
     "made",
     [
         lambda text: text,
-        lambda text: progress.table(text, ["a", "b"], [("c", "d")]),
-        lambda text: progress.table("t", [text, "b"], [("c", "d")]),
-        lambda text: progress.table("t", ["a", "b"], [(text, 1), ("c", text)]),
-        lambda text: progress.panel("body", title=text),
-        lambda text: progress.panel("body", title="t", subtitle=text),
-        lambda text: progress.panel(text, title="t"),
-        lambda text: progress.panel(Group(Text("a"), Columns([Text(visible(text)), text])), title="t"),
+        lambda text: console.table(text, ["a", "b"], [("c", "d")]),
+        lambda text: console.table("t", [text, "b"], [("c", "d")]),
+        lambda text: console.table("t", ["a", "b"], [(text, 1), ("c", text)]),
+        lambda text: console.panel("body", title=text),
+        lambda text: console.panel("body", title="t", subtitle=text),
+        lambda text: console.panel(text, title="t"),
+        lambda text: console.panel(Group(Text("a"), Columns([Text(visible(text)), text])), title="t"),
     ],
 )
 def test_nothing_that_is_printed_obeys_the_data(printed, made):
@@ -59,7 +60,7 @@ def test_nothing_that_is_printed_obeys_the_data(printed, made):
 
 def test_styles_stay_where_they_were_when_characters_are_written_out():
     text = Text.assemble("a\x1b", ("b\u202ec", "red"), ("d", "green"))
-    seen = progress._seen(text)
+    seen = console._visible_text(text)
     assert seen.plain == "a␛b[U+202E]cd"
     assert [(seen.plain[span.start : span.end], span.style) for span in seen.spans] == [
         ("b[U+202E]c", "red"),
@@ -69,9 +70,9 @@ def test_styles_stay_where_they_were_when_characters_are_written_out():
 
 def test_messages_and_errors_are_filtered_and_not_broken_into_lines(capsys):
     long = "word " * 60
-    progress.say(HOSTILE + long)
-    progress.complain(HOSTILE + long)
-    progress.write(HOSTILE + long)
+    console.log(HOSTILE + long)
+    console.log_error(HOSTILE + long)
+    console.print_text(HOSTILE + long)
     out, err = capsys.readouterr()
     assert [line.rstrip() for line in err.splitlines()] == [(SHOWN + long).rstrip()] * 2
     assert out == f"{SHOWN}{long}\n"
@@ -113,7 +114,7 @@ def test_json_has_no_number_that_is_none():
 def test_stdout_in_ascii_still_takes_an_answer(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", out)
-    progress.write("犬 is a dog")
+    console.print_text("犬 is a dog")
     assert out.buffer.getvalue() == b"\\u72ac is a dog\n"
 
 
@@ -135,12 +136,12 @@ def lines_of(capsys):
 def clock(monkeypatch):
     """A clock that a test moves: clock[0] seconds."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
 
 
 def test_a_log_has_a_line_a_minute_and_one_in_the_end(clock, capsys):
-    for item in progress.track(list(range(300)), "con[red]vert"):
+    for item in console.track(list(range(300)), "con[red]vert"):
         clock[0] = item * 0.5
     assert lines_of(capsys) == [
         "con[red]vert 121/300 0:01:00",
@@ -151,7 +152,7 @@ def test_a_log_has_a_line_a_minute_and_one_in_the_end(clock, capsys):
 
 def test_a_log_tells_how_far_work_came_that_failed(clock, capsys):
     def fail():
-        with progress.bar() as bar:
+        with console.bar() as bar:
             task = bar.add_task("train", total=4000, note="")
             bar.update(task, completed=1500, note="loss 1.250")
             raise KeyError
@@ -163,21 +164,54 @@ def test_a_log_tells_how_far_work_came_that_failed(clock, capsys):
 
 def test_a_bar_on_a_terminal_parses_no_markup(monkeypatch):
     out = io.StringIO()
-    monkeypatch.setattr(progress.console, "_force_terminal", True)
-    monkeypatch.setattr(progress.console, "_file", out)
-    monkeypatch.setattr(progress.console, "_width", 120)
-    monkeypatch.setattr(progress.console, "_color_system", None)
-    with progress.bar() as bar:
+    monkeypatch.setattr(console.console, "_force_terminal", True)
+    monkeypatch.setattr(console.console, "_file", out)
+    monkeypatch.setattr(console.console, "_width", 120)
+    monkeypatch.setattr(console.console, "_color_system", None)
+    with console.bar() as bar:
         bar.add_task("a[/b]\x1b[2J.jsonl", total=2, note="[/x]\x1b[8m")
     assert "a[/b]␛[2J.jsonl" in out.getvalue()
     assert "[/x]␛[8m" in out.getvalue()
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5_000_000_000),
+        ("24GiB", 25_769_803_776),
+        ("1.5 gb", 1_500_000_000),
+        (" 700mib ", 734_003_200),
+        ("400kB", 400_000),
+        ("1KiB", 1024),
+        ("2TB", 2_000_000_000_000),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size("--gpu", text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "24", "GB", "0GB", "0.0000000001GB", "-5GB", "24XB", "5 G B", "1e9", "5GB5", "nan GiB", "١GB"]
+)
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match="--shard-size: expected a size with its unit, such as 5GB or 24GiB, got"):
+        parse_size("--shard-size", text)
+
+
+def test_sizes_shown():
+    assert show_size(25_769_803_776) == "24.00 GiB"
+    assert show_size(700 * 2**20) == "700.0 MiB"
+    assert show_size(2**30 - 1) == "1,024.0 MiB"
 
 
 # The one place
 
 
 def test_nothing_else_prints():
-    """print, typer.echo, input's prompt and writing to sys.stdout or sys.stderr are progress.py's alone."""
+    """print, typer.echo, input's prompt and writing to sys.stdout or sys.stderr are console.py's alone."""
     found = []
     for path in sorted([*(ROOT / "finetune").rglob("*.py"), *(ROOT / "modeling").rglob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):

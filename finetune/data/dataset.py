@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.console import say, track
+from finetune.console import log, track
 from finetune.data.contamination import Overlap, find_overlap
 from finetune.data.io.files import files_of, fingerprint
 from finetune.data.prepare import prepare, require_examples, split_by_image
@@ -155,10 +155,10 @@ def tell_losses(dataset: Dataset, report: Path) -> None:
     """Say what was rejected, and what training and held-out data share."""
     for account in dataset.accounts:
         if account.loss:
-            say(f"{account.source}: {account.loss}; every reason is in {report}")
+            log(f"{account.source}: {account.loss}; every reason is in {report}")
     overlap = dataset.report["overlap"]
     if overlap["images"] or overlap["questions"]:
-        say(
+        log(
             f"training and held-out data share {overlap['images']} images (in "
             f"{overlap['training_examples_with_images']} "
             f"training examples) and {overlap['questions']} questions about equal images (in "

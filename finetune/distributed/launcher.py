@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from finetune.console import complain, say
+from finetune.console import log, log_error
 from modeling.cores import available_cores
 from modeling.errors import UserError
 
@@ -66,7 +66,7 @@ def launch(
         except SignalException as error:
             told = _told(Path(logs))
             if told is None:
-                say(f"stopped by {error.sigval.name}; {GOES_ON}")
+                log(f"stopped by {error.sigval.name}; {GOES_ON}")
             return told or 128 + error.sigval
     return 0
 
@@ -104,18 +104,18 @@ def _environment(processes: int) -> dict[str, str]:
 def _quietly() -> Iterator[None]:
     """Without torchrun's own log lines, and with this process's own signal handlers again afterwards."""
     logs = [logging.getLogger(f"torch.distributed.{name}") for name in ("elastic", "launcher", "run")]
-    propagating = [log.propagate for log in logs]
+    propagating = [logger.propagate for logger in logs]
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     silent = logging.NullHandler()
-    for log in logs:
-        log.addHandler(silent)
-        log.propagate = False
+    for logger in logs:
+        logger.addHandler(silent)
+        logger.propagate = False
     try:
         yield
     finally:
-        for log, propagate in zip(logs, propagating, strict=True):
-            log.removeHandler(silent)
-            log.propagate = propagate
+        for logger, propagate in zip(logs, propagating, strict=True):
+            logger.removeHandler(silent)
+            logger.propagate = propagate
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -136,12 +136,12 @@ def _tell_failure(failures: Mapping[int, Any], processes: int) -> int:
     rank, failure = _cause(failures)
     if failure.exitcode < 0:
         why = ", most likely for want of memory" if -failure.exitcode == signal.SIGKILL else ""
-        say(f"process {rank} of {processes} was killed by {failure.signal_name()}{why}; {GOES_ON}")
+        log(f"process {rank} of {processes} was killed by {failure.signal_name()}{why}; {GOES_ON}")
         return 128 - failure.exitcode
     message = failure.error_file_data["message"]
     if isinstance(message, dict):
-        say(message["extraInfo"]["py_callstack"])
-    say(f"process {rank} of {processes} ended with status {failure.exitcode}; {GOES_ON}")
+        log(message["extraInfo"]["py_callstack"])
+    log(f"process {rank} of {processes} ended with status {failure.exitcode}; {GOES_ON}")
     return failure.exitcode
 
 
@@ -178,7 +178,7 @@ def begin() -> None:
         raise SystemExit(int(final.read_text()))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if is_first() and restarts != "0":
-        say(f"a process died; all were started again ({restarts} of at most {os.environ['TORCHELASTIC_MAX_RESTARTS']})")
+        log(f"a process died; all were started again ({restarts} of at most {os.environ['TORCHELASTIC_MAX_RESTARTS']})")
 
 
 def tell(show: Callable[[], None], status: int, *, final: bool) -> None:
@@ -214,7 +214,7 @@ def tell_unforeseen(error: Exception) -> None:
         assert folder is not None
         _wait_for(folder / "told")
     else:
-        tell(lambda: complain(traceback.format_exc()), 1, final=False)
+        tell(lambda: log_error(traceback.format_exc()), 1, final=False)
 
 
 def _lost_another(error: Exception) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from finetune.console import say
+from finetune.console import log
 from modeling.errors import UserError
 
 LOCK = ".lock"
@@ -72,7 +72,7 @@ def _open_and_lock(path: Path, what: str, instead: str) -> int:
                     f"{what}: another command works here: {holder}\n"
                     f"  wait until it has ended, or stop it; to work beside it, choose another folder: {instead}"
                 ) from error
-            say(f"{path}: this disk knows no locks ({error.strerror}); start no second command that writes here")
+            log(f"{path}: this disk knows no locks ({error.strerror}); start no second command that writes here")
             return descriptor
         try:
             if os.fstat(descriptor).st_ino == path.stat().st_ino:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 
-from finetune.console import display, table, track
+from finetune.console import display, parse_size, table, track
 from finetune.distributed.lock import working_in
 from finetune.distributed.writable import check_place
 from finetune.export.adapter_metadata import Origin
 from finetune.export.merge import SHARD_BYTES, merge
 from finetune.export.verify import PROVENANCE, verify
-from finetune.sizes import parse_size
 from finetune.stages import files_of
 from modeling.deltas import Onto
 from modeling.errors import UserError

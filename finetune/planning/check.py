@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from finetune.console import display, panel, table
+from finetune.console import display, panel, table, visible
 from finetune.data.chat_template import Special, render
 from finetune.data.conversation import Dialogue, Remote
 from finetune.data.fit import Limits, fitter
@@ -20,7 +20,6 @@ from finetune.data.stats import Account, most_frequent
 from finetune.data.tokenize import Encoder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.sources import say_if_documents, to_source
-from finetune.visible import visible
 from modeling.errors import UserError
 from modeling.shapes import SHAPES, Config, count_lora, count_parameters, read_config
 from modeling.towers import TOWERS

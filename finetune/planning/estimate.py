@@ -12,6 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.console import parse_size, show_size
 from finetune.data.formats import FORMATS
 from finetune.planning.graph import FP32
 from finetune.planning.memory import (
@@ -29,7 +30,6 @@ from finetune.planning.memory import (
 from finetune.planning.setup import RowSize, Setup
 from finetune.planning.suggest import Change, apply_change, cheapest_changes
 from finetune.recipe.schema import Recipe
-from finetune.sizes import parse_size, show_size
 from modeling.shapes import SHAPES, Config, read_config
 
 if TYPE_CHECKING:  # it imports torch

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.console import display, table
+from finetune.console import display, show_size, table, visible
 from finetune.planning.memory import GIB
-from finetune.sizes import show_size
-from finetune.visible import visible
 from modeling.errors import UserError
 
 COLORS = {

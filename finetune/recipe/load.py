@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.console import say
+from finetune.console import log
 from finetune.recipe.paths import anchored
 from finetune.recipe.plain_yaml import DEEPEST, MOST_BYTES, parse_yaml
 from finetune.recipe.schema import Recipe
@@ -97,7 +97,7 @@ def _replace_length(document: dict[str, Any], overridden: set[str]) -> None:
         both = training.get(given) is not None and training.get(other) is not None
         if both and f"training.{given}" in overridden and f"training.{other}" not in overridden:
             was = f"training.{other}: {training[other]!s:.80} of the recipe"
-            say(f"training.{given}={training[given]!s:.80} replaces {was}")
+            log(f"training.{given}={training[given]!s:.80} replaces {was}")
             training[other] = None
 
 

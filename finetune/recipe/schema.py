@@ -5,9 +5,9 @@ from typing import Annotated, Literal, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from finetune.console import parse_size
 from finetune.recipe.adapter import Adapter
 from finetune.recipe.values import Name, Names, Places, Positive, Prompts, Rate, Real, Seed, Share, Whole
-from finetune.sizes import parse_size
 from modeling.errors import UserError
 from modeling.towers import IMAGE_TOWERS, QUANTIZED_TOWERS
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.console import say
+from finetune.console import log
 from finetune.data.formats import FORMATS, hold_dialogues
 from finetune.data.formats.recognise import recognise_source
 from finetune.data.source import Source
@@ -21,11 +21,11 @@ def to_source(source: recipe.Source, *, seed: int = 0) -> Source:
     if source.format == "auto":
         recognised = recognise_source(found)
         found = replace(found, format=recognised.format)
-        say(f"{found.name}: format {recognised.format} (recognised from its first records)")
+        log(f"{found.name}: format {recognised.format} (recognised from its first records)")
         for note in recognised.notes:
-            say(f"{found.name}: {note}")
+            log(f"{found.name}: {note}")
     if FORMATS[found.format].note:
-        say(f"{found.name}: {FORMATS[found.format].note}")
+        log(f"{found.name}: {FORMATS[found.format].note}")
     _check(found)
     return found
 
@@ -62,7 +62,7 @@ def say_if_documents(sources: Sequence[Source]) -> None:
     if not hold_dialogues(sources):
         captions = any(FORMATS[source.format].captions for source in sources)
         hint = '; prompt: "Describe the image." in a source makes dialogues of its captions' if captions else ""
-        say(f"the sources hold documents alone: the base learns to continue them, not to answer{hint}")
+        log(f"the sources hold documents alone: the base learns to continue them, not to answer{hint}")
 
 
 def _check(source: Source) -> None:

@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.console import display, panel, say, table
+from finetune.console import display, log, panel, table, visible
 from finetune.data.conversation import Dialogue, Image, RecordError
 from finetune.data.fit import Limits, fitter
 from finetune.data.images import describe, open_image
@@ -31,7 +31,6 @@ from finetune.recipe.schema import Recipe
 from finetune.reporting.html.chart import Histogram, histogram
 from finetune.reporting.html.inspection import ShownDialogue, Token, choose_shown, inspection_page
 from finetune.reporting.html.page import thumbnail
-from finetune.visible import visible
 from modeling.files import atomic_write
 
 IMAGE_STYLES = ("cyan", "magenta", "yellow", "blue", "bright_red", "bright_green")
@@ -137,7 +136,7 @@ def inspect(recipe: Recipe, *, count: int, ids: bool, html: Path | None, show: b
     if html:
         html.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(html, page(inspection))
-        say(f"the page: {html}")
+        log(f"the page: {html}")
     elif show:
         _print(inspection, ids=ids)
     return {"sources": inspection.accounts, "overlap": inspection.dataset.report["overlap"]}

@@ -8,12 +8,11 @@ from rich.columns import Columns
 from rich.console import Group
 from rich.text import Text
 
-from finetune.console import display, table
+from finetune.console import display, table, visible
 from finetune.data.conversation import Image
 from finetune.evaluation.metrics import is_yes_no, most_common
 from finetune.recipe.schema import Recipe
 from finetune.reporting.inspect import picture
-from finetune.visible import visible
 
 
 def show(recipe: Recipe, result: dict[str, Any]) -> None:

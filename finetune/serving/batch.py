@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.console import to_json
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, RecordError
 from finetune.data.images import open_image
@@ -21,7 +22,6 @@ from finetune.data.tracking import Track, silently
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate_each
 from finetune.export.adapter_metadata import named_model
-from finetune.visible import to_json
 from modeling.errors import UserError
 from modeling.files import partial_of, put_in_place
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.base import QUANTIZED, load_model, local_base
+from finetune.console import to_json
 from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
 from finetune.data.formats.placeholders import place_images
 from finetune.data.images import Preprocessing, open_image
@@ -14,7 +15,6 @@ from finetune.distributed.device import auto_dtype, device
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate
 from finetune.export.adapter_metadata import named_model
-from finetune.visible import to_json
 from modeling.adapters import open_adapter
 from modeling.checkpoint import identity, read_checkpoint
 from modeling.errors import UserError

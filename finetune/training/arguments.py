@@ -11,7 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.models.idefics.modeling_idefics import IdeficsDecoderLayer, IdeficsGatedCrossAttentionLayer
 from trl import SFTConfig
 
-from finetune.console import say
+from finetune.console import log
 from finetune.distributed import collectives
 from finetune.training.loss_spikes import DEFAULT_WATCH, Watch
 from modeling.errors import UserError
@@ -57,7 +57,7 @@ def training_arguments(folder: Path, *, steps: int, plan: Plan, scaled: bool) ->
         installed = ", ".join(available) or "none"
         raise UserError(f"training.trackers: {', '.join(missing)} not installed here; installed: {installed}")
     if "paged" in plan.optimizer and not torch.cuda.is_available():
-        say(f"training.optimizer: {plan.optimizer} pages nothing without a GPU; its moments are in 8 bits all the same")
+        log(f"training.optimizer: {plan.optimizer} pages nothing without a GPU; its moments are in 8 bits all the same")
     arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=steps,

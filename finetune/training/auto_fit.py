@@ -7,12 +7,11 @@ not asked for. Later the same command finds it there.
 from pathlib import Path
 from typing import Any
 
-from finetune.console import say
+from finetune.console import log, show_size
 from finetune.distributed import collectives
 from finetune.planning.estimate import Planner, gpu_memory
 from finetune.planning.suggest import Change, apply_change, single_changes
 from finetune.recipe.schema import Recipe
-from finetune.sizes import show_size
 from modeling.errors import UserError
 from modeling.files import read_json, write_json
 
@@ -49,7 +48,7 @@ def _decided(recipe: Recipe, gpu: int | None) -> tuple[dict[str, Any], str]:
         return _as_before(recipe, folder), ""
     (folder / FILE).unlink(missing_ok=True)  # of one that did not get as far as to begin
     if gpu is None:
-        say("training.auto_fit: there is no GPU here, and nothing is done")
+        log("training.auto_fit: there is no GPU here, and nothing is done")
         return {}, ""
     planner = Planner(recipe, on_gpu=True, processes=collectives.count())
     if planner.fits(recipe, gpu):
@@ -62,7 +61,7 @@ def _decided(recipe: Recipe, gpu: int | None) -> tuple[dict[str, Any], str]:
     (change,) = changes
     changed = apply_change(recipe, change)
     assert changed is not None
-    say(f"training.auto_fit: {needed}; runs with {' '.join(change.overrides)}")
+    log(f"training.auto_fit: {needed}; runs with {' '.join(change.overrides)}")
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "gpu": gpu,
@@ -82,7 +81,7 @@ def _as_before(recipe: Recipe, folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{folder / FILE}: not as this toolkit writes it ({error!r:.200}); {REPAIR}") from error
     if values:
-        say(f"training.auto_fit: as this run began, with {' '.join(Change(0, values).overrides)}")
+        log(f"training.auto_fit: as this run began, with {' '.join(Change(0, values).overrides)}")
     return values
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from finetune.console import say
-from finetune.sizes import show_size
+from finetune.console import log, show_size
 from modeling.errors import UserError
 from modeling.files import flush, write_json
 
@@ -92,7 +91,7 @@ def sweep(folder: Path) -> None:
     """Delete what is left of interrupted writing or deleting, and say what it was."""
     for checkpoint in checkpoints(folder):
         if broken := what_is_not_whole(checkpoint):
-            say(f"{checkpoint}: deleted; it is not whole: {broken} is not as it was when the checkpoint was complete")
+            log(f"{checkpoint}: deleted; it is not whole: {broken} is not as it was when the checkpoint was complete")
             shutil.rmtree(checkpoint)
 
 

@@ -28,12 +28,12 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import nn
 
+from finetune.console import show_size
 from finetune.data.conversation import Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.tracking import Track, silently
 from finetune.distributed import collectives
 from finetune.distributed.device import device
-from finetune.sizes import show_size
 from finetune.training.cache_holds import holding
 from modeling.checkpoint import Stored, read_header
 from modeling.cores import available_cores

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from finetune.console import say
+from finetune.console import log
 from finetune.distributed import collectives
 from finetune.training.checkpoints import last_checkpoint, step_of
 from modeling.errors import UserError
@@ -119,8 +119,8 @@ def go_back(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], *, 
     """
     event, events = collectives.on_main("go back", lambda: _write_down(folder, step, reason, dialogues, watch))
     blamed = [one for one in dialogues if one.blamed]
-    say(f"step {step}: {reason}; to blame: {', '.join(f'{one.source} {one.place}' for one in blamed[:5])}")
-    say(f"  {len(blamed)} of the step's {len(dialogues)} dialogues, see {folder / FILE}")
+    log(f"step {step}: {reason}; to blame: {', '.join(f'{one.source} {one.place}' for one in blamed[:5])}")
+    log(f"  {len(blamed)} of the step's {len(dialogues)} dialogues, see {folder / FILE}")
     if watch.action == "stop" or events > watch.rollbacks:
         said = "says stop" if watch.action == "stop" else f"allows {watch.rollbacks} rollbacks, and that was one more"
         raise UserError(
@@ -128,7 +128,7 @@ def go_back(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], *, 
             f"  {folder / FILE} names the dialogues; leave them out, or lower training.learning_rate"
         )
     change = "without them" if watch.action == "skip" else "with half the rates"
-    say(f"  going back to step {event.back_to}, {change}")
+    log(f"  going back to step {event.back_to}, {change}")
 
 
 def _write_down(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], watch: Watch) -> tuple[Event, int]:

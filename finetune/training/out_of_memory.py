@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from finetune.console import show_size
 from finetune.distributed import collectives
 from finetune.distributed.device import device
 from finetune.planning.estimate import Planner
@@ -17,7 +18,6 @@ from finetune.planning.memory import Memory
 from finetune.planning.suggest import Change
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import MAY_CHANGE, is_trained
-from finetune.sizes import show_size
 from modeling.errors import UserError
 
 CHANGES = 2

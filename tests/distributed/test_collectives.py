@@ -312,7 +312,7 @@ def test_what_all_make_together_is_not_made_by_one_alone(monkeypatch):
 
 @pytest.mark.parametrize(("rank", "said"), [("0", ["hello"]), ("1", [])])
 def test_the_first_process_talks(rank, said):
-    script = "from finetune import console; console.say('hello'); list(console.track([1], 'bar'))"
+    script = "from finetune import console; console.log('hello'); list(console.track([1], 'bar'))"
     command, environment = [sys.executable, "-c", script], {**ENVIRONMENT, "RANK": rank}
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert [line for line in outcome.stderr.splitlines() if line and not line.startswith("bar ")] == said

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.console import visible
 from finetune.reporting.html.chart import Histogram, draw, histogram
 from finetune.reporting.html.inspection import ShownDialogue, Token, choose_shown, inspection_page
 from finetune.reporting.html.page import number, share, thumbnail
 from finetune.reporting.html.predictions import predictions_page
-from finetune.visible import visible
 from modeling.errors import UserError
 
 RED, BLUE = (PIL.Image.new("RGB", (64, 48), color) for color in ("red", "blue"))

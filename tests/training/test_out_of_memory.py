@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from finetune import base, materials
 from finetune.cli import app
+from finetune.console import show_size
 from finetune.distributed import collectives
 from finetune.pipeline import Run, _train_once
 from finetune.planning.estimate import Planner
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.sizes import show_size
 from finetune.training import out_of_memory
 from finetune.training.loss_spikes import Watch
 from finetune.training.out_of_memory import LESS, Held, explain, held, told_if_memory_runs_out

@@ -15,7 +15,7 @@ import PIL.Image
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from finetune.visible import visible
+from finetune.console import visible
 
 TEMPLATES = Path(__file__).parent
 
