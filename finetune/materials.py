@@ -141,7 +141,7 @@ class Materials:
             training.image_counts,
             row_tokens=settings.row_tokens,
             row_images=settings.row_images,
-            packs_per_step=settings.packs_per_step,
+            rows_per_step=settings.rows_per_step,
             seed=settings.seed,
             epochs=settings.epochs,
             steps=settings.steps,
@@ -192,11 +192,11 @@ class Materials:
             names=[source.name for source in self.sources],
             weights=[source.weight for source in data.sources],
             unit=data.weigh,
-            rows=settings.steps * settings.packs_per_step,
+            rows=settings.steps * settings.rows_per_step,
             row_tokens=settings.row_tokens,
             row_images=settings.row_images,
             buffer=data.shuffle_buffer,
-            remembered=4 * settings.packs_per_step,  # a step's, and those that are made ahead
+            remembered=4 * settings.rows_per_step,  # a step's, and those that are made ahead
             preprocessing=self.preprocessing,
             filler=self.processor.tokenizer.bos_token_id,
             downloader=downloads(Path(data.prepared) / "downloads", self.sources),

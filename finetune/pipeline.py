@@ -45,12 +45,12 @@ from finetune.reporting.html.predictions import predictions_page
 from finetune.reporting.plots import draw
 from finetune.run_dir import Contents, is_trained, note_base, open_folder, versions
 from finetune.stages import FILES, adapter_identity, digest, figures_of, files_of, why_not_done, write_stage
-from finetune.training.arguments import Plan, rows_per_process
-from finetune.training.auto_fit import fitted
+from finetune.training.arguments import rows_per_process
+from finetune.training.auto_fit import apply_auto_fit
 from finetune.training.callbacks import ProgressBar, tokens_trained
 from finetune.training.checkpoints import last_checkpoint, what_has_changed_inside
-from finetune.training.loss_spikes import UnstableError, Watch, go_back, read_events
-from finetune.training.out_of_memory import told_if_memory_runs_out
+from finetune.training.loss_spikes import UnstableError, go_back, read_events
+from finetune.training.out_of_memory import explain_out_of_memory
 from finetune.training.trainer import train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
@@ -77,7 +77,7 @@ class Run:
             _require_base(recipe)  # a wrong one leaves no folder behind
         self.folder = Path(recipe.output)
         with _working_in(self.folder):
-            self.recipe = recipe = fitted(recipe)
+            self.recipe = recipe = apply_auto_fit(recipe)
             contents, self.changed = collectives.on_main("open the run folder", lambda: _open_folder(recipe))
         self.contents: Contents = contents
         collectives.require_shared("output", self.folder)
@@ -123,7 +123,7 @@ class Run:
     def _require_room_to_evaluate(self) -> None:
         """Known before a divided training begins: what is asked afterwards is whole on each GPU. Raises UserError."""
         made = self.materials
-        if self.recipe.training.parallel == "ddp" or collectives.count() == 1 or (room := gpu_memory()) is None:
+        if self.recipe.training.parallel == "ddp" or collectives.world_size() == 1 or (room := gpu_memory()) is None:
             return
         base = local_base(made.base, revision=self.recipe.model.revision)
         needed = collectives.on_main("weigh the base", lambda: weight_bytes(read_checkpoint(base), made.dtype))
@@ -200,27 +200,26 @@ def _open_folder(recipe: Recipe) -> tuple[Contents, str | None]:
 def _train(run: Run) -> dict[str, Any]:
     """As often as the run has to go back: each time from what is on the disk, as if it had been interrupted."""
     settings = run.recipe.training
-    rows_per_process(settings.packs_per_step)  # who cannot share out a step knows it before all else
-    watch = Watch(**settings.instability.model_dump())
+    rows_per_process(settings.rows_per_step)  # who cannot share out a step knows it before all else
     while True:
         try:
-            with told_if_memory_runs_out(run.recipe):
-                return _train_once(run, watch)
+            with explain_out_of_memory(run.recipe):
+                return _train_once(run)
         except UnstableError as error:
             unstable = (error.step, error.reason, error.dialogues)
-        go_back(run.folder, *unstable, watch=watch)
+        go_back(run.folder, *unstable, settings.instability)
         gc.collect()  # of the attempt's model
         torch.cuda.empty_cache()
 
 
-def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
-    recipe, made = run.recipe, run.materials
+def _train_once(run: Run) -> dict[str, Any]:
+    recipe, made, settings = run.recipe, run.materials, run.recipe.training
     rows = made.train_rows()
     base = local_base(made.base, revision=recipe.model.revision)
     base_identity = collectives.on_main("identify the base", lambda: identity(read_checkpoint(base)))
     stands_on = collectives.on_main("hash the base", lambda: content_of(base, recipe.model.continue_from))
     collectives.on_main("note the base", lambda: note_base(run.folder, stands_on))
-    idefics = made.load(divided=recipe.training.parallel == "fsdp2" and collectives.count() > 1).model
+    idefics = made.load(divided=recipe.training.parallel == "fsdp2" and collectives.world_size() > 1).model
     set_seed(recipe.training.seed)  # LoRA factors start at random
     model = attach(idefics, recipe.model.modes, lora=recipe.adapter.lora, base=made.base)
     counts = count_trained(model)
@@ -230,10 +229,9 @@ def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
     if recipe.model.continue_from:
         load_adapter_weights(model, Path(recipe.model.continue_from))
     cuts = [event.back_to for event in read_events(run.folder) if event.action == "lower_rate"]
-    plan = _plan(recipe, len(rows), autocast=_autocast(recipe, made.dtype), watch=watch, rate_cuts=cuts)
     resume_from = collectives.on_main("look for a checkpoint", lambda: _checkpoint_to_go_on_from(run.folder))
     started = time.perf_counter()
-    for doubt in recipe.doubts(len(rows) // plan.packs_per_step):
+    for doubt in recipe.doubts(len(rows) // settings.rows_per_step):
         log(doubt)
     log(f"train: {counts.total:,} parameters" + (f", going on from {resume_from.name}" if resume_from else ""))
     with ProgressBar() as bar:
@@ -241,9 +239,12 @@ def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
             model,
             made.processor.tokenizer,
             run.folder,
+            settings,
             train_rows=rows,
-            eval_rows=made.held_rows if plan.evaluate_every else None,
-            plan=plan,
+            eval_rows=made.held_rows if settings.evaluate_every else None,
+            autocast=_autocast(recipe, made.dtype),
+            unused_parameters=recipe.model.vision == "full",
+            rate_cuts=cuts,
             resume_from=resume_from,
             callbacks=[bar],
         )
@@ -252,10 +253,10 @@ def _train_once(run: Run, watch: Watch) -> dict[str, Any]:
     collectives.on_main("write the origin", lambda: origin.write(run.folder / "adapter"))
     return {
         "steps": trainer.state.global_step,
-        "epochs": rows.epoch(trainer.state.global_step * plan.packs_per_step - 1) + 1,
+        "epochs": rows.epoch(trainer.state.global_step * settings.rows_per_step - 1) + 1,
         "tokens_trained": collectives.on_main("count tokens", lambda: tokens_trained(run.folder / "metrics.jsonl")),
         "parameters_trained": asdict(counts),
-        "best_step": trainer.state.best_global_step if plan.evaluate_every else None,
+        "best_step": trainer.state.best_global_step if settings.evaluate_every else None,
         "streamed": made.streamed(rows),
         "seconds": round(time.perf_counter() - started, 1),
         "waiting_for_data": round(trainer.waiting, 4),
@@ -388,34 +389,6 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """What `finetune run` does: as far as the recipe asks."""
     asked = {"train": True, "evaluate": recipe.evaluation is not None, "merge": recipe.merge}
     return tuple(stage for stage in STAGES if asked[stage])
-
-
-def _plan(recipe: Recipe, rows: int, *, autocast: bool, watch: Watch, rate_cuts: Sequence[int]) -> Plan:
-    settings = recipe.training
-    steps = rows // settings.packs_per_step
-    return Plan(
-        packs_per_step=settings.packs_per_step,
-        learning_rate=settings.learning_rate,
-        final_learning_rate=settings.final_learning_rate,
-        schedule=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        optimizer=settings.optimizer,
-        betas=settings.betas,
-        clip=settings.clip,
-        tower_rates={"gates": settings.gates_learning_rate, "added_tokens": settings.added_tokens_learning_rate},
-        seed=settings.seed,
-        checkpoint_every=settings.checkpoint_every or settings.evaluate_every or max(1, steps // 10),
-        evaluate_every=settings.evaluate_every,
-        early_stop=settings.early_stop,
-        trackers=settings.trackers,
-        checkpointing=settings.checkpointing,
-        unused_parameters=recipe.model.vision == "full",
-        autocast=autocast,
-        parallel=settings.parallel,
-        watch=watch,
-        rate_cuts=rate_cuts,
-    )
 
 
 def _autocast(recipe: Recipe, dtype: Any) -> bool:

@@ -185,7 +185,7 @@ def make_rows(base_folder, dialogue_folder, tmp_path_factory):
     assert len(prepared) == 12
 
     def rows(*, augmentation=None, **schedule):
-        settings = {"row_tokens": 512, "row_images": 4, "packs_per_step": 1, "seed": 0, "epochs": 1} | schedule
+        settings = {"row_tokens": 512, "row_images": 4, "rows_per_step": 1, "seed": 0, "epochs": 1} | schedule
         mix = Mix(prepared.sizes, [None], prepared.lengths)
         planned = build_schedule(mix, prepared.image_counts, **settings)
         return RowCollator(

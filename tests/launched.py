@@ -47,7 +47,7 @@ def group():
     names = ("OMP_NUM_THREADS", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "ACCELERATE_MIXED_PRECISION")
     said = {
         "rank": collectives.rank(),
-        "of": collectives.count(),
+        "of": collectives.world_size(),
         "pid": os.getpid(),
         "backend": collectives.state().backend,
     }
@@ -161,7 +161,7 @@ def tell(line):
 def collective():
     from finetune.distributed import collectives
 
-    collectives.wait()
+    collectives.barrier()
 
 
 CASES = {

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from finetune.training.arguments import Plan, division
+from finetune.training.arguments import division
 from modeling import tiny
 from modeling.adapters import attach
 from modeling.loading import extend_vocabulary
@@ -39,7 +39,7 @@ def adapted() -> nn.Module:
 
 def divided() -> dict[str, object]:
     """Bytes of this process's shares of weights and of adapters, and how many modules of a kind are gathered alone."""
-    config = division(Plan(packs_per_step=1, learning_rate=1, parallel="fsdp2"))["fsdp_config"]
+    config = division("fsdp2")["fsdp_config"]
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy=config["auto_wrap_policy"],

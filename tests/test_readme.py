@@ -161,7 +161,7 @@ def test_the_recipe_shown_is_a_recipe(tmp_path):
     (text,) = blocks("yaml")
     (tmp_path / "shown.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "shown.yaml")
-    assert recipe.training.packs_per_step == 32
+    assert recipe.training.rows_per_step == 32
 
 
 def test_the_dialogue_shown_is_the_first_of_the_example():

@@ -457,7 +457,7 @@ def test_an_evaluation_that_no_gpu_can_hold_is_refused_before_the_training(
     made = Run(load_recipe(path, overrides))
     made.recipe = load_recipe(path, [*overrides, f"training.parallel={parallel}"])
     monkeypatch.setattr(run_module, "gpu_memory", lambda: room)
-    monkeypatch.setattr(run_module.collectives, "count", lambda: 2)
+    monkeypatch.setattr(run_module.collectives, "world_size", lambda: 2)
     monkeypatch.setattr(run_module.collectives, "on_main", lambda step, work: work())
     monkeypatch.setattr(run_module, "local_base", lambda base, revision: Path(base))
     refuses = room < 10**9 and parallel == "fsdp2"

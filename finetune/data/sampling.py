@@ -103,12 +103,12 @@ def build_schedule(
     *,
     row_tokens: int,
     row_images: int,
-    packs_per_step: int,
+    rows_per_step: int,
     seed: int,
     epochs: int | None = None,
     steps: int | None = None,
 ) -> list[Row]:
-    """All rows of the run, a multiple of `packs_per_step`: so many `epochs`, or so many `steps`.
+    """All rows of the run, a multiple of `rows_per_step`: so many `epochs`, or so many `steps`.
 
     images: int64 [examples], distinct ones.
     """
@@ -119,7 +119,7 @@ def build_schedule(
         packs = pack(tokens, pictures, row_tokens=row_tokens, row_images=row_images)
         order = np.random.default_rng([seed, epoch, 1]).permutation(len(packs))
         rows = [Row(epoch, tuple(drawn[packs[row]].tolist())) for row in order]
-        return rows + [Row(epoch)] * (-len(rows) % packs_per_step)
+        return rows + [Row(epoch)] * (-len(rows) % rows_per_step)
 
     def all_epochs() -> Iterator[Row]:
         epoch = 0
@@ -129,4 +129,4 @@ def build_schedule(
 
     if not sum(mix.draws):
         return []
-    return list(islice(all_epochs(), None if steps is None else steps * packs_per_step))
+    return list(islice(all_epochs(), None if steps is None else steps * rows_per_step))

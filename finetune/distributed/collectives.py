@@ -49,7 +49,7 @@ def rank() -> int:
     return 0 if _inside.get() else state().process_index
 
 
-def count() -> int:
+def world_size() -> int:
     """Of the processes that wait for each other: inside a step, one."""
     return 1 if _inside.get() else state().num_processes
 
@@ -59,28 +59,28 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
-    if count() > 1:
+    if world_size() > 1:
         state().wait_for_everyone()
 
 
 def gather(items: list[Item]) -> list[Item]:
     """The items of all processes, on every one of them, in the order of ranks."""
-    return gather_object(items) if count() > 1 else items
+    return gather_object(items) if world_size() > 1 else items
 
 
 def broadcast(value: Item) -> Item:
     """The main process's value, on every one."""
-    return broadcast_object_list([value])[0] if count() > 1 else value
+    return broadcast_object_list([value])[0] if world_size() > 1 else value
 
 
 def gather_numbers(values: list[float]) -> torch.Tensor:
     """float64 [processes, values], on the CPU: a small tensor, for every step."""
     mine = torch.tensor(values, dtype=torch.float64, device=state().device)
-    if count() == 1:
+    if world_size() == 1:
         return mine.cpu()[None]
-    gathered = [torch.empty_like(mine) for _ in range(count())]
+    gathered = [torch.empty_like(mine) for _ in range(world_size())]
     torch.distributed.all_gather(gathered, mine)
     return torch.stack(gathered).cpu()
 
@@ -96,7 +96,7 @@ def all_here() -> bool:
 
 def on_main(step: str, work: Callable[[], Item]) -> Item:
     """What the main process makes of `work`, on every one."""
-    if count() == 1:
+    if world_size() == 1:
         return work()
     outcome: tuple[Any, Exception | None] = _try(work) if is_main() else (None, None)
     named, *told = broadcast((step, outcome[0], _told(outcome[1])))
@@ -116,7 +116,7 @@ def main_first(step: str, work: Callable[[], Item]) -> Item:
 
 def each(step: str, work: Callable[[], Item]) -> list[Item]:
     """`work` in every process at once: what each made of it, in the order of ranks, on every one."""
-    if count() == 1:
+    if world_size() == 1:
         return [work()]
     value, error = _try(work)
     told = gather([(step, value, _told(error))])
@@ -133,14 +133,14 @@ def share_out(
     step: str, items: Sequence[Item], work: Callable[[Item], Result], *, track: Track = silently
 ) -> list[Result]:
     """work(item) of every item, in their order, on every process; of n processes each does every n-th item."""
-    ranks, mine = count(), items[rank() :: count()]
+    ranks, mine = world_size(), items[rank() :: world_size()]
     shares = each(step, lambda: [work(item) for item in track(mine, step)])
     return [shares[number % ranks][number // ranks] for number in range(len(items))]
 
 
 def nodes() -> Team:
     """The machines of a run, of each the first process: the others would take its workers' cores."""
-    if count() == 1:
+    if world_size() == 1:
         return Team()
     first = each("find the nodes", lambda: state().local_process_index == 0)
     leaders = [number for number, leads in enumerate(first) if leads]

@@ -100,9 +100,9 @@ class Planner:
             "row": {**asdict(self.row), "from": self.row_from},
             "steps": self.steps,
             "processes": self.processes,
-            "rows_per_step": training.packs_per_step,
+            "rows_per_step": training.rows_per_step,
             "rows_per_process": setup.rows_per_step,
-            "tokens_per_step": training.packs_per_step * training.row_tokens,
+            "tokens_per_step": training.rows_per_step * training.row_tokens,
             "memory": self._memory(self.recipe),
             "checkpointing": {
                 "off": self._with(checkpointing=0).total,
@@ -125,7 +125,7 @@ class Planner:
             quantize=model.quantize is not None,
             checkpointing=self.layers if training.checkpointing is True else int(training.checkpointing),
             optimizer=training.optimizer,
-            rows_per_step=ceil(training.packs_per_step / self.processes),
+            rows_per_step=ceil(training.rows_per_step / self.processes),
             processes=self.processes,
             divided=training.parallel == "fsdp2" and self.processes > 1,
             gpu=self.on_gpu,
@@ -215,7 +215,7 @@ class Planner:
     def _notes_of_processes(self) -> list[str]:
         if self.processes == 1:
             return ["memory is that of one process which shares nothing with others"]
-        packs = self.recipe.training.packs_per_step
+        packs = self.recipe.training.rows_per_step
         uneven = f"{packs} rows a step cannot be shared out evenly over {self.processes} processes, and a run says so"
         if self.setup(self.recipe).divided:
             how = (

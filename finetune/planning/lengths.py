@@ -91,13 +91,13 @@ def _lengths(recipe: Recipe, dataset: Dataset) -> Lengths:
         training.image_counts,
         row_tokens=settings.row_tokens,
         row_images=settings.row_images,
-        packs_per_step=settings.packs_per_step,
+        rows_per_step=settings.rows_per_step,
         seed=settings.seed,
         epochs=1,
     )
     sizes = np.stack([training.lengths, supervised_tokens(training), training.image_counts])
     largest = np.max([sizes[:, list(row.examples)].sum(axis=1) for row in rows], axis=0).tolist()
-    steps = len(rows) // settings.packs_per_step * (settings.epochs or 1)
+    steps = len(rows) // settings.rows_per_step * (settings.epochs or 1)
     shown = np.concatenate([prepared.shown_images()[1] for prepared in (training, dataset.held)])
     return Lengths(settings.steps or steps, RowSize(*largest), len(np.unique(shown)))
 

@@ -24,7 +24,7 @@ GIB = 2**30
 LIBRARIES = 96 * 2**20
 """Main memory that threads, kernels and the trainer take once a run has begun."""
 
-ROWS_AHEAD = 2
+PREFETCHED = 2
 """finetune/data/prefetch.py"""
 
 GPU_RESERVE = GIB
@@ -198,12 +198,12 @@ def _memory(parts: Mapping[str, int], moment: str) -> Memory:
 
 
 def _batches(setup: Setup, row: RowSize) -> int:
-    """The trainer collects all rows of a step before its first, the loader reads one ahead, and `ROWS_AHEAD` follow.
+    """The trainer collects all rows of a step before its first, the loader reads one ahead, and `PREFETCHED` follow.
 
     Features of the row that runs are part of its forward.
     """
     ids_labels_positions_images = 4
-    rows = setup.rows_per_step + 1 + ROWS_AHEAD
+    rows = setup.rows_per_step + 1 + PREFETCHED
     shown = (rows - setup.cached) * row.images * _image_bytes(setup)
     return rows * row.tokens * ids_labels_positions_images * INT64 + shown
 

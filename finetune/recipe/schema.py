@@ -232,14 +232,18 @@ class Data(Section):
             raise ValueError("overlap: a streamed source cannot be compared with the held-out data before the run")
 
 
+Action = Literal["skip", "lower_rate", "stop"]
+"""What is done about an unstable step; see `Instability`."""
+
+
 class Instability(Section):
     """What is done about a loss or a gradient that is not finite, and a loss far above those before it.
 
     Such a step is never taken. The run goes back to its last checkpoint, and `unstable.jsonl` names the dialogues.
     """
 
-    action: Literal["skip", "lower_rate", "stop"] = "skip"
-    """skip: do without the dialogues to blame from there on; lower_rate: halve the rates; stop: tell, and end."""
+    action: Action = "skip"
+    """skip: do without the dialogues to blame from there on; lower_rate: halve the rates; stop: end with the reason."""
     spike: Rate | None = 20.0
     """A spike is so many robust standard deviations, and a nat, above the median of the last 64 losses; null: none."""
     rollbacks: Whole = 3
@@ -301,7 +305,7 @@ class Training(Section):
         return self
 
     @property
-    def packs_per_step(self) -> int:
+    def rows_per_step(self) -> int:
         return max(1, round(self.tokens_per_step / self.row_tokens))
 
 

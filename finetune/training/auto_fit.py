@@ -19,7 +19,7 @@ FILE = "auto_fit.json"
 REPAIR = "delete it; where the run differs from the recipe then, the message names the keys to give"
 
 
-def fitted(recipe: Recipe) -> Recipe:
+def apply_auto_fit(recipe: Recipe) -> Recipe:
     """The recipe itself where nothing is asked or needed. Every process of a group calls this, and gets the same.
 
     Raises UserError, in every process, where nothing makes it fit.
@@ -50,7 +50,7 @@ def _decided(recipe: Recipe, gpu: int | None) -> tuple[dict[str, Any], str]:
     if gpu is None:
         log("training.auto_fit: there is no GPU here, and nothing is done")
         return {}, ""
-    planner = Planner(recipe, on_gpu=True, processes=collectives.count())
+    planner = Planner(recipe, on_gpu=True, processes=collectives.world_size())
     if planner.fits(recipe, gpu):
         return {}, ""
     needed = f"{show_size(planner.needed(recipe))} needed, {show_size(gpu)} there"

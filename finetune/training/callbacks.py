@@ -23,8 +23,8 @@ class MetricsFile(TrainerCallback):
     The line of a step that is saved or evaluated, and of the last one, has the gates as well.
     """
 
-    def __init__(self, path: Path, rows: Rows, packs_per_step: int):
-        self.path, self.rows, self.packs = path, rows, packs_per_step
+    def __init__(self, path: Path, rows: Rows, rows_per_step: int):
+        self.path, self.rows, self.packs = path, rows, rows_per_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Going on from a checkpoint, lines of later steps are of a run that was lost."""
@@ -39,7 +39,7 @@ class MetricsFile(TrainerCallback):
         gates = gate_openings(kwargs["model"]) if milestone and "loss" in logs else {}
         step = range(max(state.global_step - 1, 0) * self.packs, state.global_step * self.packs)
         mine = sum(
-            self.rows.tokens(row) for row in step[collectives.rank() :: collectives.count()]
+            self.rows.tokens(row) for row in step[collectives.rank() :: collectives.world_size()]
         )  # who made a row knows
         tokens = int(collectives.gather_numbers([mine]).sum())
         if not state.is_world_process_zero:

@@ -3,7 +3,7 @@
     checkpoint-N/   adapter files · optimizer.pt · scheduler.pt · rng_state*.pth · trainer_state.json
                     sealed.json    name -> bytes and hash of every file; written last, after all are on the disk
 
-A process may be killed, and a machine lose its power, at any moment: what has no seal, or not what its seal says, is no
+A process may be killed, and a machine lose its power, at any moment: what has no mark_complete, or not what its seal says, is no
 checkpoint. Large files, weights and the optimiser's state, are looked into when a run goes on from them, and only then.
 """
 
@@ -25,7 +25,7 @@ HASHED_BYTES = 2**20
 """Largest file that is looked into wherever checkpoints are listed: larger ones would take seconds."""
 
 
-def seal(checkpoint: Path) -> None:
+def mark_complete(checkpoint: Path) -> None:
     """Everything in the folder is flushed to the disk, then listed."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
     for path in files:
@@ -68,7 +68,7 @@ def what_has_changed_inside(checkpoint: Path) -> str | None:
     return next((name for name, known in hashed.items() if _as_it_is(checkpoint / name) != known), None)
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     return what_is_not_whole(checkpoint) is None
 
 
@@ -84,10 +84,10 @@ def step_of(checkpoint: Path) -> int:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run folder."""
-    return next(filter(is_whole, reversed(checkpoints(folder))), None)
+    return next(filter(is_complete, reversed(checkpoints(folder))), None)
 
 
-def sweep(folder: Path) -> None:
+def remove_incomplete(folder: Path) -> None:
     """Delete what is left of interrupted writing or deleting, and say what it was."""
     for checkpoint in checkpoints(folder):
         if broken := what_is_not_whole(checkpoint):

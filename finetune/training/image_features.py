@@ -135,7 +135,7 @@ class FeatureCache:
             if len(missing):
                 size = BATCH[device().type]
                 batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-                mine = batches[collectives.rank() :: collectives.count()]
+                mine = batches[collectives.rank() :: collectives.world_size()]
                 collectives.each("compute features", lambda: self._fill(images, digests, mine, towers, track))
                 places, files = collectives.on_main("find features", lambda: self._find_and_hold(digests, wanted))
                 if (places[wanted, 0] < 0).any():

@@ -11,15 +11,14 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from finetune.console import log
 from finetune.distributed import collectives
+from finetune.recipe.schema import Action, Instability
 from finetune.training.checkpoints import last_checkpoint, step_of
 from modeling.errors import UserError
 from modeling.files import atomic_write
-
-Action = Literal["skip", "lower_rate", "stop"]
 
 FILE = "unstable.jsonl"
 
@@ -33,47 +32,44 @@ NORMAL = 1.4826
 """Median absolute deviations in a standard deviation of normally distributed values."""
 
 
-@dataclass(frozen=True)
-class Watch:
-    """When a step is unstable, and what is then done, at most `rollbacks` times."""
+def why_unstable(loss: float, norm: float, before: Sequence[float], *, spike: float | None) -> str | None:
+    """Return why a step must not be taken, or None.
 
-    action: Action = "skip"
-    spike: float | None = 20.0
-    """How many robust standard deviations above the median of the last steps' losses; None: only what is not finite."""
-    rollbacks: int = 3
-
-    def limit(self, before: Sequence[float]) -> float:
-        """The largest loss that is no spike, after the losses `before`, of which the last ones count."""
+    `loss` and `norm` are the step's, `before` the losses of the steps before it, `spike` as `training.instability` has
+    it.
+    """
+    if not math.isfinite(loss):
+        return f"loss {loss}"
+    if not math.isfinite(norm):
+        return f"gradient norm {norm}"
+    if loss > spike_limit(before, spike=spike):
         recent = before[-WINDOW:]
-        if self.spike is None or len(recent) < FEWEST:
-            return math.inf
-        median = statistics.median(recent)
-        deviation = NORMAL * statistics.median(abs(value - median) for value in recent)
-        return median + max(self.spike * deviation, LEAST_RISE)
-
-    def reason(self, loss: float, norm: float, before: Sequence[float]) -> str | None:
-        """Why a step must not be taken, or None."""
-        if not math.isfinite(loss):
-            return f"loss {loss}"
-        if not math.isfinite(norm):
-            return f"gradient norm {norm}"
-        if loss > self.limit(before):
-            recent = before[-WINDOW:]
-            return f"loss {loss:.4g}, after {len(recent)} steps with a median of {statistics.median(recent):.4g}"
-        return None
-
-    def suspects(self, losses: Sequence[float], before: Sequence[float]) -> list[bool]:
-        """Which dialogues of a step are to blame, by their own losses a token; all where none stands out.
-
-        Those whose loss is not finite; else those that would be a spike by themselves.
-        """
-        blamed = [not math.isfinite(loss) for loss in losses]
-        if not any(blamed):
-            blamed = [loss > self.limit(before) for loss in losses]
-        return blamed if any(blamed) else [True] * len(losses)
+        return f"loss {loss:.4g}, after {len(recent)} steps with a median of {statistics.median(recent):.4g}"
+    return None
 
 
-DEFAULT_WATCH = Watch()
+def spike_limit(before: Sequence[float], *, spike: float | None) -> float:
+    """Return the largest loss that is no spike: `spike` robust standard deviations above the median of the last ones.
+
+    Infinite where `spike` is None, and as long as there are too few losses to compare with.
+    """
+    recent = before[-WINDOW:]
+    if spike is None or len(recent) < FEWEST:
+        return math.inf
+    median = statistics.median(recent)
+    deviation = NORMAL * statistics.median(abs(value - median) for value in recent)
+    return median + max(spike * deviation, LEAST_RISE)
+
+
+def suspects(losses: Sequence[float], before: Sequence[float], *, spike: float | None) -> list[bool]:
+    """Return which dialogues of a step are to blame, by their own losses a token; all where none stands out.
+
+    Those whose loss is not finite; else those that would be a spike by themselves.
+    """
+    blamed = [not math.isfinite(loss) for loss in losses]
+    if not any(blamed):
+        blamed = [loss > spike_limit(before, spike=spike) for loss in losses]
+    return blamed if any(blamed) else [True] * len(losses)
 
 
 @dataclass(frozen=True)
@@ -112,32 +108,35 @@ class Event:
         return frozenset((one.source, one.place) for one in self.dialogues if one.blamed and self.action == "skip")
 
 
-def go_back(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], *, watch: Watch) -> None:
+def go_back(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], settings: Instability) -> None:
     """Write down what happened in a run folder, so that the next attempt does otherwise, and tell it.
 
     Every process of a group calls this. Raises UserError, in all of them, where there is no next attempt.
     """
-    event, events = collectives.on_main("go back", lambda: _write_down(folder, step, reason, dialogues, watch))
+    event, events = collectives.on_main(
+        "go back", lambda: _write_down(folder, step, reason, dialogues, settings.action)
+    )
     blamed = [one for one in dialogues if one.blamed]
     log(f"step {step}: {reason}; to blame: {', '.join(f'{one.source} {one.place}' for one in blamed[:5])}")
     log(f"  {len(blamed)} of the step's {len(dialogues)} dialogues, see {folder / FILE}")
-    if watch.action == "stop" or events > watch.rollbacks:
-        said = "says stop" if watch.action == "stop" else f"allows {watch.rollbacks} rollbacks, and that was one more"
+    if settings.action == "stop" or events > settings.rollbacks:
+        allows = f"allows {settings.rollbacks} rollbacks, and that was one more"
+        said = "says stop" if settings.action == "stop" else allows
         raise UserError(
             f"step {step}: {reason}; training.instability {said}\n"
             f"  {folder / FILE} names the dialogues; leave them out, or lower training.learning_rate"
         )
-    change = "without them" if watch.action == "skip" else "with half the rates"
+    change = "without them" if settings.action == "skip" else "with half the rates"
     log(f"  going back to step {event.back_to}, {change}")
 
 
-def _write_down(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], watch: Watch) -> tuple[Event, int]:
+def _write_down(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], action: Action) -> tuple[Event, int]:
     """(the event, how many there are with it); a checkpoint that was gone back to in vain before is deleted."""
     events, checkpoint = read_events(folder), last_checkpoint(folder)
     if events and checkpoint and step_of(checkpoint) == events[-1].back_to:
         shutil.rmtree(checkpoint)
         checkpoint = last_checkpoint(folder)
-    event = Event(step, reason, watch.action, step_of(checkpoint) if checkpoint else 0, tuple(dialogues))
+    event = Event(step, reason, action, step_of(checkpoint) if checkpoint else 0, tuple(dialogues))
     write_events(folder, [*events, event])
     return event, len(events) + 1
 

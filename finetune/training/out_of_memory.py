@@ -43,7 +43,7 @@ class Held:
 
 
 @contextmanager
-def told_if_memory_runs_out(recipe: Recipe) -> Iterator[None]:
+def explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
     """What allocators raise inside becomes a UserError."""
     try:
         yield
@@ -76,9 +76,9 @@ def held() -> Held:
 
 def explain(recipe: Recipe, what: str, held: Held) -> str:
     """The whole message. Changes are proposed by the plan; where it was wrong, by what it says in proportion."""
-    planner = Planner(recipe, on_gpu=held.on_gpu, processes=collectives.count())
+    planner = Planner(recipe, on_gpu=held.on_gpu, processes=collectives.world_size())
     needed, place = planner.needed(recipe), "GPU" if held.on_gpu else "machine"
-    who = f"process {collectives.rank() + 1} of {collectives.count()}: " if collectives.count() > 1 else ""
+    who = f"process {collectives.rank() + 1} of {collectives.world_size()}: " if collectives.world_size() > 1 else ""
     lines = [f"{who}out of memory while training: {what}", f"  planned: {_planned(planner.estimate(recipe), needed)}"]
     if held.on_gpu:
         lines.append(f"  held at most: {show_size(held.highest)} in tensors, {show_size(held.kept)} by the allocator")

@@ -33,13 +33,14 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 from finetune.data.collate import Batch, RowCollator, Rows
-from finetune.data.prefetch import RowsAhead
 from finetune.data.sampling import Row
 from finetune.distributed import collectives
-from finetune.training.arguments import Plan, training_arguments
+from finetune.recipe.schema import Training
+from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import MetricsFile, Stopping
-from finetune.training.checkpoints import require_room, seal, sweep
-from finetune.training.loss_spikes import WINDOW, Seen, UnstableError
+from finetune.training.checkpoints import mark_complete, remove_incomplete, require_room
+from finetune.training.loss_spikes import WINDOW, Seen, UnstableError, suspects, why_unstable
+from finetune.training.prefetch import PrefetchedRows
 from finetune.training.signals import Heard, listening
 from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter
 from modeling.errors import Interrupted, UserError
@@ -54,44 +55,58 @@ def train(
     model: nn.Module,
     tokenizer: Any,
     folder: Path,
+    settings: Training,
     *,
     train_rows: Rows,
-    eval_rows: RowCollator | None,
-    plan: Plan,
+    eval_rows: RowCollator | None = None,
+    autocast: bool = False,
+    unused_parameters: bool = False,
+    rate_cuts: Sequence[int] = (),
     resume_from: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> "IdeficsTrainer":
     """Train an attached `model` on every row of `train_rows`, and leave `folder`/adapter and `folder`/metrics.jsonl.
 
-    Checkpoints go to `folder`/checkpoint-*; `resume_from` is one of them. The best one by held-out loss becomes the
-    adapter where `plan` evaluates, else the last state. Every process of a group calls this; the first one writes.
+    `settings` is the recipe's section, but for epochs and steps: `train_rows` are all rows of the run. `autocast` and
+    `unused_parameters`: as `training_arguments`; from each of the steps `rate_cuts` on, all rates are half of what they
+    would be. Checkpoints go to `folder`/checkpoint-*; `resume_from` is one of them. The best one by held-out loss
+    becomes the adapter where `settings` evaluate, else the last state. Every process of a group calls this; the first
+    one writes.
 
     Raises Interrupted after SIGTERM or SIGINT, saved; UnstableError before a step that must not be taken; UserError.
     """
     if collectives.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
-    collectives.wait()
+        remove_incomplete(folder)
+    collectives.barrier()
     if resume_from:  # before FSDP divides the model
         load_adapter_weights(model, resume_from)
         train_rows.restore(json.loads((resume_from / ROWS_STATE).read_text(encoding="utf-8")))
-    checkpoint_layers(model, plan.checkpointing)
+    checkpoint_layers(model, settings.checkpointing)
     half = any(layer.compute_dtype == torch.float16 for layer in quantized_layers(model).values())
-    arguments = training_arguments(folder, steps=len(train_rows) // plan.packs_per_step, plan=plan, scaled=half)
-    ahead = RowsAhead(train_rows, stride=collectives.count())
+    arguments = training_arguments(
+        folder,
+        settings,
+        steps=len(train_rows) // settings.rows_per_step,
+        autocast=autocast,
+        scaled=half,
+        unused_parameters=unused_parameters,
+    )
+    ahead = PrefetchedRows(train_rows, stride=collectives.world_size())
     trainer = IdeficsTrainer(
         model=model,
         args=arguments,
         processing_class=tokenizer,
-        plan=plan,
+        settings=settings,
+        rate_cuts=rate_cuts,
         train_rows=ahead,
         eval_rows=eval_rows,
-        callbacks=[MetricsFile(folder / "metrics.jsonl", train_rows, plan.packs_per_step), *callbacks],
+        callbacks=[MetricsFile(folder / "metrics.jsonl", train_rows, settings.rows_per_step), *callbacks],
     )
     count_trained(model)  # asserts that TRL left every trained parameter in fp32
-    if collectives.count() > 1:
+    if collectives.world_size() > 1:
         set_seed(
-            plan.seed + collectives.rank()
+            settings.seed + collectives.rank()
         )  # else dropout would be the same in all; a checkpoint has its own states
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -101,12 +116,12 @@ def train(
         saved = folder / f"checkpoint-{trainer.state.global_step}"
         name = signal.Signals(told).name
         raise Interrupted(f"{name}: saved as {saved}; the same command goes on from there", told)
-    best = trainer.state.best_model_checkpoint if plan.evaluate_every else None
+    best = trainer.state.best_model_checkpoint if settings.evaluate_every else None
     if best is None:
         trainer.save_model(str(folder / "adapter"))
     elif collectives.is_main():
         copy_adapter(Path(best), folder / "adapter")
-    collectives.wait()
+    collectives.barrier()
     return trainer
 
 
@@ -124,12 +139,20 @@ class IdeficsTrainer(SFTTrainer):
     """Whether any process was."""
 
     def __init__(
-        self, *, plan: Plan, train_rows: RowsAhead, eval_rows: RowCollator | None, model: nn.Module, **kwargs: Any
+        self,
+        *,
+        settings: Training,
+        train_rows: PrefetchedRows,
+        eval_rows: RowCollator | None = None,
+        rate_cuts: Sequence[int] = (),
+        model: nn.Module,
+        **kwargs: Any,
     ):
-        self.plan, self.ahead, self.rows, self.eval_rows = plan, train_rows, train_rows.rows, eval_rows
+        self.settings, self.rate_cuts, self.eval_rows = settings, rate_cuts, eval_rows
+        self.ahead, self.rows = train_rows, train_rows.rows
         self._losses = list[torch.Tensor]()
         self.idefics_config = model.config
-        held_out = _row_numbers(len(eval_rows)) if eval_rows and plan.evaluate_every else None
+        held_out = _row_numbers(len(eval_rows)) if eval_rows and settings.evaluate_every else None
         in_fp32 = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(
             model=model,
@@ -142,16 +165,16 @@ class IdeficsTrainer(SFTTrainer):
             if parameter.dtype != data.dtype:
                 parameter.data = data
         rows_of_a_step = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        assert rows_of_a_step == plan.packs_per_step, f"{rows_of_a_step} rows a step, not {plan.packs_per_step}"
-        if plan.parallel == "fsdp2" and collectives.count() > 1 and not self.is_fsdp_enabled:
+        assert rows_of_a_step == settings.rows_per_step, f"{rows_of_a_step} rows a step, not {settings.rows_per_step}"
+        if settings.parallel == "fsdp2" and collectives.world_size() > 1 and not self.is_fsdp_enabled:
             raise UserError(
                 "training.parallel: fsdp2: accelerate divides models over GPUs alone, and the processes run on "
                 f"{self.accelerator.device.type}; set training.parallel=ddp"
             )
         self.remove_callback(PrinterCallback)
         self.add_callback(Stopping(lambda: self.told_to_stop))
-        if plan.early_stop:
-            self.add_callback(EarlyStoppingCallback(early_stopping_patience=plan.early_stop))
+        if settings.early_stop:
+            self.add_callback(EarlyStoppingCallback(early_stopping_patience=settings.early_stop))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
@@ -180,8 +203,8 @@ class IdeficsTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """Held-out loss per supervised token, over all rows and ranks."""
         assert self.eval_rows is not None
-        rows = [*self.eval_rows.rows, *[Row(0)] * (-len(self.eval_rows.rows) % collectives.count())]
-        mine = range(collectives.rank(), len(rows), collectives.count())
+        rows = [*self.eval_rows.rows, *[Row(0)] * (-len(self.eval_rows.rows) % collectives.world_size())]
+        mine = range(collectives.rank(), len(rows), collectives.world_size())
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -201,16 +224,16 @@ class IdeficsTrainer(SFTTrainer):
     def get_optimizer_cls_and_kwargs(self, args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
         """The trainer's optimiser, over groups that share a rate and a decay."""
         cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
-        return cls, {**kwargs, "params": parameter_groups(model or self.model, plan=self.plan)}
+        return cls, {**kwargs, "params": parameter_groups(model or self.model, settings=self.settings)}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The trainer's schedule, halved from each of the plan's cuts on."""
+        """The trainer's schedule, halved from each of the cuts on."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         scheduler.lr_lambdas = [self._with_cuts(rate) for rate in scheduler.lr_lambdas]
         return scheduler
 
     def _with_cuts(self, rate: Callable[[int], float]) -> Callable[[int], float]:
-        return lambda step: rate(step) * 0.5 ** sum(step >= cut for cut in self.plan.rate_cuts)
+        return lambda step: rate(step) * 0.5 ** sum(step >= cut for cut in self.rate_cuts)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """A checkpoint holds the rates of its own next step, which may have been cut since."""
@@ -229,7 +252,7 @@ class IdeficsTrainer(SFTTrainer):
         self.told_to_stop = bool(told[:, 1].any())
         before = [line["loss"] for line in self.state.log_history[-2 * WINDOW :] if "loss" in line]
         checked = float(norm) if self.accelerator.scaler is None else 0.0  # which passes over infinite ones itself
-        if reason := self.plan.watch.reason(float(told[:, 0].mean()), checked, before):
+        if reason := why_unstable(float(told[:, 0].mean()), checked, before, spike=self.settings.instability.spike):
             raise UnstableError(self.state.global_step + 1, reason, self._dialogues_of_this_step(before))
         return norm
 
@@ -237,8 +260,8 @@ class IdeficsTrainer(SFTTrainer):
     def _dialogues_of_this_step(self, before: Sequence[float]) -> list[Seen]:
         """Each with its own loss; those of all processes."""
         self.model.eval()
-        first = self.state.global_step * self.plan.packs_per_step
-        mine = range(first + collectives.rank(), first + self.plan.packs_per_step, collectives.count())
+        first = self.state.global_step * self.settings.rows_per_step
+        mine = range(first + collectives.rank(), first + self.settings.rows_per_step, collectives.world_size())
         alone = [named for row in mine for named in self.rows.dialogues(row)]
         most = max(collectives.gather([len(alone)]))
         fillers = [(("", ""), self.rows.empty())] * (most - len(alone))  # with FSDP every forward is a common one
@@ -249,7 +272,7 @@ class IdeficsTrainer(SFTTrainer):
                 loss = packed_loss(self.model_wrapped, prepared, config=self.idefics_config)
             measured.append((*origin, float(loss) / max(int((batch["labels"] >= 0).sum()), 1)))
         found = collectives.gather(measured[: len(alone)])
-        blamed = self.plan.watch.suspects([loss for *_, loss in found], before)
+        blamed = suspects([loss for *_, loss in found], before, spike=self.settings.instability.spike)
         return [
             Seen(source, place, loss if math.isfinite(loss) else None, blame)
             for (source, place, loss), blame in zip(found, blamed, strict=True)
@@ -275,12 +298,12 @@ class IdeficsTrainer(SFTTrainer):
         except (OSError, RuntimeError, SafetensorError):
             require_room(folder, needed)  # another's files may have filled the disk meanwhile
             raise
-        states = collectives.gather(self.rows.state(self.state.global_step * self.plan.packs_per_step))
+        states = collectives.gather(self.rows.state(self.state.global_step * self.settings.rows_per_step))
         if self.args.should_save:
             checkpoint = folder / f"checkpoint-{self.state.global_step}"
             (checkpoint / ROWS_STATE).write_text(json.dumps(states), encoding="utf-8")
-            seal(checkpoint)
-        collectives.wait()
+            mark_complete(checkpoint)
+        collectives.barrier()
 
     def _checkpoint_bytes(self) -> int:
         """Of what is trained and the optimiser's state, of one process."""
@@ -312,15 +335,15 @@ def checkpoint_layers(model: nn.Module, layers: bool | int) -> None:
                 layer.gradient_checkpointing = False
 
 
-def parameter_groups(model: nn.Module, *, plan: Plan) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, *, settings: Training) -> list[dict[str, Any]]:
     """Trained parameters grouped by (learning rate, weight decay), in a stable order."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    rates = plan.tower_rates or {}
+    own = {"gates": settings.gates_learning_rate, "added_tokens": settings.added_tokens_learning_rate}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             stock = stock_name(name)
-            rate = rates.get(tower_of(stock)) or plan.learning_rate
-            decay = plan.weight_decay if is_lora(name) or not no_decay(stock) else 0.0
+            rate = own.get(tower_of(stock)) or settings.learning_rate
+            decay = settings.weight_decay if is_lora(name) or not no_decay(stock) else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 

@@ -222,7 +222,7 @@ def _train(case: Case, model: Any, folder: Path) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
-    from finetune.training.arguments import Plan
+    from finetune.recipe.schema import Training
     from finetune.training.trainer import train
     from modeling import tiny
     from modeling.adapters import count_trained
@@ -266,15 +266,16 @@ def _train(case: Case, model: Any, folder: Path) -> dict[str, Any]:
         model,
         tokenizer,
         folder,
-        train_rows=_Rows(case),
-        eval_rows=None,
-        plan=Plan(
-            case.rows_per_step,
-            learning_rate=1e-4,
+        Training(
+            steps=4,
+            row_tokens=1,
+            tokens_per_step=case.rows_per_step,
+            schedule="constant",
             checkpoint_every=10,
-            autocast=case.setup(gpu=False).autocast,
             checkpointing=case.checkpointing,
         ),
+        train_rows=_Rows(case),
+        autocast=case.setup(gpu=False).autocast,
         callbacks=[Measure()],
     )
     count_trained(model)

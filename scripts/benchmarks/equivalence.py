@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 import finetune.training.trainer
 from finetune.data.collate import RowCollator, Rows
 from finetune.distributed import collectives
-from finetune.training.arguments import Plan
+from finetune.recipe.schema import Training
 from finetune.training.trainer import IdeficsTrainer
 from modeling.adapters import attach, whole
 
@@ -115,18 +115,22 @@ def train(
             if "lora_B" in name:  # else the gradients of A would be zero
                 parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
     options: dict[str, Any] = {"parallel": kind, "checkpoint_every": every, "evaluate_every": 1 if held else None}
+    rate = SGD_RATE if sgd else ADAMW_RATE
+    settings = Training(
+        steps=1, row_tokens=1, tokens_per_step=PACKS, learning_rate=rate, schedule="constant", clip=0.0, **options
+    )
     trainer = finetune.training.trainer.train(
         model,
         tokenizer,
         folder,
+        settings,
         train_rows=rows,
         eval_rows=held,
-        plan=Plan(PACKS, SGD_RATE if sgd else ADAMW_RATE, clip=0.0, **options),
         resume_from=resume_from,
         callbacks=[Recorder(folder, given)] if record else [],
     )
     divided = sum(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
-    return collectives.count(), type(trainer.model_wrapped).__name__, divided
+    return collectives.world_size(), type(trainer.model_wrapped).__name__, divided
 
 
 def relative_error(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:

@@ -136,7 +136,7 @@ def lay_out(count: str) -> dict[str, Any]:
     images = rng.integers(1, 4, int(count))
     started = time.perf_counter()
     mix = Mix([int(count)], [None], lengths)
-    rows = build_schedule(mix, images, row_tokens=2048, row_images=48, packs_per_step=8, seed=0, epochs=1)
+    rows = build_schedule(mix, images, row_tokens=2048, row_images=48, rows_per_step=8, seed=0, epochs=1)
     seconds, used = time.perf_counter() - started, sum(bool(row.examples) for row in rows)
     return {
         "rows_seconds": seconds,

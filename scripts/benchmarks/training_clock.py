@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from finetune.data.prefetch import RowsAhead
+from finetune.training.prefetch import PrefetchedRows
 
 PARTS = ("data", "images", "forward", "backward", "optimiser")
 
@@ -65,7 +65,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop("optimiser")
         collator = kwargs["train_dataloader"].collate_fn
-        if isinstance(collator, RowsAhead):
+        if isinstance(collator, PrefetchedRows):
             self.spent["data"] = collator.waited
         self.history.append((self.now(), dict(self.spent)))
 

@@ -40,7 +40,7 @@ from finetune.data.conversation import Dialogue, Image
 from finetune.data.images import Preprocessing, digest
 from finetune.data.sampling import Mix, build_schedule
 from finetune.data.tokenize import IGNORED, Encoder, Example, tokenize_all
-from finetune.training.arguments import Plan
+from finetune.recipe.schema import Training
 from finetune.training.image_features import FeatureCache
 from finetune.training.trainer import train
 from modeling import tiny
@@ -163,7 +163,7 @@ def our_rows(data: Data, settings: Settings) -> RowCollator:
         counts,
         row_tokens=row_tokens(lengths, settings.batch),
         row_images=max(1, settings.batch * int(counts.max())),
-        packs_per_step=1,
+        rows_per_step=1,
         seed=settings.seed,
         epochs=settings.epochs,
     )
@@ -205,9 +205,17 @@ def our_run(settings: Settings, data: Data, model: nn.Module, folder: Path, cloc
         started = settings.now()
         rows = with_features(model, rows, folder)
         filling = settings.now() - started
-    plan = Plan(1, RATE, weight_decay=0.0, checkpoint_every=10**6, checkpointing=settings.checkpointing)
+    training = Training(
+        epochs=settings.epochs,
+        row_tokens=1,
+        tokens_per_step=1,
+        learning_rate=RATE,
+        schedule="constant",
+        checkpoint_every=10**6,
+        checkpointing=settings.checkpointing,
+    )
     tokenizer = data.processor.tokenizer
-    train(model, tokenizer, folder, train_rows=rows, eval_rows=None, plan=plan, callbacks=[clock])
+    train(model, tokenizer, folder, training, train_rows=rows, callbacks=[clock])
     ends = [sum(row.epoch <= epoch for row in rows.rows) for epoch in range(settings.epochs)]
     return {"filling": filling, "epoch_ends": ends, "tokens": sum(map(rows.tokens, range(ends[0]))), "padding": 0.0}
 

@@ -81,7 +81,7 @@ def test_the_hyper_parameters_are_the_card_s(name):
     assert (training.weight_decay, training.betas, training.clip) == (0.1, (0.9, 0.999), 1.0)
     assert training.gates_learning_rate is training.added_tokens_learning_rate is None
     processes = int(name.split("_")[-1].split("x")[0])
-    assert (training.packs_per_step, training.tokens_per_step) == (processes, 2048 * processes)
+    assert (training.rows_per_step, training.tokens_per_step) == (processes, 2048 * processes)
     assert 1.2 < training.tokens_per_step / tokens < 1.3  # the card counts without the padding of a row a GPU
 
 

@@ -17,7 +17,7 @@ def mix(sizes, weights, lengths=None, unit="examples"):
 
 
 def schedule(weights=(None, None), **changes):
-    arguments = {"row_tokens": 8, "row_images": 2, "packs_per_step": 4, "seed": 0}
+    arguments = {"row_tokens": 8, "row_images": 2, "rows_per_step": 4, "seed": 0}
     return build_schedule(mix([6, 4], weights, TOKENS), np.array(IMAGES), **{**arguments, **changes})
 
 
@@ -160,19 +160,19 @@ def test_rows_keep_both_budgets():
     assert max(sum(IMAGES[index] for index in row.examples) for row in rows) == 2
 
 
-@pytest.mark.parametrize("packs_per_step", [1, 4, 7, 100])
-def test_only_the_last_step_of_an_epoch_is_filled(packs_per_step):
-    rows = schedule(epochs=2, packs_per_step=packs_per_step)
+@pytest.mark.parametrize("rows_per_step", [1, 4, 7, 100])
+def test_only_the_last_step_of_an_epoch_is_filled(rows_per_step):
+    rows = schedule(epochs=2, rows_per_step=rows_per_step)
     for epoch in range(2):
         of_epoch = [row for row in rows if row.epoch == epoch]
         fillers = of_epoch.count(Row(epoch))
-        assert fillers == -(len(of_epoch) - fillers) % packs_per_step
+        assert fillers == -(len(of_epoch) - fillers) % rows_per_step
         assert all(row.examples for row in of_epoch[: len(of_epoch) - fillers])
 
 
 def test_fillers_by_hand():
     rows = build_schedule(
-        mix([3], [None], [5, 5, 5]), np.zeros(3, int), row_tokens=8, row_images=1, packs_per_step=2, seed=0, epochs=1
+        mix([3], [None], [5, 5, 5]), np.zeros(3, int), row_tokens=8, row_images=1, rows_per_step=2, seed=0, epochs=1
     )
     assert [len(row.examples) for row in rows] == [1, 1, 1, 0]
     assert rows[3] == Row(0, ())
@@ -196,7 +196,7 @@ def test_the_order_of_rows_is_another_in_every_epoch():
     """Each of these examples fills a row, and rows are made from the largest on: their order alone is drawn."""
     lengths = [*range(9, 17)]
     rows = build_schedule(
-        mix([8], [None], lengths), np.zeros(8, int), row_tokens=16, row_images=0, packs_per_step=8, seed=0, epochs=4
+        mix([8], [None], lengths), np.zeros(8, int), row_tokens=16, row_images=0, rows_per_step=8, seed=0, epochs=4
     )
     orders = [tuple(row.examples for row in rows if row.epoch == epoch) for epoch in range(4)]
     assert len(set(orders)) == 4
@@ -211,15 +211,13 @@ def test_rows_are_shuffled_not_sorted_by_fill():
 @pytest.mark.parametrize("unit", ["examples", "tokens"])
 def test_nothing_to_draw_gives_no_rows(unit):
     nothing = mix([0], [1], unit=unit)
-    assert (
-        build_schedule(nothing, np.zeros(0, int), row_tokens=8, row_images=1, packs_per_step=2, seed=0, steps=5) == []
-    )
+    assert build_schedule(nothing, np.zeros(0, int), row_tokens=8, row_images=1, rows_per_step=2, seed=0, steps=5) == []
 
 
 def test_a_schedule_by_tokens_repeats_short_examples_to_keep_the_ratio():
     """Of 16 tokens half go to each source: 12 is nearer to 8 than nothing, and four of 1 come twice."""
     uneven = mix([1, 4], [1, 1], [12, 1, 1, 1, 1], "tokens")
-    rows = build_schedule(uneven, np.zeros(5, int), row_tokens=12, row_images=0, packs_per_step=1, seed=0, epochs=2)
+    rows = build_schedule(uneven, np.zeros(5, int), row_tokens=12, row_images=0, rows_per_step=1, seed=0, epochs=2)
     times = Counter(index for row in rows for index in row.examples)
     assert times == {0: 2, 1: 4, 2: 4, 3: 4, 4: 4}
     assert {row.epoch for row in rows} == {0, 1}

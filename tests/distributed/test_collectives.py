@@ -211,11 +211,13 @@ def steps(folder, local_rank):
     if local_rank is not None:
         os.environ["LOCAL_RANK"] = local_rank
     me = collectives.rank()
-    assert collectives.count() == 2
+    assert collectives.world_size() == 2
     assert collectives.all_here()
 
     # one for all: its value, and the mistakes it meets
-    assert collectives.on_main("a", lambda: (me, collectives.rank(), collectives.count(), collectives.all_here())) == (
+    assert collectives.on_main(
+        "a", lambda: (me, collectives.rank(), collectives.world_size(), collectives.all_here())
+    ) == (
         0,
         0,
         1,
@@ -288,7 +290,7 @@ def test_the_steps_of_two_processes(tmp_path, local_rank, nodes):
 
 def test_one_process_waits_for_nobody_and_its_mistakes_are_its_own():
     assert collectives.all_here()
-    assert collectives.on_main("a", lambda: collectives.count()) == 1
+    assert collectives.on_main("a", lambda: collectives.world_size()) == 1
     assert collectives.share_out("b", range(3), lambda item: item + 1) == [1, 2, 3]
     team = collectives.nodes()
     assert (team.which, team.of, team.each("c", lambda: 5)) == (0, 1, [5])

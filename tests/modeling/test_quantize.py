@@ -12,19 +12,20 @@ from bitsandbytes.nn import Linear4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from training_settings import training
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
 from finetune.cli import app
-from finetune.data.prefetch import RowsAhead
 from finetune.pipeline import Run
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Model
 from finetune.reporting.plots import draw
 from finetune.serving.chat import open_assistant
-from finetune.training.arguments import Plan, training_arguments
+from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import gate_openings
 from finetune.training.checkpoints import last_checkpoint
+from finetune.training.prefetch import PrefetchedRows
 from finetune.training.trainer import IdeficsTrainer, _row_numbers, train
 from modeling import loading, quantize
 from modeling.adapters import attach, count_trained, open_adapter, save_adapter, trained_parameters
@@ -85,9 +86,9 @@ def attached(model, *, modes=None, scale=0.0, **lora):
 
 
 def run(model, folder, rows, base, *, resume_from=None, eval_rows=None, **settings):
-    plan = Plan(**({"packs_per_step": 1, "learning_rate": 1e-2, "checkpoint_every": 100} | settings))
     tokenizer = loading.load_processor(str(base)).tokenizer
-    return train(model, tokenizer, folder, train_rows=rows, eval_rows=eval_rows, plan=plan, resume_from=resume_from)
+    options = {"train_rows": rows, "eval_rows": eval_rows, "resume_from": resume_from}
+    return train(model, tokenizer, folder, training(**settings), **options)
 
 
 def trained(folder):
@@ -386,11 +387,11 @@ def test_trl_casts_what_is_trained_on_a_4_bit_base(load_nf4, make_rows, bf16_fol
     model = attached(load_nf4())
     options = {
         "model": model,
-        "args": training_arguments(tmp_path, steps=1, plan=Plan(packs_per_step=1, learning_rate=1e-3), scaled=False),
+        "args": training_arguments(tmp_path, training(), steps=1),
         "processing_class": loading.load_processor(str(bf16_folder)).tokenizer,
     }
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    IdeficsTrainer(**options, plan=Plan(1, 1e-3), train_rows=RowsAhead(make_rows()), eval_rows=None)
+    IdeficsTrainer(**options, settings=training(), train_rows=PrefetchedRows(make_rows()))
     after = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)

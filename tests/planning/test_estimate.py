@@ -438,7 +438,7 @@ def test_prepared_lengths_are_used_and_a_changed_recipe_finds_none(recipe_file, 
     source = Source("messages", paths=tuple(map(Path, recipe.data.sources[0].path)))
     prepared, _ = prepare_sources(recipe, [source], load_processor(str(base_folder)).tokenizer)
     made = plan(recipe, gpu="1GiB")
-    rows = make_rows(packs_per_step=2)
+    rows = make_rows(rows_per_step=2)
     real = [rows.at(number) for number in range(len(rows))]
     assert made["row"] == {
         "tokens": max(batch["input_ids"].shape[1] for batch in real),
@@ -484,7 +484,7 @@ def test_rows_are_planned_as_they_are_computed_and_made_ahead():
     from modeling import forward
 
     assert (footprint.HEAD_ROWS, footprint.ROWS) == (forward.HEAD_ROWS, forward.ROWS)
-    assert memory.ROWS_AHEAD == ahead.ROWS_AHEAD
+    assert memory.PREFETCHED == ahead.PREFETCHED
 
 
 def test_what_is_not_counted_is_said():

@@ -10,7 +10,7 @@ from finetune.pipeline import Run
 from finetune.planning.estimate import Planner
 from finetune.recipe.load import load_recipe
 from finetune.training import auto_fit
-from finetune.training.auto_fit import fitted
+from finetune.training.auto_fit import apply_auto_fit
 from modeling.errors import UserError
 
 FIT = "training.auto_fit=true"
@@ -119,7 +119,7 @@ def in_a_group(recipe, sizes):
     PartialState._reset_state()  # that of the test's own process, which is alone
     auto_fit.gpu_memory = lambda: sizes[collectives.rank()]
     try:
-        return fitted(recipe)
+        return apply_auto_fit(recipe)
     except UserError as error:
         return str(error)
 

@@ -24,11 +24,11 @@ from finetune.recipe.load import load_recipe
 from finetune.training import checkpoints, signals
 from finetune.training.checkpoints import (
     SEAL,
-    is_whole,
+    is_complete,
     last_checkpoint,
-    seal,
+    mark_complete,
+    remove_incomplete,
     step_of,
-    sweep,
     what_has_changed_inside,
 )
 from modeling.errors import Interrupted, UserError
@@ -125,7 +125,7 @@ def test_killed_at_any_moment_the_run_goes_on_and_ends_the_same(recipe_file, tmp
     assert not (tmp_path / "run" / "training.json").exists() or last_checkpoint(tmp_path / "run")
     run_processes(processes, train, recipe_file)
     assert_same(tmp_path / "run", expected)
-    left = [path for path in (tmp_path / "run").glob("checkpoint-*") if not is_whole(path)]
+    left = [path for path in (tmp_path / "run").glob("checkpoint-*") if not is_complete(path)]
     assert left == []
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) <= 2
 
@@ -262,7 +262,7 @@ def test_what_is_not_as_it_was_sealed_is_no_checkpoint(tmp_path_factory, name, c
     older, newer = make_checkpoint(folder, 9, FILES), make_checkpoint(folder, 10, FILES)
     assert last_checkpoint(folder) is None
     for checkpoint in (older, newer):
-        seal(checkpoint)
+        mark_complete(checkpoint)
     assert last_checkpoint(folder) == newer
     assert step_of(newer) == 10
     path = newer / name
@@ -271,7 +271,7 @@ def test_what_is_not_as_it_was_sealed_is_no_checkpoint(tmp_path_factory, name, c
         content[: len(content) // 2] if change == "shorter" else content + b"}"
     )
     assert last_checkpoint(folder) == older
-    sweep(folder)
+    remove_incomplete(folder)
     assert [one.name for one in folder.iterdir()] == ["checkpoint-9"]
 
 
@@ -279,7 +279,7 @@ def test_what_is_not_as_it_was_sealed_is_no_checkpoint(tmp_path_factory, name, c
 def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path, size, seen_by):
     older, newer = (make_checkpoint(tmp_path, step, {"optimizer.pt": size, "rng_state.pth": 9}) for step in (9, 10))
     for checkpoint in (older, newer):
-        seal(checkpoint)
+        mark_complete(checkpoint)
     assert what_has_changed_inside(newer) is None
     content = bytearray((newer / "optimizer.pt").read_bytes())
     content[size // 2] ^= 4
@@ -291,7 +291,7 @@ def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path, size, seen_by):
 
 def test_a_run_does_not_go_on_from_a_checkpoint_whose_bytes_have_changed(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 3, {"optimizer.pt": 2**20 + 5})
-    seal(checkpoint)
+    mark_complete(checkpoint)
     (checkpoint / "optimizer.pt").write_bytes(bytes(2**20 + 5))
     with pytest.raises(UserError, match=r"optimizer\.pt: is not what was written: .*\n  delete .*checkpoint-3, and"):
         _checkpoint_to_go_on_from(tmp_path)

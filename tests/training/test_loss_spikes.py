@@ -16,7 +16,18 @@ from test_trainer import trained
 from finetune.pipeline import Run
 from finetune.recipe.load import load_recipe
 from finetune.training import trainer as module
-from finetune.training.loss_spikes import FEWEST, LEAST_RISE, WINDOW, Event, Seen, Watch, read_events, write_events
+from finetune.training.loss_spikes import (
+    FEWEST,
+    LEAST_RISE,
+    WINDOW,
+    Event,
+    Seen,
+    read_events,
+    spike_limit,
+    suspects,
+    why_unstable,
+    write_events,
+)
 from modeling.errors import UserError
 
 POISONED = 17
@@ -184,39 +195,38 @@ def test_a_checkpoint_that_did_not_help_is_gone_back_behind(recipe_file, tmp_pat
 
 @given(st.lists(st.floats(0.5, 1.5), min_size=FEWEST, max_size=100), st.floats(0, 1.9))
 def test_what_is_less_than_a_nat_above_the_median_is_no_spike(before, loss):
-    assert Watch(spike=0.01).reason(min(loss, statistics.median(before[-WINDOW:]) + 0.99), 1.0, before) is None
+    assert why_unstable(min(loss, statistics.median(before[-WINDOW:]) + 0.99), 1.0, before, spike=0.01) is None
 
 
 def test_spike_window_holds_the_last_64_losses():
     """As many low as high: one more on either side, and the median would be that side's value."""
     low, high = [1.0] * 32, [9.0] * 32
     between = 5.0 + 20.0 * 1.4826 * 4.0
-    assert Watch(spike=20.0).limit([9.0, *low, *high]) == pytest.approx(between, rel=1e-12)
-    assert Watch(spike=20.0).limit([*low, *high][1:]) == 9.0 + 1.0
-    assert Watch(spike=20.0).limit([9.0] * 15) == math.inf
-    assert Watch(spike=20.0).limit([9.0] * 16) == 9.0 + 1.0
+    assert spike_limit([9.0, *low, *high], spike=20.0) == pytest.approx(between, rel=1e-12)
+    assert spike_limit([*low, *high][1:], spike=20.0) == 9.0 + 1.0
+    assert spike_limit([9.0] * 15, spike=20.0) == math.inf
+    assert spike_limit([9.0] * 16, spike=20.0) == 9.0 + 1.0
 
 
 def test_reasons():
     calm = [1.0, 1.1, 0.9, 1.05] * 8
-    watch = Watch(spike=20.0)
-    assert watch.reason(2.5, 1.0, calm) is None  # 20 x 1.4826 x 0.05 = 1.48 above 1.025
-    assert watch.reason(2.6, 1.0, calm) == "loss 2.6, after 32 steps with a median of 1.025"
-    assert watch.reason(100.0, 1.0, calm[: FEWEST - 1]) is None
-    assert Watch(spike=None).reason(100.0, 1.0, calm) is None
-    assert watch.reason(math.nan, 1.0, []) == "loss nan"
-    assert watch.reason(1.0, math.inf, []) == "gradient norm inf"
-    assert watch.reason(2.6, 1.0, [50.0] * 100 + calm * 2) is not None  # only the last 64 count
+    assert why_unstable(2.5, 1.0, calm, spike=20.0) is None  # 20 x 1.4826 x 0.05 = 1.48 above 1.025
+    assert why_unstable(2.6, 1.0, calm, spike=20.0) == "loss 2.6, after 32 steps with a median of 1.025"
+    assert why_unstable(100.0, 1.0, calm[: FEWEST - 1], spike=20.0) is None
+    assert why_unstable(100.0, 1.0, calm, spike=None) is None
+    assert why_unstable(math.nan, 1.0, [], spike=20.0) == "loss nan"
+    assert why_unstable(1.0, math.inf, [], spike=20.0) == "gradient norm inf"
+    assert why_unstable(2.6, 1.0, [50.0] * 100 + calm * 2, spike=20.0) is not None  # only the last 64 count
 
 
 def test_suspects():
-    watch, calm = Watch(spike=20.0), [1.0, 1.1, 0.9, 1.05] * 8
-    assert watch.suspects([1.0, 2.6, 9.0, 2.4], calm) == [False, True, True, False]
-    assert watch.suspects([1.0, math.nan, 9.0], calm) == [False, True, False]
-    assert watch.suspects([1.0, math.inf], []) == [False, True]
-    assert watch.suspects([1.0, 1.1, 0.9], calm) == [True, True, True]
-    assert watch.suspects([], calm) == []
-    assert Watch(spike=None).suspects([1.0, 100.0], calm) == [True, True]
+    calm = [1.0, 1.1, 0.9, 1.05] * 8
+    assert suspects([1.0, 2.6, 9.0, 2.4], calm, spike=20.0) == [False, True, True, False]
+    assert suspects([1.0, math.nan, 9.0], calm, spike=20.0) == [False, True, False]
+    assert suspects([1.0, math.inf], [], spike=20.0) == [False, True]
+    assert suspects([1.0, 1.1, 0.9], calm, spike=20.0) == [True, True, True]
+    assert suspects([], calm, spike=20.0) == []
+    assert suspects([1.0, 100.0], calm, spike=None) == [True, True]
 
 
 def test_events_are_kept_as_they_were(tmp_path):

@@ -7,13 +7,10 @@ import torch
 from test_trainer import logged, rows_of, run
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from finetune.pipeline import _plan
-from finetune.recipe.schema import Recipe
-from finetune.training.arguments import Plan
-from finetune.training.loss_spikes import Watch
+from finetune.recipe.schema import Training
+from finetune.training import arguments
 
 STEPS = 8
-FSDP2, DDP = {"parallel": "fsdp2", "optimizer": "adamw"}, {"parallel": "ddp"}
 
 
 @pytest.fixture
@@ -33,7 +30,7 @@ def taken():
 
 def train_steps(shallow_folder, make_rows, folder, **settings):
     rows = rows_of(make_rows(), *[(number,) for number in range(STEPS)])
-    return run(shallow_folder, folder, rows, packs_per_step=1, **settings)
+    return run(shallow_folder, folder, rows, rows_per_step=1, **settings)
 
 
 def cosine(step, peak, final, warmup):
@@ -66,7 +63,7 @@ def test_rate_of_every_step_is_the_formula_s(
 ):
     peak, gates = 1e-3, 5e-3
     options = {"learning_rate": peak, "final_learning_rate": final, "warmup_steps": warmup}
-    train_steps(shallow_folder, make_rows, tmp_path, schedule=schedule, tower_rates={"gates": gates}, **options)
+    train_steps(shallow_folder, make_rows, tmp_path, schedule=schedule, gates_learning_rate=gates, **options)
     expected = [formula(step, peak, final, warmup) for step in range(STEPS)]
     rates = [[group["lr"] for group in groups] for groups, _ in taken]
     for step, (of_groups, rate) in enumerate(zip(rates, expected, strict=True)):
@@ -87,53 +84,49 @@ def test_betas_decay_and_clipping_reach_the_optimiser(shallow_folder, make_rows,
     assert min(norms) > 0.01
 
 
-def test_every_key_of_a_recipe_s_training_reaches_the_plan():
-    training = {
-        "epochs": 2,
-        "row_tokens": 512,
-        "tokens_per_step": 2048,
-        "learning_rate": 3e-4,
-        "final_learning_rate": 1e-5,
-        "schedule": "linear",
-        "warmup_steps": 7,
-        "weight_decay": 0.02,
-        "optimizer": "adamw_8bit",
-        "betas": [0.8, 0.95],
-        "clip": 0.5,
-        "checkpointing": 3,
-        "gates_learning_rate": 1e-3,
-        "added_tokens_learning_rate": 2e-3,
-        "seed": 11,
-        "checkpoint_every": 40,
-        "evaluate_every": 20,
-        "early_stop": 4,
-        "trackers": ["tensorboard"],
-    }
-    model, data = {"base": "base"}, {"sources": [{"path": "d.jsonl"}], "max_length": 512, "eval_split": 0.1}
-    recipe = Recipe.model_validate({"model": model, "data": data, "training": training | FSDP2, "output": "run"})
-    watch = Watch(spike=5.0)
-    assert _plan(recipe, 400, autocast=True, watch=watch, rate_cuts=[30]) == Plan(
-        packs_per_step=4,
+def test_every_key_of_a_recipe_s_training_reaches_the_trainer_s_arguments(tmp_path, monkeypatch):
+    """Rates of towers, instability and checkpointing are no arguments of it, and are tested where they act."""
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    settings = Training(
+        epochs=2,
+        row_tokens=512,
+        tokens_per_step=2048,
         learning_rate=3e-4,
         final_learning_rate=1e-5,
         schedule="linear",
         warmup_steps=7,
         weight_decay=0.02,
-        optimizer="adamw",
+        optimizer="adamw_8bit",
         betas=(0.8, 0.95),
         clip=0.5,
-        tower_rates={"gates": 1e-3, "added_tokens": 2e-3},
         seed=11,
         checkpoint_every=40,
         evaluate_every=20,
-        early_stop=4,
         trackers=["tensorboard"],
-        unused_parameters=False,
-        autocast=True,
-        checkpointing=3,
-        parallel="fsdp2",
-        watch=watch,
-        rate_cuts=[30],
     )
-    eighth = Recipe.model_validate({"model": model, "data": data, "training": training | DDP, "output": "run"})
-    assert _plan(eighth, 400, autocast=False, watch=watch, rate_cuts=[]).optimizer == "adamw_8bit"
+    expected = {
+        "max_steps": 400,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "polynomial",
+        "lr_scheduler_kwargs": {"lr_end": 1e-5, "power": 1.0},
+        "warmup_steps": 7,
+        "weight_decay": 0.02,
+        "optim": "adamw_8bit",
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 0.5,
+        "seed": 11,
+        "save_steps": 40,
+        "eval_strategy": "steps",
+        "eval_steps": 20,
+        "report_to": ["tensorboard"],
+    }
+    got = arguments.training_arguments(tmp_path, settings, steps=400)
+    assert {key: getattr(got, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(("evaluate_every", "every"), [(None, 40), (20, 20)])
+def test_checkpoint_interval_is_a_tenth_of_the_run_or_that_of_the_evaluations(tmp_path, evaluate_every, every):
+    settings = Training(steps=400, evaluate_every=evaluate_every)
+    assert arguments.training_arguments(tmp_path, settings, steps=400).save_steps == every

@@ -18,8 +18,7 @@ from finetune.planning.estimate import Planner
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.training import out_of_memory
-from finetune.training.loss_spikes import Watch
-from finetune.training.out_of_memory import LESS, Held, explain, held, told_if_memory_runs_out
+from finetune.training.out_of_memory import LESS, Held, explain, explain_out_of_memory, held
 from finetune.training.trainer import IdeficsTrainer
 from modeling.errors import UserError
 
@@ -99,7 +98,7 @@ def test_a_plan_that_said_too_little_says_so_and_proposes_what_needs_less_by_its
 
 
 def test_several_gpus_may_divide_the_model_and_the_message_says_which_process(monkeypatch):
-    monkeypatch.setattr(out_of_memory.collectives, "count", lambda: 8)
+    monkeypatch.setattr(out_of_memory.collectives, "world_size", lambda: 8)
     monkeypatch.setattr(out_of_memory.collectives, "rank", lambda: 2)
     recipe = recipe_of(base="HuggingFaceM4/idefics-80b", checkpointing=True)
     message = explain(recipe, "x", Held(True, 78 * GIB, 78 * GIB, GIB, 80 * GIB, 79 * GIB))
@@ -139,11 +138,11 @@ def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
         MemoryError: ("", "MemoryError"),
     }
     for kind, (said, end) in cases.items():
-        with pytest.raises(UserError, match=f"told: .*{end}$"), told_if_memory_runs_out(recipe_of()):
+        with pytest.raises(UserError, match=f"told: .*{end}$"), explain_out_of_memory(recipe_of()):
             raise kind(said)
-    with pytest.raises(UserError, match=r"told: .*can't allocate memory"), told_if_memory_runs_out(recipe_of()):
+    with pytest.raises(UserError, match=r"told: .*can't allocate memory"), explain_out_of_memory(recipe_of()):
         torch.empty(2**58, dtype=torch.uint8)  # the allocator's own words
-    with pytest.raises(RuntimeError, match=r"^shapes differ$") as raised, told_if_memory_runs_out(recipe_of()):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$") as raised, explain_out_of_memory(recipe_of()):
         raise RuntimeError("shapes differ")
     assert not isinstance(raised.value, UserError)
 
@@ -167,9 +166,9 @@ def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, monkeypatch, pr
     rows = run.materials.train_rows()
     assert len(rows)
     monkeypatch.setattr(run.materials, "train_rows", lambda: rows)
-    monkeypatch.setattr(collectives, "count", lambda: processes)
+    monkeypatch.setattr(collectives, "world_size", lambda: processes)
     with pytest.raises(InterruptedError) as loaded:
-        _train_once(run, Watch())
+        _train_once(run)
     assert loaded.value.args == (divided,)
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
+from training_settings import training
 
 from finetune.data.images import Augmentation
 from finetune.data.sampling import Row
-from finetune.training.arguments import Plan
-from finetune.training.checkpoints import last_checkpoint, seal
+from finetune.training.checkpoints import last_checkpoint, mark_complete
 from finetune.training.trainer import IdeficsTrainer, parameter_groups, train
 from modeling import loading
 from modeling.adapters import attach, load_adapter_weights
@@ -39,17 +39,21 @@ def logged(folder, key):
     return [line[key] for line in lines if key in line]
 
 
-def run(base_folder, folder, rows, *, plan=None, eval_rows=None, resume_from=None, model=None, **settings):
-    plan = plan or Plan(**({"packs_per_step": 1, "learning_rate": 1e-2, "checkpoint_every": 100} | settings))
+PLAIN = ("autocast", "unused_parameters", "rate_cuts")
+
+
+def run(base_folder, folder, rows, *, eval_rows=None, resume_from=None, model=None, **settings):
+    options = {name: settings.pop(name) for name in PLAIN if name in settings}
     tokenizer = loading.load_processor(str(base_folder)).tokenizer
     return train(
         model or attached(base_folder),
         tokenizer,
         folder,
+        training(**settings),
         train_rows=rows,
         eval_rows=eval_rows,
-        plan=plan,
         resume_from=resume_from,
+        **options,
     )
 
 
@@ -78,7 +82,7 @@ def test_rows_times_accumulation_do_not_change_loss_gradient_or_result(base_fold
         "with fillers": (3, [(9, 0), (8, 1), (), (), (2, 3, 10), (11,)]),
     }
     for name, (packs, groups) in layouts.items():
-        run(base_folder, tmp_path / name, rows_of(rows, *groups), packs_per_step=packs, learning_rate=0.05)
+        run(base_folder, tmp_path / name, rows_of(rows, *groups), rows_per_step=packs, learning_rate=0.05)
     first = tmp_path / "1 row of 4"
     reference = trained(first)
     assert len(reference) > 100
@@ -91,7 +95,7 @@ def test_rows_times_accumulation_do_not_change_loss_gradient_or_result(base_fold
 
 
 def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_whole_step(base_folder, make_rows, tmp_path):
-    rows = make_rows(packs_per_step=3, row_tokens=128)
+    rows = make_rows(rows_per_step=3, row_tokens=128)
     model = attached(base_folder)
     total = supervised = 0
     with torch.no_grad():
@@ -100,16 +104,16 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_whole_step(base_
                 batch = rows.batch(Row(0, (index,)))
                 total += float(packed_loss(model, batch, config=model.config))
                 supervised += int((batch["labels"] != -100).sum())
-    run(base_folder, tmp_path, type(rows)(**{**rows.__dict__, "rows": rows.rows[:3]}), packs_per_step=3)
+    run(base_folder, tmp_path, type(rows)(**{**rows.__dict__, "rows": rows.rows[:3]}), rows_per_step=3)
     # dropout is 0, the first step has not changed a weight, and sums are fp32
     assert logged(tmp_path, "loss")[0] == pytest.approx(total / supervised, rel=1e-5)
 
 
 def test_resumed_equals_whole_bit_for_bit_across_epochs_with_dropout_and_augmentation(base_folder, make_rows, tmp_path):
-    rows = make_rows(epochs=3, packs_per_step=2, row_tokens=192, augmentation=Augmentation(flip=True, shift=3))
+    rows = make_rows(epochs=3, rows_per_step=2, row_tokens=192, augmentation=Augmentation(flip=True, shift=3))
     assert rows.rows[-1].epoch == 2
     middle = len(rows.rows) // 4 + 1
-    settings = {"packs_per_step": 2, "checkpoint_every": middle, "schedule": "cosine", "learning_rate": 1e-2}
+    settings = {"rows_per_step": 2, "checkpoint_every": middle, "schedule": "cosine", "learning_rate": 1e-2}
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run(base_folder, whole, rows, model=attached(base_folder, lora_dropout=0.1), **settings)
     shutil.copytree(whole / f"checkpoint-{middle}", resumed / f"checkpoint-{middle}")
@@ -131,8 +135,7 @@ def test_resumed_equals_whole_bit_for_bit_across_epochs_with_dropout_and_augment
 def test_the_held_out_loss_weighs_tokens_and_the_best_checkpoint_becomes_the_adapter(base_folder, make_rows, tmp_path):
     rows, held = make_rows(), make_rows(row_tokens=192)
     # a rate that ruins more with every step
-    plan = Plan(packs_per_step=1, learning_rate=0.3, checkpoint_every=100, evaluate_every=1)
-    trainer = run(base_folder, tmp_path, rows, plan=plan, eval_rows=held)
+    trainer = run(base_folder, tmp_path, rows, learning_rate=0.3, evaluate_every=1, eval_rows=held)
     losses = logged(tmp_path, "eval_loss")
     best = min(range(len(losses)), key=losses.__getitem__) + 1
     assert trainer.state.best_global_step == best < len(losses)
@@ -151,8 +154,8 @@ def test_the_held_out_loss_weighs_tokens_and_the_best_checkpoint_becomes_the_ada
 
 
 def test_early_stop(base_folder, make_rows, tmp_path):
-    plan = Plan(packs_per_step=1, learning_rate=10.0, checkpoint_every=100, evaluate_every=1, early_stop=2)
-    trainer = run(base_folder, tmp_path, make_rows(epochs=30), plan=plan, eval_rows=make_rows())
+    settings = {"learning_rate": 10.0, "evaluate_every": 1, "early_stop": 2}
+    trainer = run(base_folder, tmp_path, make_rows(epochs=30), eval_rows=make_rows(), **settings)
     assert trainer.state.global_step < 30
 
 
@@ -170,8 +173,8 @@ def test_a_bf16_base_is_trained_in_fp32(base_folder, make_rows, tmp_path, tower)
 
 
 def test_groups_have_their_own_rates_and_decay_pulls_at_no_scale(base_folder):
-    plan = Plan(1, 1e-3, weight_decay=0.1, tower_rates={"gates": 1e-2, "added_tokens": None})
-    groups = parameter_groups(attached(base_folder), plan=plan)
+    settings = training(learning_rate=1e-3, weight_decay=0.1, gates_learning_rate=1e-2)
+    groups = parameter_groups(attached(base_folder), settings=settings)
     sizes = {(group["lr"], group["weight_decay"]): sum(p.numel() for p in group["params"]) for group in groups}
     assert sizes.keys() == {(1e-3, 0.1), (1e-3, 0.0), (1e-2, 0.0)}
     assert sizes[1e-2, 0.0] == 4
@@ -208,7 +211,7 @@ def test_a_checkpoint_s_pickles_are_opened_without_running_them(base_folder, mak
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         content = (checkpoint / file).read_bytes()
         torch.save(Opened(tmp_path / "made"), checkpoint / file)
-        seal(checkpoint)
+        mark_complete(checkpoint)
         with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
             run(base_folder, tmp_path / "run", make_rows(epochs=3), checkpoint_every=1, resume_from=checkpoint)
         (checkpoint / file).write_bytes(content)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from finetune.data.prefetch import ROWS_AHEAD, RowsAhead
+from finetune.training.prefetch import PREFETCHED, PrefetchedRows
 from modeling.errors import UserError
 
 
@@ -34,7 +34,7 @@ def ask(rows, number):
 @pytest.mark.parametrize("stride", [1, 4])
 def test_rows_come_as_asked_and_each_is_made_once(stride):
     numbers = Numbers(12)
-    rows = RowsAhead(numbers, stride=stride)
+    rows = PrefetchedRows(numbers, stride=stride)
     asked = list(range(1, 12, stride))
     assert [ask(rows, number) for number in asked] == asked
     assert sorted(numbers.made) == asked
@@ -42,18 +42,18 @@ def test_rows_come_as_asked_and_each_is_made_once(stride):
 
 def test_the_next_ones_are_made_meanwhile_and_no_more():
     numbers = Numbers(100)
-    rows = RowsAhead(numbers)
+    rows = PrefetchedRows(numbers)
     ask(rows, 5)
     deadline = time.monotonic() + 10
-    while len(numbers.made) < 1 + ROWS_AHEAD and time.monotonic() < deadline:
+    while len(numbers.made) < 1 + PREFETCHED and time.monotonic() < deadline:
         time.sleep(0.001)
     rows.close()
-    assert sorted(numbers.made) == list(range(5, 6 + ROWS_AHEAD))
+    assert sorted(numbers.made) == list(range(5, 6 + PREFETCHED))
 
 
 def test_who_asks_waits_for_a_row_that_is_not_ready_and_the_seconds_are_counted():
     numbers = Numbers(9, held=1)
-    rows = RowsAhead(numbers)
+    rows = PrefetchedRows(numbers)
     ask(rows, 0)
     before = rows.waited
     threading.Timer(0.2, numbers.gate.set).start()
@@ -63,17 +63,17 @@ def test_who_asks_waits_for_a_row_that_is_not_ready_and_the_seconds_are_counted(
 
 def test_going_on_elsewhere_forgets_what_was_ahead():
     numbers = Numbers(40)
-    rows = RowsAhead(numbers)
+    rows = PrefetchedRows(numbers)
     assert [ask(rows, number) for number in (0, 20, 21, 3)] == [0, 20, 21, 3]
 
 
 def test_a_micro_batch_is_one_row():
     with pytest.raises(ValueError, match="too many values"):
-        RowsAhead(Numbers(2))([{"row": 0}, {"row": 1}])
+        PrefetchedRows(Numbers(2))([{"row": 0}, {"row": 1}])
 
 
 def test_an_error_is_raised_where_its_row_is_asked_for():
-    rows = RowsAhead(Numbers(20))
+    rows = PrefetchedRows(Numbers(20))
     assert [ask(rows, number) for number in (11, 12)] == [11, 12]
     with pytest.raises(UserError, match="row 13"):
         ask(rows, 13)

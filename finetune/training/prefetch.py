@@ -6,11 +6,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from finetune.data.collate import Batch, Rows
 
-ROWS_AHEAD = 2
+PREFETCHED = 2
 """That are made, or ready, beyond the one that was asked for last."""
 
 
-class RowsAhead:
+class PrefetchedRows:
     """A trainer's rows, as a DataLoader collates them: while one is trained on, the next ones are decoded.
 
     One thread makes them, in order, as streams must. Rows are asked for in steps of `stride`, the number of processes.
@@ -21,13 +21,13 @@ class RowsAhead:
         self.rows, self.stride = rows, stride
         self.waited = 0.0
         """Seconds that whoever asked has waited, since the beginning."""
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rows-ahead")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._coming: dict[int, Future[Batch]] = {}
 
     def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
         (feature,) = features
         number, started = feature["row"], time.perf_counter()
-        wanted = [number + ahead * self.stride for ahead in range(ROWS_AHEAD + 1)]
+        wanted = [number + ahead * self.stride for ahead in range(PREFETCHED + 1)]
         self._coming = {
             row: self._coming.get(row) or self._pool.submit(self.rows.at, row) for row in wanted if row < len(self.rows)
         }
