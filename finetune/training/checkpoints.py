@@ -3,7 +3,7 @@
     checkpoint-N/   adapter files · optimizer.pt · scheduler.pt · rng_state*.pth · trainer_state.json
                     sealed.json    name -> bytes and hash of every file; written last, after all are on the disk
 
-A process may be killed, and a machine lose its power, at any moment: what has no mark_complete, or not what its seal says, is no
+A process may be killed, and a machine lose its power, at any moment: what has no seal, or not what its seal says, is no
 checkpoint. Large files, weights and the optimiser's state, are looked into when a run goes on from them, and only then.
 """
 

@@ -569,7 +569,7 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
     assert yaml.safe_load(recipe.to_yaml())["training"]["betas"] == [0.9, 0.999]
 
 
-def test_packs_per_step_rounds(tmp_path):
+def test_rows_per_step_rounds(tmp_path):
     recipe = load_recipe(written(tmp_path), ["training.row_tokens=2048", "training.tokens_per_step=5200"])
     assert recipe.training.rows_per_step == 3
 
