@@ -1,6 +1,12 @@
-"""recipe.yaml + key=value overrides -> Recipe. All errors at once, each with its place, what was got and expected."""
+"""recipe.yaml + key=value overrides -> Recipe. All errors are raised at once, each with its key, got and expected.
+
+Paths in the file are relative to the file; paths in key=value are relative to the current folder. Paths of results
+(`output`, `data.prepared`) are relative to the current folder in both, and stay as they are.
+"""
 
 import difflib
+import errno
+import os
 import re
 import types
 import typing
@@ -11,24 +17,32 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.console import log
-from finetune.recipe.paths import anchored
 from finetune.recipe.plain_yaml import DEEPEST, MOST_BYTES, parse_yaml
 from finetune.recipe.schema import Recipe
 from modeling.errors import UserError
 from modeling.files import open_regular
 
-MOST_PROBLEMS = 20
-"""So many are listed; more are counted."""
+LISTED_ERRORS = 20
+"""Errors that are listed; further ones are counted."""
+
+_SOURCES = (("data", "sources"), ("data", "eval_sources"), ("evaluation", "documents"))
+_PATHS = {("model", "continue_from"), *((*source, key) for source in _SOURCES for key in ("path", "image_root"))}
+_PATHS_OR_HUB_IDS = {("model", "base"), *((*source, "hub") for source in _SOURCES)}
+_RESULTS = {("output",), ("data", "prepared")}
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe; `overrides` are "section.key=value" with YAML values. Raises UserError with every error found."""
+def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, or one that ships by its name; `overrides` are "section.key=value" with YAML values.
+
+    Raises UserError with every error found.
+    """
+    path = find_recipe(path)
     try:
-        document = anchored(_read_yaml(path), (), path.resolve().parent)
+        document = absolute_paths(_read(path), (), path.resolve().parent)
     except OSError as error:
         raise UserError(f"{path}: {error.filename!r:.200}: {error.strerror}") from error
     problems = [problem for override in overrides or [] if (problem := _apply(document, override))]
-    _replace_length(document, {override.partition("=")[0] for override in overrides or []})
+    _replace_steps_or_epochs(document, {override.partition("=")[0] for override in overrides or []})
     document.setdefault("output", f"runs/{path.stem}")
     try:
         recipe = Recipe.model_validate(document)
@@ -36,74 +50,124 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         problems += [_explain(details) for details in error.errors(include_url=False)]
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
-        listed = [f"  {problem}" for problem in problems[:MOST_PROBLEMS]]
-        more = [f"  and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        listed = [f"  {problem}" for problem in problems[:LISTED_ERRORS]]
+        more = [f"  and {len(problems) - LISTED_ERRORS} more"] if len(problems) > LISTED_ERRORS else []
         raise UserError("\n".join([f"{path}: {count}", *listed, *more]))
     return recipe
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def shipped_folder() -> Path:
+    """Return the folder of the recipes that ship: inside an installed package, or recipes/ of a clone."""
+    installed = Path(__file__).with_name("shipped")
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def find_recipe(path: Path | str) -> Path:
+    """Return the path of a recipe: `quickstart` is the one that ships, unless a file of this name is here."""
+    path = Path(path)
+    if path.suffix or len(path.parts) != 1 or path.is_file():
+        return path
+    shipped = shipped_folder() / f"{path}.yaml"
+    return shipped if shipped.is_file() else path
+
+
+def absolute_paths(value: Any, keys: tuple[str, ...], folder: Path) -> Any:
+    """Return the part of a recipe at `keys` with its paths absolute. Raises OSError: a path that no file can have.
+
+    >>> absolute_paths({"sources": [{"path": "a.jsonl", "limit": 5}]}, ("data",), Path("/home/me"))
+    {'sources': [{'path': '/home/me/a.jsonl', 'limit': 5}]}
+    """
+    if isinstance(value, dict):
+        return {
+            key: absolute_paths(inner, (*keys, key if isinstance(key, str) else "?"), folder)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [absolute_paths(inner, keys, folder) for inner in value]
+    where = tuple(key for key in keys if not key.isdecimal())
+    if not isinstance(value, str) or not value or where not in _PATHS | _PATHS_OR_HUB_IDS | _RESULTS:
+        return value
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError:  # no such user: a folder may be called ~x
+        path = Path(value)
+    if where in _RESULTS or (where in _PATHS_OR_HUB_IDS and not (folder / path).is_dir()):
+        return str(path) if value.startswith("~") else value
+    path = folder / path
+    try:  # links are resolved in the parents alone: a linked data file stands beside the images of the link's folder
+        return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
+    except RuntimeError as error:  # pathlib's error for a loop of links
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
             content = file.read(MOST_BYTES + 1)
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.yaml")], n=1)
+        shipped = difflib.get_close_matches(path.stem, [other.stem for other in shipped_folder().glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        hint = hint or (f"; did you mean {shipped[0]}, which ships?" if shipped else "; `finetune recipes` lists some")
         raise UserError(f"{path}: no such recipe{hint}") from error
-    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{str(path)!r:.200}: no recipe can be read here: {reason}") from error
+        raise UserError(f"{str(path)!r:.200}: cannot be read as a recipe: {reason}") from error
     try:
         document = parse_yaml(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a mapping (model:, data:, training: ...), got {_kind(document)}")
+        got = type(document).__name__
+        raise UserError(f"{path}: expected a mapping (model:, data:, training: ...), got {got}")
     return document
 
 
 def _apply(document: dict[str, Any], override: str) -> str | None:
-    """Set one "section.key=value" in place; an index selects from a list. Returns what is wrong, if anything."""
+    """Set one "section.key=value" in place; a number selects from a list. Returns what is wrong, if anything."""
     keys, equals, text = override.partition("=")
     if not equals or not keys:
         return f"{override!r:.200}: expected key=value, such as training.steps=10"
     try:
-        value = anchored(parse_yaml(text), tuple(keys.split(".")), Path.cwd())
+        value = absolute_paths(parse_yaml(text), tuple(keys.split(".")), Path.cwd())
     except UserError as error:
         return f"{override!r:.200}: the value is {error}"
     except OSError as error:
         return f"{override!r:.200}: {error.strerror}"
     *parents, last = keys.split(".")
-    place: Any = document
+    section: Any = document
     try:
         if len(parents) > DEEPEST:
             raise IndexError(keys)
         for key in parents:
-            if isinstance(place, dict) and place.get(key) is None:
-                place[key] = {}
-            place = place[int(key) if isinstance(place, list) else key]
-        place[int(last) if isinstance(place, list) else last] = value
+            if isinstance(section, dict) and section.get(key) is None:
+                section[key] = {}
+            section = section[int(key) if isinstance(section, list) else key]
+        section[int(last) if isinstance(section, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError):
         return f"{override!r:.200}: the recipe has no {keys:.200} to set"
     return None
 
 
-def _replace_length(document: dict[str, Any], overridden: set[str]) -> None:
-    """A recipe has either steps or epochs: the one that is given in the command replaces the other of the file."""
+def _replace_steps_or_epochs(document: dict[str, Any], overridden: set[str]) -> None:
+    """Let `training.steps=50` replace the file's `epochs`, and the other way round: a recipe has one of them."""
     training = document.get("training")
     if not isinstance(training, dict):
         return
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         both = training.get(given) is not None and training.get(other) is not None
         if both and f"training.{given}" in overridden and f"training.{other}" not in overridden:
-            was = f"training.{other}: {training[other]!s:.80} of the recipe"
-            log(f"training.{given}={training[given]!s:.80} replaces {was}")
+            replaced = f"training.{other}: {training[other]!s:.80} of the recipe"
+            log(f"training.{given}={training[given]!s:.80} replaces {replaced}")
             training[other] = None
 
 
 def _explain(details: ErrorDetails) -> str:
-    """One error of pydantic's as "key path: what was expected, what was got, the nearest valid key"."""
-    location = ".".join(f"{part!s:.80}" for part in details["loc"] if not _is_of_pydantic(part))[:200] or "recipe"
+    """Return one of pydantic's errors as "key: expected, got, nearest valid key"."""
+    # Parts that name one of several types of a key are pydantic's own, and no keys.
+    types_alone = r"(function-|constrained-|literal\[|list\[|dict\[)"
+    keys = [part for part in details["loc"] if not (isinstance(part, str) and re.match(types_alone, part))]
+    location = ".".join(f"{key!s:.80}" for key in keys)[:200] or "recipe"
     kind, message = details["type"], details["msg"].removeprefix("Value error, ")[:400]
     if kind == "extra_forbidden":
         key, known = str(details["loc"][-1])[:80], _keys_at(details["loc"][:-1])
@@ -118,30 +182,21 @@ def _explain(details: ErrorDetails) -> str:
     named = str(details.get("ctx", {}).get("expected", "")).split("'")[1::2]
     near = difflib.get_close_matches(got[:80], named, n=1) if isinstance(got, str) else []
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{location}: {message[0].lower()}{message[1:]}, got {got!r:.80} ({_kind(got)}){hint}"
-
-
-def _is_of_pydantic(part: int | str) -> bool:
-    """Whether a part of an error's place names one of several types that a key may have, and no key."""
-    return isinstance(part, str) and bool(re.match(r"(function-|constrained-|literal\[|list\[|dict\[)", part))
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__
+    return f"{location}: {message[0].lower()}{message[1:]}, got {got!r:.80} ({type(got).__name__}){hint}"
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys a recipe may have at a place: () -> model, adapter, ...; ("data", "sources", 0) -> format, path, ..."""
+    """Return the valid keys of a section: () -> model, adapter, ...; ("data", "sources", 0) -> format, path, ..."""
+
+    def section_in(annotation: Any) -> type[BaseModel] | None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+        if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, Annotated):
+            return next((found for inner in typing.get_args(annotation) if (found := section_in(inner))), None)
+        return None
+
     section: type[BaseModel] = Recipe
     for part in location:
         if isinstance(part, str) and part in section.model_fields:
-            section = _section_in(section.model_fields[part].annotation) or section
+            section = section_in(section.model_fields[part].annotation) or section
     return list(section.model_fields)
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, Annotated):
-        return next((found for inner in typing.get_args(annotation) if (found := _section_in(inner))), None)
-    return None

@@ -1,7 +1,7 @@
-"""YAML -> the plain values that a recipe is made of: dict, list, text, numbers, true, false, null.
+"""YAML -> the plain values of a recipe: dict, list, text, numbers, true, false, null.
 
-Whatever the text is, the answer comes soon: values, or one line that says what a recipe cannot hold, and where. Keys
-are text, tags that make objects are refused, and what aliases expand to is counted before it is made.
+Any input is answered quickly: with values, or with one line that says what a recipe cannot hold, and where. Keys are
+text, tags that build objects are refused, and the size of what aliases expand to is counted before it is built.
 """
 
 import re
@@ -13,52 +13,51 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from modeling.errors import UserError
 
 MOST_BYTES = 2**18
-"""Of a recipe's file, or of an override."""
+"""Largest size of a recipe's file, or of an override."""
 
 MOST_VALUES = 10**6
-"""Values, and characters of text, once aliases are replaced by what they stand for."""
+"""Largest number of values and of characters, with aliases expanded."""
 
 DEEPEST = 32
+"""Deepest nesting."""
 
 _TAG = "tag:yaml.org,2002:"
-_TEXT = {f"{_TAG}{name}" for name in ("str", "timestamp", "value", "merge")}
 _TRUE, _FALSE = ("yes", "true", "on"), ("no", "false", "off")
 
 
 def parse_yaml(content: bytes | str) -> Any:
-    """The values of one YAML document, none of them shared. Raises UserError: one line, without the file's name."""
+    """Return the values of one YAML document, none of them shared. Raises UserError: one line, without a file name.
+
+    >>> parse_yaml("{steps: 1_000, betas: [0.9, 0.95], evaluation: null}")
+    {'steps': 1000, 'betas': [0.9, 0.95], 'evaluation': None}
+    """
     if len(content) > MOST_BYTES:
-        raise UserError(f"too large for a recipe: at most {MOST_BYTES // 1024} KiB were expected")
+        raise UserError(f"too large for a recipe: expected at most {MOST_BYTES // 1024} KiB")
     try:
         root = yaml.compose(content, Loader=yaml.SafeLoader)
     except RecursionError as error:
-        raise UserError("not YAML that a recipe can be: nested too deeply") from error
+        raise UserError("YAML that a recipe cannot hold: nested too deeply") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"not YAML: {error.problem or error.context:.200}{where}") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"not YAML: {_one_line(error)}") from error
+        raise UserError(f"not YAML: {' '.join(str(error).split()):.200}") from error
     if root is None:
         return None
     _measure(root, {})
     return _value(root)
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        return f"{error.problem or error.context}"[:200] + where
-    return " ".join(str(error).split())[:200]
-
-
-def _refused(what: str, node: Node, hint: str = "") -> UserError:
-    return UserError(f"not YAML that a recipe can be: {what}, line {node.start_mark.line + 1}{hint}")
-
-
 def _measure(node: Node, measured: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """(values and characters, depth) of a node, its aliases replaced. Raises UserError where that is too much."""
+    """Return (values and characters, depth) of a node with aliases expanded. Raises UserError where it is too much.
+
+    `measured` holds the results by node, and None for a node whose children are being measured.
+    """
     if id(node) in measured:
         known = measured[id(node)]
         if known is None:
-            raise _refused("an alias of what it is a part of", node)
+            raise _refused("an alias inside its own anchor", node)
         return known
     measured[id(node)] = None
     size, depth = 1, 1
@@ -70,7 +69,7 @@ def _measure(node: Node, measured: dict[int, tuple[int, int] | None]) -> tuple[i
             more, below = _measure(child, measured)
             size, depth = size + more, max(depth, below + 1)
     if size > MOST_VALUES:
-        raise _refused(f"more than {MOST_VALUES:,} values, once its aliases are replaced", node)
+        raise _refused(f"more than {MOST_VALUES:,} values with aliases expanded", node)
     if depth > DEEPEST:
         raise _refused(f"nested more than {DEEPEST} deep", node)
     measured[id(node)] = size, depth
@@ -78,17 +77,13 @@ def _measure(node: Node, measured: dict[int, tuple[int, int] | None]) -> tuple[i
 
 
 def _value(node: Node) -> Any:
-    if isinstance(node, ScalarNode):
-        return _scalar(node)
     if isinstance(node, SequenceNode) and node.tag == f"{_TAG}seq":
         return [_value(child) for child in node.value]
     if isinstance(node, MappingNode) and node.tag == f"{_TAG}map":
         return _mapping(node)
-    raise _refused(f"the tag {node.tag.replace(_TAG, '!!')!r:.80}", node)
-
-
-def _scalar(node: ScalarNode) -> Any:
-    """A number that is written in another way (0x10, 010, 1:30) is text, for the key to refuse."""
+    if not isinstance(node, ScalarNode):
+        raise _refused(f"the tag {node.tag.replace(_TAG, '!!')!r:.80}", node)
+    # A number in another notation (0x10, 010, 1:30) stays text, and its key refuses it.
     text = node.value
     if node.tag == f"{_TAG}null":
         return None
@@ -106,31 +101,31 @@ def _scalar(node: ScalarNode) -> Any:
 
 def _text(node: Node) -> str:
     if not isinstance(node, ScalarNode):
-        raise _refused("a key that is no text", node, "; is it a template?")
+        raise _refused("a key that is not text", node, "; is it a template?")
     if not node.tag.startswith(_TAG) or node.tag == f"{_TAG}binary" or "python" in node.tag:
         raise _refused(f"the tag {node.tag.replace(_TAG, '!!')!r:.80}", node)
     if re.search("[\0\ud800-\udfff]", node.value):
-        raise _refused("text with a NUL, or half of a character", node)
+        raise _refused("text with a NUL or a lone surrogate", node)
     return str(node.value)
 
 
 def _mapping(node: MappingNode) -> dict[str, Any]:
+    """Return a mapping with its `<<` filled in; of several mappings in a `<<`, the first one that has a key decides."""
     own: dict[str, Any] = {}
     merged: dict[str, Any] | None = None
     for key_node, value_node in node.value:
         if key_node.tag == f"{_TAG}merge" and merged is None:
-            merged = _merged(value_node)
+            sources = value_node.value if isinstance(value_node, SequenceNode) else [value_node]
+            if not all(isinstance(source, MappingNode) for source in sources):
+                raise _refused("`<<` of something that is not a mapping", value_node)
+            merged = {key: value for source in reversed(sources) for key, value in _mapping(source).items()}
             continue
         key = _text(key_node)
         if key in own or key_node.tag == f"{_TAG}merge":
-            raise _refused(f"key {key!r:.80} is there twice", key_node)
+            raise _refused(f"duplicate key {key!r:.80}", key_node)
         own[key] = _value(value_node)
     return {**(merged or {}), **own}
 
 
-def _merged(node: Node) -> dict[str, Any]:
-    """What `<<` takes over: of several mappings, the first one that has a key decides."""
-    sources = node.value if isinstance(node, SequenceNode) else [node]
-    if not all(isinstance(source, MappingNode) for source in sources):
-        raise _refused("`<<` of what is no mapping", node)
-    return {key: value for source in reversed(sources) for key, value in _mapping(source).items()}
+def _refused(what: str, node: Node, hint: str = "") -> UserError:
+    return UserError(f"YAML that a recipe cannot hold: {what}, line {node.start_mark.line + 1}{hint}")

@@ -55,27 +55,27 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a: {{ x }}", "a key that is no text, line 1; is it a template?"),
-        ("a:\n  ? [b]\n  : c", "a key that is no text, line 2; is it a template?"),
+        ("a: {{ x }}", "a key that is not text, line 1; is it a template?"),
+        ("a:\n  ? [b]\n  : c", "a key that is not text, line 2; is it a template?"),
         ("a: !!python/object/apply:os.system [ls]", "the tag '!!python/object/apply:os.system', line 1"),
         ("a: 1\nb: !!python/name:os.system", "the tag '!!python/name:os.system', line 2"),
         ("!!python/name:os.system : 1", "the tag '!!python/name:os.system', line 1"),
         ("a: !own {}", "the tag '!own', line 1"),
         ("a: !!set {b}", "the tag '!!set', line 1"),
         ("a: !!binary aGk=", "the tag '!!binary', line 1"),
-        ("a: 1\nb: 2\na: 3", "key 'a' is there twice, line 3"),
-        ("a: {no: 1, 'no': 2}", "key 'no' is there twice, line 1"),
-        ("<<: {a: 1}\n<<: {b: 1}", "key '<<' is there twice, line 2"),
-        ("<<: [1]", "`<<` of what is no mapping, line 1"),
-        ("<<: text", "`<<` of what is no mapping, line 1"),
-        ("a: &x [1, *x]", "an alias of what it is a part of, line 1"),
-        ("a: &x {<<: *x}", "an alias of what it is a part of, line 1"),
-        ('a: "b\\0"', "text with a NUL, or half of a character, line 1"),
-        ('a: ["\\ud800"]', "text with a NUL, or half of a character, line 1"),
-        ('"\\ud800": a', "text with a NUL, or half of a character, line 1"),
-        (LAUGHS, "more than 1,000,000 values, once its aliases are replaced, line 6"),
-        ("a: &x " + "y" * 10_000 + "\nb: [" + "*x, " * 200 + "]", "more than 1,000,000 values, once its aliases are "
-         "replaced, line 2"),
+        ("a: 1\nb: 2\na: 3", "duplicate key 'a', line 3"),
+        ("a: {no: 1, 'no': 2}", "duplicate key 'no', line 1"),
+        ("<<: {a: 1}\n<<: {b: 1}", "duplicate key '<<', line 2"),
+        ("<<: [1]", "`<<` of something that is not a mapping, line 1"),
+        ("<<: text", "`<<` of something that is not a mapping, line 1"),
+        ("a: &x [1, *x]", "an alias inside its own anchor, line 1"),
+        ("a: &x {<<: *x}", "an alias inside its own anchor, line 1"),
+        ('a: "b\\0"', "text with a NUL or a lone surrogate, line 1"),
+        ('a: ["\\ud800"]', "text with a NUL or a lone surrogate, line 1"),
+        ('"\\ud800": a', "text with a NUL or a lone surrogate, line 1"),
+        (LAUGHS, "more than 1,000,000 values with aliases expanded, line 6"),
+        ("a: &x " + "y" * 10_000 + "\nb: [" + "*x, " * 200 + "]",
+         "more than 1,000,000 values with aliases expanded, line 2"),
         ("[" * 33 + "]" * 33, "nested more than 32 deep, line 1"),
         ("a: &a0 x\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 99)),
          "nested more than 32 deep, line 33"),
@@ -86,7 +86,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_what_a_recipe_cannot_hold(text, problem):
     with pytest.raises(UserError) as raised:
         parse_yaml(text)
-    assert str(raised.value) == f"not YAML that a recipe can be: {problem}"
+    assert str(raised.value) == f"YAML that a recipe cannot hold: {problem}"
 
 
 @pytest.mark.parametrize(
@@ -110,5 +110,5 @@ def test_what_is_no_yaml(text, problem):
 
 
 def test_more_than_a_recipe_ever_needs_is_not_read():
-    with pytest.raises(UserError, match=r"^too large for a recipe: at most 256 KiB were expected$"):
+    with pytest.raises(UserError, match=r"^too large for a recipe: expected at most 256 KiB$"):
         parse_yaml("#" * (2**18 + 1))

@@ -177,8 +177,8 @@ def test_all_errors_come_at_once_each_with_its_place_what_was_got_and_the_neares
         ),
         (
             "training.seed={{ seed }}",
-            "'training.seed={{ seed }}': the value is not YAML that a recipe can be: a key that is "
-            "no text, line 1; is it a template?",
+            "'training.seed={{ seed }}': the value is YAML that a recipe cannot hold: a key that is "
+            "not text, line 1; is it a template?",
         ),
         ("training.early_stop=true", "training.early_stop: expected a number, got True (bool)"),
         ("training.warmup_steps=yes", "training.warmup_steps: expected a number, got True (bool)"),
@@ -323,7 +323,7 @@ def test_everything_frozen_is_no_training(tmp_path):
 
 def test_a_key_given_twice_is_an_error(tmp_path):
     path = written(tmp_path, MINIMAL + "training: {steps: 5}\n")
-    assert problems(path) == [f"{path}: not YAML that a recipe can be: key 'training' is there twice, line 5"]
+    assert problems(path) == [f"{path}: YAML that a recipe cannot hold: duplicate key 'training', line 5"]
 
 
 def test_what_is_not_a_recipe(tmp_path):
@@ -392,20 +392,20 @@ def test_a_place_that_no_recipe_has_is_a_short_error(tmp_path, keys):
 def test_what_is_no_file_is_no_recipe(tmp_path, make, reason):
     path = tmp_path / "r.yaml"
     make(path)
-    assert problems(path) == [f"{str(path)!r}: no recipe can be read here: {reason}"]
+    assert problems(path) == [f"{str(path)!r}: cannot be read as a recipe: {reason}"]
 
 
 @pytest.mark.parametrize(("name", "reason"), [("x" * 300, "File name too long"), ("a\0b", "embedded null byte")])
 def test_a_name_that_no_file_can_have(tmp_path, name, reason):
     (line,) = problems(tmp_path / name)
-    assert line.endswith(f": no recipe can be read here: {reason}")
+    assert line.endswith(f": cannot be read as a recipe: {reason}")
 
 
 def test_a_file_that_is_too_large_for_a_recipe(tmp_path):
     path = tmp_path / "r.yaml"
     with path.open("wb") as sparse:
         sparse.truncate(2**40)
-    assert problems(path) == [f"{path}: too large for a recipe: at most 256 KiB were expected"]
+    assert problems(path) == [f"{path}: too large for a recipe: expected at most 256 KiB"]
 
 
 def test_a_path_that_no_folder_can_have_is_named(tmp_path):

@@ -6,8 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from finetune.cli import _at_home, app
-from finetune.recipe.load import load_recipe
-from finetune.recipe.paths import anchored
+from finetune.recipe.load import absolute_paths, load_recipe
 from modeling.errors import UserError
 
 RECIPE = """
@@ -90,7 +89,7 @@ def test_a_data_file_that_is_a_link_stands_where_the_link_is(places):
     (places / "recipes" / "d.jsonl").symlink_to(places / "here" / "e.jsonl")
     (places / "recipes" / "linked").symlink_to(places / "here")
     keys = ("data", "sources", "path")
-    assert anchored(["d.jsonl", "linked/e.jsonl", "..", "."], keys, places / "recipes") == [
+    assert absolute_paths(["d.jsonl", "linked/e.jsonl", "..", "."], keys, places / "recipes") == [
         str(places / "recipes" / "d.jsonl"),
         str(places / "here" / "e.jsonl"),
         str(places),
@@ -100,7 +99,7 @@ def test_a_data_file_that_is_a_link_stands_where_the_link_is(places):
 
 @pytest.mark.parametrize("value", [7, None, True, "", [[1]], {"path": 3}, {3: "x"}, "~nobody-of-that-name/x"])
 def test_what_is_no_path_is_left_for_the_recipe_to_refuse(value, places):
-    found = anchored(value, ("data", "sources", "path"), places)
+    found = absolute_paths(value, ("data", "sources", "path"), places)
     assert found == (str(places / value) if isinstance(value, str) and value else value)
 
 
