@@ -19,6 +19,7 @@ from finetune.data.image_changes import FILE_SCHEMA, FILES, File, file_digest, f
 from finetune.data.images import MAX_BYTES, digest, encoded, open_image
 from finetune.data.io.download import Downloader
 from finetune.data.io.image_roots import ImageRoot
+from finetune.data.io.streams import Record
 from finetune.data.parts import (
     DIALOGUE_SCHEMA,
     DIALOGUES,
@@ -31,7 +32,7 @@ from finetune.data.parts import (
 )
 from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, dialogue_to_json, image_row
 from finetune.data.records import lost_images, taken, to_dialogue
-from finetune.data.source import Record, Source
+from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.team import Team
 from finetune.data.tracking import Track

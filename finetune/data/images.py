@@ -22,7 +22,7 @@ import PIL.ImageOps
 import PIL.TiffImagePlugin
 
 from finetune.data.conversation import Image, RecordError, Remote, Slice
-from finetune.data.io.nearest import near_path
+from finetune.data.io.paths import near_path
 from modeling.errors import UserError
 from modeling.files import open_regular
 

@@ -10,9 +10,9 @@ from finetune.data.formats import FORMATS
 from finetune.data.formats.placeholders import hide, reveal
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.io.streams import BrokenFileError
+from finetune.data.io.streams import BrokenFileError, Record
 from finetune.data.leftovers import without
-from finetune.data.source import Record, Source
+from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.tracking import Track, silently
 from finetune.data.turns import without_images

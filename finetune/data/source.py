@@ -5,12 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.data.conversation import Dialogue, RecordError, as_unicode
+from finetune.data.conversation import Dialogue, as_unicode
 from finetune.data.field_names import first_name
+from finetune.data.io.streams import Record
 from finetune.data.leftovers import SYSTEM, leftovers
-
-Record = tuple[str, dict[str, Any] | RecordError]
-"""(place, what stood there): a place is "file:line" or the like; what is no record is an error to be counted."""
 
 
 @dataclass(frozen=True)

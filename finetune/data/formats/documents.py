@@ -18,7 +18,8 @@ from finetune.data.io import streams
 from finetune.data.io.files import files_of, read_records, refuse_columns
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.paths import expand, files_below
-from finetune.data.source import Record, Source
+from finetune.data.io.streams import Record
+from finetune.data.source import Source
 from modeling.files import open_regular
 
 PAIR_IMAGES = (*IMAGES, *SUFFIX_NAMES, "url")

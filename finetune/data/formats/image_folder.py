@@ -16,7 +16,8 @@ from finetune.data.formats.documents import read_text
 from finetune.data.formats.fields import required
 from finetune.data.io.files import read_records
 from finetune.data.io.paths import expand, files_below
-from finetune.data.source import Record, Source
+from finetune.data.io.streams import Record
+from finetune.data.source import Source
 from modeling.errors import UserError
 
 FILES = ("file_name", "image", "filename", "image_path", "path")

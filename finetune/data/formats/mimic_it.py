@@ -17,9 +17,9 @@ from finetune.data.formats.fields import answer_of, checked, has, listed_images,
 from finetune.data.formats.placeholders import kinds_in, place_images
 from finetune.data.io.files import files_of, read_pairs, read_records, refuse_columns
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.io.streams import stop_if_broken
+from finetune.data.io.streams import Record, stop_if_broken
 from finetune.data.leftovers import leftovers
-from finetune.data.source import Record, Source
+from finetune.data.source import Source
 
 _READ = frozenset({"instruction", "answer", "image_ids", "images", "rel_ins_ids"})
 
@@ -30,7 +30,7 @@ def read(source: Source) -> Iterator[Record]:
     official = [file for file in files if ".json" in file.suffixes[-2:] and _holds_instructions(file)]
     for file in official:
         refuse_columns(source)
-        yield from stop_if_broken(source, _read_json(file))
+        yield from stop_if_broken(_read_json(file), source.on_broken)
     others = tuple(file for file in files if file not in official)
     if others or source.hub:
         yield from read_records(replace(source, paths=others))

@@ -12,7 +12,8 @@ from finetune.data.conversation import RecordError
 from finetune.data.field_names import IMAGE_SUFFIXES
 from finetune.data.formats import FORMATS, image_folder
 from finetune.data.io.files import READERS, files_of, read_first, read_records
-from finetune.data.source import Record, Source
+from finetune.data.io.streams import Record
+from finetune.data.source import Source
 from modeling.errors import UserError
 
 FIRST_RECORDS = 20

@@ -20,8 +20,8 @@ from finetune.data.formats.build import build
 from finetune.data.formats.fields import answer_of, checked, first_item, has, own_image, required
 from finetune.data.io.files import files_of, read_header, read_items, read_keys, read_records, refuse_columns
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.io.streams import BrokenFileError, stop_if_broken
-from finetune.data.source import Record, Source
+from finetune.data.io.streams import BrokenFileError, Record, stop_if_broken
+from finetune.data.source import Source
 
 ASKED = ("question", "query")
 ANSWERED = ("answers", "answer", "label", "direct_answers")
@@ -37,7 +37,7 @@ def read(source: Source) -> Iterator[Record]:
         files[_part_of(path)].append(path)
     if files["questions"] or files["annotations"]:
         refuse_columns(source)
-    yield from stop_if_broken(source, _joined(files["questions"], files["annotations"]))
+    yield from stop_if_broken(_joined(files["questions"], files["annotations"]), source.on_broken)
     if files[""] or source.hub:
         yield from read_records(replace(source, paths=tuple(files[""])))
 

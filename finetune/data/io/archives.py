@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 from finetune.data.conversation import Image, RecordError, Slice
-from finetune.data.io.nearest import Names
+from finetune.data.io.paths import Names
 from finetune.data.io.shards import read_members
 from finetune.data.io.stores import Store
 from finetune.data.io.streams import BrokenFileError

@@ -14,14 +14,14 @@ from typing import Any
 from finetune.data.conversation import RecordError
 from finetune.data.field_names import IMAGE_SUFFIXES
 from finetune.data.io import hub
-from finetune.data.io.csv_files import read_csv
-from finetune.data.io.json_files import read_header, read_items, read_json, read_json_lines, read_keys, read_pairs
+from finetune.data.io.json_files import read_header, read_items, read_json, read_keys, read_pairs
+from finetune.data.io.lines import read_csv, read_json_lines
 from finetune.data.io.paths import expand, files_below, folders_of, locate
 from finetune.data.io.samples import unfold
 from finetune.data.io.shards import COMPRESSED_TARS, read_shard
-from finetune.data.io.streams import COMPRESSIONS, stop_if_broken
+from finetune.data.io.streams import COMPRESSIONS, Record, stop_if_broken
 from finetune.data.io.tables import read_arrow, read_parquet
-from finetune.data.source import Record, Source
+from finetune.data.source import Source
 from modeling.errors import UserError
 from modeling.files import open_regular
 
@@ -106,7 +106,7 @@ def read_records(source: Source) -> Iterator[Record]:
     a file that breaks off; with `on_broken: keep`, BrokenFileError stands in the place of what is lost of it.
     """
     records = hub.read_hub(source) if source.hub else _read_files(source)
-    return _rename(source, unfold(stop_if_broken(source, records), source.columns))
+    return _rename(source, unfold(stop_if_broken(records, source.on_broken), source.columns))
 
 
 def _read_files(source: Source) -> Iterator[Record]:

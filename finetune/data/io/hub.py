@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.data.io.streams import BrokenFileError, until_broken
+from finetune.data.io.streams import BrokenFileError, Record, until_broken
 from finetune.data.io.tables import BATCH_ROWS, Checked, check_schema, checked, number_rows
-from finetune.data.source import Record, Source
+from finetune.data.source import Source
 from modeling.errors import UserError
 
 SAVED = ("state.json", "dataset_dict.json")

@@ -1,71 +1,91 @@
-"""Paths and patterns -> the files and folders that they mean."""
+"""Paths and patterns -> the files and folders that they mean; for one that leads to nothing, the nearest name."""
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from urllib.parse import unquote
 
 from modeling.errors import UserError
 
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+MAX_NAMES = 200_000
+"""In a folder or archive with more names, no nearest name is looked for."""
+
 
 def expand(path: Path, *, into_files: bool = False) -> list[Path]:
-    """The path itself, or all that a pattern fits, sorted: s/*/d.jsonl, s/**/*.jsonl, s/[ab].jsonl.
+    """Return the path itself, or all paths that a pattern matches, sorted: s/*/d.jsonl, s/**/*.jsonl, s/[ab].jsonl.
 
-    A name that is there is no pattern. `into_files`: what follows a file is the name of something inside of it.
+    A name that exists is not read as a pattern. With `into_files`, what follows a file is a name inside that file.
 
-    Raises UserError: nothing is there, or a folder that cannot be read.
+    Raises UserError: the path leads to nothing, or through a folder that cannot be read.
     """
-    places = [Path(path.anchor)]
+    found = [Path(path.anchor)]
     for part in path.parts[bool(path.anchor) :]:
-        places = list(dict.fromkeys(found for place in places for found in _step(place, part, into_files)))
-    if not places:
+        found = list(dict.fromkeys(match for folder in found for match in _matches(folder, part, into_files)))
+    if not found:
         raise _missing(path)
-    lost = next((place for place in places if place.is_symlink() and not place.exists()), None)
-    if lost:
-        raise UserError(f"{lost}: a link to {lost.readlink()}, where nothing is")
-    return places
+    broken = next((match for match in found if match.is_symlink() and not match.exists()), None)
+    if broken:
+        raise UserError(f"{broken}: a link to {broken.readlink()}, where nothing is")
+    return found
 
 
-def _step(place: Path, part: str, into_files: bool) -> list[Path]:
-    if os.path.lexists(place / part) or (into_files and any(outer.is_file() for outer in (place, *place.parents))):
-        return [place / part]
+def _matches(folder: Path, part: str, into_files: bool) -> list[Path]:
+    """Return what one part of a path, a name or a pattern, means in a folder."""
+    if os.path.lexists(folder / part) or (into_files and any(outer.is_file() for outer in (folder, *folder.parents))):
+        return [folder / part]
     if part == "**":
-        return [place, *sorted(folder for folder, _ in _folders_below(place) if folder != place)]
+        return [folder, *sorted(below for below, _ in _folders_below(folder) if below != folder)]
     if not any(sign in part for sign in "*?["):
         return []
     hidden = part.startswith(".")
     return sorted(
         Path(entry.path)
-        for entry in _entries(place)
+        for entry in _entries(folder)
         if fnmatchcase(entry.name, part) and (hidden or not entry.name.startswith("."))
     )
 
 
+def _missing(path: Path) -> UserError:
+    if any(sign in str(path) for sign in "*?["):
+        return UserError(f"{path}: nothing is there that fits this pattern")
+    folder = next(folder for folder in path.parents if folder.is_dir())
+    if folder != path.parent:
+        return UserError(f"{path}: nothing is there: {path.parent} is no folder")
+    near = get_close_matches(path.name, sorted(entry.name for entry in _entries(folder)), n=3)
+    return UserError(f"{path}: nothing is there" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+
+
 def folders_of(paths: Iterable[Path]) -> list[Path]:
-    """The folders that paths lead to, or whose files they lead to, absolute. Raises UserError: nothing is there."""
-    places = [place.absolute() for path in paths for place in expand(path)]
-    return list(dict.fromkeys(place if place.is_dir() else place.parent for place in places))
+    """Return the absolute folders that paths lead to, of a file its folder. Raises UserError as `expand`."""
+    found = [match.absolute() for path in paths for match in expand(path)]
+    return list(dict.fromkeys(match if match.is_dir() else match.parent for match in found))
 
 
 def locate(path: Path) -> list[tuple[Path, str]]:
-    """(file or folder, "." or the folder meant inside of that file) for each place that a path means.
+    """Return (file or folder, folder inside that file or ".") for each match of a path that may lead into archives.
 
     images/train2017.zip/train2017 -> (images/train2017.zip, train2017)
 
-    Raises UserError: nothing is there.
+    Raises UserError as `expand`.
     """
     found = []
-    for place in expand(path, into_files=True):
-        outer = next((outer for outer in (place, *place.parents) if outer.is_file()), place)
-        found.append((outer, place.relative_to(outer).as_posix()))
+    for match in expand(path, into_files=True):
+        outer = next((outer for outer in (match, *match.parents) if outer.is_file()), match)
+        found.append((outer, match.relative_to(outer).as_posix()))
     return found
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones, sorted.
+    """Return all files below a folder except hidden ones, sorted.
 
-    A link to a folder elsewhere is followed, once; one to a folder below or above names nothing new.
+    A link to a folder outside is followed once; a link to a folder below or above names no new files.
     """
     return sorted(
         Path(entry.path) for _, entries in _folders_below(folder) for entry in entries if not _is(entry, folder=True)
@@ -73,14 +93,14 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _folders_below(folder: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-    """(folder, its entries that are files or folders and not hidden) for a folder and those below it."""
+    """Yield (folder, its files and folders that are not hidden) for a folder and all folders below it."""
     top = folder.resolve()
     linked: set[Path] = set()
     waiting = [folder]
     while waiting:
-        place = waiting.pop()
+        current = waiting.pop()
         entries = []
-        for entry in _entries(place):
+        for entry in _entries(current):
             if entry.name.startswith("."):
                 continue
             if not _is(entry, folder=True):
@@ -88,16 +108,13 @@ def _folders_below(folder: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]
                 continue
             if entry.is_symlink():
                 target = Path(entry.path).resolve()
-                if target.is_relative_to(top) or top.is_relative_to(target) or _inside(target, linked):
+                seen = any(target.is_relative_to(each) for each in linked)
+                if seen or target.is_relative_to(top) or top.is_relative_to(target):
                     continue
                 linked.add(target)
             entries.append(entry)
             waiting.append(Path(entry.path))
-        yield place, entries
-
-
-def _inside(place: Path, folders: set[Path]) -> bool:
-    return any(place.is_relative_to(each) for each in folders)
+        yield current, entries
 
 
 def _is(entry: os.DirEntry[str], *, folder: bool) -> bool:
@@ -117,11 +134,64 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder}: a folder that cannot be read: {error.strerror}") from error
 
 
-def _missing(path: Path) -> UserError:
-    if any(sign in str(path) for sign in "*?["):
-        return UserError(f"{path}: nothing is there that fits this pattern")
-    folder = next(folder for folder in path.parents if folder.is_dir())
-    if folder != path.parent:
-        return UserError(f"{path}: nothing is there: {path.parent} is no folder")
-    near = get_close_matches(path.name, sorted(entry.name for entry in _entries(folder)), n=3)
-    return UserError(f"{path}: nothing is there" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+class Names:
+    """The names in a folder or archive, searched for one that is spelled a little differently."""
+
+    def __init__(self, names: Iterable[str]):
+        found = list(islice(filter(str.isprintable, names), MAX_NAMES + 1))
+        self._sorted = sorted(found) if len(found) <= MAX_NAMES else []
+        self._alike = {_plain(name): name for name in reversed(self._sorted)}
+        self._without_suffix = {_stem(name): name for name in reversed(self._sorted)}
+        self._by_last_part = {_plain(name).rpartition("/")[2]: name for name in reversed(self._sorted)}
+
+    def near(self, name: str) -> str | None:
+        """Return the name that differs only in case, escapes, backslashes, suffix, folder or a few letters, or None."""
+        plain = _plain(name)
+        found = self._alike.get(plain) or self._without_suffix.get(_stem(name))
+        found = found or self._by_last_part.get(plain.rpartition("/")[2])
+        if found is None:
+            at = bisect_left(self._sorted, name)
+            found = next(iter(get_close_matches(name, self._sorted[max(0, at - 20) : at + 20], n=1, cutoff=0.8)), None)
+        return found
+
+
+def _plain(name: str) -> str:
+    return unquote(name).replace("\\", "/").casefold()
+
+
+def _stem(name: str) -> str:
+    plain = _plain(name)
+    stem, _, suffix = plain.rpartition(".")
+    return stem if stem and "/" not in suffix else plain
+
+
+def near_path(path: Path) -> Path | None:
+    """Return the existing path that is nearest to one that does not exist, or None."""
+    try:
+        folder = next(folder for folder in path.parents if folder.is_dir())
+        rest = unquote(str(path.relative_to(folder))).replace("\\", "/").split("/")
+        parts = [part for part in rest if part not in ("", ".", "..")]
+        found = folder
+        for part in parts:
+            name = part if (found / part).exists() else _names(found).near(part)
+            if name is None:
+                name = _names(folder).near(parts[-1])
+                return folder / name if name else None
+            found /= name
+        return found
+    except (OSError, ValueError, StopIteration):  # a name that is too long, or has a NUL
+        return None
+
+
+def _names(folder: Path) -> Names:
+    try:
+        return _names_at(str(folder), folder.stat().st_mtime_ns)
+    except OSError:
+        return Names(())
+
+
+@lru_cache(maxsize=4)
+def _names_at(folder: str, changed_ns: int) -> Names:
+    """Return a folder's names, listed once for each time of change."""
+    with os.scandir(folder) as entries:
+        return Names(entry.name for entry in entries)

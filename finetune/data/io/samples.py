@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.data.conversation import RecordError
 from finetune.data.field_names import QUESTIONS, SUFFIX_NAMES
-from finetune.data.source import Record
+from finetune.data.io.streams import Record
 
 _SPOKEN = ("conversations", "messages", *QUESTIONS)
 """A sample that has one of these is about its images; without, it is an image and its caption."""

@@ -11,9 +11,8 @@ from typing import Any, BinaryIO, cast
 from finetune.data.conversation import Image, RecordError, Slice
 from finetune.data.images import encoded
 from finetune.data.io import streams
-from finetune.data.io.json_files import as_record, parse_value
-from finetune.data.io.streams import BrokenFileError, lost_after, open_file, until_broken
-from finetune.data.source import Record
+from finetune.data.io.lines import as_record, parse_json
+from finetune.data.io.streams import BrokenFileError, Record, lost_after, open_file, until_broken
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst")
 
@@ -176,7 +175,7 @@ def _value(
         return content
     read = encoded(Image(content))
     if ending == "json":
-        value = parse_value(read)
+        value = parse_json(read)
         of_objects = isinstance(value, list) and all(isinstance(item, dict | str) for item in value)
         return value if isinstance(value, list) and of_objects else as_record(value)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 from finetune.data.conversation import Image, RecordError, Slice
 from finetune.data.field_names import IMAGE_SUFFIXES
 from finetune.data.images import decode_base64
-from finetune.data.io.nearest import Names
+from finetune.data.io.paths import Names
 from finetune.data.io.streams import BrokenFileError
 from finetune.data.io.tables import Checked, Parquet, open_parquet, python_rows, read_group
 from modeling.errors import UserError

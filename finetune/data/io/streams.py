@@ -1,30 +1,32 @@
-"""Files -> bytes and lines: plain, gzip and zstd alike, in bounded memory; where a file breaks off, what is lost."""
+"""Files -> bytes and lines, plain, gzip or zstd, in bounded memory; where a file breaks off, how much is lost."""
 
 import io
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from finetune.data.conversation import RecordError
-from finetune.data.source import Source
 from modeling.errors import UserError
 from modeling.files import open_regular
 
 MAX_RECORD_BYTES = 64 * 2**20
-"""Of one line, one item of a JSON file, or one row of a table: what is larger is no dialogue."""
+"""Bytes of one line, one item of a JSON file, or one row of a table: what is larger is no dialogue."""
 
 MAX_VALUES = 2**20
-"""Of one record: lists and numbers in it; a file of empty lists takes thirty times its size in memory."""
+"""Lists and numbers in one record: a file of empty lists takes thirty times its size in memory."""
 
 COMPRESSIONS = (".gz", ".zst")
+
+Record = tuple[str, dict[str, Any] | RecordError]
+"""(record id, record). An id is "file:line" or the like; what is no record is an error to be counted."""
 
 Read = TypeVar("Read")
 
 
 class BrokenFileError(RecordError):
-    """A file that cannot be read on; it stands in the place of all records that are lost."""
+    """A file that cannot be read on. It takes the place of all records that are lost."""
 
     def __init__(self, reason: str, detail: str, lost: str = "what follows was not read", file: str = ""):
         super().__init__(reason, detail)
@@ -33,10 +35,12 @@ class BrokenFileError(RecordError):
 
 
 def lost_after(done: int, total: int, unit: str = "byte") -> str:
-    """How much of a file is lost that can be read only so far.
+    """Return how much is lost of a file that can be read up to `done`.
 
-    (3000, 4000) -> 25 % of the file was not read, from byte 3,000 of 4,000 on
-    (4000, 4000) -> the file ends early, after byte 4,000
+    >>> lost_after(3000, 4000)
+    '25 % of the file was not read, from byte 3,000 of 4,000 on'
+    >>> lost_after(4000, 4000)
+    'the file ends early, after byte 4,000'
     """
     if done >= total:
         return f"the file ends early, after {unit} {total:,}"
@@ -45,41 +49,37 @@ def lost_after(done: int, total: int, unit: str = "byte") -> str:
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """A file's bytes, decompressed as its suffix says. Reading it raises BrokenFileError where it cannot be read on.
+    """Open a file, decompressed as its suffix says. Reading raises BrokenFileError where it cannot be read on.
 
     Raises UserError as `open_raw`.
     """
-    raw = open_raw(path)
-    suffix = path.suffix.lower()
+    raw, at_once = open_raw(path), 2**20
+    unpacked, suffix = raw, path.suffix.lower()
     if suffix in (".gz", ".tgz"):
         import gzip
 
-        return _Watched.over(path, raw, cast(BinaryIO, gzip.GzipFile(fileobj=raw)))
-    if suffix == ".zst":
+        unpacked = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    elif suffix == ".zst":
         import pyarrow
 
         unpacked = cast(BinaryIO, pyarrow.input_stream(raw, compression="zstd"))
-        return _Watched.over(path, raw, unpacked, at_once=2**13)  # what is lost where the file breaks off
-    return _Watched.over(path, raw, raw)
+        at_once = 2**13  # all that is lost where the file breaks off
+    return io.BufferedReader(_CheckedReader(path, raw, unpacked, at_once), 2**16)
 
 
 def open_raw(path: Path) -> BinaryIO:
-    """A file's bytes as they are. Raises UserError: nothing is there, it may not be read, it is a pipe or a device."""
+    """Open a file's bytes as they are. Raises UserError: no file, no permission, a pipe or a device."""
     try:
         return open_regular(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-class _Watched(io.RawIOBase):
-    """What a file holds, unpacked; an error in reading it becomes BrokenFileError, with the place where it was met."""
+class _CheckedReader(io.RawIOBase):
+    """A file's content, unpacked. An error in reading it becomes BrokenFileError and says where it occurred."""
 
     def __init__(self, path: Path, raw: BinaryIO, unpacked: BinaryIO, at_once: int):
         self._raw, self._unpacked, self._at_once, self._size = raw, unpacked, at_once, path.stat().st_size
-
-    @classmethod
-    def over(cls, path: Path, raw: BinaryIO, unpacked: BinaryIO, at_once: int = 2**20) -> io.BufferedReader:
-        return io.BufferedReader(cls(path, raw, unpacked, at_once), 2**16)
 
     def readable(self) -> bool:
         return True
@@ -108,27 +108,26 @@ class _Watched(io.RawIOBase):
 
 
 def open_text(path: Path) -> io.BufferedReader:
-    """UTF-8 text, its byte order mark skipped. Raises BrokenFileError: another mark says that it is UTF-16."""
+    """Open UTF-8 text after its byte order mark. Raises BrokenFileError: the mark is one of UTF-16."""
     file = open_file(path)
     start = file.peek(3)[:3]
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         file.close()
-        raise BrokenFileError(
-            "not UTF-8", "a byte order mark of UTF-16; expected UTF-8", "nothing of the file was read"
-        )
+        detail = "a byte order mark of UTF-16; expected UTF-8"
+        raise BrokenFileError("not UTF-8", detail, "nothing of the file was read")
     if start == b"\xef\xbb\xbf":
         file.read(3)
     return file
 
 
 def read_lines(file: io.BufferedReader) -> Iterator[bytes | RecordError]:
-    """Lines, ended by any of \\n, \\r\\n and \\r; a RecordError stands for one of over `MAX_RECORD_BYTES`."""
+    """Yield lines, ended by \\n, \\r\\n or \\r; a RecordError for one of more than `MAX_RECORD_BYTES`."""
     while line := file.readline(MAX_RECORD_BYTES + 1):
         if len(line) <= MAX_RECORD_BYTES or line.endswith(b"\n"):
             if line.find(b"\r", 0, -2) < 0:
                 yield line
             else:
-                yield from _PIECES.findall(line)
+                yield from _LINES.findall(line)
             continue
         size = 0
         while line:
@@ -137,30 +136,30 @@ def read_lines(file: io.BufferedReader) -> Iterator[bytes | RecordError]:
         yield RecordError("record too large", f"a line of {size:,} bytes, over {MAX_RECORD_BYTES:,}")
 
 
-_PIECES = re.compile(rb"[^\r\n]*+(?:\r\n|\r|\n)|[^\r\n]++")
+_LINES = re.compile(rb"[^\r\n]*+(?:\r\n|\r|\n)|[^\r\n]++")
 
 
 def until_broken(path: Path | str, records: Iterable[tuple[str, Read]]) -> Iterator[tuple[str, Read | BrokenFileError]]:
-    """The records of a file as far as it can be read, then what was wrong, with how much was read and is lost."""
+    """Yield a file's records as far as it can be read, then the error that stops it, with what was read and is lost."""
     count = 0
     try:
-        for place, record in records:
-            yield place, record
+        for record_id, record in records:
+            yield record_id, record
             count += 1
     except BrokenFileError as error:
         read = f"{count:,} record{'s were' if count != 1 else ' was'} read before"
-        place = path.name if isinstance(path, Path) else path
-        yield place, BrokenFileError(error.reason, f"{error.detail}; {read}, {error.lost}", file=str(path))
+        record_id = path.name if isinstance(path, Path) else path
+        yield record_id, BrokenFileError(error.reason, f"{error.detail}; {read}, {error.lost}", file=str(path))
 
 
 def stop_if_broken(
-    source: Source, records: Iterable[tuple[str, Read | RecordError]]
+    records: Iterable[tuple[str, Read | RecordError]], on_broken: Literal["stop", "keep"]
 ) -> Iterator[tuple[str, Read | RecordError]]:
-    """The records of a source. Raises UserError at a file that breaks off, unless the source says `on_broken: keep`."""
-    for place, record in records:
-        if isinstance(record, BrokenFileError) and source.on_broken == "stop":
+    """Yield the records of a source. With `on_broken="stop"`, raises UserError at a file that breaks off."""
+    for record_id, record in records:
+        if isinstance(record, BrokenFileError) and on_broken == "stop":
             raise UserError(
                 f"{record.file}: the file breaks off: {record}\n"
                 "  mend the file, or set `on_broken: keep` on this source to use what can be read"
             )
-        yield place, record
+        yield record_id, record

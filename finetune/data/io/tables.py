@@ -16,8 +16,7 @@ from finetune.data.conversation import RecordError
 from finetune.data.io import streams
 from finetune.data.io.arrow_messages import check_batches
 from finetune.data.io.parquet_pages import MAX_RATIO, Column, check_chunk, read_footer
-from finetune.data.io.streams import BrokenFileError, lost_after, open_raw, until_broken
-from finetune.data.source import Record
+from finetune.data.io.streams import BrokenFileError, Record, lost_after, open_raw, until_broken
 
 if TYPE_CHECKING:
     import pyarrow

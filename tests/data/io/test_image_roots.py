@@ -257,7 +257,7 @@ def test_missing_image_in_a_folder_of_many_costs_one_listing(folder, monkeypatch
         (folder / f"COCO_{number:06}.png").write_bytes(b"")
     listed = []
     scandir = os.scandir
-    monkeypatch.setattr("finetune.data.io.nearest.os.scandir", lambda path: listed.append(path) or scandir(path))
+    monkeypatch.setattr("finetune.data.io.paths.os.scandir", lambda path: listed.append(path) or scandir(path))
     root = root_of(folder)
     assert missing(root, "COCO_000299.jpg").endswith("did you mean " + str(folder / "COCO_000299.png") + "?")
     assert all(missing(root, f"COCO_9{number:05}.png") for number in range(20))
