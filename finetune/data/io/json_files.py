@@ -178,19 +178,20 @@ class Scan:
             self._at += 1
             return
         while True:
-            key = None
-            if opening == "{":
-                key = self.take() if self.peek() == '"' else None
-                if not isinstance(key, str) or self.peek() != ":":
-                    raise self._broken('expected "key": value')
-                self._at += 1
-            yield key
+            yield self._key() if opening == "{" else None
             following = self.peek()
             if following not in (",", closing):
                 raise self._broken(f"expected , or {closing}, got {following!r}")
             self._at += 1
             if following == closing:
                 return
+
+    def _key(self) -> str:
+        key = self.take() if self.peek() == '"' else None
+        if not isinstance(key, str) or self.peek() != ":":
+            raise self._broken('expected "key": value')
+        self._at += 1
+        return key
 
     def take(self) -> object | RecordError:
         """Return the whole next value; a RecordError where it is larger or deeper than a record may be."""
