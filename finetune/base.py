@@ -12,13 +12,14 @@ from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.distributed import collectives
 from finetune.distributed.device import device
-from finetune.stages import adapter_identity, digest
+from finetune.stages import adapter_fingerprint, digest
 from modeling import loading, tiny
-from modeling.checkpoint import identity, read_checkpoint, require_shapes
-from modeling.deltas import Adapter
+from modeling.adapter_weights import AdapterWeights
+from modeling.checkpoint import fingerprint, read_checkpoint, require_shapes
+from modeling.config import is_folder, read_config
 from modeling.errors import UserError
 from modeling.quantize import quantized_checkpoint
-from modeling.shapes import SHAPES, Config, is_folder, read_config, tensor_shapes
+from modeling.shapes import SHAPES, Config, tensor_shapes
 
 QUANTIZED = "quantized"
 """Folder of quantised weights, beside that of prepared sets."""
@@ -36,12 +37,12 @@ def local_base(base: str, *, revision: str | None) -> Path:
 
 
 def content_of(base: Path, continue_from: str | None = None) -> str | None:
-    """A hash of what a run stands on: a base's weights, as `identity` sees them, its settings and its tokenizer; and
+    """A hash of what a run stands on: a base's weights, as `fingerprint` sees them, its settings and its tokenizer; and
     the adapter that it continues from. None where the folder holds no whole base."""
     try:
-        weights = identity(read_checkpoint(base))
+        weights = fingerprint(read_checkpoint(base))
         others = [path for path in sorted(base.iterdir()) if path.name in DECIDING_FILES]
-        before = adapter_identity(Path(continue_from)) if continue_from else None
+        before = adapter_fingerprint(Path(continue_from)) if continue_from else None
         return digest([weights, before, {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in others}])
     except (UserError, OSError):
         return None
@@ -56,7 +57,7 @@ def require_whole(base: str, *, revision: str | None, continue_from: str | None)
     if is_folder(base):
         require_shapes(Path(base), read_checkpoint(Path(base)), tensor_shapes(config))
     if continue_from:
-        adapter = Adapter.read(Path(continue_from))
+        adapter = AdapterWeights.read(Path(continue_from))
         added = adapter.added_tokens or config["additional_vocab_size"]
         adapter.require_fit(tensor_shapes({**config, "additional_vocab_size": added}))
 

@@ -180,9 +180,11 @@ def merge(
         str | None, typer.Option("--base", help="Of an adapter: its base, folder or hub id.", show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write to.", show_default=False)] = None,
-    onto: Annotated[
+    base_precision: Annotated[
         str | None,
-        typer.Option("--onto", help="full: the released weights; nf4: as a 4-bit run saw them.", show_default=False),
+        typer.Option(
+            "--base-precision", help="full: the released weights; nf4: as a 4-bit run saw them.", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the base's.", show_default=False)
@@ -194,7 +196,13 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Write base + adapter as a standalone model, and prove that it is the same. Interrupted, it goes on."""
-    given = {"--base": base, "--out": out, "--onto": onto, "--dtype": dtype, "--shard-size": shard_size}
+    given = {
+        "--base": base,
+        "--out": out,
+        "--base-precision": base_precision,
+        "--dtype": dtype,
+        "--shard-size": shard_size,
+    }
     options = [option for option, value in given.items() if value is not None]
     is_recipe = what.suffix in (".yaml", ".yml")
     if is_recipe and (options or verify):
@@ -213,7 +221,15 @@ def merge(
 
         if verify:
             return verify_folder(what, show=not as_json)
-        return merge_folder(what, base=base, out=out, onto=onto, dtype=dtype, shard_size=shard_size, show=not as_json)
+        return merge_folder(
+            what,
+            base=base,
+            out=out,
+            base_precision=base_precision,
+            dtype=dtype,
+            shard_size=shard_size,
+            show=not as_json,
+        )
 
     finish(guarded(work, interrupted="the same command goes on"), as_json)
 

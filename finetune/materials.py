@@ -35,9 +35,10 @@ from finetune.run_dir import held_out_decides, note_prepared
 from finetune.training.image_features import FeatureCache, ImageFeatures
 from finetune.training.loss_spikes import read_events
 from modeling import loading
+from modeling.config import read_config
 from modeling.files import flush, partial_of, put_in_place
-from modeling.shapes import SHAPES, read_config
-from modeling.vision import ImageTowers, feature_shape, image_towers_identity, load_image_towers
+from modeling.shapes import SHAPES
+from modeling.vision import ImageTowers, feature_shape, image_towers_fingerprint, load_image_towers
 
 FEATURES = "features"
 """Folder of image features, beside that of prepared sets."""
@@ -236,7 +237,7 @@ class Materials:
         data = self.recipe.data
         return FeatureCache(
             Path(data.prepared).with_name(FEATURES),
-            image_towers_identity(self._base_folder),
+            image_towers_fingerprint(self._base_folder),
             self.preprocessing,
             shape=feature_shape(read_config(str(self._base_folder))),
             dtype=self.dtype,

@@ -34,9 +34,9 @@ from finetune.data.images import describe, open_image
 from finetune.distributed import collectives
 from finetune.distributed.device import device, free_memory, gpu_memory
 from finetune.distributed.lock import working_in
-from finetune.evaluation.evaluate import draw_questions, evaluate, exchange_images, held_out_loss
-from finetune.export.adapter_metadata import Origin
-from finetune.export.answer_parity import prove
+from finetune.evaluation.evaluate import draw_questions, eval_loss, evaluate, swap_images
+from finetune.export.adapter_metadata import AdapterMetadata
+from finetune.export.answer_parity import compare_answers
 from finetune.export.merge import merge
 from finetune.export.merge_verb import model_card
 from finetune.materials import Materials
@@ -44,7 +44,7 @@ from finetune.recipe.schema import Recipe
 from finetune.reporting.html.predictions import predictions_page
 from finetune.reporting.plots import draw
 from finetune.run_dir import Contents, is_trained, note_base, open_folder, versions
-from finetune.stages import FILES, adapter_identity, digest, figures_of, files_of, why_not_done, write_stage
+from finetune.stages import FILES, adapter_fingerprint, digest, figures_of, files_of, why_not_done, write_stage
 from finetune.training.arguments import rows_per_process
 from finetune.training.auto_fit import apply_auto_fit
 from finetune.training.callbacks import ProgressBar, tokens_trained
@@ -54,15 +54,15 @@ from finetune.training.out_of_memory import explain_out_of_memory
 from finetune.training.trainer import train
 from modeling import loading
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights, open_adapter
-from modeling.checkpoint import identity, read_checkpoint, weight_bytes
+from modeling.checkpoint import fingerprint, read_checkpoint, weight_bytes
+from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.files import atomic_write, read_json, write_json
-from modeling.shapes import read_config
 
 STAGES = ("train", "evaluate", "merge")
-PROOF_ROWS = 2
-PROOF_QUESTIONS = 8
-PROOF_DIALOGUES = 256
+PARITY_ROWS = 2
+PARITY_QUESTIONS = 8
+PARITY_DIALOGUES = 256
 
 CURVES = "curves.png"
 WRITTEN_AGAIN = "delete it, and the same command writes it again"
@@ -140,7 +140,7 @@ class Run:
         """A hash of what a stage is made of; what decides the training is in inputs.json."""
         if stage == "train":
             return ""
-        adapter = adapter_identity(self.folder / "adapter")
+        adapter = adapter_fingerprint(self.folder / "adapter")
         if stage == "merge":
             return digest(adapter)
         asked = self.recipe.evaluation
@@ -216,7 +216,7 @@ def _train_once(run: Run) -> dict[str, Any]:
     recipe, made, settings = run.recipe, run.materials, run.recipe.training
     rows = made.train_rows()
     base = local_base(made.base, revision=recipe.model.revision)
-    base_identity = collectives.on_main("identify the base", lambda: identity(read_checkpoint(base)))
+    base_fingerprint = collectives.on_main("fingerprint the base", lambda: fingerprint(read_checkpoint(base)))
     stands_on = collectives.on_main("hash the base", lambda: content_of(base, recipe.model.continue_from))
     collectives.on_main("note the base", lambda: note_base(run.folder, stands_on))
     idefics = made.load(divided=recipe.training.parallel == "fsdp2" and collectives.world_size() > 1).model
@@ -249,8 +249,8 @@ def _train_once(run: Run) -> dict[str, Any]:
             callbacks=[bar],
         )
     log(f"train: waited for data {trainer.waiting:.1%} of the time")
-    origin = Origin(made.base, recipe.model.revision, made.instruct, recipe.model.quantize, base_identity)
-    collectives.on_main("write the origin", lambda: origin.write(run.folder / "adapter"))
+    metadata = AdapterMetadata(made.base, recipe.model.revision, made.instruct, recipe.model.quantize, base_fingerprint)
+    collectives.on_main("write the metadata", lambda: metadata.write(run.folder / "adapter"))
     return {
         "steps": trainer.state.global_step,
         "epochs": rows.epoch(trainer.state.global_step * settings.rows_per_step - 1) + 1,
@@ -300,19 +300,19 @@ def _evaluate(run: Run) -> dict[str, Any]:
     base = made.assistant(model, made.held_rows)
     figures: dict[str, Any] = {"base": evaluate(base, made.held_rows, questions, **options).to_json()}
     documents = made.documents
-    forgetting = {"before": held_out_loss(base, documents, track=track)[0]} if documents else None
+    forgetting = {"before": eval_loss(base, documents, track=track)[0]} if documents else None
     tuned = made.assistant(open_adapter(model, adapter), made.held_rows)
     predictions = run.folder / "predictions.jsonl"
     figures["tuned"] = evaluate(tuned, made.held_rows, questions, predictions=predictions, **options).to_json()
     collectives.on_main("write the page", lambda: _write_page(run.folder, made.dataset.held.images))
-    figures["blind"] = None
+    figures["image_swap"] = None
     if len({image for images in made.held_rows.image_ids for image in images}) > 1:
-        rows, swapped = exchange_images(
+        rows, swapped = swap_images(
             made.held_rows, made.dataset.held.dialogues, questions, seed=run.recipe.training.seed
         )
-        figures["blind"] = evaluate(tuned, rows, swapped, **options).to_json()
+        figures["image_swap"] = evaluate(tuned, rows, swapped, **options).to_json()
     if documents and forgetting:
-        forgetting["after"] = held_out_loss(tuned, documents, track=track)[0]
+        forgetting["after"] = eval_loss(tuned, documents, track=track)[0]
     return {**figures, "documents": forgetting}
 
 
@@ -330,7 +330,7 @@ def _merge(run: Run) -> dict[str, Any]:
         log(f"merge: the model is proved tensor by tensor and block by block, and not asked: {run.changed}")
         return collectives.on_main("merge", lambda: _merge_and_ask(run, adapter, None, ()))
     rows, some = made.rows_to_ask(), made.dataset.held if len(made.dataset.held) else made.dataset.training
-    return collectives.on_main("merge", lambda: _merge_and_ask(run, adapter, rows, some.dialogues[:PROOF_DIALOGUES]))
+    return collectives.on_main("merge", lambda: _merge_and_ask(run, adapter, rows, some.dialogues[:PARITY_DIALOGUES]))
 
 
 def _merge_and_ask(run: Run, adapter: Path, rows: Rows | None, dialogues: Sequence[Dialogue]) -> dict[str, Any]:
@@ -342,21 +342,21 @@ def _merge_and_ask(run: Run, adapter: Path, rows: Rows | None, dialogues: Sequen
         "trained": {tower: mode for tower, mode in run.recipe.model.modes.items() if mode != "frozen"},
         "versions": versions(),
     }
-    origin = Origin.of(adapter)
+    metadata = AdapterMetadata.read(adapter)
     comparison = merge(
         adapter,
         made.base,
         out,
         revision=run.recipe.model.revision,
         instruct=made.instruct,
-        base_identity=origin.identity,
-        onto=origin.onto,
-        trained_onto=origin.onto,
+        base_fingerprint=metadata.fingerprint,
+        base_precision=metadata.base_precision,
+        trained_on=metadata.base_precision,
         may_replace=files_of(run.folder, "merge"),
         provenance=provenance,
         card=model_card(made.base, out, run.folder),
         track=track,
-    )["proof"]
+    )["parity"]
     asked = _ask(run, adapter, out, rows, dialogues) if rows is not None else {}
     return {"merged": str(out), **asked, "weights": comparison}
 
@@ -371,12 +371,12 @@ def _ask(run: Run, adapter: Path, out: Path, rows: Rows, dialogues: Sequence[Dia
             f"it is proved tensor by tensor and block by block"
         )
         return {}
-    questions = draw_questions(dialogues, limit=PROOF_QUESTIONS, seed=run.recipe.training.seed)
-    proof = prove(
+    questions = draw_questions(dialogues, limit=PARITY_QUESTIONS, seed=run.recipe.training.seed)
+    proof = compare_answers(
         base=lambda: made.assistant(made.load(image_towers=True).model),
         tuned=lambda: made.assistant(open_adapter(made.load(image_towers=True).model, adapter)),
         merged=lambda: made.assistant(loading.load(str(out), dtype=made.dtype, instruct=False, device=device()).model),
-        batches=[rows.at(number) for number in range(min(PROOF_ROWS, len(rows)))],
+        batches=[rows.at(number) for number in range(min(PARITY_ROWS, len(rows)))],
         prompts=[prompt for prompt, _ in questions],
     )
     return asdict(proof)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from modeling.checkpoint import identity, read_header
+from modeling.checkpoint import fingerprint, read_header
 from modeling.errors import UserError
 from modeling.files import flush, read_json, write_json
 
@@ -31,9 +31,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def adapter_identity(adapter: Path) -> str:
+def adapter_fingerprint(adapter: Path) -> str:
     """A hash that tells one adapter from another without reading all of it."""
-    weights = {path.name: identity(read_header(path)) for path in sorted(adapter.glob("*.safetensors"))}
+    weights = {path.name: fingerprint(read_header(path)) for path in sorted(adapter.glob("*.safetensors"))}
     settings = {path.name: path.read_bytes().hex() for path in sorted(adapter.glob("adapter_config.json"))}
     return digest([weights, settings])
 

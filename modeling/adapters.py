@@ -23,7 +23,7 @@ from transformers import IdeficsForVisionText2Text
 
 from modeling import gates
 from modeling.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE
-from modeling.deltas import Adapter
+from modeling.adapter_weights import AdapterWeights
 from modeling.errors import UserError
 from modeling.lora import fuse_linears
 from modeling.quantize import quantized_layers
@@ -185,7 +185,7 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
     Raises UserError: not whole, made for another base, or trained as the model's recipe does not.
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    adapter = Adapter.read(folder)
+    adapter = AdapterWeights.read(folder)
     adapter.require_fit(tensor_shapes(plain.config.to_dict()))
     if bool(adapter.lora) != isinstance(model, PeftModel):
         raise UserError(f"{folder}: the adapter has {'' if adapter.lora else 'no '}LoRA and this recipe says otherwise")
@@ -203,7 +203,7 @@ def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
 
     What was trained in full is rounded to the base's dtype, as it will be in the merged model. Raises UserError.
     """
-    adapter, lora = Adapter.read(folder), None
+    adapter, lora = AdapterWeights.read(folder), None
     adapter.require_fit(tensor_shapes(model.config.to_dict()))
     full = {tower_of(name) for name in adapter.replaced}
     _refuse_quantized(model, full)
@@ -234,7 +234,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield f"{stock_name(name)}.weight", module
 
 
-def _fill(model: nn.Module, adapter: Adapter, places: Mapping[str, nn.Parameter]) -> None:
+def _fill(model: nn.Module, adapter: AdapterWeights, places: Mapping[str, nn.Parameter]) -> None:
     """Copy the adapter's tensors into parameters of the model. Names and shapes must agree. Raises UserError."""
     got = {(name, ""): tensor for name, tensor in adapter.replaced.items()}
     got |= {(name, key): tensor for name, factors in adapter.lora.items() for key, tensor in factors.items()}

@@ -23,7 +23,7 @@ from transformers.models.idefics.modeling_idefics import (
 )
 
 
-def refine(model: IdeficsModel) -> None:
+def use_fused_modules(model: IdeficsModel) -> None:
     """Give decoder and cross-attention the forwards of this page. Modules and weights stay the same objects."""
     for module in model.modules():
         if isinstance(module, IdeficsRMSNorm):

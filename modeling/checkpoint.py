@@ -52,8 +52,8 @@ MAX_SIZE = 2**62
 MAX_NAME = 500
 """Characters of a tensor's name: messages show them."""
 
-IDENTITY_BYTES = 4096
-"""Of each tensor that `identity` looks at, at its beginning and at its end."""
+FINGERPRINT_BYTES = 4096
+"""Of each tensor that `fingerprint` looks at, at its beginning and at its end."""
 
 PIECE_BYTES = 2**18
 """Written at once: Linux takes larger pieces into its page cache at less than half the speed."""
@@ -278,12 +278,12 @@ def weight_bytes(tensors: Mapping[str, Stored], dtype: torch.dtype) -> int:
     return dtype.itemsize * sum(math.prod(one.shape) for one in tensors.values())
 
 
-def identity(tensors: Mapping[str, Stored]) -> str:
+def fingerprint(tensors: Mapping[str, Stored]) -> str:
     """A digest that tells one checkpoint from another without reading all of it: names, shapes, both ends of each."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         stored = tensors[name]
-        length = min(stored.nbytes, IDENTITY_BYTES)
+        length = min(stored.nbytes, FINGERPRINT_BYTES)
         digest.update(f"{name} {stored.dtype} {stored.shape}".encode())
         with stored.file.open("rb") as file:
             for place in (stored.offset, stored.offset + stored.nbytes - length):

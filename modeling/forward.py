@@ -15,10 +15,8 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import IdeficsCausalLMOutputWithPast
 
 from modeling.attention import ImageRun
-from modeling.blocks import refine
-
-IGNORED = -100
-"""The label of a token that is not supervised."""
+from modeling.blocks import use_fused_modules
+from modeling.tokens import IGNORED
 
 HEAD_ROWS = 128
 """Supervised tokens whose logits exist at once: enough for a fast product."""
@@ -35,7 +33,7 @@ class PackedIdefics(IdeficsForVisionText2Text):
 
     def __init__(self, config: IdeficsConfig, vision_model: nn.Module | None = None):
         super().__init__(config, vision_model)
-        refine(self.model)
+        use_fused_modules(self.model)
 
     def forward(self, *args: Any, targets: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """`targets` int64 [K] follow the K positions that `logits_to_keep` names, of the only row."""

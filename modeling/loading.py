@@ -19,13 +19,13 @@ from transformers import (
 
 from modeling.attention import PACKED
 from modeling.checkpoint import read_checkpoint, require_shapes
+from modeling.config import hub_errors, is_folder, read_config, require_hub_id
 from modeling.errors import UserError
 from modeling.forward import PackedIdefics
-from modeling.quantize import settle
-from modeling.shapes import Config, hub_errors, is_folder, read_config, require_hub_id, tensor_shapes
-from modeling.tiny import ADDED
+from modeling.quantize import configure_quantized
+from modeling.shapes import Config, tensor_shapes
+from modeling.tokens import ADDED, END_OF_UTTERANCE, FAKE, IMAGE
 
-FAKE, IMAGE, END_OF_UTTERANCE = ADDED
 CPU = torch.device("cpu")
 
 
@@ -82,7 +82,7 @@ def load(
     if not image_towers:
         _remove_image_towers(model, config)
     if quantized:
-        settle(model, config, dtype=dtype)
+        configure_quantized(model, config, dtype=dtype)
     processor = load_processor(base, revision=revision, instruct=instruct)
     if instruct:
         extend_vocabulary(model)

@@ -18,8 +18,8 @@ from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import IdeficsDecoderLayer, IdeficsGatedCrossAttentionLayer
 from transformers.models.idefics.vision import IdeficsVisionEncoderLayer
 
+from modeling.adapter_weights import AdapterWeights
 from modeling.checkpoint import Rows, Stored, in_threads, row_blocks
-from modeling.deltas import Adapter
 from modeling.shapes import Config
 from modeling.towers import BLOCKS
 from modeling.vision import make_resampler
@@ -45,7 +45,7 @@ class Difference:
 
 
 def compare_tensor(
-    name: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: Adapter
+    name: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: AdapterWeights
 ) -> Difference:
     """Of sampled rows of a merged tensor; of all rows, if it is small or was replaced.
 
@@ -70,7 +70,7 @@ def _chosen_rows(name: str, shape: tuple[int, ...], *, every: bool) -> Iterator[
 
 
 def _expected(
-    name: str, start: int, stop: int, config: Config, base: Mapping[str, Rows], adapter: Adapter
+    name: str, start: int, stop: int, config: Config, base: Mapping[str, Rows], adapter: AdapterWeights
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """fp64 rows of a merged tensor, and how far sums in fp32 may be from them."""
     if name in adapter.replaced:
@@ -82,7 +82,7 @@ def _expected(
     return _formula(rows, adapter, name, start) if name in adapter.lora else (rows, 0.0)
 
 
-def _formula(weight: torch.Tensor, adapter: Adapter, name: str, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _formula(weight: torch.Tensor, adapter: AdapterWeights, name: str, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of W + s B A (LoRA, Hu et al. 2021), or of DoRA's m (W + s B A) / |W + s B A| (Liu et al. 2024).
 
     And the error of a sum of r + 1 products in fp32: at most r + 2 roundings of the largest partial sum.
@@ -109,7 +109,7 @@ def _step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compare_block(
-    block: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: Adapter
+    block: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: AdapterWeights
 ) -> Difference:
     """Of the outputs of a block (`model.layers.7`) for one random input, in fp32; a few rows of a weight in memory."""
     shape = IdeficsConfig(**config)
@@ -122,14 +122,14 @@ def compare_block(
     return Difference(largest, largest / scale if scale else largest)
 
 
-def changed_blocks(adapter: Adapter) -> list[str]:
+def changed_blocks(adapter: AdapterWeights) -> list[str]:
     """Module paths of the blocks that hold LoRA, in their order."""
     found = {match[0] for name in adapter.lora if (match := re.match("|".join(BLOCKS.values()), name))}
     return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in path.split(".")])
 
 
 def build_block(
-    block: str, config: IdeficsConfig, tensors: Mapping[str, Rows], adapter: Adapter | None = None
+    block: str, config: IdeficsConfig, tensors: Mapping[str, Rows], adapter: AdapterWeights | None = None
 ) -> nn.Module:
     """A block of the model (`model.layers.7`) in fp32, its adapter apart; large weights are read when they are used."""
     with init_empty_weights(include_buffers=False):
@@ -156,7 +156,7 @@ def _kind(block: str) -> str:
 
 
 def _weight(
-    name: str, tensors: Mapping[str, Rows], adapter: Adapter | None, start: int = 0, stop: int | None = None
+    name: str, tensors: Mapping[str, Rows], adapter: AdapterWeights | None, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
     """Rows in fp32; of what the adapter replaces, in the precision that the merged model has it in."""
     if adapter and name in adapter.replaced:
@@ -167,7 +167,7 @@ def _weight(
 class _Linear(nn.Module):
     """A linear layer, its LoRA factors apart as they are while training; its weight is read when it is used."""
 
-    def __init__(self, name: str, layer: nn.Linear, tensors: Mapping[str, Rows], adapter: Adapter | None):
+    def __init__(self, name: str, layer: nn.Linear, tensors: Mapping[str, Rows], adapter: AdapterWeights | None):
         super().__init__()
         self.name, self.tensors, self.adapter, self.bias = name, tensors, adapter, layer.bias
 

@@ -5,7 +5,7 @@ their own. `cross_attention` and `decoder`, nine tenths of the parameters, are h
 embeddings, head, added tokens, norms and gates stay as they are. A matrix is quantised in blocks of rows and always
 from fp32, so that a bf16 file and its fp32 copy give the same 4 bits, whatever the size of the matrix.
 
-    <cache>/<base>-<identity>/   model-*.safetensors, in the layout of transformers and bitsandbytes
+    <cache>/<base>-<fingerprint>/   model-*.safetensors, in the layout of transformers and bitsandbytes
                                  config.json, written last: a folder that has it is whole
 """
 
@@ -28,9 +28,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from modeling.checkpoint import Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
+from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.files import partial_of, put_in_place, write_json
-from modeling.shapes import Config, read_config, tensor_shapes
+from modeling.shapes import Config, tensor_shapes
 from modeling.towers import NOT_QUANTIZED, QUANTIZED_TOWERS, lora_pattern
 
 GROUP, NESTED_GROUP = 64, 256
@@ -131,14 +132,14 @@ def quantized_checkpoint(
     name: str,
     track: Track = lambda items, description: items,
 ) -> Path:
-    """The checkpoint in `folder` in NF4: one that lies in `cache`, or a new one called by `name` and its identity.
+    """The checkpoint in `folder` in NF4: one that lies in `cache`, or a new one called by `name` and its fingerprint.
 
     Interrupted, it goes on with the next file. In memory are the tensors of one file. Raises UserError.
     """
     stored = read_checkpoint(folder)
     config = read_config(str(folder))
     require_shapes(folder, stored, tensor_shapes(config))
-    made = cache / f"{name}-{_identity(folder, stored)}"
+    made = cache / f"{name}-{_fingerprint(folder, stored)}"
     made.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_name(f".{made.name}.lock")):
         _drop_damaged(made)
@@ -157,7 +158,7 @@ def _drop_damaged(made: Path) -> None:
             path.unlink()
 
 
-def _identity(folder: Path, stored: dict[str, Stored]) -> str:
+def _fingerprint(folder: Path, stored: dict[str, Stored]) -> str:
     """Of the weight files as they lie there, the config, and the library that quantises."""
     files = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in {one.file for one in stored.values()}
@@ -207,7 +208,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
-def settle(model: nn.Module, config: Config, *, dtype: torch.dtype) -> None:
+def configure_quantized(model: nn.Module, config: Config, *, dtype: torch.dtype) -> None:
     """What transformers leaves open of a quantised model: kept weights in `dtype`, the others computed in one dtype."""
     layers, expected = quantized_layers(model), quantized_names(config)
     assert {f"{name}.weight" for name in layers} == expected, f"{len(layers)} layers in NF4, expected {len(expected)}"

@@ -20,10 +20,10 @@ from modeling.attention import PACKED
 from modeling.errors import UserError
 from modeling.forward import PackedIdefics
 from modeling.shapes import Config
+from modeling.tokens import ADDED, BOS, EOS
 
-CONTROL = ("<unk>", "<s>", "</s>")
+CONTROL = ("<unk>", BOS, EOS)
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-ADDED = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 SMALLEST_VOCABULARY = len(CONTROL) + len(BYTES) + 1
 
 

@@ -11,8 +11,9 @@ from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 from transformers.models.idefics.vision import IdeficsVisionTransformer
 
 from modeling.attention import PACKED
-from modeling.checkpoint import Stored, identity, read_checkpoint, require_shapes
-from modeling.shapes import Config, read_config, tensor_shapes
+from modeling.checkpoint import Stored, fingerprint, read_checkpoint, require_shapes
+from modeling.config import read_config
+from modeling.shapes import Config, tensor_shapes
 from modeling.towers import IMAGE_TOWERS, is_computed, tower_of
 
 
@@ -44,11 +45,11 @@ def load_image_towers(folder: Path, *, dtype: torch.dtype, device: torch.device)
     return towers.to(device).eval()
 
 
-def image_towers_identity(folder: Path) -> str:
+def image_towers_fingerprint(folder: Path) -> str:
     """Tells towers apart: their weights, and the configuration that computes with them. Raises UserError."""
     config = read_config(str(folder))
     settings = [sorted(config[part].items()) for part in ("vision_config", "perceiver_config")]
-    return hashlib.sha256(f"{identity(_tower_tensors(folder))} {settings}".encode()).hexdigest()
+    return hashlib.sha256(f"{fingerprint(_tower_tensors(folder))} {settings}".encode()).hexdigest()
 
 
 def feature_shape(config: Config) -> tuple[int, int]:

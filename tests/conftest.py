@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from small_models import stand_in
 from transformers import AutoTokenizer
 
 from finetune.data.collate import RowCollator
@@ -23,7 +24,8 @@ from finetune.data.prepare import prepare
 from finetune.data.sampling import Mix, build_schedule
 from finetune.data.source import Source
 from modeling import loading, tiny
-from modeling.shapes import IDEFICS_9B, stand_in
+from modeling.shapes import IDEFICS_9B
+from modeling.tokens import ADDED
 
 hypothesis.settings.register_profile("patient", hypothesis.settings.default, deadline=None)
 hypothesis.settings.load_profile("patient")  # how fast a machine is, and what else it does, is no test's result
@@ -66,7 +68,7 @@ def llama_tokenizer(tmp_path_factory):
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "pad_token": "<unk>",
-        "additional_special_tokens": list(tiny.ADDED),
+        "additional_special_tokens": list(ADDED),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return AutoTokenizer.from_pretrained(folder)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from small_models import stand_in
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +24,7 @@ from finetune.training.arguments import division
 from modeling import tiny
 from modeling.adapters import attach
 from modeling.loading import extend_vocabulary
-from modeling.shapes import IDEFICS_9B, stand_in
+from modeling.shapes import IDEFICS_9B
 from modeling.towers import is_lora
 
 MODES = {"cross_attention": "lora", "decoder": "lora", "gates": "full", "added_tokens": "full"}

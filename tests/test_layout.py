@@ -87,7 +87,7 @@ def test_the_template_is_written_in_chat_template_alone():
         "import finetune.planning.check",
         "import finetune.recipe.schema",
         "import finetune.data.prepare, finetune.data.sampling, finetune.data.images",
-        "import modeling.shapes, modeling.towers",
+        "import modeling.config, modeling.shapes, modeling.tokens, modeling.towers",
     ],
 )
 def test_what_must_be_cheap_leaves_torch_and_transformers_alone(code):

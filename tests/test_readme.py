@@ -141,7 +141,7 @@ def test_the_quickstart_s_script_runs_the_quickstart_s_recipe(tmp_path):
     ]
     result = json.loads(invoke("run", ROOT / "recipes" / "quickstart.yaml", *overrides).stdout)
     assert result["train"]["steps"] == 2
-    assert result["evaluate"]["blind"]["questions"] == 8
+    assert result["evaluate"]["image_swap"]["questions"] == 8
 
 
 def test_the_chat_line_answers(own_data):
@@ -196,11 +196,11 @@ def test_the_figures_are_those_of_the_measured_run():
         "yes/no questions, balanced, exact": "exact_yes_no",
         "all questions, exact": "exact",
         "all questions, first word": "first_word",
-        "stopped by itself": "stopped",
+        "stopped by itself": "eos_rate",
         "loss per supervised token": "loss",
         "questions": "questions",
     }
     assert shown.keys() == keys.keys()
     for name, key in keys.items():
-        measured = [result["evaluate"][model][key] for model in ("base", "tuned", "blind")]
+        measured = [result["evaluate"][model][key] for model in ("base", "tuned", "image_swap")]
         assert shown[name] == pytest.approx(measured, rel=1e-3)  # shown to four digits

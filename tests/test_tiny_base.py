@@ -12,7 +12,8 @@ from finetune.data.source import Source
 from finetune.recipe.load import load_recipe
 from finetune.recipe.sources import to_source
 from modeling import loading
-from modeling.shapes import TINY, read_config, tensor_shapes
+from modeling.config import read_config
+from modeling.shapes import TINY, tensor_shapes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FOLDER = RECIPES / "tiny_base"

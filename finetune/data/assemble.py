@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from finetune.data.arrow import ArrowFile, to_batches, write_arrow
-from finetune.data.chat_template import IMAGE
 from finetune.data.conversation import Dialogue, Image
 from finetune.data.fit import Fates, Fitter
 from finetune.data.parts import (
@@ -35,11 +34,12 @@ from finetune.data.prepared import (
 from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.team import Team
-from finetune.data.tokenize import IGNORED, Example
+from finetune.data.tokenize import Example
 from finetune.data.tracking import Track
 from finetune.data.turns import Piece, by_last_appearance
 from finetune.data.workers import run_all
 from modeling.files import flush, write_json
+from modeling.tokens import IGNORED, IMAGE
 
 
 def assemble(

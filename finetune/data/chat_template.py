@@ -16,9 +16,7 @@ token, nor a fake one.
 from dataclasses import dataclass, field
 
 from finetune.data.conversation import Dialogue, Image, Turn
-
-BOS, EOS = "<s>", "</s>"
-FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
+from modeling.tokens import BOS, END_OF_UTTERANCE, EOS, FAKE, IMAGE
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from finetune.data.conversation import Image
 from finetune.data.images import Augmentation, Preprocessing, open_image
 from finetune.data.sampling import Row
-from finetune.data.tokenize import IGNORED, Example
+from finetune.data.tokenize import Example
+from modeling.tokens import IGNORED
 
 
 class Batch(TypedDict, total=False):

@@ -195,7 +195,7 @@ def _key(source: Source, fitter: Fitter, *, cache: Path) -> str:
     made_of = {
         "source": {name: str(value) for name, value in asdict(source).items() if name not in ("stream", "license")},
         "content": fingerprint(source, cache=cache),
-        "tokenizer": fitter.encoder.identity,
+        "tokenizer": fitter.encoder.fingerprint,
         "limits": asdict(fitter.limits),
         "seed": fitter.seed if source.turns else None,
         "code": code.hexdigest(),

@@ -22,9 +22,10 @@ import pyarrow as pa
 from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.conversation import Dialogue, Image, RecordError, Slice, Turn
 from finetune.data.stats import Account
-from finetune.data.tokenize import IGNORED, Example, see_images
+from finetune.data.tokenize import Example, see_images
 from modeling.errors import UserError
 from modeling.files import read_json
+from modeling.tokens import IGNORED
 
 Item = TypeVar("Item")
 

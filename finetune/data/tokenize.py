@@ -6,13 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.chat_template import BOS, END_OF_UTTERANCE, EOS, FAKE, IMAGE, Rendered, Special, Text
+from finetune.data.chat_template import Rendered, Special, Text
 from finetune.data.conversation import RecordError
+from modeling.tokens import BOS, END_OF_UTTERANCE, EOS, FAKE, IGNORED, IMAGE
 
 SPECIALS = (BOS, EOS, FAKE, IMAGE, END_OF_UTTERANCE)
-
-IGNORED = -100
-"""The label of a token that is not supervised."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Encoder:
         self._prefixes: dict[str, list[int]] = {"": []}
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Everything that decides what a text becomes."""
         self._settle()
         return f"{self.backend.to_str()}{sorted(self.specials.items())}"

@@ -1,6 +1,6 @@
 """Held-out dialogues -> figures: loss per supervised token, marks of answers, stop rate; and the test for blindness.
 
-Of several processes all call `evaluate` or `held_out_loss` alike: each does its share, and all get the same figures,
+Of several processes all call `evaluate` or `eval_loss` alike: each does its share, and all get the same figures,
 which are those of one process.
 """
 
@@ -46,7 +46,7 @@ class Scores:
     """Of a subset of the others: for each question as many yes as no, so that its words give nothing away."""
     first_word: float | None
     """Share of answers whose first word is a reference's: fair to a model that does not know when to stop."""
-    stopped: float | None
+    eos_rate: float | None
     """Share of answers that ended by themselves within the limit."""
     vqa: float | None
     """Mean VQA accuracy, of the questions that several people answered in a few words."""
@@ -70,7 +70,7 @@ def evaluate(
     track: Track = silently,
 ) -> Scores:
     """Score one model. `predictions` gets a JSON line per question."""
-    loss, supervised = held_out_loss(assistant, rows, track=track)
+    loss, supervised = eval_loss(assistant, rows, track=track)
     prompts, references = [prompt for prompt, _ in questions], [given for _, given in questions]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "track": track}
     answers = generate(assistant, prompts, together=True, **options)
@@ -91,7 +91,7 @@ def evaluate(
                 for answer, given in zip(answers, references, strict=True)
             ]
         ),
-        stopped=_mean([answer.stopped for answer in answers]),
+        eos_rate=_mean([answer.stopped for answer in answers]),
         vqa=_mean_mark(marks, "vqa"),
         cider=_mean_mark(marks, "cider"),
         rouge_l=_mean_mark(marks, "rouge_l"),
@@ -114,7 +114,7 @@ def balanced_yes_no(questions: Sequence[Question]) -> list[int]:
     return sorted(chosen)
 
 
-def exchange_images(
+def swap_images(
     rows: RowCollator, dialogues: Sequence[Dialogue], questions: Sequence[Question], *, seed: int
 ) -> tuple[RowCollator, list[Question]]:
     """The blindness test's data: every image replaced by another of the held-out ones, everywhere the same way.
@@ -147,7 +147,7 @@ def exchange_images(
 
 
 @torch.no_grad()
-def held_out_loss(assistant: Assistant, rows: RowCollator, *, track: Track = silently) -> tuple[float, int]:
+def eval_loss(assistant: Assistant, rows: RowCollator, *, track: Track = silently) -> tuple[float, int]:
     """(mean loss in nats, supervised tokens): every token weighs the same, whatever row it is in."""
     model = assistant.model.eval()
     device = assistant.idefics.device

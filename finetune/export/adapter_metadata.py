@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from modeling.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE, is_adapter, require_adapter
-from modeling.deltas import Onto
+from modeling.adapter_weights import BasePrecision
+from modeling.config import is_folder
 from modeling.errors import UserError
 from modeling.files import digests, read_json, write_json
-from modeling.shapes import is_folder
 
 NOTE = "finetune.json"
 """The note's file. An adapter made elsewhere has none."""
@@ -20,7 +20,7 @@ _REPAIR = "copy the adapter again; or delete this file, and name the base: --bas
 
 
 @dataclass(frozen=True)
-class Origin:
+class AdapterMetadata:
     """What an adapter was trained on."""
 
     base: str
@@ -30,11 +30,11 @@ class Origin:
     """Whether a base gained `<end_of_utterance>`."""
     quantize: str | None = None
     """The recipe's `model.quantize`."""
-    identity: str | None = None
-    """`modeling.checkpoint.identity` of the base."""
+    fingerprint: str | None = None
+    """`modeling.checkpoint.fingerprint` of the base."""
 
     @property
-    def onto(self) -> Onto:
+    def base_precision(self) -> BasePrecision:
         """What training added to."""
         return "nf4" if self.quantize == "nf4" else "full"
 
@@ -43,7 +43,7 @@ class Origin:
         write_json(adapter / NOTE, {**asdict(self), SHA256: digests(weights)})
 
     @classmethod
-    def of(cls, adapter: Path, base: str | None = None) -> "Origin":
+    def read(cls, adapter: Path, base: str | None = None) -> "AdapterMetadata":
         """As the note says; of an adapter made elsewhere, as PEFT's own file says, or `base`. Raises UserError.
 
         Also where the adapter's weights are no longer those that the note was written with.
@@ -61,7 +61,7 @@ class Origin:
         return cls(named, revision)
 
     @classmethod
-    def _of_note(cls, adapter: Path, note: dict[str, Any]) -> "Origin":
+    def _of_note(cls, adapter: Path, note: dict[str, Any]) -> "AdapterMetadata":
         hashes = note.pop(SHA256, {})
         if unknown := sorted(note.keys() - {field.name for field in fields(cls)}):
             raise UserError(f"{adapter / NOTE}: unknown key {unknown[0][:80]!r}; {_REPAIR}")
@@ -82,13 +82,13 @@ class Origin:
                     f"{adapter / name}: is not the file that training left: its SHA-256 is another; copy the adapter "
                     f"again, or, if you changed it yourself, delete {SHA256} from {NOTE}"
                 )
-        origin = cls(**note)
-        beside = adapter.parent / Path(origin.base).name
+        metadata = cls(**note)
+        beside = adapter.parent / Path(metadata.base).name
         if (
-            not is_folder(origin.base) and is_folder(str(beside)) and (beside / "config.json").is_file()
+            not is_folder(metadata.base) and is_folder(str(beside)) and (beside / "config.json").is_file()
         ):  # the run's folder has moved, base and all
             return cls(**{**note, "base": str(beside)})
-        return origin
+        return metadata
 
 
 def _is_text(value: Any) -> bool:
@@ -105,7 +105,7 @@ class Named:
     revision: str | None = None
     instruct: bool = False
     """Whether a base gains `<end_of_utterance>`."""
-    identity: str | None = None
+    fingerprint: str | None = None
     """Of the base that the adapter was trained on, where that is known."""
 
 
@@ -137,7 +137,7 @@ def named_model(name: str, adapter: Path | None = None) -> Named:
 
 def _on_base(base: str | None, adapter: Path) -> Named:
     """An adapter on the base that was named, or on the one that it was trained on."""
-    origin = Origin.of(adapter, base)
-    instruct = origin.instruct if (adapter / NOTE).is_file() else True
-    revision = None if base else origin.revision
-    return Named(base or origin.base, adapter, revision, instruct, origin.identity)
+    metadata = AdapterMetadata.read(adapter, base)
+    instruct = metadata.instruct if (adapter / NOTE).is_file() else True
+    revision = None if base else metadata.revision
+    return Named(base or metadata.base, adapter, revision, instruct, metadata.fingerprint)

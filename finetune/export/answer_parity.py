@@ -26,7 +26,7 @@ class Proof:
     """Of `answers` greedy answers, how many are equal."""
 
 
-def prove(
+def compare_answers(
     *,
     base: Callable[[], Assistant],
     tuned: Callable[[], Assistant],

@@ -21,11 +21,12 @@ from finetune.distributed.lock import locked
 from finetune.export.verify import PROVENANCE, compare, folder_digests, require_rounding, weight_digests
 from finetune.run_dir import commit
 from modeling.adapter_files import ADAPTER_FILES
+from modeling.adapter_weights import AdapterWeights, BasePrecision, rounded, weights_of
 from modeling.checkpoint import (
     Planned,
     Rows,
     Stored,
-    identity,
+    fingerprint,
     plan_shards,
     read_checkpoint,
     read_header,
@@ -33,7 +34,6 @@ from modeling.checkpoint import (
     write_index,
     write_shard,
 )
-from modeling.deltas import Adapter, Onto, rounded, weights_of
 from modeling.errors import UserError
 from modeling.files import digests, flush, read_json, write_json
 from modeling.loading import generation_config, load_processor, open_base, require_agreement, save_processor
@@ -57,9 +57,9 @@ def merge(
     *,
     revision: str | None = None,
     instruct: bool = True,
-    base_identity: str | None = None,
-    onto: Onto = "full",
-    trained_onto: Onto = "full",
+    base_fingerprint: str | None = None,
+    base_precision: BasePrecision = "full",
+    trained_on: BasePrecision = "full",
     may_replace: Collection[Path] = (),
     provenance: Mapping[str, Any] | None = None,
     card: str | None = None,
@@ -69,9 +69,10 @@ def merge(
 ) -> dict[str, Any]:
     """Write the merged model to `out`, which appears only when it is complete and proved; returns provenance.json.
 
-    To `instruct`, a base gains `<end_of_utterance>`, as in training. `onto` nf4 adds to the matrices as a 4-bit
-    training saw them, quantised and back; where this is not what the adapter was `trained_onto`, the difference to that
-    is reported, too. `base_identity`: of the weights it was trained on, to tell another base of the same shapes.
+    To `instruct`, a base gains `<end_of_utterance>`, as in training. `base_precision` nf4 adds to the matrices as a
+    4-bit training saw them, quantised and back; where `trained_on` is another precision, the difference to base +
+    adapter in that one is reported, too. `base_fingerprint`: of the weights it was trained on, to tell another base of
+    the same shapes.
     `may_replace`: files in `out` that an earlier merge left. `provenance`: more to put down; `card`: the model's
     README.md; `dtype`: of the merged weights, as the base's if None. In memory are the adapter and a few blocks of one
     matrix. Interrupted, it goes on with the first shard that is not complete. Raises UserError: another base, not
@@ -82,14 +83,14 @@ def merge(
     for place, what in ((folder, "base"), (adapter, "adapter")):
         if out == place.resolve():
             raise UserError(f"{out}: is the {what} itself, which a merge leaves as it is; name another folder: --out")
-    stored, changes = read_checkpoint(folder), Adapter.read(adapter)
+    stored, changes = read_checkpoint(folder), AdapterWeights.read(adapter)
     instruct = instruct or changes.added_tokens == 3
     config = _merged_config(base_config, instruct, dtype)
     made_of = {
-        "base": identity(stored),
+        "base": fingerprint(stored),
         "adapter": digests(adapter / name for name in ADAPTER_FILES if (adapter / name).is_file()),
         "instruct": instruct,
-        "onto": onto,
+        "base_precision": base_precision,
         "dtype": str(dtype) if dtype else None,
         "shard_bytes": shard_bytes,
     }
@@ -98,9 +99,9 @@ def merge(
     _require_base(folder, stored, tensor_shapes(base_config))
     shapes = tensor_shapes(config)
     changes.require_fit(shapes)
-    if base_identity and base_identity != made_of["base"]:
+    if base_fingerprint and base_fingerprint != made_of["base"]:
         raise UserError(f"{adapter}: was trained on other weights than those of {base}: same shapes, other content")
-    weights = _weights(stored, base_config, changes, onto)
+    weights = _weights(stored, base_config, changes, base_precision)
     planned = {
         name: _planned(name, shapes[name], changes, dtype or stored[name].dtype, weights, config) for name in weights
     }
@@ -121,7 +122,7 @@ def merge(
         merged = read_checkpoint(partial)
         proof = compare(config, weights, merged, changes, track=track)
         require_rounding(proof, merged)
-        others: set[Onto] = {trained_onto, "full"} - {onto}
+        others: set[BasePrecision] = {trained_on, "full"} - {base_precision}
         against = {
             other: asdict(compare(config, weights_of(stored, base_config, other), merged, changes, track=track))
             for other in others
@@ -138,7 +139,7 @@ def merge(
             },
             "made_of": made_of,
             "left_out": left_out,
-            "proof": asdict(proof),
+            "parity": asdict(proof),
             "against": against,
             "sha256": {"base": weight_digests(folder, track), "merged": merged_files},
             "files": {path.name: path.stat().st_size for path in _files_in(partial)},
@@ -246,18 +247,23 @@ def _is_whole(folder: Path, record: Mapping[str, Any]) -> bool:
     return isinstance(files, dict) and files.items() <= there.items()
 
 
-def _weights(stored: Mapping[str, Stored], config: Config, adapter: Adapter, onto: Onto) -> dict[str, Rows]:
+def _weights(
+    stored: Mapping[str, Stored], config: Config, adapter: AdapterWeights, base_precision: BasePrecision
+) -> dict[str, Rows]:
     """What the adapter is added to. Raises UserError: a matrix in 4 bits that was trained in full."""
-    weights = weights_of(stored, config, onto)
+    weights = weights_of(stored, config, base_precision)
     if full := sorted(name for name in adapter.replaced if weights[name] is not stored[name]):
-        raise UserError(f"--onto {onto}: {full[0]} was trained in full, which no 4-bit training does; --onto full")
+        raise UserError(
+            f"--base-precision {base_precision}: {full[0]} was trained in full, "
+            f"which no 4-bit training does; use --base-precision full"
+        )
     return weights
 
 
 def _planned(
     name: str,
     shape: tuple[int, ...],
-    adapter: Adapter,
+    adapter: AdapterWeights,
     dtype: torch.dtype,
     weights: Mapping[str, Rows],
     config: Config,

@@ -12,16 +12,16 @@ from huggingface_hub import ModelCardData
 from finetune.console import display, parse_size, table, track
 from finetune.distributed.lock import working_in
 from finetune.distributed.writable import check_place
-from finetune.export.adapter_metadata import Origin
+from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.merge import SHARD_BYTES, merge
 from finetune.export.verify import PROVENANCE, verify
 from finetune.stages import files_of
-from modeling.deltas import Onto
+from modeling.adapter_weights import BasePrecision
 from modeling.errors import UserError
 from modeling.files import read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ONTO: dict[str, Onto] = {"full": "full", "nf4": "nf4"}
+BASE_PRECISIONS: dict[str, BasePrecision] = {"full": "full", "nf4": "nf4"}
 
 
 def merge_folder(
@@ -29,7 +29,7 @@ def merge_folder(
     *,
     base: str | None,
     out: Path | None,
-    onto: str | None,
+    base_precision: str | None,
     dtype: str | None,
     shard_size: str | None,
     show: bool,
@@ -43,20 +43,22 @@ def merge_folder(
     check_place("--out", out, folder=True)
     in_a_run = (adapter.parent / "recipe.yaml").is_file()
     with working_in(adapter.parent) if in_a_run else nullcontext():  # whoever trains there writes the adapter, too
-        origin = Origin.of(adapter, base)
+        metadata = AdapterMetadata.read(adapter, base)
         record = merge(
             adapter,
-            base or origin.base,
+            base or metadata.base,
             out,
-            revision=None if base else origin.revision,
-            instruct=origin.instruct,
-            base_identity=origin.identity,
-            onto=origin.onto if onto is None else _choose("--onto", onto, ONTO),
-            trained_onto=origin.onto,
+            revision=None if base else metadata.revision,
+            instruct=metadata.instruct,
+            base_fingerprint=metadata.fingerprint,
+            base_precision=metadata.base_precision
+            if base_precision is None
+            else _choose("--base-precision", base_precision, BASE_PRECISIONS),
+            trained_on=metadata.base_precision,
             may_replace=files_of(run, "merge") if run and out == run / "merged" else (),
             dtype=None if dtype is None else _choose("--dtype", dtype, DTYPES),
             shard_bytes=SHARD_BYTES if shard_size is None else parse_size("--shard-size", shard_size),
-            card=model_card(base or origin.base, out, run),
+            card=model_card(base or metadata.base, out, run),
             track=track,
         )
     if show:
@@ -68,7 +70,7 @@ def verify_folder(merged: Path, *, show: bool) -> dict[str, Any]:
     """Repeat the proof of a merged folder."""
     comparison = verify(merged, track=track)
     if show:
-        _show(merged, {"proof": comparison})
+        _show(merged, {"parity": comparison})
     return comparison
 
 
@@ -141,15 +143,15 @@ def _backticks(text: str, *, least: int) -> str:
 
 
 def _show(out: Path, record: dict[str, Any]) -> None:
-    proof = record["proof"]
+    proof = record["parity"]
     rows = [
         ("tensors compared with the formula, by sampled rows", proof["tensors"]),
         ("largest difference of one, to what rounding explains", proof["largest_tensor_difference"]),
         ("blocks run: base + adapter against merged", proof["blocks"]),
         ("largest difference of one, to its largest output", proof["largest_block_difference"]),
         *(
-            (f"the same, to base + adapter with the base as {onto}", other["largest_block_difference"])
-            for onto, other in record.get("against", {}).items()
+            (f"the same, to base + adapter with the base as {base_precision}", other["largest_block_difference"])
+            for base_precision, other in record.get("against", {}).items()
         ),
     ]
     display(table("the proof", ("", ""), rows))

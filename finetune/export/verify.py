@@ -8,13 +8,14 @@ from typing import Any
 
 from finetune.data.tracking import Track, silently
 from modeling.adapter_files import ADAPTER_FILES
+from modeling.adapter_weights import AdapterWeights, BasePrecision, weights_of
 from modeling.checkpoint import Rows, Stored, read_checkpoint, require_shapes
-from modeling.deltas import Adapter, Onto, weights_of
+from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.files import digests, read_json
 from modeling.loading import open_base
 from modeling.parity import changed_blocks, compare_block, compare_tensor
-from modeling.shapes import Config, read_config, tensor_shapes
+from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
 
 PROVENANCE = "provenance.json"
@@ -58,8 +59,8 @@ def verify(merged: Path, *, track: Track = silently) -> dict[str, Any]:
     if weight_digests(folder, track) != made.base_files:
         raise UserError(f"{folder}: is not the base that {merged} was made of")
     stored = {name: one for name, one in read_checkpoint(folder).items() if not is_computed(name)}
-    weights, tensors = weights_of(stored, base_config, made.onto), read_checkpoint(merged)
-    config, changes = read_config(str(merged)), Adapter.read(adapter)
+    weights, tensors = weights_of(stored, base_config, made.base_precision), read_checkpoint(merged)
+    config, changes = read_config(str(merged)), AdapterWeights.read(adapter)
     for place, found, expected in ((folder, stored, base_config), (merged, tensors, config)):
         require_shapes(place, found, tensor_shapes(expected))
     changes.require_fit(tensor_shapes(config))
@@ -76,7 +77,7 @@ class _Made:
     revision: str | None
     adapter: Path
     adapter_files: dict[str, str]
-    onto: Onto
+    base_precision: BasePrecision
     base_files: dict[str, str]
     merged: dict[str, str]
 
@@ -101,7 +102,7 @@ def _read_provenance(merged: Path) -> _Made:
         revision=value("sources", "revision", is_right=lambda found: found is None or _is_text(found)),
         adapter=Path(value("sources", "adapter", is_right=_is_text)),
         adapter_files=value("made_of", "adapter", is_right=lambda found: _are_hashes(found, ADAPTER_FILES)),
-        onto=value("made_of", "onto", is_right=lambda found: found in ("full", "nf4")),
+        base_precision=value("made_of", "base_precision", is_right=lambda found: found in ("full", "nf4")),
         base_files=value("sha256", "base", is_right=_are_hashes),
         merged=value("sha256", "merged", is_right=_are_hashes),
     )
@@ -129,7 +130,7 @@ def compare(
     config: Config,
     base: Mapping[str, Rows],
     merged: Mapping[str, Stored],
-    adapter: Adapter,
+    adapter: AdapterWeights,
     *,
     track: Track = silently,
 ) -> Comparison:

@@ -20,8 +20,9 @@ from finetune.data.stats import Account, most_frequent
 from finetune.data.tokenize import Encoder
 from finetune.recipe.schema import Recipe
 from finetune.recipe.sources import say_if_documents, to_source
+from modeling.config import read_config
 from modeling.errors import UserError
-from modeling.shapes import SHAPES, Config, count_lora, count_parameters, read_config
+from modeling.shapes import SHAPES, Config, count_lora, count_parameters
 from modeling.towers import TOWERS
 
 FIRST_RECORDS = 20

@@ -30,7 +30,8 @@ from finetune.planning.memory import (
 from finetune.planning.setup import RowSize, Setup
 from finetune.planning.suggest import Change, apply_change, cheapest_changes
 from finetune.recipe.schema import Recipe
-from modeling.shapes import SHAPES, Config, read_config
+from modeling.config import read_config
+from modeling.shapes import SHAPES, Config
 
 if TYPE_CHECKING:  # it imports torch
     from finetune.planning.lengths import Lengths

@@ -25,13 +25,14 @@ from finetune.data.mixing import fit_records
 from finetune.data.records import look, read_dialogues
 from finetune.data.source import Source
 from finetune.data.stats import Account, most_frequent
-from finetune.data.tokenize import IGNORED, SPECIALS, Encoder, Example
+from finetune.data.tokenize import SPECIALS, Encoder, Example
 from finetune.materials import open_dataset
 from finetune.recipe.schema import Recipe
 from finetune.reporting.html.chart import Histogram, histogram
 from finetune.reporting.html.inspection import ShownDialogue, Token, choose_shown, inspection_page
 from finetune.reporting.html.page import thumbnail
 from modeling.files import atomic_write
+from modeling.tokens import IGNORED
 
 IMAGE_STYLES = ("cyan", "magenta", "yellow", "blue", "bright_red", "bright_green")
 """Colours of the images of one dialogue, in turn."""

@@ -11,9 +11,9 @@ SHARES = {
     "exact_yes_no": "yes/no questions,\nbalanced",
     "vqa": "VQA accuracy",
     "rouge_l": "ROUGE-L",
-    "stopped": "stopped by itself",
+    "eos_rate": "stopped by itself",
 }
-MODELS = {"base": "#9aa5b1", "blind": "#d9a441", "tuned": "#2f6fbb"}
+MODELS = {"base": "#9aa5b1", "image_swap": "#d9a441", "tuned": "#2f6fbb"}
 
 
 def draw(metrics: Path, scores: Mapping[str, Any] | None, out: Path) -> None:

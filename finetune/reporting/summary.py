@@ -19,10 +19,10 @@ def show(recipe: Recipe, result: dict[str, Any]) -> None:
     """The figures of a run as tables, three answers, and the line to type next."""
     folder = Path(recipe.output)
     if scores := result.get("evaluate"):
-        models = {name: scores[name] or {} for name in ("base", "tuned", "blind")}
+        models = {name: scores[name] or {} for name in ("base", "tuned", "image_swap")}
         shown = {key: label for key, label in _SCORES.items() if models["tuned"].get(key) is not None}
         rows = [(label, *(model.get(key) for model in models.values())) for key, label in shown.items()]
-        display(table("held out (blind: with the images exchanged)", ("", *models), rows))
+        display(table("held out (image swap: with the images exchanged)", ("", "base", "tuned", "image swap"), rows))
         if forgetting := scores["documents"]:
             display(f"loss on held-out documents: {forgetting['before']:.3f} before, {forgetting['after']:.3f} after")
     if (proof := result.get("merge")) and "answers" in proof:
@@ -75,7 +75,7 @@ _SCORES = {
     "vqa": "short answers, VQA accuracy",
     "cider": "sentences, CIDEr-D",
     "rouge_l": "sentences, ROUGE-L",
-    "stopped": "stopped by itself",
+    "eos_rate": "stopped by itself",
     "loss": "loss per supervised token",
     "questions": "questions",
 }

@@ -16,7 +16,7 @@ from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate
 from finetune.export.adapter_metadata import named_model
 from modeling.adapters import open_adapter
-from modeling.checkpoint import identity, read_checkpoint
+from modeling.checkpoint import fingerprint, read_checkpoint
 from modeling.errors import UserError
 from modeling.files import atomic_write
 
@@ -28,7 +28,9 @@ HELP = (
 def open_assistant(model: str, *, adapter: Path | None = None, quantize: str | None = None) -> Assistant:
     """An instruct model (folder or hub id), a run, an adapter, or a base and its `adapter`. Raises UserError."""
     named, cache = named_model(model, adapter), Path("runs") / QUANTIZED
-    if named.identity and named.identity != identity(read_checkpoint(local_base(named.model, revision=named.revision))):
+    if named.fingerprint and named.fingerprint != fingerprint(
+        read_checkpoint(local_base(named.model, revision=named.revision))
+    ):
         raise UserError(f"{named.adapter}: was trained on other weights than those of {named.model}")
     loaded = load_model(
         named.model,

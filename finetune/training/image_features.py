@@ -96,7 +96,7 @@ class FeatureCache:
     folder: Path
     """All caches lie in it, one a folder."""
     towers: str
-    """`modeling.vision.image_towers_identity`."""
+    """`modeling.vision.image_towers_fingerprint`."""
     preprocessing: Preprocessing
     shape: tuple[int, int]
     dtype: torch.dtype

@@ -153,7 +153,7 @@ def whole(out: Path, again: list[str]) -> None:
     run_stage("imports", [sys.executable, "-c", "import finetune.pipeline, finetune.training.trainer"], out)
     imports = json.loads((out / "imports.json").read_text())["all"]
     run_stage("train", [*FINETUNE, "train", recipe], out, planned=plan["memory"]["resident"] + imports)
-    merge_and_verify(out, [str(out / "run"), "--onto", "full"], out / "run/merged")
+    merge_and_verify(out, [str(out / "run"), "--base-precision", "full"], out / "run/merged")
 
 
 def sampled(out: Path, again: list[str]) -> None:
@@ -166,7 +166,7 @@ def sampled(out: Path, again: list[str]) -> None:
 
 
 def merge_and_verify(out: Path, arguments: list[str], merged: Path) -> None:
-    tell_proof(json.loads(run_stage("merge", [*FINETUNE, "merge", *arguments, "--json"], out))["proof"])
+    tell_proof(json.loads(run_stage("merge", [*FINETUNE, "merge", *arguments, "--json"], out))["parity"])
     tell_proof(json.loads(run_stage("verify", [*FINETUNE, "merge", str(merged), "--verify", "--json"], out)))
 
 

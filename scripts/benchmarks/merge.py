@@ -81,7 +81,7 @@ def merge_here(folder: Path) -> dict[str, Any]:
         warm(folder)
         rounds.append({**stages.seconds, "everything": seconds, "copy": copy(folder)})
         peaks = {stage: max(peak, peaks.get(stage, 0)) for stage, peak in stages.peaks.items()}
-    proof = record["proof"]
+    proof = record["parity"]
     return {
         "imported": imported,
         "peaks": peaks,

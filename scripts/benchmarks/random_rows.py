@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from finetune.planning.setup import RowSize
-from modeling.forward import IGNORED
 from modeling.shapes import Config
+from modeling.tokens import IGNORED
 
 SMALLEST_WORDS = 300
 """Ids below it are in every vocabulary."""

@@ -34,12 +34,12 @@ from training_mixes import make_mix, vocabulary
 from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from finetune.data.chat_template import FAKE, IMAGE, Rendered, Text, render
+from finetune.data.chat_template import Rendered, Text, render
 from finetune.data.collate import RowCollator
 from finetune.data.conversation import Dialogue, Image
 from finetune.data.images import Preprocessing, digest
 from finetune.data.sampling import Mix, build_schedule
-from finetune.data.tokenize import IGNORED, Encoder, Example, tokenize_all
+from finetune.data.tokenize import Encoder, Example, tokenize_all
 from finetune.recipe.schema import Training
 from finetune.training.image_features import FeatureCache
 from finetune.training.trainer import train
@@ -48,6 +48,7 @@ from modeling.adapters import attach
 from modeling.forward import image_features, packed_loss
 from modeling.loading import extend_vocabulary
 from modeling.shapes import Config
+from modeling.tokens import FAKE, IGNORED, IMAGE
 
 MODES = {"cross_attention": "lora", "decoder": "lora"}
 RANK = 16

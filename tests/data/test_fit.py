@@ -74,7 +74,7 @@ def ask(*texts, images=(A,)):
 def test_a_dialogue_that_fits_is_tokenised_as_it_stands(encoder, llama_tokenizer, tiny_tokenizer):
     dialogue = ask("Who?", "Me.")
     ((made, example),) = examples(fitting(encoder), dialogue)
-    tokenizer = llama_tokenizer if encoder.identity == Encoder(llama_tokenizer).identity else tiny_tokenizer
+    tokenizer = llama_tokenizer if encoder.fingerprint == Encoder(llama_tokenizer).fingerprint else tiny_tokenizer
     expected = tokenize(render(dialogue), tokenizer)
     assert made == dialogue
     assert example.input_ids.tolist() == expected.input_ids.tolist()

@@ -34,8 +34,9 @@ from finetune.data.prepare import prepare, prepare_source, require_examples, spl
 from finetune.data.prepared import EXAMPLE_SCHEMA, IMAGE_SCHEMA, Prepared, PreparedSet
 from finetune.data.source import Source
 from finetune.data.stats import Account
-from finetune.data.tokenize import IGNORED, Encoder
+from finetune.data.tokenize import Encoder
 from modeling.errors import UserError
+from modeling.tokens import IGNORED
 
 COLORS = {"a": "red", "b": "green", "c": "blue"}
 PICTURE = "<fake_token_around_image><image><fake_token_around_image>"

@@ -276,18 +276,18 @@ def test_what_cannot_be_tokenised_stands_among_what_can(tokenizer):
 
 def test_settings_that_other_calls_leave_in_the_tokenizer_change_nothing(tokenizer):
     encoder, rendered = Encoder(tokenizer), render(Dialogue((user("Who is <image>?"), assistant("A long answer."))))
-    identity, ids = encoder.identity, tokenize(rendered, tokenizer).input_ids.tolist()
+    fingerprint, ids = encoder.fingerprint, tokenize(rendered, tokenizer).input_ids.tolist()
     tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=3, split_special_tokens=False)
-    assert Encoder(tokenizer).identity == identity
+    assert Encoder(tokenizer).fingerprint == fingerprint
     assert tokenize(rendered, tokenizer).input_ids.tolist() == ids
 
 
 def test_an_encoder_is_the_same_in_another_process(tokenizer):
     encoder, texts = Encoder(tokenizer), ["Who is <image>?", "é 猫"]
     sent = pickle.loads(pickle.dumps(encoder))
-    assert sent.identity == encoder.identity
+    assert sent.fingerprint == encoder.fingerprint
     assert sent.encode(texts) == encoder.encode(texts)
 
 
-def test_each_vocabulary_has_its_identity(llama_tokenizer, tiny_tokenizer):
-    assert Encoder(llama_tokenizer).identity != Encoder(tiny_tokenizer).identity
+def test_each_vocabulary_has_its_fingerprint(llama_tokenizer, tiny_tokenizer):
+    assert Encoder(llama_tokenizer).fingerprint != Encoder(tiny_tokenizer).fingerprint

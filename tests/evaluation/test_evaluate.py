@@ -22,13 +22,13 @@ def scores_of(monkeypatch):
         questions = [(Dialogue((user(question),)), references) for question, references, _, _ in table]
         answers = [Answer(text, stopped) for *_, text, stopped in table]
         monkeypatch.setattr(module, "generate", lambda *_, **options: answers)
-        monkeypatch.setattr(module, "held_out_loss", lambda *_, **options: (1.5, 7))
+        monkeypatch.setattr(module, "eval_loss", lambda *_, **options: (1.5, 7))
         return evaluate(None, None, questions, max_new_tokens=4, batch_size=2, predictions=predictions)
 
     return scores
 
 
-def test_scores_count_exact_open_balanced_first_word_and_stopped(scores_of):
+def test_scores_count_exact_open_balanced_first_word_and_eos_rate(scores_of):
     table = [
         ("is it red?", ("yes",), "yes", True),
         ("is it red?", ("no",), "yes", True),
@@ -41,7 +41,7 @@ def test_scores_count_exact_open_balanced_first_word_and_stopped(scores_of):
     assert balanced_yes_no([(Dialogue((user(question),)), references) for question, references, *_ in table]) == [0, 1]
     assert (scores.loss, scores.supervised_tokens, scores.questions) == (1.5, 7, 6)
     assert (scores.exact, scores.exact_yes_no, scores.exact_open) == (4 / 6, 0.5, 0.5)
-    assert (scores.first_word, scores.stopped) == (5 / 6, 5 / 6)
+    assert (scores.first_word, scores.eos_rate) == (5 / 6, 5 / 6)
     assert (scores.vqa, scores.cider, scores.rouge_l) == (None, None, None)  # one short reference each
 
 
@@ -82,7 +82,7 @@ def test_without_questions_there_is_the_loss_alone(scores_of):
         "exact_open": None,
         "exact_yes_no": None,
         "first_word": None,
-        "stopped": None,
+        "eos_rate": None,
         "vqa": None,
         "cider": None,
         "rouge_l": None,
@@ -125,7 +125,7 @@ def test_predictions_say_where_images_are(monkeypatch, tmp_path):
         Image(PIL.Image.new("RGB", (2, 2))),
     )
     monkeypatch.setattr(module, "generate", lambda *_, **options: [Answer("A", True)])
-    monkeypatch.setattr(module, "held_out_loss", lambda *_, **options: (1.0, 1))
+    monkeypatch.setattr(module, "eval_loss", lambda *_, **options: (1.0, 1))
     file = tmp_path / "predictions.jsonl"
     questions = [(Dialogue((user(*images, "which?"),)), ("A",))]
     evaluate(None, None, questions, max_new_tokens=4, batch_size=2, predictions=file)

@@ -10,7 +10,7 @@ from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
 from finetune.data.tokenize import tokenize
-from finetune.evaluation.evaluate import draw_questions, exchange_images, held_out_loss
+from finetune.evaluation.evaluate import draw_questions, eval_loss, swap_images
 from finetune.evaluation.generate import Answer, Assistant, _answer, _continue, _inputs, generate
 from finetune.materials import _by_image as by_image
 from modeling import loading
@@ -123,7 +123,7 @@ def test_every_image_is_exchanged_for_another_everywhere_the_same_way(make_rows)
         for index in order
     ]
     questions = draw_questions(dialogues, limit=None, seed=0)
-    blind, swapped = exchange_images(rows, dialogues, questions, seed=0)
+    blind, swapped = swap_images(rows, dialogues, questions, seed=0)
     assert all(ours != theirs for ours, theirs in zip(rows.images, blind.images, strict=True))
     assert set(rows.images) == set(blind.images)
     for (before, given), (after, kept), ids in zip(questions, swapped, rows.image_ids, strict=True):
@@ -149,7 +149,7 @@ def test_cached_features_are_exchanged_with_their_images(make_rows):
     rows = make_rows()
     rows = replace(rows, features=Numbered(tuple(range(len(rows.images)))))
     dialogues = [Dialogue((user(*[rows.images[image] for image in ids], "which?"),)) for ids in rows.image_ids]
-    blind, _ = exchange_images(rows, dialogues, [], seed=0)
+    blind, _ = swap_images(rows, dialogues, [], seed=0)
     shown = sorted({image for images in rows.image_ids for image in images})
     seen = blind.features(shown).tolist()
     assert all(number != image for number, image in zip(seen, shown, strict=True))
@@ -160,8 +160,8 @@ def test_cached_features_are_exchanged_with_their_images(make_rows):
 
 
 def test_the_held_out_loss_weighs_every_token_the_same_however_rows_are_packed(asked, make_rows):
-    loss, supervised = held_out_loss(asked, make_rows(row_tokens=160))
-    other, same = held_out_loss(asked, make_rows(row_tokens=512))
+    loss, supervised = eval_loss(asked, make_rows(row_tokens=160))
+    other, same = eval_loss(asked, make_rows(row_tokens=512))
     assert supervised == same
     assert loss == pytest.approx(other, rel=1e-5)  # fp32 sums in another order
     rows = make_rows(row_tokens=160)
@@ -186,4 +186,4 @@ def test_a_bf16_base_whose_tower_was_trained_in_full_can_be_asked(base_folder, m
     untouched = Assistant(
         loading.load(str(base_folder), dtype=torch.bfloat16).model, asked.tokenizer, asked.preprocessing
     )
-    assert held_out_loss(asked, make_rows()) == held_out_loss(untouched, make_rows())  # nothing was trained yet
+    assert eval_loss(asked, make_rows()) == eval_loss(untouched, make_rows())  # nothing was trained yet

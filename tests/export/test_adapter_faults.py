@@ -11,14 +11,15 @@ import pytest
 import torch
 from merging import UP, adapter_for, spoil
 from safetensors.torch import load_file, save_file
+from small_models import stand_in
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from finetune.export.merge import merge
 from modeling import loading, patterns
+from modeling.adapter_weights import AdapterWeights
 from modeling.adapters import attach, load_adapter_weights, open_adapter
-from modeling.deltas import Adapter
 from modeling.errors import UserError
-from modeling.shapes import IDEFICS_9B, stand_in, tensor_shapes
+from modeling.shapes import IDEFICS_9B, tensor_shapes
 from modeling.targets import by_pattern, lora_targets, saved_modules
 
 SHAPES = tensor_shapes({**stand_in(IDEFICS_9B), "additional_vocab_size": 3})
@@ -39,7 +40,7 @@ def folder(whole, tmp_path):
 
 
 def check(folder):
-    Adapter.read(folder).require_fit(SHAPES)
+    AdapterWeights.read(folder).require_fit(SHAPES)
 
 
 def configure(folder, **changes):
@@ -318,7 +319,7 @@ def test_an_adapter_in_another_precision_is_read(folder, dtype):
         lambda t: t.update({name: one.to(dtype) for name, one in list(t.items())}),
     )
     check(folder)
-    assert Adapter.read(folder).lora["model.layers.1.mlp.up_proj.weight"]["lora_A"].dtype == dtype
+    assert AdapterWeights.read(folder).lora["model.layers.1.mlp.up_proj.weight"]["lora_A"].dtype == dtype
 
 
 def test_every_door_has_the_same_rule(folder, base_folder, tmp_path):

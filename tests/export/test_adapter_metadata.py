@@ -7,22 +7,22 @@ from dataclasses import asdict
 import pytest
 from merging import adapter_for
 
-from finetune.export.adapter_metadata import NOTE, Named, Origin, named_model
+from finetune.export.adapter_metadata import NOTE, AdapterMetadata, Named, named_model
 from finetune.serving import chat
-from modeling.checkpoint import identity, read_checkpoint
+from modeling.checkpoint import fingerprint, read_checkpoint
 from modeling.errors import UserError
 
 
 def test_an_origin_is_read_as_it_was_written(tmp_path):
-    origin = Origin("bases/mine", "main", True, "nf4", "0123")
-    origin.write(tmp_path)
-    assert Origin.of(tmp_path) == origin
-    assert json.loads((tmp_path / NOTE).read_text()) == {**asdict(origin), "sha256": {}}
-    assert (origin.onto, Origin("a/b").onto) == ("nf4", "full")
+    metadata = AdapterMetadata("bases/mine", "main", True, "nf4", "0123")
+    metadata.write(tmp_path)
+    assert AdapterMetadata.read(tmp_path) == metadata
+    assert json.loads((tmp_path / NOTE).read_text()) == {**asdict(metadata), "sha256": {}}
+    assert (metadata.base_precision, AdapterMetadata("a/b").base_precision) == ("nf4", "full")
     (tmp_path / NOTE).unlink()
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="does not say what base it was made for; name it: --base"):
-        Origin.of(tmp_path)
+        AdapterMetadata.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_an_origin_is_read_as_it_was_written(tmp_path):
         ('{"base": "a/b", "instruct": "yes"}', "instruct: unexpected 'yes'"),
         ('{"base": "a/b", "instruct": null}', "instruct: unexpected None"),
         ('{"base": "a/b", "quantize": "int3"}', "quantize: expected nf4 or null, got 'int3'"),
-        ('{"base": "a/b", "identity": {}}', "identity: unexpected"),
+        ('{"base": "a/b", "fingerprint": {}}', "fingerprint: unexpected"),
         ('{"base": "a/b", "sha256": [1]}', "sha256: expected hashes of weight files"),
         ('{"base": "a/b", "sha256": {"../../etc/passwd": "0"}}', "sha256: expected hashes of weight files"),
         ("[" * 100_000, "not JSON"),
@@ -49,24 +49,24 @@ def test_an_origin_is_read_as_it_was_written(tmp_path):
 def test_a_note_that_is_odd_is_named(tmp_path, note, message):
     (tmp_path / NOTE).write_text(note)
     with pytest.raises(UserError, match=rf"finetune\.json: {message}"):
-        Origin.of(tmp_path)
+        AdapterMetadata.read(tmp_path)
 
 
 @pytest.mark.parametrize("config", ['{"base_model_name_or_path": 3}', '{"base_model_name_or_path": ["a/b"]}'])
 def test_a_base_that_peft_s_file_names_oddly_is_told(tmp_path, config):
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(UserError, match=r"adapter_config\.json: base_model_name_or_path: expected a text"):
-        Origin.of(tmp_path)
+        AdapterMetadata.read(tmp_path)
 
 
 def test_a_flipped_byte_of_an_adapter_is_noticed(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"abc")
     (tmp_path / "trained.safetensors").write_bytes(b"def")
-    Origin("a/b").write(tmp_path)
-    assert Origin.of(tmp_path) == Origin("a/b")
+    AdapterMetadata("a/b").write(tmp_path)
+    assert AdapterMetadata.read(tmp_path) == AdapterMetadata("a/b")
     (tmp_path / "trained.safetensors").write_bytes(b"dfe")
     with pytest.raises(UserError, match=r"trained\.safetensors: is not the file that training left"):
-        Origin.of(tmp_path)
+        AdapterMetadata.read(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def trained(base_folder, tmp_path_factory):
     """A run folder after training."""
     run = tmp_path_factory.mktemp("runs") / "mine"
     adapter_for(base_folder, run / "adapter", {"gates": "full"})
-    Origin(str(base_folder), None, True, None, identity(read_checkpoint(base_folder))).write(run / "adapter")
+    AdapterMetadata(str(base_folder), None, True, None, fingerprint(read_checkpoint(base_folder))).write(
+        run / "adapter"
+    )
     (run / "recipe.yaml").write_text("model: {}")
     return run
 
@@ -85,7 +87,7 @@ def run(trained, tmp_path):
 
 
 def test_a_model_is_what_was_named(run, base_folder):
-    base, known = str(base_folder), identity(read_checkpoint(base_folder))
+    base, known = str(base_folder), fingerprint(read_checkpoint(base_folder))
     on_base = Named(base, run / "adapter", None, True, known)
     assert named_model(base) == Named(base)
     assert named_model("owner/name") == Named("owner/name")
@@ -99,7 +101,7 @@ def test_a_model_is_what_was_named(run, base_folder):
 
 
 def test_the_base_of_a_run_that_has_moved_is_found_beside_its_adapter(run, base_folder, tmp_path):
-    Origin("runs/elsewhere/base", None, True).write(run / "adapter")
+    AdapterMetadata("runs/elsewhere/base", None, True).write(run / "adapter")
     shutil.copytree(base_folder, run / "base")
     assert named_model(str(run)).model == str(run / "base")
 

@@ -16,18 +16,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from finetune.data.images import Preprocessing
 from finetune.evaluation.generate import Assistant
 from finetune.export import merge as merging_module
-from finetune.export.adapter_metadata import Origin
-from finetune.export.answer_parity import prove
+from finetune.export.adapter_metadata import AdapterMetadata
+from finetune.export.answer_parity import compare_answers
 from finetune.export.merge import merge
 from finetune.export.verify import verify
 from modeling import checkpoint, loading
+from modeling.adapter_weights import AdapterWeights
 from modeling.adapters import open_adapter
-from modeling.checkpoint import identity, read_checkpoint
-from modeling.deltas import Adapter
+from modeling.checkpoint import fingerprint, read_checkpoint
+from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.forward import forward_arguments
 from modeling.quantize import dequantized, quantized_names
-from modeling.shapes import read_config
 
 VARIANTS = {
     "lora on the text towers": ({"cross_attention": "lora", "decoder": "lora"}, {}),
@@ -101,7 +101,7 @@ def unlike_rounding(ours, theirs, base, adapter):
     product round once each.
     """
     assert ours.keys() == theirs.keys()
-    changes, wrong = Adapter.read(adapter), []
+    changes, wrong = AdapterWeights.read(adapter), []
     for name in different(ours, theirs):
         factors = {key: factor.double() for key, factor in changes.lora[name].items()}
         scale, rank = abs(changes.scaling(name)), len(factors["lora_A"])
@@ -187,19 +187,19 @@ def test_provenance_and_shards(base_folder, make_rows, tmp_path):
     torch.testing.assert_close(logits(merged, rows), logits(tuned, rows), rtol=1e-4, atol=1e-4)
     record = json.loads((tmp_path / "merged" / "provenance.json").read_text())
     assert record.keys() == {
-        *("base", "revision", "commit", "sources", "made_of", "left_out", "proof", "against", "sha256", "files")
+        *("base", "revision", "commit", "sources", "made_of", "left_out", "parity", "against", "sha256", "files")
     }
     assert (record["base"], record["revision"]) == ("stand-in", None)
     assert record["sources"]["base"] == str(base_folder)
-    assert record["made_of"]["base"] == identity(read_checkpoint(base_folder))
+    assert record["made_of"]["base"] == fingerprint(read_checkpoint(base_folder))
     assert record["made_of"]["adapter"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
     others = ("config.json", "generation_config.json", "model.safetensors.index.json", "processor_config.json")
     tokenizer = ("tokenizer.json", "tokenizer_config.json")
     assert sorted(record["sha256"]["merged"]) == sorted([*shards, *others, *tokenizer])
     assert list(record["sha256"]["base"]) == ["model.safetensors"]
     assert all(len(digest) == 64 for digests in record["sha256"].values() for digest in digests.values())
-    assert record["proof"]["tensors"] == 177
-    assert record["proof"]["blocks"] == 8
+    assert record["parity"]["tensors"] == 177
+    assert record["parity"]["blocks"] == 8
     assert record["against"] == {}
     # a sharded base is read by the same code
     again = adapter_for(tmp_path / "merged", tmp_path / "adapter2", {"decoder": "lora"}, {})
@@ -280,9 +280,9 @@ def test_the_widely_copied_adapter_merges_bit_for_bit(base_folder, tmp_path):
     """q, k, v of all four towers at rank 16, from the published notebook."""
     settings = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
     tuned = elsewhere(base_folder, tmp_path / "adapter", bias="none", **settings)
-    origin = Origin.of(tmp_path / "adapter")
-    assert origin == Origin("HuggingFaceM4/idefics-9b", None, False, None, None)
-    merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged", instruct=origin.instruct)
+    metadata = AdapterMetadata.read(tmp_path / "adapter")
+    assert metadata == AdapterMetadata("HuggingFaceM4/idefics-9b", None, False, None, None)
+    merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged", instruct=metadata.instruct)
     got = weights(tmp_path / "merged")
     assert different(got, tuned.merge_and_unload().state_dict()) == []
     changed = different(got, weights(base_folder))
@@ -353,20 +353,20 @@ def test_another_kind_of_adapter_and_a_merged_model_are_none(base_folder, adapte
     with pytest.raises(UserError, match=r"expected an adapter folder .*, found a model"):
         merge(tmp_path / "merged", str(base_folder), tmp_path / "twice")
     with pytest.raises(UserError, match=r"expected an adapter folder .*, found a model"):
-        Origin.of(tmp_path / "merged")
+        AdapterMetadata.read(tmp_path / "merged")
     with pytest.raises(UserError, match=r"expected an adapter folder .*, found neither"):
-        Origin.of(tmp_path)
+        AdapterMetadata.read(tmp_path)
 
 
 def test_another_base_of_equal_shapes_is_refused(base_folder, adapter, tmp_path):
     shutil.copytree(base_folder, tmp_path / "other")
     spoil(tmp_path / "other" / "model.safetensors", lambda tensors: tensors["lm_head.weight"][0, 0].add_(1))
-    mine = identity(read_checkpoint(base_folder))
+    mine = fingerprint(read_checkpoint(base_folder))
     with pytest.raises(
         UserError, match=r"was trained on other weights than those of .*other: same shapes, other content"
     ):
-        merge(adapter, str(tmp_path / "other"), tmp_path / "merged", base_identity=mine)
-    merge(adapter, str(base_folder), tmp_path / "merged", base_identity=mine)
+        merge(adapter, str(tmp_path / "other"), tmp_path / "merged", base_fingerprint=mine)
+    merge(adapter, str(base_folder), tmp_path / "merged", base_fingerprint=mine)
 
 
 def test_another_base_of_other_shapes_is_told_by_its_shapes(base_folder, tmp_path):
@@ -379,11 +379,11 @@ def test_another_base_of_other_shapes_is_told_by_its_shapes(base_folder, tmp_pat
 
     spoil(tmp_path / "other" / "model.safetensors", shorten)
     with pytest.raises(UserError, match=r"is \(299, 64\), its config says \(300, 64\)"):
-        merge(tmp_path / "adapter", str(tmp_path / "other"), tmp_path / "merged", base_identity="0")
+        merge(tmp_path / "adapter", str(tmp_path / "other"), tmp_path / "merged", base_fingerprint="0")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "vocab_size": 299}))
     with pytest.raises(UserError, match=r"made for another base: .* is \(300, 64\) there and \(299, 64\) here"):
-        merge(tmp_path / "adapter", str(tmp_path / "other"), tmp_path / "merged", base_identity="0")
+        merge(tmp_path / "adapter", str(tmp_path / "other"), tmp_path / "merged", base_fingerprint="0")
 
 
 def test_a_base_with_a_tensor_too_few_or_too_many(base_folder, adapter, tmp_path):
@@ -408,7 +408,7 @@ def test_buffers_that_old_checkpoints_hold_are_left_out_and_named(base_folder, a
     assert record["left_out"] == list(buffers)
     merge(adapter, str(base_folder), tmp_path / "plain")
     assert different(weights(tmp_path / "merged"), weights(tmp_path / "plain")) == []
-    assert verify(tmp_path / "merged") == record["proof"]
+    assert verify(tmp_path / "merged") == record["parity"]
 
 
 def test_a_base_that_is_nowhere_is_told(adapter, tmp_path):
@@ -574,7 +574,7 @@ def test_done_before_it_returns_at_once_and_another_merge_is_refused(base_folder
     begun = interrupt(monkeypatch, at=None)
     monkeypatch.setattr(merging_module, "compare", None)
     assert merge(adapter, str(base_folder), tmp_path / "out") == first
-    others = [{"dtype": torch.bfloat16}, {"shard_bytes": SHARDS}, {"onto": "nf4"}]
+    others = [{"dtype": torch.bfloat16}, {"shard_bytes": SHARDS}, {"base_precision": "nf4"}]
     for other in others:
         with pytest.raises(UserError, match="is not empty, and not the result of this merge"):
             merge(adapter, str(base_folder), tmp_path / "out", **other)
@@ -625,7 +625,7 @@ def test_onto_nf4_it_is_peft_s_merge_onto_the_dequantised_model(base_folder, tmp
         in_blocks_of(monkeypatch, group)
     modes = {"decoder": "lora", "resampler": "lora", "gates": "full", "added_tokens": "full"}
     adapter_for(base_folder, tmp_path / "adapter", modes)
-    record = merge(tmp_path / "adapter", str(base_folder), tmp_path / "nf4", onto="nf4", trained_onto="nf4")
+    record = merge(tmp_path / "adapter", str(base_folder), tmp_path / "nf4", base_precision="nf4", trained_on="nf4")
     theirs = open_adapter(nf4_of(base_folder), tmp_path / "adapter").merge_and_unload().state_dict()
     ours = weights(tmp_path / "nf4")
     base = nf4_of(base_folder).state_dict()
@@ -635,25 +635,25 @@ def test_onto_nf4_it_is_peft_s_merge_onto_the_dequantised_model(base_folder, tmp
     quantized = quantized_names(read_config(str(base_folder)))
     assert set(different(ours, weights(tmp_path / "full"))) == quantized  # also those without LoRA
     assert any("cross_attn" in name for name in quantized)
-    assert record["proof"]["largest_tensor_difference"] <= 1
-    assert record["proof"]["largest_block_difference"] < 1e-5
+    assert record["parity"]["largest_tensor_difference"] <= 1
+    assert record["parity"]["largest_block_difference"] < 1e-5
     assert record["against"].keys() == {"full"}
     assert record["against"]["full"]["largest_tensor_difference"] > 100
     assert record["against"]["full"]["largest_block_difference"] > 1e-3
-    assert verify(tmp_path / "nf4") == record["proof"]
+    assert verify(tmp_path / "nf4") == record["parity"]
 
 
 def test_trained_in_nf4_and_merged_onto_the_released_weights_both_differences_are_told(base_folder, adapter, tmp_path):
-    record = merge(adapter, str(base_folder), tmp_path / "merged", trained_onto="nf4")
-    assert record["proof"]["largest_block_difference"] < 1e-5
+    record = merge(adapter, str(base_folder), tmp_path / "merged", trained_on="nf4")
+    assert record["parity"]["largest_block_difference"] < 1e-5
     assert record["against"].keys() == {"nf4"}
     assert record["against"]["nf4"]["largest_block_difference"] > 1e-3
 
 
 def test_a_tower_trained_in_full_was_never_in_4_bits(base_folder, tmp_path):
     adapter_for(base_folder, tmp_path / "adapter", {"decoder": "full"})
-    with pytest.raises(UserError, match=r"--onto nf4: model\.layers\..* was trained in full"):
-        merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged", onto="nf4")
+    with pytest.raises(UserError, match=r"--base-precision nf4: model\.layers\..* was trained in full"):
+        merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged", base_precision="nf4")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -666,7 +666,7 @@ def test_the_proof_tells_a_right_merge_from_a_wrong_one(base_folder, make_rows, 
         return Assistant(model, processor.tokenizer, Preprocessing.of(processor.image_processor))
 
     def proof(merged):
-        return prove(
+        return compare_answers(
             base=lambda: assistant(loading.load(str(base_folder)).model),
             tuned=lambda: assistant(open_adapter(loading.load(str(base_folder)).model, tmp_path / "adapter")),
             merged=lambda: assistant(loading.load(merged).model),

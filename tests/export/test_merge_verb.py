@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from finetune.cli import app
-from finetune.export.adapter_metadata import Origin
+from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.merge_verb import merge_folder, model_card
-from modeling.checkpoint import identity, read_checkpoint
+from modeling.checkpoint import fingerprint, read_checkpoint
 
 RECIPE = "model:\n  base: some/base\n# ```\n# not the end of the recipe\n"
 EVALUATION = {"base": {"exact": 0.25, "loss": 3.5, "vqa": None}, "tuned": {"exact": 0.5, "loss": 1.25, "vqa": None}}
@@ -36,8 +36,8 @@ def trained(base_folder, tmp_path_factory):
     """A run folder after training and evaluating."""
     run = tmp_path_factory.mktemp("runs") / "mine"
     adapter_for(base_folder, run / "adapter", {"decoder": "lora", "gates": "full"})
-    origin = Origin(str(base_folder), None, True, None, identity(read_checkpoint(base_folder)))
-    origin.write(run / "adapter")
+    metadata = AdapterMetadata(str(base_folder), None, True, None, fingerprint(read_checkpoint(base_folder)))
+    metadata.write(run / "adapter")
     (run / "recipe.yaml").write_text(RECIPE)
     (run / "data.json").write_text(json.dumps(DATA))
     (run / "evaluation.json").write_text(json.dumps(EVALUATION))
@@ -55,17 +55,17 @@ def test_a_run_folder_is_merged_into_itself_and_verified(run, base_folder):
     record = json.loads(outcome.stdout)
     assert record == json.loads((run / "merged" / "provenance.json").read_text())
     assert record["made_of"] | {"adapter": None} == {
-        "base": identity(read_checkpoint(base_folder)),
+        "base": fingerprint(read_checkpoint(base_folder)),
         "adapter": None,
         "instruct": True,
-        "onto": "full",
+        "base_precision": "full",
         "dtype": None,
         "shard_bytes": 5_000_000_000,
     }
     assert load_file(run / "merged" / "model.safetensors")["lm_head.additional_fc.weight"].shape == (3, 64)
     verified = invoke(run / "merged", "--verify", "--json")
     assert verified.exit_code == 0, verified.output
-    assert json.loads(verified.stdout) == record["proof"]
+    assert json.loads(verified.stdout) == record["parity"]
     before = files_of(run / "merged")
     again = invoke(run, "--json")
     assert json.loads(again.stdout) == record
@@ -111,7 +111,9 @@ def test_an_adapter_s_merged_model_lies_beside_it(run):
 def test_the_base_it_was_trained_on_may_have_moved_and_no_other_may_take_its_place(run, base_folder, tmp_path):
     moved, other = (shutil.copytree(base_folder, tmp_path / name) for name in ("moved", "other"))
     spoil(other / "model.safetensors", lambda tensors: tensors["lm_head.weight"].add_(1))
-    Origin(str(tmp_path / "gone"), None, True, None, identity(read_checkpoint(base_folder))).write(run / "adapter")
+    AdapterMetadata(str(tmp_path / "gone"), None, True, None, fingerprint(read_checkpoint(base_folder))).write(
+        run / "adapter"
+    )
     assert "gone' is neither a folder here nor a hub id" in told(invoke(run))
     assert "was trained on other weights than those of" in told(invoke(run, "--base", other))
     assert not (run / "merged").exists()
@@ -119,20 +121,20 @@ def test_the_base_it_was_trained_on_may_have_moved_and_no_other_may_take_its_pla
 
 
 def test_a_run_trained_in_4_bits_is_merged_as_it_was_trained(run, base_folder, tmp_path):
-    Origin(str(base_folder), None, True, "nf4", None).write(run / "adapter")
+    AdapterMetadata(str(base_folder), None, True, "nf4", None).write(run / "adapter")
     record = json.loads(invoke(run, "--json").stdout)
-    assert record["made_of"]["onto"] == "nf4"
+    assert record["made_of"]["base_precision"] == "nf4"
     assert record["against"].keys() == {"full"}
-    outcome = invoke(run, "--onto", "full", "--out", tmp_path / "full")
+    outcome = invoke(run, "--base-precision", "full", "--out", tmp_path / "full")
     assert outcome.exit_code == 0, outcome.output
     assert "base + adapter with the base as nf4" in outcome.stdout
     record = json.loads((tmp_path / "full" / "provenance.json").read_text())
-    assert record["made_of"]["onto"] == "full"
+    assert record["made_of"]["base_precision"] == "full"
     assert record["against"].keys() == {"nf4"}
 
 
 def test_what_changed_is_told_by_verify(run):
-    merge_folder(run, base=None, out=None, onto=None, dtype=None, shard_size=None, show=False)
+    merge_folder(run, base=None, out=None, base_precision=None, dtype=None, shard_size=None, show=False)
     spoil(run / "merged" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].add_(1))
     assert "has changed since it was merged: model.safetensors is another" in told(invoke(run / "merged", "--verify"))
     assert "expected a merged model with its provenance.json, found none" in told(invoke(run, "--verify"))
@@ -150,7 +152,7 @@ MISTAKES = {
     ),
     "untrained": (["untrained"], "untrained/adapter: no such adapter folder; first: finetune train"),
     "dtype": (["mine", "--dtype", "int8"], "--dtype: expected fp32 or bf16 or fp16, got 'int8'"),
-    "onto": (["mine", "--onto", "nf5"], "--onto: expected full or nf4, got 'nf5'"),
+    "base_precision": (["mine", "--base-precision", "nf5"], "--base-precision: expected full or nf4, got 'nf5'"),
     "size": (
         ["mine", "--shard-size", "5 bananas"],
         "--shard-size: expected a size with its unit, such as 5GB or 24GiB, got '5 bananas'",

@@ -16,10 +16,10 @@ from finetune.export.merge import merge
 from finetune.export.verify import Comparison, compare
 from modeling import checkpoint
 from modeling import parity as proof
+from modeling.adapter_weights import AdapterWeights, weights_of
 from modeling.checkpoint import read_checkpoint, read_header
-from modeling.deltas import Adapter, weights_of
+from modeling.config import read_config
 from modeling.parity import build_block, changed_blocks, compare_block, compare_tensor, feed
-from modeling.shapes import read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -72,7 +72,7 @@ def compared(base_folder, adapters, merges, tmp_path):
         shutil.copytree(merges(adapter, dtype), merged, dirs_exist_ok=True)
         spoil(merged / "model.safetensors", change)
         base = read_checkpoint(base_folder)
-        expected = against or Adapter.read(adapters / adapter)
+        expected = against or AdapterWeights.read(adapters / adapter)
         return compare(read_config(str(merged)), base, read_checkpoint(merged), expected)
 
     return comparison
@@ -121,7 +121,7 @@ def test_of_a_large_tensor_four_rows_are_looked_at_and_of_a_replaced_one_all(
     base_folder, adapters, merges, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(proof, "SMALL", 0)
-    adapter, merged = Adapter.read(adapters / "everything"), merges("everything")
+    adapter, merged = AdapterWeights.read(adapters / "everything"), merges("everything")
     found = {
         name: list(rows_found(base_folder, adapter, merged, name, tmp_path))
         for name in (UP, UP.replace("layers.3", "layers.4"), REPLACED)
@@ -145,7 +145,7 @@ def test_what_is_not_a_number_is_found(compared, value):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
 def test_an_adapter_scaled_by_a_hundredth_is_found(compared, adapters, dtype, factor):
-    other = Adapter.read(adapters / "lora")
+    other = AdapterWeights.read(adapters / "lora")
     other.lora[UP][factor] = other.lora[UP][factor] * 1.01
     comparison = compared(dtype=dtype, against=other)
     assert comparison.tensor_differences.pop(UP) > 1
@@ -155,7 +155,7 @@ def test_an_adapter_scaled_by_a_hundredth_is_found(compared, adapters, dtype, fa
 @pytest.mark.parametrize("adapter", ["rslora", "dora"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_another_kind_of_lora_is_found(compared, adapters, adapter, dtype):
-    plain = compared(adapter=adapter, dtype=dtype, against=Adapter.read(adapters / "lora"))
+    plain = compared(adapter=adapter, dtype=dtype, against=AdapterWeights.read(adapters / "lora"))
     assert plain.largest_tensor_difference > 10
     assert plain.largest_block_difference > 1e-2
 
@@ -224,7 +224,7 @@ def test_the_nearest_value_is_rounding_and_its_neighbours_are_not(tmp_path_facto
     for name, tensor in (("exact", exact), ("nearest", nearest), ("wrong", wrong)):
         save_file({"x": tensor}, folder / f"{name}.safetensors")
     read = {name: read_header(folder / f"{name}.safetensors") for name in ("exact", "nearest", "wrong")}
-    nothing = Adapter({}, {}, None)
+    nothing = AdapterWeights({}, {}, None)
     assert compare_tensor("x", {}, read["exact"], read["nearest"], nothing).relative <= 1
     assert compare_tensor("x", {}, read["exact"], read["wrong"], nothing).relative > 1
 
@@ -251,7 +251,7 @@ def test_base_and_adapter_give_what_the_real_model_s_block_gives_under_peft(base
     real, base = real_model(base_folder, adapters / kind), read_checkpoint(base_folder)
     config = IdeficsConfig.from_pretrained(base_folder, attn_implementation="sdpa")
     config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
-    adapter = Adapter.read(adapters / kind)
+    adapter = AdapterWeights.read(adapters / kind)
     assert changed_blocks(adapter) == BLOCKS
     for block in BLOCKS:
         expected = feed(block, real.get_submodule(block), config)
@@ -273,7 +273,7 @@ def test_a_merged_block_gives_what_plain_transformers_gives(base_folder, merges)
 
 def test_blocks_of_rows_change_no_block_s_output(base_folder, adapters, merges, monkeypatch):
     base, merged = read_checkpoint(base_folder), read_checkpoint(merges("lora"))
-    config, adapter = read_config(str(merges("lora"))), Adapter.read(adapters / "dora")
+    config, adapter = read_config(str(merges("lora"))), AdapterWeights.read(adapters / "dora")
     whole = [compare_block(block, config, base, merged, adapter).largest for block in BLOCKS]
     monkeypatch.setattr(checkpoint, "BLOCK_ELEMENTS", 500)
     monkeypatch.setattr(checkpoint, "ROW_GROUP", 1)
@@ -284,13 +284,13 @@ def test_blocks_of_rows_change_no_block_s_output(base_folder, adapters, merges, 
 
 def test_the_order_of_blocks_is_that_of_numbers():
     names = ["model.layers.10.mlp.up_proj", "model.layers.9.mlp.up_proj", "model.layers.9.mlp.down_proj"]
-    adapter = Adapter({f"{name}.weight": {} for name in names}, {"lm_head.weight": torch.zeros(1)}, None)
+    adapter = AdapterWeights({f"{name}.weight": {} for name in names}, {"lm_head.weight": torch.zeros(1)}, None)
     assert changed_blocks(adapter) == ["model.layers.9", "model.layers.10"]
 
 
 def test_the_released_weights_and_those_in_4_bits_are_told_apart(base_folder, adapters, merges):
     config, merged = read_config(str(merges("lora"))), read_checkpoint(merges("lora"))
-    stored, adapter = read_checkpoint(base_folder), Adapter.read(adapters / "lora")
+    stored, adapter = read_checkpoint(base_folder), AdapterWeights.read(adapters / "lora")
     quantized = compare(config, weights_of(stored, read_config(str(base_folder)), "nf4"), merged, adapter)
     assert quantized.largest_tensor_difference > 100
     wrong = {name for name, difference in quantized.tensor_differences.items() if difference > 1}

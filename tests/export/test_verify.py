@@ -24,8 +24,8 @@ def test_verify_repeats_the_proof(base_folder, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(base_folder.parent)  # a base named from where we are must be found from elsewhere
     record = merge(adapter, base_folder.name, tmp_path / "merged", shard_bytes=600_000)
     monkeypatch.chdir(tmp_path)
-    assert verify(tmp_path / "merged") == record["proof"]
-    assert record["proof"]["blocks"] == 8
+    assert verify(tmp_path / "merged") == record["parity"]
+    assert record["parity"]["blocks"] == 8
 
 
 def change_byte(file, place):
@@ -130,7 +130,10 @@ PROVENANCES = {
         r"made_of\.adapter: unexpected",
     ),
     "hashes that are none": (lambda record: nested(record, "sha256", merged={"a": 3}), r"sha256\.merged: unexpected"),
-    "onto something": (lambda record: nested(record, "made_of", onto="int3"), r"made_of\.onto: unexpected 'int3'"),
+    "base_precision something": (
+        lambda record: nested(record, "made_of", base_precision="int3"),
+        r"made_of\.base_precision: unexpected 'int3'",
+    ),
     "another adapter": (lambda record: nested(record, "sources", adapter="/proc/self"), "/proc/self: the adapter that"),
     "a base of no place": (
         lambda record: nested(record, "sources", base="../x/y/z"),

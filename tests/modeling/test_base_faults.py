@@ -14,8 +14,8 @@ from finetune.base import require_whole
 from finetune.export.merge import merge
 from modeling import loading
 from modeling.checkpoint import read_checkpoint
+from modeling.config import read_config
 from modeling.errors import UserError
-from modeling.shapes import read_config
 
 
 @pytest.fixture

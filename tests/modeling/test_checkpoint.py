@@ -21,7 +21,7 @@ from modeling import checkpoint
 from modeling.checkpoint import (
     DTYPES,
     Planned,
-    identity,
+    fingerprint,
     in_threads,
     plan_shards,
     read_checkpoint,
@@ -283,7 +283,7 @@ def test_plain_transformers_reads_what_was_written_in_shards(base_folder, tmp_pa
     assert [(name, *one.rows().shape) for name, one in again.items()] == [
         (name, *one.shape) for name, one in base.items()
     ]
-    assert identity(again) == identity(base)  # how it is divided into files is no matter
+    assert fingerprint(again) == fingerprint(base)  # how it is divided into files is no matter
 
 
 LIES = {
@@ -458,14 +458,14 @@ def test_the_tensors_of_a_config_must_be_there(tmp_path):
         require_shapes(tmp_path, stored, {"a": (3,), "b": (4,)})
 
 
-def test_identity_tells_checkpoints_of_equal_shapes_apart(tmp_path):
-    def identity_of(tensors):
+def test_fingerprint_tells_checkpoints_of_equal_shapes_apart(tmp_path):
+    def fingerprint_of(tensors):
         save_file(tensors, tmp_path / "model.safetensors")
-        return identity(read_checkpoint(tmp_path))
+        return fingerprint(read_checkpoint(tmp_path))
 
     tensors = {"a": torch.arange(10_000.0), "b": torch.zeros(2, 3), "c": torch.zeros(())}
-    whole = identity_of(tensors)
-    assert identity_of({name: tensor.clone() for name, tensor in tensors.items()}) == whole
+    whole = fingerprint_of(tensors)
+    assert fingerprint_of({name: tensor.clone() for name, tensor in tensors.items()}) == whole
     others = [
         {**tensors, "a": torch.arange(10_000.0).index_fill(0, torch.tensor([0]), 1)},
         {**tensors, "a": torch.arange(10_000.0).index_fill(0, torch.tensor([9_999]), 1)},
@@ -476,18 +476,18 @@ def test_identity_tells_checkpoints_of_equal_shapes_apart(tmp_path):
         {"a": tensors["a"], "d": tensors["b"], "c": tensors["c"]},
         {**tensors, "d": torch.zeros(0)},
     ]
-    assert len({whole, *map(identity_of, others)}) == 9
+    assert len({whole, *map(fingerprint_of, others)}) == 9
 
 
-def test_identity_reads_both_ends_and_not_the_tensor_between(tmp_path):
+def test_fingerprint_reads_both_ends_and_not_the_tensor_between(tmp_path):
     """What it promises, and what it does not: hashes of whole files are in the provenance."""
     tensor = torch.zeros(10_000, dtype=torch.uint8)
-    identities = []
+    fingerprints = []
     for place in (None, 0, 4095, 4096, 5903, 5904, 9999):
         changed = tensor.clone()
         if place is not None:
             changed[place] = 1
         save_file({"a": changed}, tmp_path / "model.safetensors")
-        identities.append(identity(read_checkpoint(tmp_path)))
-    assert identities[3] == identities[4] == identities[0]
-    assert len({identities[0], *identities[1:3], *identities[5:]}) == 5
+        fingerprints.append(fingerprint(read_checkpoint(tmp_path)))
+    assert fingerprints[3] == fingerprints[4] == fingerprints[0]
+    assert len({fingerprints[0], *fingerprints[1:3], *fingerprints[5:]}) == 5

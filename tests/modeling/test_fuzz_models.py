@@ -11,18 +11,20 @@ from fuzzing import altered, damaged, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from merging import adapter_for
+from small_models import stand_in
 
 from finetune.export import verify
-from finetune.export.adapter_metadata import Origin
+from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.merge import merge
 from modeling import loading, patterns
 from modeling.adapter_files import read_tensors
+from modeling.adapter_weights import AdapterWeights
 from modeling.attention import PACKED
 from modeling.checkpoint import read_checkpoint, require_shapes
-from modeling.deltas import Adapter
+from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.forward import PackedIdefics
-from modeling.shapes import IDEFICS_9B, read_config, stand_in, tensor_shapes
+from modeling.shapes import IDEFICS_9B, tensor_shapes
 
 SHAPES = tensor_shapes({**stand_in(IDEFICS_9B), "additional_vocab_size": 3})
 SECONDS = 20
@@ -48,7 +50,7 @@ def made(base_folder, tmp_path_factory):
     modes = {"decoder": "lora", "added_tokens": "full", "gates": "full"}
     adapter_for(base_folder, folder / "adapter", modes, {"rank_pattern": {"x": 2}, "alpha_pattern": {"y": 3}})
     shutil.copytree(base_folder, folder / "base")
-    Origin(str(folder / "base"), None, True, None, "0").write(folder / "adapter")
+    AdapterMetadata(str(folder / "base"), None, True, None, "0").write(folder / "adapter")
     merge(folder / "adapter", str(folder / "base"), folder / "merged", shard_bytes=600_000)
     return folder
 
@@ -103,9 +105,9 @@ def test_fuzz_adapter_config(made, monkeypatch):
     @given(inputs(path))
     def check(content):
         with written(path, content), read_or_named():
-            Adapter.read(made / "adapter").require_fit(SHAPES)
+            AdapterWeights.read(made / "adapter").require_fit(SHAPES)
         with written(path, content), read_or_named():
-            Origin.of(made / "adapter")
+            AdapterMetadata.read(made / "adapter")
 
     check()
 
@@ -117,8 +119,8 @@ def test_fuzz_note(made):
     @given(inputs(path))
     def check(content):
         with written(path, content), read_or_named():
-            origin = Origin.of(made / "adapter")
-            assert (type(origin.base), type(origin.instruct)) == (str, bool)
+            metadata = AdapterMetadata.read(made / "adapter")
+            assert (type(metadata.base), type(metadata.instruct)) == (str, bool)
 
     check()
 

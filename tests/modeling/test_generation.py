@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from small_models import stand_in
 from transformers import GenerationConfig
 
 from modeling import generation, tiny
@@ -16,7 +17,7 @@ from modeling.forward import image_features
 from modeling.generation import ROOM, greedy
 from modeling.loading import load
 from modeling.quantize import quantized_checkpoint
-from modeling.shapes import IDEFICS_9B, stand_in
+from modeling.shapes import IDEFICS_9B
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 12

@@ -29,10 +29,11 @@ from finetune.training.prefetch import PrefetchedRows
 from finetune.training.trainer import IdeficsTrainer, _row_numbers, train
 from modeling import loading, quantize
 from modeling.adapters import attach, count_trained, open_adapter, save_adapter, trained_parameters
+from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.forward import packed_loss
 from modeling.quantize import Nf4, compute_dtype, dequantized, quantized_checkpoint, quantized_layers, quantized_names
-from modeling.shapes import IDEFICS_9B, IDEFICS_80B, read_config, tensor_shapes
+from modeling.shapes import IDEFICS_9B, IDEFICS_80B, tensor_shapes
 from modeling.towers import stock_name
 
 MODES = {"cross_attention": "lora", "decoder": "lora", "resampler": "full", "gates": "full", "added_tokens": "full"}
@@ -353,7 +354,7 @@ def test_asking_in_between_changes_neither_the_loss_nor_the_gradients(load_nf4, 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 alone")
 def test_bitsandbytes_loses_gradients_after_inference():
-    """modeling/quantize.py `settle` switches the repacking off; when bitsandbytes mends it, that line can go."""
+    """`configure_quantized` switches the repacking off; when bitsandbytes mends it, that line can go."""
     layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu").eval()
     with torch.no_grad():
         layer(torch.ones(1, 64))

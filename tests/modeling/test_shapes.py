@@ -6,20 +6,12 @@ import sys
 
 import pytest
 import torch
+from small_models import stand_in
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
+from modeling.config import read_config, verify
 from modeling.errors import UserError
-from modeling.shapes import (
-    IDEFICS_9B,
-    IDEFICS_80B,
-    TINY,
-    count_lora,
-    count_parameters,
-    read_config,
-    stand_in,
-    tensor_shapes,
-    verify,
-)
+from modeling.shapes import IDEFICS_9B, IDEFICS_80B, TINY, count_lora, count_parameters, tensor_shapes
 
 CONFIGS = {
     "tiny": TINY,

@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import stand_in
 
 from modeling import tiny
 from modeling.errors import UserError
-from modeling.shapes import IDEFICS_9B, stand_in, tensor_shapes
+from modeling.shapes import IDEFICS_9B, tensor_shapes
+from modeling.tokens import ADDED
 
 SENTENCES = ["a small dog and a red ball", "the quick brown fox jumps over the lazy dog"] * 4
 CONFIG = stand_in(IDEFICS_9B)
@@ -47,7 +49,7 @@ def test_frequent_words_become_pieces(tokenizer):
 
 
 @settings(max_examples=150, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(tiny.ADDED + tiny.CONTROL))
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30) | st.sampled_from(ADDED + tiny.CONTROL))
 def test_any_text_comes_back_but_for_one_leading_space(tokenizer, text):
     """The space put before every text is the one that decoding takes away; "▁" is a space to it."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+from small_models import stand_in
 from torch import nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
-from modeling.shapes import IDEFICS_9B, stand_in
+from modeling.shapes import IDEFICS_9B
 from modeling.towers import _PARAMETERS, LORA_TOWERS, TOWERS, is_lora, lora_pattern, no_decay, stock_name, tower_of
 
 PREFIXES = {

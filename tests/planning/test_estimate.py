@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import stand_in
 from typer.testing import CliRunner
 
 from finetune.cli import app
@@ -28,7 +29,7 @@ from finetune.training.trainer import checkpoint_layers
 from modeling.adapters import attach, expected_counts
 from modeling.forward import packed_loss
 from modeling.loading import load_processor
-from modeling.shapes import IDEFICS_9B, IDEFICS_80B, TINY, stand_in
+from modeling.shapes import IDEFICS_9B, IDEFICS_80B, TINY
 from modeling.towers import TOWERS
 
 ROOT = Path(__file__).parents[2]

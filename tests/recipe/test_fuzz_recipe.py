@@ -13,7 +13,7 @@ from fuzzing import fuzz
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetune.export.adapter_metadata import Origin
+from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.verify import _read_provenance
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
@@ -161,7 +161,7 @@ EVENT = {"step": 7, "reason": "a spike", "action": "skip", "back_to": 5}
 SEEN = {"source": "a.jsonl", "place": "a.jsonl:3", "loss": 9.5, "blamed": True}
 HASH = "0" * 64
 OWN = {
-    "finetune.json": (as_json(asdict(Origin("b", None, True, "nf4", HASH))), Origin.of),
+    "finetune.json": (as_json(asdict(AdapterMetadata("b", None, True, "nf4", HASH))), AdapterMetadata.read),
     "inputs.json": (
         as_json({"recipe": RECIPE.model_dump(mode="json"), "data": {"sources": [{"source": "a", "sha256": HASH}]}}),
         lambda folder: (began := _read_inputs(folder)) and _trained_recipe(folder, began),
@@ -179,7 +179,7 @@ OWN = {
         as_json(
             {
                 "sources": {"base": "b", "revision": None, "adapter": "a"},
-                "made_of": {"adapter": {"trained.safetensors": HASH}, "onto": "full"},
+                "made_of": {"adapter": {"trained.safetensors": HASH}, "base_precision": "full"},
                 "sha256": {"base": {"model.safetensors": HASH}, "merged": {"config.json": HASH}},
             }
         ),

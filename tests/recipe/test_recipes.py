@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 from mixture_files import beside_files
+from small_models import stand_in
 from typer.testing import CliRunner
 
 from finetune.cli import app
 from finetune.planning.estimate import plan
 from finetune.recipe.load import load_recipe
 from modeling import loading, tiny
-from modeling.shapes import SHAPES, read_config, stand_in
+from modeling.config import read_config
+from modeling.shapes import SHAPES
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))

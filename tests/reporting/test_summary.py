@@ -12,7 +12,7 @@ from finetune.reporting import summary as report
 from finetune.reporting.plots import draw
 
 NONE = {"exact_yes_no": None, "vqa": None, "cider": None, "rouge_l": None}
-SHORT = {"exact": 0.5, "exact_open": 0.25, "first_word": 0.75, "stopped": 1.0, "loss": 1.25, "questions": 4000, **NONE}
+SHORT = {"exact": 0.5, "exact_open": 0.25, "first_word": 0.75, "eos_rate": 1.0, "loss": 1.25, "questions": 4000, **NONE}
 CAPTIONS = {"vqa": 0.6, "cider": 1.1725, "rouge_l": 0.5}
 
 
@@ -23,7 +23,7 @@ def shown(capsys, monkeypatch, tmp_path):
 
     def show(tuned, lines=()):
         (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        models = {"base": tuned, "tuned": tuned, "blind": None, "documents": None}
+        models = {"base": tuned, "tuned": tuned, "image_swap": None, "documents": None}
         report.show(SimpleNamespace(output=tmp_path, evaluation=True), {"evaluate": models})
         return capsys.readouterr().out
 
@@ -90,7 +90,7 @@ def test_the_picture_has_a_group_of_bars_for_each_share_that_applies(tmp_path, m
 
     monkeypatch.setattr(plt, "close", lambda figure: None)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}')
-    draw(tmp_path / "metrics.jsonl", {"base": scores, "tuned": scores, "blind": None}, tmp_path / "curves.png")
+    draw(tmp_path / "metrics.jsonl", {"base": scores, "tuned": scores, "image_swap": None}, tmp_path / "curves.png")
     shares = plt.gcf().axes[1]
     monkeypatch.undo()
     plt.close("all")

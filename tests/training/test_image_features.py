@@ -19,7 +19,7 @@ from finetune.training.image_features import FeatureCache
 from modeling import loading
 from modeling.errors import UserError
 from modeling.forward import image_features, packed_loss
-from modeling.vision import feature_shape, image_towers_identity, load_image_towers
+from modeling.vision import feature_shape, image_towers_fingerprint, load_image_towers
 
 SIZE = 64
 # fp32 products of another batch size, in another order.
@@ -48,7 +48,7 @@ def cache(base_folder, tmp_path):
     processor = loading.load_processor(str(base_folder))
     return FeatureCache(
         tmp_path / "features",
-        image_towers_identity(base_folder),
+        image_towers_fingerprint(base_folder),
         Preprocessing.of(processor.image_processor),
         feature_shape(config),
         torch.float32,
@@ -125,7 +125,7 @@ def test_another_preprocessing_number_type_or_tower_has_its_own(cache, base_fold
     others = [
         replace(cache, preprocessing=replace(cache.preprocessing, mean=(0.0, 0.0, 0.0))),
         replace(cache, dtype=torch.bfloat16),
-        replace(cache, towers=image_towers_identity(folder)),
+        replace(cache, towers=image_towers_fingerprint(folder)),
     ]
     assert len({cache.path, *(other.path for other in others)}) == 4
 
@@ -137,7 +137,7 @@ def test_the_decoder_is_no_part_of_the_towers(cache, base_folder, tmp_path):
     with torch.no_grad():
         loaded.model.model.norm.weight += 1
     loaded.model.save_pretrained(folder)
-    assert image_towers_identity(folder) == cache.towers
+    assert image_towers_fingerprint(folder) == cache.towers
 
 
 def test_what_a_killed_writer_left_is_no_feature(cache, towers, images):

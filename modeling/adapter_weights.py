@@ -1,7 +1,7 @@
 """What an adapter changes, and onto what: base tensor in, merged tensor out, in blocks of rows.
 
-`Adapter.read` and `require_fit` are the one rule by which merging, chat, evaluation and continued training take an
-adapter: all of it is there, all of it fits, or it is refused by name.
+Merging, chat, evaluation and continued training take an adapter by one rule, `AdapterWeights.read` and `require_fit`:
+all of it is there, all of it fits, or it is refused by name.
 """
 
 import math
@@ -31,13 +31,13 @@ from modeling.shapes import Config
 from modeling.targets import by_pattern, lora_targets, saved_modules
 from modeling.towers import ADDED_WEIGHTS, stock_name
 
-Onto = Literal["full", "nf4"]
+BasePrecision = Literal["full", "nf4"]
 """The released weights, or these as a model in NF4 computes with them."""
 
 
-def weights_of(stored: Mapping[str, Stored], config: Config, onto: Onto) -> dict[str, Rows]:
+def weights_of(stored: Mapping[str, Stored], config: Config, base_precision: BasePrecision) -> dict[str, Rows]:
     """Stock name -> tensor of the base that an adapter is added to."""
-    names = quantized_names(config) if onto == "nf4" else set()
+    names = quantized_names(config) if base_precision == "nf4" else set()
     return {name: Dequantized(one) if name in names else one for name, one in stored.items()}
 
 
@@ -85,7 +85,7 @@ _HEADS = {"lm_head.weight", "model.embed_tokens.weight"}
 
 
 @dataclass
-class Adapter:
+class AdapterWeights:
     """An adapter folder's tensors by stock name."""
 
     lora: dict[str, dict[str, torch.Tensor]]
@@ -97,7 +97,7 @@ class Adapter:
     folder: Path = Path()
 
     @classmethod
-    def read(cls, folder: Path) -> "Adapter":
+    def read(cls, folder: Path) -> "AdapterWeights":
         """Raises UserError: no adapter folder, a damaged one, or one whose merge would not be exact."""
         require_adapter(folder)
         config, replaced = read_lora_config(folder), read_trained(folder)

@@ -1,14 +1,96 @@
-"""Fields of an IDEFICS config.json: what transformers assumes where one is missing, and what each may be.
+"""config.json of an IDEFICS -> a complete configuration, or a UserError.
 
-A config of someone else decides what is allocated and for how long a loop runs: every field is bounded
-before it is used.
+A config of someone else decides what is allocated and for how long a loop runs: every field is bounded before it is
+used, and a field that is missing gets the value that transformers assumes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from modeling.errors import UserError
+from modeling.files import read_json
+from modeling.shapes import RELEASED, Config
+
+
+def read_config(base: str, *, revision: str | None = None) -> Config:
+    """The config.json of a folder or hub id, complete and verified; released models need no hub. Raises UserError."""
+    if is_folder(base):
+        path = Path(base) / "config.json"
+        if not path.is_file():
+            adapter = any((Path(base) / name).is_file() for name in ("adapter_config.json", "trained.safetensors"))
+            hint = "; it is an adapter: name its base here, and the adapter beside it" if adapter else ""
+            raise UserError(f"{base}: expected a model folder with a config.json, found none{hint}")
+        return verify(_read_json(path), where=str(path))
+    if base in RELEASED and revision is None:
+        return RELEASED[base]
+    require_hub_id(base)
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(base):
+        path = Path(hf_hub_download(base, "config.json", revision=revision))
+    return verify(_read_json(path), where=f"{base} (hub)")
+
+
+def is_folder(name: str) -> bool:
+    """Whether a base's name is that of a folder here."""
+    try:
+        return name != "" and Path(name).is_dir()
+    except OSError:  # longer than any name can be
+        return False
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
+
+
+def require_hub_id(base: str) -> None:
+    """Raises UserError for what looks like a folder that is not here: there is no use in asking the hub for it."""
+    if not _HUB_ID.fullmatch(base) or is_folder(str(Path(base).parent)):
+        raise UserError(f"{base!r} is neither a folder here nor a hub id (OWNER/NAME)")
+
+
+@contextmanager
+def hub_errors(base: str) -> Iterator[None]:
+    """Whatever way the hub fails in, offline or not, becomes one line. Raises UserError."""
+    try:
+        yield
+    except Exception as error:  # of the hub's client, of its transport, of the file system: they have no common one
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{base!r} is neither a folder here nor a model the hub gave: {reason}") from error
+
+
+def _read_json(path: Path) -> Config:
+    """The object in a file. Raises UserError."""
+    config = read_json(path, repair="fetch the file again")
+    if config is None:
+        raise UserError(f"{path}: is gone; fetch the file again")
+    return config
+
+
+def verify(config: Config, *, where: str) -> Config:
+    """`config`, complete, if it is that of an IDEFICS this project can train. Raises UserError."""
+    model_type = config.get("model_type", "idefics")
+    if model_type != "idefics":
+        other = {"idefics2": ", another architecture", "idefics3": ", another architecture"}
+        raise UserError(
+            f"{where}: expected an IDEFICS model (model_type 'idefics'), got model_type {str(model_type)[:80]!r}"
+            f"{other.get(str(model_type), '')}"
+        )
+    if config.get("use_resampler") is not True:
+        raise UserError(f"{where}: got an IDEFICS without a perceiver resampler; the released models all have one")
+    if config.get("tie_word_embeddings"):
+        raise UserError(f"{where}: tie_word_embeddings is true: its head has no weights of its own to train or merge")
+    added = config.get("additional_vocab_size", 0)
+    if type(added) is not int or added not in (2, 3):
+        raise UserError(
+            f"{where}: expected additional_vocab_size 2 (base: fake token, image) or 3 (instruct: and end of "
+            f"utterance), got {str(added)[:80]}"
+        )
+    return complete(config, where=where)
+
 
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32000,
