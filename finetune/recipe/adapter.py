@@ -76,11 +76,14 @@ test compares."""
 class Adapter(BaseModel):
     """LoRA. Any other field of `peft.LoraConfig` is passed through to it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     rank: Positive = 16
+    """Rank of the two factors of each adapted matrix."""
     alpha: Positive = 32
+    """The product of the factors is scaled by alpha / rank."""
     dropout: Share = 0.0
+    """Dropout of the input of the factors, in training."""
 
     @model_validator(mode="after")
     def _known_fields(self) -> Self:

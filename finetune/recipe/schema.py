@@ -1,4 +1,7 @@
-"""What a recipe may say: one class a section, every key with its default, what does not fit together refused."""
+"""The recipe: one class per section, each key with its default and its description, which editors and docs/ show.
+
+Keys that do not fit together are refused here, with the reason and the repair.
+"""
 
 from typing import Annotated, Literal, Self
 
@@ -7,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from finetune.console import parse_size
 from finetune.recipe.adapter import Adapter
-from finetune.recipe.values import Name, Names, Places, Positive, Prompts, Rate, Real, Seed, Share, Whole
+from finetune.recipe.values import Keys, Name, Paths, Positive, Prompts, Rate, Real, Seed, Share, Whole
 from modeling.errors import UserError
 from modeling.towers import IMAGE_TOWERS, QUANTIZED_TOWERS
 
@@ -16,33 +19,40 @@ Switch = Literal["frozen", "full"]
 
 
 class Section(BaseModel):
-    """A part of a recipe: a key nobody asked for is an error, and nothing changes after loading."""
+    """A part of a recipe: an unknown key is an error, and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class Model(Section):
-    """Where the run starts, and what it trains."""
+    """The base model, and how each of its towers is trained: not at all, through LoRA, or in full."""
 
     base: Name | None = None
     """Folder or hub id of a base or instruct IDEFICS."""
     init: Literal["tiny", "idefics-9b", "idefics-80b"] | None = None
-    """Instead of `base`: a shape, for a fresh one with a vocabulary learnt from the recipe's own texts."""
+    """Instead of `base`: the shape of a fresh model, whose vocabulary is learnt from the recipe's own texts."""
     revision: Name | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of what is not trained; auto: bf16 where the hardware has it, else fp32."""
+    """Precision of the frozen weights; auto: bf16 where the hardware has it, else fp32."""
     quantize: Literal["nf4"] | None = None
-    """Hold the matrices of cross_attention and decoder in 4 bits, in training and evaluation (QLoRA)."""
+    """Load the matrices of cross_attention and decoder in 4 bits, in training and evaluation (QLoRA)."""
     vision: Mode = "frozen"
+    """The image encoder (CLIP)."""
     resampler: Mode = "frozen"
+    """The perceiver resampler, which turns the features of an image into a fixed number of latents."""
     cross_attention: Mode = "lora"
+    """The gated cross-attention layers, through which the text looks at images."""
     decoder: Mode = "lora"
+    """The language model (LLaMA)."""
     gates: Switch = "full"
+    """The factors by which each cross-attention layer is added to the language model."""
     added_tokens: Switch = "full"
+    """The embeddings and output rows of the tokens for images and for the end of a turn."""
     embeddings_and_head: Switch = "frozen"
+    """The embeddings and the output layer of all other tokens."""
     continue_from: Name | None = None
-    """An adapter folder made earlier, trained on from where it stands."""
+    """An adapter folder from an earlier run, to train on."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -50,9 +60,9 @@ class Model(Section):
             got = "both" if self.base else "neither"
             raise ValueError(f"expected either base (a folder or hub id) or init (a shape), got {got}")
         if self.init and self.revision:
-            raise ValueError("revision belongs to a base on the hub, and init makes a fresh model")
+            raise ValueError("revision belongs to a base on the hub, and init builds a fresh model")
         if self.init and self.continue_from:
-            raise ValueError("continue_from needs the base its adapter was made for, and init makes a fresh model")
+            raise ValueError("continue_from needs the base of its adapter, and init builds a fresh model")
         if self.quantize:
             self._check_quantized()
         if all(mode == "frozen" for mode in self.modes.values()):
@@ -94,18 +104,20 @@ class Source(Section):
     """Where records come from; paths are relative to the recipe's folder, given as key=value to where you are."""
 
     format: Format = "auto"
-    path: Places = ()
+    """The form of the records; auto: recognised from the first ones."""
+    path: Paths = ()
     """Files, folders or patterns: json, jsonl (also .gz, .zst), csv, parquet, arrow, webdataset tar, txt, images."""
     hub: Name | None = None
     """Instead of a path: a dataset on the hub."""
     subset: Name | None = None
     """Its configuration."""
     split: Name = "train"
+    """Its split."""
     revision: Name | None = None
     """Branch, tag or commit of a hub dataset."""
     stream: bool = False
     """Train on it as it is read, without preparing it."""
-    image_root: Places = ()
+    image_root: Paths = ()
     """Folders, zip or tar archives, or MIMIC-IT image files that image paths are looked up in, and may not leave;
     without it, the data file's own folder."""
     image_name: str | None = None
@@ -129,7 +141,7 @@ class Source(Section):
     """Fetch images that are URLs, over https; http: over plain http, too."""
     placeholders: Literal["images", "text"] = "images"
     """What "<image>" and the like in a user's text stand for: the images that records list, or text to be kept."""
-    ignore: Names = ()
+    ignore: Keys = ()
     """Keys of records, or of their messages, to read as if they were not there: [tools, videos]."""
     license: str | None = None
     """For the dataset card."""
@@ -177,36 +189,38 @@ class Augment(Section):
 
 
 class Data(Section):
-    """What is trained on, and what is held out."""
+    """What is trained on, what is held out for evaluation, and how it is prepared."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
+    """What is trained on."""
     eval_sources: list[HeldOut] = []
-    """Held-out data that comes as its own split or file."""
+    """Held-out data that has its own split or file."""
     eval_split: Share = 0.0
-    """Without `eval_sources`: the share of the examples to hold out, no image on both sides."""
+    """Without `eval_sources`: the share of the examples that is held out; no image is on both sides."""
     max_length: Annotated[Positive, Field(ge=8)] = 1024
     """Longest example in tokens. A longer document is cut between its texts; a longer dialogue is divided where `turns`
     allows, else rejected and counted."""
     weigh: Literal["examples", "tokens"] = "examples"
-    """What the sources' weights are ratios of."""
+    """What the weights of the sources are ratios of."""
     overlap: Literal["report", "drop_questions", "drop_images"] = "report"
-    """Training examples that ask a held-out question about the same image, or show a held-out image: counted, or
-    dropped as well."""
+    """Training examples that ask a held-out question about the same image, or that show a held-out image: report counts
+    them; drop_questions and drop_images leave them out of training."""
     shuffle_buffer: Positive = 1000
-    """Examples of a streamed source among which the next one is drawn."""
+    """Examples of a streamed source from which the next one is drawn."""
     prepared: Name = "runs/prepared"
-    """Folder of prepared sets, which runs share, relative to where the command is given."""
+    """Folder of prepared data, shared by runs; relative to the current folder."""
     changed: Literal["refuse", "keep"] = "refuse"
-    """What a finished run does when its data has changed since: end with the reason, or keep what was trained as it is,
-    which can still be merged."""
+    """What a finished run does when its data has changed since: refuse ends with the reason; keep leaves the adapter as
+    it is, and it can still be merged."""
     workers: Positive | None = None
-    """Processes that prepare; without it, one a core."""
+    """Processes that prepare; default: one per core."""
     augment: Augment = Augment()
+    """Random changes to training images."""
     cache_features: bool = True
-    """Keep what a frozen vision tower and resampler make of each image, beside the prepared sets; with `augment`, or
-    for streamed sources, they run live."""
+    """Compute the features of each image once, where vision and resampler are frozen, and keep them beside the prepared
+    data; with `augment`, and for streamed sources, they are computed in every step."""
     feature_cache_size: Annotated[str, AfterValidator(_size)] = "50GB"
-    """What all cached features may take on disk; those that no run has used for longest give way."""
+    """Largest size of all cached features on disk; the least recently used ones are deleted."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -237,60 +251,74 @@ Action = Literal["skip", "lower_rate", "stop"]
 
 
 class Instability(Section):
-    """What is done about a loss or a gradient that is not finite, and a loss far above those before it.
+    """What is done about a loss or a gradient that is not finite, and about a loss far above those before it.
 
-    Such a step is never taken. The run goes back to its last checkpoint, and `unstable.jsonl` names the dialogues.
+    Such a step is never taken. The run goes back to its last checkpoint, and `unstable.jsonl` lists the dialogues.
     """
 
     action: Action = "skip"
-    """skip: do without the dialogues to blame from there on; lower_rate: halve the rates; stop: end with the reason."""
+    """skip: leave out the dialogues with the highest losses from then on; lower_rate: halve the learning rates; stop:
+    end the run with the reason."""
     spike: Rate | None = 20.0
-    """A spike is so many robust standard deviations, and a nat, above the median of the last 64 losses; null: none."""
+    """A loss is a spike if it is above the median of the last 64 losses by so many robust standard deviations and by 1
+    nat; null: losses are not compared."""
     rollbacks: Whole = 3
     """How often the run may go back before it ends with the reason."""
 
 
 class Training(Section):
-    """How long, how much at once, and how fast."""
+    """How long is trained, how much in one step, and how fast."""
 
     epochs: Positive | None = None
+    """How often each example is trained on; either this or `steps`."""
     steps: Positive | None = None
+    """Number of optimiser steps; either this or `epochs`."""
     row_tokens: Positive = 2048
-    """Most tokens of one packed row, the micro-batch."""
+    """Largest number of tokens of one packed row, the micro-batch."""
     row_images: Positive = 16
-    """Most distinct images of one packed row."""
+    """Largest number of distinct images of one packed row."""
     tokens_per_step: Positive = 16384
     """Tokens of one optimiser step: round(tokens_per_step / row_tokens) rows, over all processes."""
     learning_rate: Rate = 2e-4
+    """Peak learning rate."""
     final_learning_rate: Real = 0.0
+    """Learning rate at the end of a linear or cosine schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate changes after the warm-up."""
     warmup_steps: Whole = 0
+    """Steps in which the learning rate rises from 0 to its peak."""
     weight_decay: Real = 0.0
+    """AdamW's weight decay."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """8bit: its two moments in 8 bits; paged: moved to main memory while a GPU's runs short."""
+    """8bit: both moments in 8 bits; paged: they move to main memory while the GPU's memory is short."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
     clip: Real = 1.0
     """Largest gradient norm; 0 does not clip."""
     checkpointing: bool | Positive = False
-    """Keep only each layer's input for the backward, and compute the rest again: less memory, a third more work. A
-    number: in as many of the decoder's layers, and in the cross-attention before them."""
+    """Store only the input of each layer for the backward pass, and compute the rest again: less memory, a third more
+    work. A number: in so many layers of the decoder, and in the cross-attention before them."""
     gates_learning_rate: Rate | None = None
+    """Peak learning rate of the gates; default: `learning_rate`."""
     added_tokens_learning_rate: Rate | None = None
+    """Peak learning rate of the added tokens; default: `learning_rate`."""
     seed: Seed = 0
+    """Seed of all random draws: order, split, LoRA's initial weights, dropout, augmentation."""
     checkpoint_every: Positive | None = None
-    """Steps between checkpoints; without it, a tenth of the run, or `evaluate_every`."""
+    """Steps between checkpoints; default: `evaluate_every`, else a tenth of the run."""
     evaluate_every: Positive | None = None
-    """Steps between held-out losses; each new best is a checkpoint, is kept, and in the end becomes the adapter."""
+    """Steps between eval losses. Each new best one is a checkpoint and is kept; the best one becomes the adapter."""
     early_stop: Positive | None = None
-    """Stop after so many held-out losses without a better one."""
+    """Stop after so many eval losses without a better one."""
     trackers: list[str] = []
-    """The trainer's own: tensorboard, wandb, trackio, mlflow, ..."""
+    """Experiment trackers of the transformers trainer: tensorboard, wandb, trackio, mlflow, ..."""
     instability: Instability = Instability()
+    """What is done about a loss that is not finite, or far too high."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-    """Over several processes, each holds the whole model (ddp), or a share of each layer (fsdp2)."""
+    """Over several processes: each has the whole model (ddp), or a shard of each layer (fsdp2)."""
     auto_fit: bool = False
-    """Where the plan says that the recipe does not fit this machine's GPU, begin the run with the cheapest change that
-    makes it fit (`finetune plan` tells which). The run's recipe.yaml and auto_fit.json say what it was."""
+    """Where the recipe does not fit the GPU of this machine, apply the cheapest change that makes it fit, as `finetune
+    plan` suggests it. The run folder's recipe.yaml and auto_fit.json record it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -310,28 +338,35 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Asking the base and the tuned model the held-out questions."""
+    """Questions of the held-out data, asked to the base and to the tuned model."""
 
     max_new_tokens: Positive = 64
+    """Longest answer in tokens."""
     limit: Positive | None = None
     """Ask only so many questions, drawn by the seed."""
     batch_size: Positive = 32
+    """Questions that are answered at once."""
     documents: list[HeldOut] = []
-    """Held-out documents: the loss on them before and after tells what was forgotten."""
+    """Held-out documents: the loss on them before and after training shows what was forgotten."""
 
 
 class Recipe(Section):
     """One run, from data to merged model."""
 
     model: Model
+    """The base model, and which of its towers are trained."""
     adapter: Adapter = Adapter()
+    """LoRA's settings."""
     data: Data
+    """What is trained on, and what is held out."""
     training: Training
+    """How long is trained, how much in one step, and how fast."""
     evaluation: Evaluation | None = None
-    """Leave out to skip this stage."""
+    """Questions of the held-out data, asked to the base and to the tuned model; leave it out to skip this stage."""
     merge: bool = True
+    """Whether the run ends with a standalone model, base + adapter."""
     output: Name
-    """The run folder, relative to where the command is given."""
+    """The run folder, relative to the current folder; default: runs/ and the name of the recipe file."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -362,7 +397,7 @@ class Recipe(Section):
         return self
 
     def doubts(self, steps: int | None) -> list[str]:
-        """What a run of so many steps (as many as the recipe says, where they are not known) will never come to."""
+        """Return warnings about settings that a run of so many steps, by default the recipe's, never reaches."""
         training, steps = self.training, steps or self.training.steps
         found = []
         if steps and training.warmup_steps >= steps:
@@ -377,10 +412,10 @@ class Recipe(Section):
 
     @property
     def caches_features(self) -> bool:
-        """Whether an image's features stay the same throughout the run, and are asked to be kept."""
+        """Whether the features of images stay the same in the whole run, and the recipe wants them cached."""
         same = not self.model.trains_image_towers and self.data.augment == Augment()
         return self.data.cache_features and same and not self.data.streams
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default written out."""
+        """Return the resolved recipe as YAML, with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

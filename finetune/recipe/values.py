@@ -1,4 +1,4 @@
-"""What a value of a recipe can be: numbers that are numbers, names, places."""
+"""The types of a recipe's values: numbers without booleans, names, paths, texts; and one value in place of a list."""
 
 import math
 from typing import Annotated, Any
@@ -6,18 +6,18 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 MOST = 10**15
-"""The largest whole number of a recipe: more than anything there is to count, and far from where 64 bits end."""
+"""Largest whole number of a recipe: more than there is to count, and far below the end of 64 bits."""
 
 
 def _number(value: Any) -> Any:
-    """True and yes are no numbers, although Python counts with them."""
+    """Refuse true and yes, which Python counts as 1."""
     if isinstance(value, bool):
         raise ValueError(f"expected a number, got {value} (bool)")
     return value
 
 
 def _whole_number(value: Any) -> Any:
-    """1e3 and 1000.0 are 1000; what is no whole number is left to be refused."""
+    """Return 1000 for 1e3 and 1000.0; anything else is left to pydantic to accept or refuse."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -26,42 +26,39 @@ def _whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and math.isfinite(value) and value.is_integer() else _number(value)
 
 
-Whole = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, le=MOST)]
-Positive = Annotated[int, BeforeValidator(_whole_number), Field(gt=0, le=MOST)]
-Real = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1, allow_inf_nan=False)]
-Seed = Annotated[int, BeforeValidator(_whole_number), Field(ge=0, lt=2**32)]
-"""numpy takes no larger one."""
+Whole = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(_whole_number)]
+Positive = Annotated[int, Field(gt=0, le=MOST), BeforeValidator(_whole_number)]
+Real = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_number)]
+Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_whole_number)]
+"""Below 2 to the 32, numpy's limit."""
 
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-def _listed(value: Any) -> Any:
-    if not isinstance(value, str | list | tuple):
-        raise ValueError(f"expected a path or a list of paths, got {value!r:.80}")
-    return (value,) if isinstance(value, str) else value
+def _one_or_list(expected: str) -> BeforeValidator:
+    """Return a validator that accepts one text in place of a list of one."""
+
+    def listed(value: Any) -> Any:
+        if not isinstance(value, str | list | tuple):
+            raise ValueError(f"expected {expected}, got {value!r:.80}")
+        return (value,) if isinstance(value, str) else value
+
+    return BeforeValidator(listed, json_schema_input_type=str | list[str])
 
 
-def _named(value: Any) -> Any:
-    if not isinstance(value, str | list | tuple):
-        raise ValueError(f"expected a key or a list of keys, got {value!r:.80}")
-    return (value,) if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[Name, ...], BeforeValidator(_named)]
-"""One key, or a list of them."""
-
-Places = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
-"""One path, or a list of them."""
-
-
-def _prompts(value: Any) -> Any:
+def _not_blank(value: Any) -> Any:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list | tuple) or not all(isinstance(one, str) and one.strip() for one in values):
-        raise ValueError(f"expected what a user asks, or a list of such texts, got {value!r:.80}")
-    return tuple(values)
+        raise ValueError(f"expected a prompt or a list of prompts, got {value!r:.80}")
+    return value
 
 
-Prompts = Annotated[tuple[str, ...], BeforeValidator(_prompts)]
-"""One text, or a list of them."""
+Keys = Annotated[tuple[Name, ...], _one_or_list("a key or a list of keys")]
+Paths = Annotated[tuple[Name, ...], _one_or_list("a path or a list of paths")]
+Prompts = Annotated[
+    tuple[str, ...],
+    _one_or_list("a text or a list of texts"),
+    BeforeValidator(_not_blank, json_schema_input_type=str | list[str]),
+]

@@ -258,7 +258,7 @@ def test_prompt_belongs_to_captions(tmp_path):
         to_source(source_of(path, prompt="Who?"))
     for bad in ("", " ", 7, [], ["Who?", ""], [7]):
         if bad != []:
-            with pytest.raises(ValueError, match="expected what a user asks, or a list of such texts"):
+            with pytest.raises(ValueError, match="expected a prompt or a list of prompts"):
                 source_of(path, prompt=bad)
     with pytest.raises(ValueError, match="got format messages"):
         source_of(path, prompt="Who?", format="messages")
