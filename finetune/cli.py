@@ -98,13 +98,19 @@ def plan(
     Ends with status 3 where it does not fit.
     """
     from finetune.planning.estimate import plan as plan_recipe
+    from finetune.planning.report import draw_plan, show_plan
     from finetune.recipe.load import load_recipe
 
     def work() -> dict[str, Any]:
         loaded = load_recipe(recipe, overrides)
         if picture:
             check_place("--picture", picture)
-        return plan_recipe(loaded, gpu=gpu, processes=processes, picture=picture, show=not as_json)
+        figures = plan_recipe(loaded, gpu=gpu, processes=processes)
+        if not as_json:
+            show_plan(figures)
+        if picture:
+            draw_plan(figures, picture)
+        return figures
 
     figures = guarded(work, interrupted="nothing is written")
     finish(figures, as_json, status=0 if not figures["gpu"] or figures["gpu"]["fits"] else DOES_NOT_FIT)

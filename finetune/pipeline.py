@@ -58,6 +58,7 @@ from modeling.checkpoint import fingerprint, read_checkpoint, weight_bytes
 from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.files import atomic_write, read_json, write_json
+from modeling.towers import matrices_trained_in_full
 
 STAGES = ("train", "evaluate", "merge")
 PARITY_ROWS = 2
@@ -393,5 +394,4 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
 
 def _autocast(recipe: Recipe, dtype: Any) -> bool:
     """Towers trained in full are fp32; on a bf16 base they need autocast to meet its hidden states."""
-    matrices = {tower: mode for tower, mode in recipe.model.modes.items() if tower not in ("gates", "added_tokens")}
-    return dtype == torch.bfloat16 and "full" in matrices.values()
+    return dtype == torch.bfloat16 and bool(matrices_trained_in_full(recipe.model.modes))

@@ -114,6 +114,11 @@ def lora_pattern(towers: Iterable[str]) -> str:
     return "|".join(f"({_LINEARS[tower]})" for tower in towers)
 
 
+def matrices_trained_in_full(modes: Mapping[str, str]) -> list[str]:
+    """Return the towers whose matrices are trained in full, and are fp32 then: gates and added tokens are none."""
+    return [tower for tower, mode in modes.items() if mode == "full" and tower not in ("gates", "added_tokens")]
+
+
 def no_decay(parameter: str) -> bool:
     """Whether weight decay would pull at a scale or an offset: norms, biases, gates, latents, positions, added rows."""
     return tower_of(parameter) in ("gates", "added_tokens") or bool(

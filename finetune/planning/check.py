@@ -1,4 +1,4 @@
-"""Recipe -> what it would do: first records of every source, the model's config, what is trained. No torch."""
+"""Recipe -> what a run would read and train: the first records of every source, and each tower. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,22 +18,32 @@ from finetune.data.records import look, read_dialogues
 from finetune.data.source import Source
 from finetune.data.stats import Account, most_frequent
 from finetune.data.tokenize import Encoder
+from finetune.planning.memory import Setup, count_by_tower
 from finetune.recipe.schema import Recipe
 from finetune.recipe.sources import say_if_documents, to_source
 from modeling.config import read_config
 from modeling.errors import UserError
-from modeling.shapes import SHAPES, Config, count_lora, count_parameters
-from modeling.towers import TOWERS
+from modeling.shapes import SHAPES, Config
 
 FIRST_RECORDS = 20
+"""Records of each source that are read."""
 
 
-def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
-    """Read what can be read in seconds. Raises UserError if a source has no usable record among its first ones."""
+def check(recipe: Recipe, *, show: bool = False) -> dict[str, Any]:
+    """Return what the first records of every source become, and what is trained, by tower. Takes seconds.
+
+    `show`: print it, too. Raises UserError where a source has no usable record among its first ones.
+    """
     config, seed = _config(recipe), recipe.training.seed
     training = [to_source(source, seed=seed) for source in recipe.data.sources]
     say_if_documents(training)
-    towers = _towers(config, recipe, instruct=hold_dialogues(training))
+    if hold_dialogues(training):
+        config = {**config, "additional_vocab_size": 3}
+    setup = Setup(config, recipe.model.modes, rank=recipe.adapter.rank)
+    towers = {
+        tower: {"mode": setup.mode(tower), "parameters": one.total, "trained": one.trained}
+        for tower, one in count_by_tower(setup).items()
+    }
     encoder = _encoder(recipe)
     sources, first = [], None
     documents = recipe.evaluation.documents if recipe.evaluation else []
@@ -49,19 +59,18 @@ def check(recipe: Recipe, *, show: bool) -> dict[str, Any]:
     }
     if show:
         _show(result, first)
-    bad = [report for report in sources if not report["usable"]]
-    if bad:
-        raise UserError("\n".join(line for report in bad for line in _why_nothing(report)))
+    unusable = []
+    for report in sources:
+        if not report["usable"]:
+            got = f"none of the first {report['read']} records is usable" if report["read"] else "no records"
+            unusable += [f"{report['source']}: {got}", *(f"  {line}" for line in _problems(report))]
+    if unusable:
+        raise UserError("\n".join(unusable))
     return result
 
 
-def _why_nothing(report: dict[str, Any]) -> list[str]:
-    read = report["read"]
-    got = f"none of the first {read} records is usable" if read else "no records"
-    return [f"{report['source']}: {got}", *(f"  {line}" for line in _losses(report))]
-
-
 def _config(recipe: Recipe) -> Config:
+    """Return the base's config. Raises UserError where the base has no weights, or the adapter is missing."""
     model = recipe.model
     if model.init:
         return SHAPES[model.init]
@@ -75,20 +84,8 @@ def _config(recipe: Recipe) -> Config:
     return config
 
 
-def _towers(config: Config, recipe: Recipe, *, instruct: bool) -> dict[str, dict[str, Any]]:
-    sizes = count_parameters({**config, "additional_vocab_size": 3} if instruct else config)
-    towers = {}
-    for tower in TOWERS:
-        mode = recipe.model.modes[tower]
-        trained = sizes[tower] if mode == "full" else 0
-        if mode == "lora":
-            trained = count_lora(config, (tower,), recipe.adapter.rank)[1]
-        towers[tower] = {"mode": mode, "parameters": sizes[tower], "trained": trained}
-    return towers
-
-
 def first_records(source: Source, recipe: Recipe, encoder: Encoder | None) -> tuple[dict[str, Any], Dialogue | None]:
-    """What becomes of the first records; images that would have to be downloaded are left alone."""
+    """Return what becomes of a source's first records, and the first usable dialogue. Downloads no image."""
     first = replace(source, limit=min(source.limit or FIRST_RECORDS, FIRST_RECORDS))
     account = Account(source.name)
     found = list(read_dialogues(first, account, look=look))
@@ -102,14 +99,14 @@ def first_records(source: Source, recipe: Recipe, encoder: Encoder | None) -> tu
         how = fitter(source, encoder, limits, seed=recipe.training.seed)
         usable = [piece.dialogue for piece, _, _ in fit_records(found, how, account, same=same.__getitem__)]
         kept = account.kept
-    told = ("read", "rejected", "parts_rejected", "first_rejected", "ignored", "broken")
-    report = {"source": source.name, "format": source.format, **{name: getattr(account, name) for name in told}}
+    counted = ("read", "rejected", "parts_rejected", "first_rejected", "ignored", "broken")
+    report = {"source": source.name, "format": source.format, **{name: getattr(account, name) for name in counted}}
     report |= {"usable": kept, "not_downloaded": remote, "length_checked": encoder is not None}
     return report, next(iter(usable), None)
 
 
 def _encoder(recipe: Recipe) -> Encoder | None:
-    """The base's tokenizer, where it is on this machine in a file that needs no transformers."""
+    """Return an encoder from the base's tokenizer.json; None where that is not on this machine."""
     model = recipe.model
     if not model.base:
         return None
@@ -124,14 +121,14 @@ def _encoder(recipe: Recipe) -> Encoder | None:
 
     try:
         return Encoder(_Tokenizer(Tokenizer.from_file(str(path))))
-    except Exception:  # a damaged file; what is wrong with it is said where the whole base is loaded
+    except Exception:  # a damaged file: loading the whole base explains what is wrong
         return None
 
 
 class _Tokenizer:
-    """What `Encoder` asks of a transformers tokenizer, whose import takes seconds.
+    """The part of a transformers tokenizer that `Encoder` uses; importing transformers takes seconds.
 
-    `<end_of_utterance>`, which a base's tokenizer does not have yet, gets a free id: lengths are the same.
+    A base's tokenizer does not have `<end_of_utterance>` yet, and it gets a free id: lengths are the same.
     """
 
     def __init__(self, tokenizer: Any):
@@ -150,36 +147,36 @@ def _show(result: dict[str, Any], first: Dialogue | None) -> None:
     columns = ("tower", "mode", "parameters", "trained")
     display(table(f"model: {result['model']}", columns, [*towers, ("total", "", *total)]))
     for report in result["sources"]:
-        place = f"{report['source']} ({report['format']})"
-        title = f"{place}: {report['usable']} of the first {report['read']} usable"
-        display(title, "green" if report["usable"] else "red")
-        for line in _losses(report):
+        counts = f"{report['usable']} of the first {report['read']} usable"
+        display(f"{report['source']} ({report['format']}): {counts}", "green" if report["usable"] else "red")
+        for line in _problems(report):
             display(f"  {line}", "yellow")
     for doubt in result["doubts"]:
         display(doubt, "yellow")
     if first:
-        display(panel(_coloured(first), title="the first dialogue; trained on: green"))
+        display(panel(_coloured(first), title="the first dialogue; green: what the model learns to write"))
 
 
-def _losses(report: dict[str, Any]) -> list[str]:
-    """What is not trained on of the first records, and what was not looked at."""
+def _problems(report: dict[str, Any]) -> list[str]:
+    """Return a line for each reason why records, or parts of them, are not trained on or could not be checked."""
     first = report["first_rejected"]
     lines = [f"{count} x {reason} (first: {first[reason]})" for reason, count in report["rejected"].items()]
     lines += [
-        f"{count} x {reason} in records kept (first: {first[reason]})"
+        f"{count} x {reason} in records that are kept (first: {first[reason]})"
         for reason, count in report["parts_rejected"].items()
     ]
     lines += report["broken"]
     if report["ignored"]:
-        lines.append(f"not used of records: {most_frequent(report['ignored'])}")
+        lines.append(f"ignored in records: {most_frequent(report['ignored'])}")
     if report["not_downloaded"]:
-        lines.append(f"{report['not_downloaded']} images are to be downloaded, and were not looked at")
+        lines.append(f"{report['not_downloaded']} images are not downloaded yet, and were not checked")
     if not report["length_checked"]:
         lines.append("lengths are not checked: the tokenizer is not on this machine yet")
     return lines
 
 
 def _coloured(dialogue: Dialogue) -> Text:
+    """Return a dialogue as the model reads it, with what it is trained on in green."""
     text = Text()
     for piece in render(dialogue).pieces:
         if isinstance(piece, Special):

@@ -1,118 +1,187 @@
-"""Recipe -> what it will cost: parameters, memory, disk, steps; whether it fits a GPU, and the least change that helps.
+"""Recipe -> what a run costs: parameters, memory, disk, steps; whether it fits a GPU, and which change makes it fit.
 
-From the recipe and the model's config alone, without torch; where the data is prepared already, from its lengths too.
+The recipe and the model's config are enough, and torch is not imported. Where the data is prepared already, the sizes
+of its rows are used; else every row is assumed to be full.
 """
 
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import parse_size, show_size
-from finetune.data.formats import FORMATS
-from finetune.planning.graph import FP32
+from finetune.planning.forward import forward_operations
+from finetune.planning.graph import GRADIENTS, peak
 from finetune.planning.memory import (
-    GPU_RESERVE,
+    FP32,
+    GATHERED,
+    INT64,
+    LAYERS_GATHERED,
     NF4_BYTES,
-    Memory,
     Parameters,
-    count,
-    estimate,
+    RowSize,
+    Setup,
+    count_by_tower,
     feature_bytes,
     fixed_parts,
     optimizer_bytes,
+    sharded_layers,
     weight_bytes,
 )
-from finetune.planning.setup import RowSize, Setup
 from finetune.planning.suggest import Change, apply_change, cheapest_changes
 from finetune.recipe.schema import Recipe
 from modeling.config import read_config
 from modeling.shapes import SHAPES, Config
+from modeling.towers import LORA_TOWERS
 
 if TYPE_CHECKING:  # it imports torch
     from finetune.planning.lengths import Lengths
 
+PARTS = ("weights", GATHERED, "adapters", "optimizer", GRADIENTS, *LORA_TOWERS, "head", "batch")
+"""Parts of the memory at its peak. A tower's part is what its forward keeps and what its backward needs."""
+
+LIBRARIES = 96 * 2**20
+"""Bytes of main memory that threads, kernels and the trainer take once a run has begun."""
+
+GPU_RESERVE = 2**30
+"""Bytes of a GPU for its context, the libraries' workspaces, and what the allocator loses to rounding."""
+
+PREFETCHED = 2
+"""Rows that are made before they are asked for (finetune/data/prefetch.py)."""
+
 CHECKPOINTS_KEPT = 2
-"""The newest; the best one is kept besides where the run evaluates."""
+"""The newest checkpoints; where the run evaluates, the best one is kept as well."""
 
 UNCOUNTED = ("use_dora", "rank_pattern", "layers_to_transform", "exclude_modules")
 """Fields of LoRA that change what is trained in ways that are not counted."""
 
 
-def plan(
-    recipe: Recipe,
-    *,
-    gpu: str | None = None,
-    processes: int = 1,
-    picture: Path | None = None,
-    show: bool = False,
-) -> dict[str, Any]:
-    """The figures of a recipe, shown and drawn where asked. Raises UserError.
+def plan(recipe: Recipe, *, gpu: str | None = None, processes: int = 1) -> dict[str, Any]:
+    """Return the figures of a recipe. Raises UserError.
 
-    `gpu`: the memory of each, such as 24GiB. `processes`: one a GPU; figures of memory are those of one of them.
+    `gpu`: the memory of each GPU, such as 24GiB; by default that of this machine's smallest one. `processes`: one per
+    GPU; memory is that of one of them. "gpu" in the result is None without a GPU.
     """
     budget = parse_size("--gpu", gpu) if gpu else gpu_memory()
-    made = Planner(recipe, on_gpu=budget is not None, processes=processes).result(budget)
-    if show or picture:
-        from finetune.planning.report import draw, show_plan
-
-        if show:
-            show_plan(made)
-        if picture:
-            draw(made, picture)
-    return made
+    planner = Planner(recipe, on_gpu=budget is not None, processes=processes)
+    setup, training = planner.setup(recipe), recipe.training
+    parameters = count_by_tower(setup)
+    checkpointing = {
+        name: estimate(replace(setup, checkpointing=layers), planner.row).total
+        for name, layers in (("off", 0), ("on", planner.layers))
+    }
+    return {
+        "model": recipe.model.base or f"init: {recipe.model.init}",
+        "parameters": {tower: {"mode": setup.mode(tower), **asdict(one)} for tower, one in parameters.items()},
+        "totals": _totals(parameters),
+        "row": {**asdict(planner.row), "from": "prepared data" if planner.lengths else "full rows"},
+        "steps": planner.steps,
+        "processes": processes,
+        "rows_per_step": training.rows_per_step,
+        "rows_per_process": setup.rows_per_step,
+        "tokens_per_step": training.rows_per_step * training.row_tokens,
+        "memory": _memory_figures(planner, recipe),
+        "checkpointing": checkpointing,
+        "disk": _disk(recipe, setup, images=planner.lengths.images if planner.lengths else 0),
+        "gpu": None if budget is None else _gpu_figures(planner, budget),
+        "notes": _notes(planner, setup),
+    }
 
 
 def gpu_memory() -> int | None:
-    """Of this machine's smallest GPU, as its driver tells; None without one."""
+    """Return the bytes of this machine's smallest GPU, as its driver reports them; None without a GPU."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     query = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
-    sizes = [int(one) * 2**20 for one in told if one.isdigit()]
-    return min(sizes, default=None)
+    printed = subprocess.run(query, capture_output=True, text=True, check=False).stdout  # noqa: S603
+    return min((int(mebibytes) * 2**20 for mebibytes in printed.split() if mebibytes.isdigit()), default=None)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one process holds at its peak."""
+
+    parts: dict[str, int]
+    """Part -> bytes, see PARTS."""
+    moment: str
+    """When the peak is: "forward and backward" or "optimiser step"."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of tensors."""
+        return sum(self.parts.values())
+
+    @property
+    def resident(self) -> int:
+        """Main memory beyond what importing the libraries takes, where freed blocks go back to the system at once."""
+        return self.total + LIBRARIES
+
+    @property
+    def on_gpu(self) -> int:
+        """Bytes that a GPU must have."""
+        return self.total + GPU_RESERVE
+
+
+def estimate(setup: Setup, row: RowSize) -> Memory:
+    """Return the peak of training on such rows, once the optimiser has its states.
+
+    >>> from modeling.shapes import TINY
+    >>> estimate(Setup(TINY, {"decoder": "lora"}), RowSize(tokens=128, supervised=64, images=1)).moment
+    'forward and backward'
+    """
+    gradients = FP32 * sum(one.trained for one in count_by_tower(setup).values())
+    accumulates = setup.rows_per_step > 1
+    fixed = Counter(fixed_parts(setup)) + Counter(batch=_batch_bytes(setup, row))
+    running = Counter(peak(forward_operations(setup, row), accumulated=accumulates or setup.sharded))
+    if setup.sharded:
+        running[GRADIENTS] += setup.share(gradients)
+        if accumulates:  # gradients are sharded after the last row of a step
+            running[GRADIENTS] += gradients
+        else:  # one row's are, layer by layer
+            layers, counts = sharded_layers(setup), count_by_tower(setup)
+            layer = max(FP32 * counts[tower].trained // number for tower, number in layers.items())
+            running[GRADIENTS] += LAYERS_GATHERED * layer
+    else:
+        running[GRADIENTS] += gradients if accumulates else 0
+        fixed[GRADIENTS] += gradients if setup.processes > 1 else 0  # DDP sends copies of them
+    moment, stepping = "forward and backward", setup.share(gradients)
+    if stepping > running.total():
+        moment, running = "optimiser step", Counter({GRADIENTS: stepping})
+    parts = fixed + running
+    assert set(parts) <= set(PARTS), sorted(set(parts) - set(PARTS))
+    return Memory({part: parts[part] for part in PARTS}, moment)
+
+
+def _batch_bytes(setup: Setup, row: RowSize) -> int:
+    """Return the bytes of the rows that exist at once: the trainer collects all rows of a step before its first, the
+    loader reads one more, and `PREFETCHED` follow."""
+    rows = setup.rows_per_step + 1 + PREFETCHED
+    ids_labels_positions_images = 4
+    tokens = rows * row.tokens * ids_labels_positions_images * INT64
+    if setup.cached:  # the features of the row that runs are counted in its forward
+        return tokens + (rows - 1) * row.images * feature_bytes(setup)
+    pixels = FP32 * 3 * setup.config["vision_config"]["image_size"] ** 2
+    return tokens + rows * row.images * pixels
 
 
 class Planner:
-    """One recipe, its model's config and its rows; changed recipes are judged by the same."""
+    """The machine and the rows that a recipe is planned for; changed recipes are judged for the same ones."""
 
     def __init__(self, recipe: Recipe, *, on_gpu: bool, processes: int = 1):
         self.recipe, self.on_gpu, self.processes = recipe, on_gpu, processes
         self.config = _config(recipe)
         self.layers: int = self.config["num_hidden_layers"]
-        lengths = _prepared(recipe)
-        self.steps, self.row, self.row_from = _rows(recipe, lengths)
-        self.images = lengths.images if lengths else None
-
-    def result(self, budget: int | None) -> dict[str, Any]:
-        """Everything there is to say; "gpu" is None without a `budget` in bytes."""
-        setup = self.setup(self.recipe)
-        parameters = count(setup)
-        training = self.recipe.training
-        return {
-            "model": self.recipe.model.base or f"init: {self.recipe.model.init}",
-            "parameters": {tower: {"mode": setup.mode(tower), **asdict(one)} for tower, one in parameters.items()},
-            "totals": _totals(parameters),
-            "row": {**asdict(self.row), "from": self.row_from},
-            "steps": self.steps,
-            "processes": self.processes,
-            "rows_per_step": training.rows_per_step,
-            "rows_per_process": setup.rows_per_step,
-            "tokens_per_step": training.rows_per_step * training.row_tokens,
-            "memory": self._memory(self.recipe),
-            "checkpointing": {
-                "off": self._with(checkpointing=0).total,
-                "on": self._with(checkpointing=self.layers).total,
-            },
-            "disk": _disk(self.recipe, setup, parameters, images=self.images),
-            "gpu": None if budget is None else self._judge(budget),
-            "notes": self._notes(),
-        }
+        self.lengths = _prepared_lengths(recipe)
+        training = recipe.training
+        self.steps = self.lengths.steps if self.lengths else training.steps
+        full_row = RowSize(training.row_tokens, training.row_tokens - 1, training.row_images)
+        self.row = self.lengths.largest if self.lengths else full_row
 
     def setup(self, recipe: Recipe) -> Setup:
         training, model = recipe.training, recipe.model
@@ -128,13 +197,13 @@ class Planner:
             optimizer=training.optimizer,
             rows_per_step=ceil(training.rows_per_step / self.processes),
             processes=self.processes,
-            divided=training.parallel == "fsdp2" and self.processes > 1,
+            sharded=training.parallel == "fsdp2" and self.processes > 1,
             gpu=self.on_gpu,
             cached=recipe.caches_features,
         )
 
     def estimate(self, recipe: Recipe) -> Memory:
-        """Rows of a changed recipe are those of this one, as far as they go."""
+        """Return the peak of a recipe, whose rows are this planner's, cut to what the recipe allows."""
         training = recipe.training
         row = RowSize(
             min(self.row.tokens, training.row_tokens),
@@ -144,109 +213,37 @@ class Planner:
         return estimate(self.setup(recipe), row)
 
     def needed(self, recipe: Recipe) -> int:
-        """Bytes of a GPU, or of main memory."""
+        """Return the bytes that training needs of a GPU, or of main memory."""
         memory = self.estimate(recipe)
         return memory.on_gpu if self.on_gpu else memory.resident
 
-    def fits(self, recipe: Recipe, budget: int) -> bool:
-        fixed = sum(fixed_parts(self.setup(recipe)).values())
-        return fixed <= budget and self.needed(recipe) <= budget and self.evaluation(recipe) <= budget
-
     def evaluation(self, recipe: Recipe) -> int:
-        """Bytes of the model that evaluation asks, which each process holds whole; 0 where training holds it, too."""
+        """Return the bytes of the whole model that each process evaluates; 0 where training holds it anyway."""
         setup = self.setup(recipe)
-        if recipe.evaluation is None or not setup.divided:
+        if recipe.evaluation is None or not setup.sharded:
             return 0
         frozen = replace(setup, modes=dict.fromkeys(setup.modes, "frozen"))
-        return weight_bytes(frozen, count(frozen)) + GPU_RESERVE
+        return weight_bytes(frozen, count_by_tower(frozen)) + GPU_RESERVE
 
-    def changes(self, budget: int, *, number: int = 1, may_divide: bool = True) -> list[Change]:
-        """The cheapest changes that make the recipe fit. `may_divide`: among them, over the processes there are."""
-        fit, divisible = partial(self.fits, budget=budget), may_divide and self.processes > 1
-        return cheapest_changes(self.recipe, fit, layers=self.layers, number=number, divisible=divisible)
+    def fits(self, recipe: Recipe, budget: int) -> bool:
+        """Whether training and evaluation fit into so many bytes."""
+        fixed = sum(fixed_parts(self.setup(recipe)).values())  # known at once; the peak takes time
+        return fixed <= budget and self.needed(recipe) <= budget and self.evaluation(recipe) <= budget
 
-    def _with(self, *, checkpointing: int) -> Memory:
-        return estimate(replace(self.setup(self.recipe), checkpointing=checkpointing), self.row)
-
-    def _memory(self, recipe: Recipe) -> dict[str, Any]:
-        memory = self.estimate(recipe)
-        return {
-            "status": "predicted",
-            "moment": memory.moment,
-            "parts": memory.parts,
-            "tensors": memory.total,
-            **({"gpu": memory.on_gpu} if self.on_gpu else {"resident": memory.resident}),
-        }
-
-    def _judge(self, budget: int) -> dict[str, Any]:
-        fits = self.fits(self.recipe, budget)
-        may_fit = not fits and self.evaluation(self.recipe) <= budget
-        change = next(iter(self.changes(budget)), None) if may_fit else None
-        changed = change and apply_change(self.recipe, change)
-        return {
-            "bytes": budget,
-            "needed": self.needed(self.recipe),
-            "evaluation": self.evaluation(self.recipe),
-            "reserve": GPU_RESERVE,
-            "fits": fits,
-            "change": change and change.overrides,
-            "changed": self._memory(changed) if changed else None,
-        }
-
-    def _notes(self) -> list[str]:
-        used = [field for field in UNCOUNTED if (self.recipe.adapter.model_extra or {}).get(field)]
-        notes = [f"adapter.{field} is not counted" for field in used]
-        if self.recipe.caches_features and self.images is None:
-            image = show_size(feature_bytes(self.setup(self.recipe)))
-            notes.append(f"cached features take {image} of disk an image; how many there are, the prepared data tells")
-        notes += self.recipe.doubts(self.steps)
-        notes += self._notes_of_processes()
-        if self.on_gpu:
-            notes.append(
-                "figures for a GPU are predicted, not measured; where there is one, measure them with "
-                "scripts/benchmarks/check_plan.py"
-            )
-        else:
-            notes.append(
-                "resident memory is what a run holds with MALLOC_MMAP_THRESHOLD_=1048576 set; faster without it, "
-                "and glibc before 2.38 may hold twice as much"
-            )
-        return notes
-
-    def _notes_of_processes(self) -> list[str]:
-        if self.processes == 1:
-            return ["memory is that of one process which shares nothing with others"]
-        packs = self.recipe.training.rows_per_step
-        uneven = f"{packs} rows a step cannot be shared out evenly over {self.processes} processes, and a run says so"
-        if self.setup(self.recipe).divided:
-            how = (
-                f"memory is that of one of {self.processes} processes, each with its share of every tensor; gathered: "
-                "two layers, the head and live image towers, whole while they are needed; loading is not counted"
-            )
-        else:
-            how = (
-                f"memory is that of one of {self.processes} processes, each with the whole model; gradients count "
-                "twice, as DDP sends copies of them"
-            )
-        return [
-            how,
-            "with several processes all figures are predicted, not measured",
-            *[uneven] * bool(packs % self.processes),
-        ]
+    def changes(self, budget: int, *, number: int = 1, may_shard: bool = True) -> list[Change]:
+        """Return the cheapest changes that make the recipe fit. `may_shard`: over the processes that there are, too."""
+        fits, may_shard = partial(self.fits, budget=budget), may_shard and self.processes > 1
+        return cheapest_changes(self.recipe, fits, layers=self.layers, number=number, may_shard=may_shard)
 
 
 def _config(recipe: Recipe) -> Config:
-    """Of the model that is trained: dialogues extend a base to an instruct vocabulary."""
+    """Return the config of the model that is trained: `<end_of_utterance>` is added where dialogues need it."""
     model = recipe.model
     config = SHAPES[model.init] if model.init else read_config(str(model.base), revision=model.revision)
-    documents = all(
-        source.format != "auto" and FORMATS[source.format].documents and not source.prompt
-        for source in recipe.data.sources
-    )
-    return config if documents else {**config, "additional_vocab_size": 3}
+    return {**config, "additional_vocab_size": 3} if recipe.data.has_dialogues else config
 
 
-def _prepared(recipe: Recipe) -> "Lengths | None":
+def _prepared_lengths(recipe: Recipe) -> "Lengths | None":
     if not any(Path(recipe.data.prepared).glob("*/account.json")):
         return None
     from finetune.planning.lengths import prepared_lengths
@@ -254,24 +251,46 @@ def _prepared(recipe: Recipe) -> "Lengths | None":
     return prepared_lengths(recipe)
 
 
-def _rows(recipe: Recipe, lengths: "Lengths | None") -> tuple[int | None, RowSize, str]:
-    """(steps where they are known, the largest row, where that is from)."""
-    training = recipe.training
-    if lengths:
-        return lengths.steps, lengths.largest, "prepared data"
-    return training.steps, RowSize(training.row_tokens, training.row_tokens - 1, training.row_images), "full rows"
-
-
 def _totals(parameters: Mapping[str, Parameters]) -> dict[str, int]:
     names = ("total", "trained", "quantized")
     return {name: sum(getattr(one, name) for one in parameters.values()) for name in names}
 
 
-def _disk(recipe: Recipe, setup: Setup, parameters: Mapping[str, Parameters], *, images: int | None) -> dict[str, int]:
-    """Bytes of what a run leaves; not counted are the base's own files and prepared sets.
+def _memory_figures(planner: Planner, recipe: Recipe) -> dict[str, Any]:
+    memory = planner.estimate(recipe)
+    return {
+        "status": "predicted",
+        "moment": memory.moment,
+        "parts": memory.parts,
+        "tensors": memory.total,
+        **({"gpu": memory.on_gpu} if planner.on_gpu else {"resident": memory.resident}),
+    }
 
-    `images`: distinct ones, where they are known; else their features are not counted either.
+
+def _gpu_figures(planner: Planner, budget: int) -> dict[str, Any]:
+    """Return whether the recipe fits into `budget` bytes, and where it does not, the change that makes it fit."""
+    recipe, change, changed = planner.recipe, None, None
+    fits = planner.fits(recipe, budget)
+    if not fits and planner.evaluation(recipe) <= budget:
+        change = next(iter(planner.changes(budget)), None)
+        changed = change and apply_change(recipe, change)
+    return {
+        "bytes": budget,
+        "needed": planner.needed(recipe),
+        "evaluation": planner.evaluation(recipe),
+        "reserve": GPU_RESERVE,
+        "fits": fits,
+        "change": change and change.overrides,
+        "changed": changed and _memory_figures(planner, changed),
+    }
+
+
+def _disk(recipe: Recipe, setup: Setup, *, images: int) -> dict[str, int]:
+    """Return the bytes that a run leaves, without the base's own files and prepared sets.
+
+    `images`: the distinct ones, where their number is known; else 0.
     """
+    parameters = count_by_tower(setup)
     totals = _totals(parameters)
     adapter = FP32 * totals["trained"]
     checkpoint = adapter + optimizer_bytes(setup, parameters)
@@ -281,7 +300,7 @@ def _disk(recipe: Recipe, setup: Setup, parameters: Mapping[str, Parameters], *,
     disk = {
         "base": stored * totals["total"] if recipe.model.init else 0,
         "quantized": quantized if recipe.model.quantize else 0,
-        "features": (images or 0) * feature_bytes(setup) if setup.cached else 0,
+        "features": images * feature_bytes(setup) if setup.cached else 0,
         "checkpoints": kept * checkpoint,
         "adapter": adapter,
         "merged": stored * totals["total"] if recipe.merge else 0,
@@ -290,10 +309,49 @@ def _disk(recipe: Recipe, setup: Setup, parameters: Mapping[str, Parameters], *,
 
 
 def _stored_item(recipe: Recipe) -> int:
-    """Bytes of a number in the base's files, and in the merged model: a fresh base is fp32, released ones are bf16."""
+    """Return the bytes of a number in the files of the base and of the merged model.
+
+    A fresh base is fp32; released ones are bf16.
+    """
     if recipe.model.init:
         return FP32
     folder = Path(str(recipe.model.base))
     config = read_config(str(folder)) if folder.is_dir() else {}
     named = str(config.get("dtype", config.get("torch_dtype", "bfloat16")))
     return FP32 if named.endswith("float32") else FP32 // 2
+
+
+def _notes(planner: Planner, setup: Setup) -> list[str]:
+    """Return what a reader must know of these figures, one sentence each."""
+    recipe, processes = planner.recipe, planner.processes
+    rows = recipe.training.rows_per_step
+    used = [field for field in UNCOUNTED if (recipe.adapter.model_extra or {}).get(field)]
+    notes = [f"adapter.{field} is not counted" for field in used]
+    if setup.cached and planner.lengths is None:
+        image = show_size(feature_bytes(setup))
+        notes.append(f"cached features take {image} of disk per image; preparing the data counts the images")
+    notes += recipe.doubts(planner.steps)
+    if processes == 1:
+        notes.append("memory is that of a run in one process")
+    else:
+        if setup.sharded:
+            share = (
+                "a share of every tensor; two layers, the head and image towers that run live are gathered: whole "
+                "while they are used; loading the model is not counted"
+            )
+        else:
+            share = "the whole model; gradients count twice, because DDP sends copies of them"
+        notes.append(f"memory is that of one of {processes} processes, which holds {share}")
+        notes.append("with several processes all figures are predicted, not measured")
+        if rows % processes:
+            notes.append(
+                f"{rows} rows of a step cannot be divided evenly over {processes} processes: a run refuses to start"
+            )
+    if planner.on_gpu:
+        notes.append("figures for a GPU are predicted; scripts/benchmarks/check_plan.py measures them on one")
+    else:
+        notes.append(
+            "resident memory is that of a run with MALLOC_MMAP_THRESHOLD_=1048576 in its environment; without it a run "
+            "is faster, but glibc before 2.38 may hold twice as much"
+        )
+    return notes

@@ -1,8 +1,14 @@
-"""A forward, written down operation by operation -> the most it holds in memory, backward included. No torch.
+"""The memory graph: a forward as a list of operations on sizes -> the most bytes that forward and backward hold.
 
-Autograd's rules are few: an operation that needs a gradient keeps what its backward will read, each tensor once,
-however many operations keep it; going back, a gradient is as large as its tensor and lives until it has been handed on.
-So sizes alone, replayed in order, tell how many bytes live at every moment.
+Autograd's rules are few. An operation that needs a gradient keeps what its backward will read; a tensor that several
+operations keep is in memory once. In the backward a gradient is as large as its tensor, and lives until it has been
+passed on. So sizes alone, replayed in order, give the bytes that live at every moment. No torch:
+
+    graph = MemoryGraph("mlp")
+    x = graph.apply((), graph.tensor(2048, 512, 4))
+    y = graph.apply((x,), graph.tensor(2048, 1376, 4), saves=(x,), gradients=4 * 512 * 1376)      # y = x @ W
+    loss = graph.apply((y,), graph.tensor(1, 1, 4))
+    peak(graph.operations, accumulated=False)                               # {"mlp": ..., "gradients": 2_818_048}
 """
 
 from collections import Counter
@@ -11,21 +17,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 GRADIENTS = "gradients"
-"""The part that gradients of parameters belong to."""
-
-FP32 = 4
-"""Bytes of a number."""
+"""The part of memory for gradients of parameters."""
 
 
 @dataclass(eq=False, slots=True)
 class Tensor:
-    """Sizes of a tensor that lives while it is needed. Views are the tensor they look at."""
+    """The size of a tensor, [rows, width]. A view is the tensor that it views."""
 
     rows: int
     width: int
     item: int
     """Bytes of a number."""
     part: str
+    """The part of memory that it counts in."""
     needs_grad: bool = False
 
     @property
@@ -35,6 +39,8 @@ class Tensor:
 
 @dataclass(slots=True)
 class Operation:
+    """output = operation(inputs)."""
+
     inputs: tuple[Tensor, ...]
     output: Tensor
     saved: tuple[Tensor, ...] = ()
@@ -42,31 +48,31 @@ class Operation:
     gradients: int = 0
     """Bytes of the gradients of its parameters."""
     scratch: int = 0
-    """Bytes it needs besides while it runs, forward and backward."""
-    hands_on: bool = False
-    """Its inputs' gradients are its output's, not copies: a sum, a slice, a view."""
+    """Bytes that it needs besides while it runs, in the forward and in the backward."""
+    passes_gradient_on: bool = False
+    """Whether its inputs get its output's gradient itself and not a new one: a sum, a slice, a view."""
     body: list["Operation"] = field(default_factory=list)
-    """Of a checkpoint: what is run once without keeping anything, and again before its backward."""
+    """Of a checkpoint: the operations that run in the forward without saving, and once more before their backward."""
 
 
-class Tape:
-    """Operations in the order in which they run."""
+class MemoryGraph:
+    """The operations of a forward, in the order in which they run."""
 
     def __init__(self, part: str = ""):
         self.operations: list[Operation] = []
-        self.part = part
+        self._part = part
 
     @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """What is made inside belongs to this part."""
-        before, self.part = self.part, part
+    def part(self, name: str) -> Iterator[None]:
+        """Count the tensors that are made inside in this part."""
+        before, self._part = self._part, name
         yield
-        self.part = before
+        self._part = before
 
-    def new(self, rows: int, width: int, item: int, *, needs_grad: bool = False) -> Tensor:
-        return Tensor(rows, width, item, self.part, needs_grad)
+    def tensor(self, rows: int, width: int, item: int) -> Tensor:
+        return Tensor(rows, width, item, self._part)
 
-    def run(
+    def apply(
         self,
         inputs: Sequence[Tensor],
         output: Tensor,
@@ -74,50 +80,52 @@ class Tape:
         saves: Sequence[Tensor] = (),
         gradients: int = 0,
         scratch: int = 0,
-        hands_on: bool = False,
+        passes_gradient_on: bool = False,
     ) -> Tensor:
-        """`output` = operation(`inputs`), which needs a gradient where an input or a parameter of it does."""
+        """Add an operation and return its output, which needs a gradient where an input or a parameter does."""
         output.needs_grad = gradients > 0 or any(one.needs_grad for one in inputs)
         saved = tuple(saves) if output.needs_grad else ()
-        self.operations.append(Operation(tuple(inputs), output, saved, gradients, scratch, hands_on))
+        self.operations.append(Operation(tuple(inputs), output, saved, gradients, scratch, passes_gradient_on))
         return output
 
-    def like(self, tensor: Tensor, *others: Tensor, saves: Sequence[Tensor] = (), hands_on: bool = False) -> Tensor:
-        """An element-wise operation: its result is as large as its first input."""
-        output = self.new(tensor.rows, tensor.width, max(one.item for one in (tensor, *others)))
-        return self.run((tensor, *others), output, saves=saves, hands_on=hands_on)
+    def elementwise(
+        self, tensor: Tensor, *others: Tensor, saves: Sequence[Tensor] = (), passes_gradient_on: bool = False
+    ) -> Tensor:
+        """Add an operation whose output is as large as its first input, in the widest of its inputs' types."""
+        output = self.tensor(tensor.rows, tensor.width, max(one.item for one in (tensor, *others)))
+        return self.apply((tensor, *others), output, saves=saves, passes_gradient_on=passes_gradient_on)
 
     def add(self, tensor: Tensor, other: Tensor) -> Tensor:
-        return self.like(tensor, other, hands_on=True)
+        return self.elementwise(tensor, other, passes_gradient_on=True)
 
     def cast(self, tensor: Tensor, item: int) -> Tensor:
-        """The tensor itself where it has this type already."""
-        return tensor if tensor.item == item else self.run((tensor,), self.new(tensor.rows, tensor.width, item))
+        """Return the tensor itself where it has this type already."""
+        return tensor if tensor.item == item else self.apply((tensor,), self.tensor(tensor.rows, tensor.width, item))
 
-    def touch(self, *tensors: Tensor) -> None:
-        """A variable still holds these here."""
-        self.operations.append(Operation(tensors, Tensor(0, 0, 0, self.part)))
+    def keep(self, *tensors: Tensor) -> None:
+        """Keep these tensors alive up to here, as a variable does that still holds them."""
+        self.operations.append(Operation(tensors, self.tensor(0, 0, 0)))
 
-    def checkpoint(self, layer: Callable[[Tensor], Tensor], tensor: Tensor, *held: Tensor) -> Tensor:
-        """`layer(tensor)`, of which only the inputs (`held`: the others) are kept until its backward runs it again."""
+    def checkpoint(self, layer: Callable[[Tensor], Tensor], tensor: Tensor, *others: Tensor) -> Tensor:
+        """Return layer(tensor), of which only the inputs (`others` among them) are kept until it runs once more."""
         outer, self.operations = self.operations, []
         output = layer(tensor)
         body, self.operations = self.operations, outer
-        saved = (tensor, *held) if output.needs_grad else ()
-        self.operations.append(Operation((tensor, *held), output, saved, body=body))
+        inputs = (tensor, *others)
+        self.operations.append(Operation(inputs, output, inputs if output.needs_grad else (), body=body))
         return output
 
 
 def peak(operations: Sequence[Operation], *, accumulated: bool) -> dict[str, int]:
-    """Part -> bytes at the moment when most is held, between the start of the forward and the end of the backward.
+    """Return part -> bytes at the moment when most is held, between the start of the forward and the end of backward.
 
-    accumulated: gradients of parameters are there already, counted elsewhere, and new ones are added to them.
+    `accumulated`: gradients of parameters exist already and are counted elsewhere; new ones are added to them.
     """
-    walk = _Walk(accumulated)
-    walk.forward(operations, keep=True)
+    replay = _Replay(accumulated)
+    replay.forward(operations, save=True)
     loss = operations[-1].output
-    walk.backward(operations, {loss: _Gradient(0, loss.part)})
-    return walk.most
+    replay.backward(operations, {loss: _Gradient(0, loss.part)})
+    return replay.at_peak
 
 
 @dataclass(slots=True)
@@ -125,32 +133,33 @@ class _Gradient:
     nbytes: int
     part: str
     owners: int = 1
+    """Tensors whose gradient this is: a sum passes one gradient on to all its inputs."""
 
 
-class _Walk:
-    """Runs operations forward and backward, and keeps count."""
+class _Replay:
+    """Runs operations forward and backward, and counts the bytes that live."""
 
     def __init__(self, accumulated: bool):
         self.accumulated = accumulated
         self.live: Counter[str] = Counter()
         self.total = self.highest = 0
-        self.most: dict[str, int] = {}
-        self.holders: Counter[Tensor] = Counter()
+        self.at_peak: dict[str, int] = {}
+        self.references: Counter[Tensor] = Counter()
 
-    def forward(self, operations: Sequence[Operation], *, keep: bool) -> None:
-        """The last output stays held; the others only while something here still uses them, or has saved them."""
+    def forward(self, operations: Sequence[Operation], *, save: bool) -> None:
+        """Run them in order. At the end the last output lives, and where operations `save`, what they saved."""
         uses = Counter(tensor for one in operations for tensor in set(one.inputs))
         made: set[Tensor] = set()
         for number, one in enumerate(operations):
             if one.body:
-                self.forward(one.body, keep=False)
+                self.forward(one.body, save=False)
             else:
-                self._hold(one.output)
-            self._brief(one.output.part, one.scratch)
+                self._acquire(one.output)
+            self._allocate_briefly(one.output.part, one.scratch)
             made.add(one.output)
-            if keep:
+            if save:
                 for tensor in one.saved:
-                    self._hold(tensor)
+                    self._acquire(tensor)
             for tensor in set(one.inputs):
                 uses[tensor] -= 1
                 if not uses[tensor] and tensor in made:
@@ -159,67 +168,59 @@ class _Walk:
                 self._release(one.output)
 
     def backward(self, operations: Sequence[Operation], gradients: dict[Tensor, _Gradient]) -> None:
+        """Run them in reverse. `gradients`: those of the outputs that later operations have computed."""
         for one in reversed(operations):
             gradient = gradients.pop(one.output, None)
             if gradient is not None and one.body:
-                self.forward(one.body, keep=True)
+                self.forward(one.body, save=True)
                 self._release(one.output)
                 gradients[one.output] = gradient
                 self.backward(one.body, gradients)
             elif gradient is not None:
-                self._step_back(one, gradient, gradients)
+                self._allocate_briefly(one.output.part, one.scratch)
+                for tensor in one.inputs:
+                    if tensor.needs_grad:
+                        self._add_gradient(tensor, gradient if one.passes_gradient_on else None, gradients)
+                if self.accumulated:
+                    self._allocate_briefly(GRADIENTS, one.gradients)
+                else:
+                    self._allocate(GRADIENTS, one.gradients)
+                gradient.owners -= 1
+                if not gradient.owners:
+                    self._allocate(gradient.part, -gradient.nbytes)
             for tensor in one.saved:
                 self._release(tensor)
 
-    def _step_back(self, one: Operation, gradient: _Gradient, gradients: dict[Tensor, _Gradient]) -> None:
-        self._brief(one.output.part, one.scratch)
-        for tensor in one.inputs:
-            if tensor.needs_grad:
-                self._give(tensor, gradient if one.hands_on else None, gradients)
-        if self.accumulated:
-            self._brief(GRADIENTS, one.gradients)
-        else:
-            self._add(GRADIENTS, one.gradients)
-        self._drop(gradient)
-
-    def _give(self, tensor: Tensor, same: _Gradient | None, gradients: dict[Tensor, _Gradient]) -> None:
-        """Add to the gradient of a tensor: in place where nobody else looks at it."""
+    def _add_gradient(self, tensor: Tensor, passed_on: _Gradient | None, gradients: dict[Tensor, _Gradient]) -> None:
+        """Add to a tensor's gradient: in place, unless it is another tensor's gradient, too."""
         before = gradients.get(tensor)
-        if before is None and same is not None:
-            same.owners += 1
-            gradients[tensor] = same
+        if before is None and passed_on is not None:
+            passed_on.owners += 1
+            gradients[tensor] = passed_on
         elif before is None or before.owners > 1:
-            gradients[tensor] = self._new_gradient(tensor)
+            self._allocate(tensor.part, tensor.nbytes)
+            gradients[tensor] = _Gradient(tensor.nbytes, tensor.part)
             if before is not None:
                 before.owners -= 1
-        elif same is None:
-            self._brief(before.part, tensor.nbytes)
+        elif passed_on is None:
+            self._allocate_briefly(before.part, tensor.nbytes)
 
-    def _new_gradient(self, tensor: Tensor) -> _Gradient:
-        self._add(tensor.part, tensor.nbytes)
-        return _Gradient(tensor.nbytes, tensor.part)
-
-    def _drop(self, gradient: _Gradient) -> None:
-        gradient.owners -= 1
-        if not gradient.owners:
-            self._add(gradient.part, -gradient.nbytes)
-
-    def _hold(self, tensor: Tensor) -> None:
-        if not self.holders[tensor]:
-            self._add(tensor.part, tensor.nbytes)
-        self.holders[tensor] += 1
+    def _acquire(self, tensor: Tensor) -> None:
+        if not self.references[tensor]:
+            self._allocate(tensor.part, tensor.nbytes)
+        self.references[tensor] += 1
 
     def _release(self, tensor: Tensor) -> None:
-        self.holders[tensor] -= 1
-        if not self.holders[tensor]:
-            self._add(tensor.part, -tensor.nbytes)
+        self.references[tensor] -= 1
+        if not self.references[tensor]:
+            self._allocate(tensor.part, -tensor.nbytes)
 
-    def _brief(self, part: str, nbytes: int) -> None:
-        self._add(part, nbytes)
-        self._add(part, -nbytes)
+    def _allocate_briefly(self, part: str, nbytes: int) -> None:
+        self._allocate(part, nbytes)
+        self._allocate(part, -nbytes)
 
-    def _add(self, part: str, nbytes: int) -> None:
+    def _allocate(self, part: str, nbytes: int) -> None:
         self.live[part] += nbytes
         self.total += nbytes
         if self.total > self.highest:
-            self.highest, self.most = self.total, dict(self.live)
+            self.highest, self.at_peak = self.total, dict(self.live)

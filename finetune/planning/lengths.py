@@ -1,6 +1,5 @@
-"""Prepared data -> the rows a run will have: how many, and the largest. Opens what is there, prepares nothing."""
+"""Prepared data -> the rows of a run: how many there are, and the largest. Opens what is there, prepares nothing."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from finetune.data.formats import hold_dialogues
 from finetune.data.prepare import find_set, place
 from finetune.data.prepared import ACCOUNT, Prepared
 from finetune.data.sampling import build_schedule
-from finetune.data.source import Source
 from finetune.data.tokenize import Encoder
-from finetune.planning.setup import RowSize
+from finetune.planning.memory import RowSize
 from finetune.recipe.schema import Recipe
 from finetune.recipe.sources import to_source
 from modeling.errors import UserError
@@ -24,64 +22,57 @@ from modeling.files import read_json
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of a run."""
+    """What the prepared data says of a run."""
 
     steps: int
     largest: RowSize
-    """No row of the first epoch has more of anything."""
+    """The most tokens, supervised tokens and images that a row of the first epoch has."""
     images: int
-    """Distinct ones that training and held-out data show."""
+    """Distinct images of training and eval data."""
 
 
 def prepared_lengths(recipe: Recipe) -> Lengths | None:
-    """None where the data is not prepared, or its tokenizer is not here to tell: a fresh one is learnt in the run.
+    """Return the lengths of a recipe's rows; None where its data is not prepared, or its tokenizer is not here yet.
 
-    Takes the seconds that loading a tokenizer takes, where sets of the recipe's sources are there at all.
+    A fresh base learns its tokenizer in the run. Loading a tokenizer takes seconds, and is done only where sets of the
+    recipe's sources exist.
     """
-    model, data = recipe.model, recipe.data
-    if model.init or data.streams or not _has_tokenizer(str(model.base), model.revision):
+    model, data, training = recipe.model, recipe.data, recipe.training
+    if model.init or data.streams or not _is_on_this_machine(str(model.base), model.revision):
         return None
     try:
-        seed = recipe.training.seed
-        sources, held = ([to_source(one, seed=seed) for one in group] for group in (data.sources, data.eval_sources))
-        prepared = {_source_of(account) for account in Path(data.prepared).glob(f"*/{ACCOUNT}")}
-        if not {source.name for source in (*sources, *held)} <= prepared:
+        sources = [to_source(one, seed=training.seed) for one in data.sources]
+        every = [*sources, *(to_source(one, seed=training.seed) for one in data.eval_sources)]
+        prepared = {_source_name(account) for account in Path(data.prepared).glob(f"*/{ACCOUNT}")}
+        if not {source.name for source in every} <= prepared:
             return None
-        tokenizer = _tokenizer(recipe, sources)
-        if not all(_is_prepared(source, Encoder(tokenizer), recipe) for source in (*sources, *held)):
-            return None
+        from modeling.loading import load_processor
+
+        instruct = hold_dialogues(sources)
+        tokenizer = load_processor(str(model.base), revision=model.revision, instruct=instruct).tokenizer
+        for source in every:
+            limits = Limits(data.max_length, training.row_images)
+            how = fitter(source, Encoder(tokenizer), limits, seed=training.seed)
+            if find_set(place(source, how, Path(data.prepared))).set is None:
+                return None
     except UserError:
         return None
     return _lengths(recipe, make_dataset(recipe, sources, tokenizer))
 
 
-def _source_of(account: Path) -> str | None:
-    """None where that cannot be read: preparing makes such a set anew."""
-    try:
-        return (read_json(account) or {}).get("source")
-    except UserError:
-        return None
-
-
-def _has_tokenizer(base: str, revision: str | None) -> bool:
-    """Whether it is on this machine: a plan downloads nothing."""
+def _is_on_this_machine(base: str, revision: str | None) -> bool:
+    """Whether a base is a folder or in the hub's cache: a plan downloads nothing."""
     from huggingface_hub import try_to_load_from_cache
 
     return Path(base).is_dir() or isinstance(try_to_load_from_cache(base, "config.json", revision=revision), str)
 
 
-def _tokenizer(recipe: Recipe, sources: Sequence[Source]) -> Any:
-    from modeling.loading import load_processor
-
-    instruct = hold_dialogues(sources)
-    return load_processor(str(recipe.model.base), revision=recipe.model.revision, instruct=instruct).tokenizer
-
-
-def _is_prepared(source: Source, encoder: Encoder, recipe: Recipe) -> bool:
-    folder = Path(recipe.data.prepared)
-    limits = Limits(recipe.data.max_length, recipe.training.row_images)
-    how = fitter(source, encoder, limits, seed=recipe.training.seed)
-    return find_set(place(source, how, folder)).set is not None
+def _source_name(account: Path) -> str | None:
+    """Return the source of a prepared set; None where the file cannot be read: preparing makes such a set anew."""
+    try:
+        return (read_json(account) or {}).get("source")
+    except UserError:
+        return None
 
 
 def _lengths(recipe: Recipe, dataset: Dataset) -> Lengths:
@@ -102,8 +93,8 @@ def _lengths(recipe: Recipe, dataset: Dataset) -> Lengths:
     return Lengths(settings.steps or steps, RowSize(*largest), len(np.unique(shown)))
 
 
-def supervised_tokens(prepared: Prepared) -> np.ndarray:
-    """int64 [examples]: how many tokens of each are trained on."""
+def supervised_tokens(prepared: Prepared) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the number of supervised tokens of each example, int64 [examples]."""
     counts = [np.zeros(0, np.int64)]
     for one in prepared.sets:
         ends = np.cumsum(one.examples.lengths("supervised"))

@@ -1,13 +1,13 @@
-"""A plan -> its tables on the terminal, and a picture of stacked bars."""
+"""The figures of a plan -> tables on the terminal, and a picture of stacked bars."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.console import display, show_size, table, visible
-from finetune.planning.memory import GIB
 from modeling.errors import UserError
 
+GIB = 2**30
 COLORS = {
     "weights": "#4b5563",
     "gathered": "#8b95a5",
@@ -21,73 +21,76 @@ COLORS = {
     "head": "#5f9e6e",
     "batch": "#c9ccd1",
 }
-"""Of the parts of memory."""
+"""Part of memory -> its colour in the picture."""
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
+    """Print what `planning.estimate.plan` returns."""
     towers = [(tower, *values.values()) for tower, values in plan["parameters"].items()]
     columns = ("tower", "mode", "parameters", "trained", "in 4 bits")
     display(table(f"model: {plan['model']}", columns, [*towers, ("total", "", *plan["totals"].values())]))
-    display(table(*_memory_table(plan)))
+    display(_memory_table(plan))
     disk = [(name, show_size(value)) for name, value in plan["disk"].items() if value]
-    display(table("disk", ("", "size"), disk))
-    row = plan["row"]
+    display(table("disk", ("files", "size"), disk))
+    row, steps, processes = plan["row"], plan["steps"], plan["processes"]
     display(
         f"largest row ({row['from']}): {row['tokens']:,} tokens, {row['supervised']:,} of them supervised, "
         f"{row['images']} images"
     )
-    shared = (
-        f", {plan['rows_per_process']} of them on each of {plan['processes']} GPUs" if plan["processes"] > 1 else ""
-    )
-    steps = "unknown until the data is prepared" if plan["steps"] is None else f"{plan['steps']:,}"
     display(
-        f"steps: {steps}, each of at most {plan['tokens_per_step']:,} tokens in {plan['rows_per_step']} rows{shared}"
+        f"steps: {'unknown until the data is prepared' if steps is None else f'{steps:,}'}, each of at most "
+        f"{plan['tokens_per_step']:,} tokens in {plan['rows_per_step']} rows"
+        + (f", {plan['rows_per_process']} of them on each of {processes} GPUs" if processes > 1 else "")
     )
     for note in plan["notes"]:
-        display(note)
+        display(f"note: {note}")
     if plan["gpu"]:
         _show_verdict(plan["gpu"])
 
 
-def _memory_table(plan: Mapping[str, Any]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-    """Title, columns, rows: this recipe, and the changed one that fits."""
-    memories = [plan["memory"]]
-    columns = ["part", "this recipe"]
+def _memory_table(plan: Mapping[str, Any]) -> Any:
+    """Return the table of memory: a column for this recipe, and one for the changed recipe that fits."""
+    memories = {"this recipe": plan["memory"]}
     if plan["gpu"] and plan["gpu"]["changed"]:
-        memories.append(plan["gpu"]["changed"])
-        columns.append("changed")
+        memories["changed recipe"] = plan["gpu"]["changed"]
     rows = [
-        (part, *(show_size(memory["parts"][part]) for memory in memories))
+        (part.replace("_", " "), *(show_size(memory["parts"][part]) for memory in memories.values()))
         for part in plan["memory"]["parts"]
-        if part != "gathered" or any(memory["parts"][part] for memory in memories)
+        if part != "gathered" or any(memory["parts"][part] for memory in memories.values())
     ]
-    rows.append(("tensors in all", *(show_size(memory["tensors"]) for memory in memories)))
-    for key, name in (("gpu", "with the GPU's own"), ("resident", "resident")):
-        if key in plan["memory"]:
-            rows.append((name, *(show_size(memory[key]) for memory in memories)))
+    totals = {"tensors": "all tensors", "gpu": "all tensors and the GPU's reserve", "resident": "resident memory"}
+    rows += [
+        (label, *(show_size(memory[key]) for memory in memories.values()))
+        for key, label in totals.items()
+        if key in plan["memory"]
+    ]
     other = "off" if plan["memory"]["tensors"] == plan["checkpointing"]["on"] else "on"
-    rows.append((f"checkpointing {other}", show_size(plan["checkpointing"][other]), *[""] * (len(memories) - 1)))
-    return f"memory at its peak ({plan['memory']['moment']}), predicted", tuple(columns), rows
+    without = show_size(plan["checkpointing"][other])
+    rows.append((f"all tensors, checkpointing {other}", without, *[""] * (len(memories) - 1)))
+    return table(f"memory at its peak ({plan['memory']['moment']}), predicted", ("part", *memories), rows)
 
 
 def _show_verdict(gpu: Mapping[str, Any]) -> None:
-    needed = f"{show_size(gpu['needed'])} needed, {show_size(gpu['bytes'])} there"
+    sizes = f"{show_size(gpu['needed'])} needed, {show_size(gpu['bytes'])} available"
     if gpu["evaluation"] > gpu["bytes"]:
         whole = show_size(gpu["evaluation"])
         display(
-            f"does not fit: evaluation asks a model that each GPU holds whole, {whole}; give evaluation=null", "red"
+            f"does not fit: evaluation needs the whole model on each GPU, {whole}; skip it with evaluation=null", "red"
         )
     elif gpu["fits"]:
-        display(f"fits: {needed}", "green")
+        display(f"fits: {sizes}", "green")
     elif gpu["change"]:
-        display(f"does not fit: {needed}; the cheapest change that makes it fit:", "yellow")
+        display(f"does not fit: {sizes}; the cheapest change that makes it fit:", "yellow")
         display(f"  {' '.join(gpu['change'])}")
     else:
-        display(f"does not fit: {needed}, and no change or pair of changes makes it fit", "red")
+        display(f"does not fit: {sizes}, and no change or pair of changes makes it fit", "red")
 
 
-def draw(plan: Mapping[str, Any], out: Path) -> None:
-    """Write a picture, its kind by the file's ending: a stacked bar a recipe, and a line where the GPU ends."""
+def draw_plan(plan: Mapping[str, Any], out: Path) -> None:
+    """Write a picture, its type by the file's suffix: one stacked bar per recipe, and a line at the GPU's memory.
+
+    Raises UserError for a suffix that is no type of picture.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -103,9 +106,8 @@ def draw(plan: Mapping[str, Any], out: Path) -> None:
         axis.bar(range(len(bars)), heights, 0.6, bottom=bottoms, color=color, label=part.replace("_", " "))
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     if plan["gpu"]:
-        axis.axhline(
-            (plan["gpu"]["bytes"] - plan["gpu"]["reserve"]) / GIB, color="#b3261e", linestyle="--", label="GPU"
-        )
+        usable = (plan["gpu"]["bytes"] - plan["gpu"]["reserve"]) / GIB
+        axis.axhline(usable, color="#b3261e", linestyle="--", label="GPU memory")
     axis.set_xticks(range(len(bars)), list(bars), fontsize=8)
     axis.set(ylabel="GiB at the peak, predicted", title=visible(plan["model"]), xlim=(-0.6, len(bars) - 0.4))
     for text in (axis.title, *axis.get_xticklabels()):

@@ -1,4 +1,4 @@
-"""Recipe -> the least changes that make it fit: candidates are tried, in the order of what they cost the result."""
+"""Recipe -> the smallest changes that make it fit: candidates are tried in the order of what they cost the result."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
@@ -9,10 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.recipe.schema import Recipe
-from modeling.towers import LORA_TOWERS, TOWERS
+from modeling.towers import LORA_TOWERS, matrices_trained_in_full
 
 CHECKPOINTING = "training.checkpointing"
-PARALLEL = "training.parallel"
 SMALLEST_RANK = 4
 SMALLEST_ROW = 128
 """Tokens."""
@@ -23,24 +22,24 @@ class Change:
     """Keys of a recipe and their new values."""
 
     price: float
-    """Below 2 it costs time, or rounding; from 2 on, what is trained, or on what."""
+    """Below 2 a change costs time, or rounding; from 2 on it changes what is trained, or on which data."""
     values: Mapping[str, Any]
 
     @property
     def overrides(self) -> list[str]:
-        """As they stand behind `finetune run RECIPE`."""
+        """The arguments to add to `finetune run RECIPE`."""
         return [f"{key}={str(value).lower()}" for key, value in self.values.items()]
 
 
 def cheapest_changes(
-    recipe: Recipe, fits: Callable[[Recipe], bool], *, layers: int, number: int = 1, divisible: bool = False
+    recipe: Recipe, fits: Callable[[Recipe], bool], *, layers: int, number: int = 1, may_shard: bool = False
 ) -> list[Change]:
-    """At most `number` changes, or pairs of changes, with which the recipe is valid and `fits`, the cheapest first.
+    """Return the cheapest changes, or pairs of changes, with which the recipe is valid and `fits`; at most `number`.
 
-    None has all the keys of a cheaper one. Checkpointing is asked of as few of the decoder's `layers` as will do.
-    `divisible`: there are several processes, which the model may be divided over.
+    No change contains a cheaper one. Checkpointing is set for as few of the decoder's `layers` as are enough.
+    `may_shard`: there are several processes, over which the model may be sharded.
     """
-    singles = single_changes(recipe, divisible=divisible)
+    singles = single_changes(recipe, may_shard=may_shard)
     pairs = [
         Change(one.price + other.price, {**one.values, **other.values})
         for one, other in combinations(singles, 2)
@@ -59,22 +58,23 @@ def cheapest_changes(
 
 
 def _with_fewest_layers(recipe: Recipe, change: Change, fits: Callable[[Recipe], bool], layers: int) -> Change:
+    """Return the change with checkpointing in as few layers as are enough, where it has checkpointing."""
     if CHECKPOINTING not in change.values:
         return change
 
-    def of(number: int) -> Change:
+    def with_layers(number: int) -> Change:
         return Change(change.price, {**change.values, CHECKPOINTING: number})
 
-    def enough(number: int) -> bool:
-        changed = apply_change(recipe, of(number))
+    def is_enough(number: int) -> bool:
+        changed = apply_change(recipe, with_layers(number))
         return changed is not None and fits(changed)
 
-    fewest = bisect_left(range(1, layers), True, key=enough) + 1
-    return of(fewest) if fewest < layers else change
+    fewest = bisect_left(range(1, layers), True, key=is_enough) + 1
+    return with_layers(fewest) if fewest < layers else change
 
 
 def apply_change(recipe: Recipe, change: Change) -> Recipe | None:
-    """The changed recipe; None where it would contradict itself."""
+    """Return the changed recipe; None where its keys would contradict each other."""
     document = recipe.model_dump()
     for key, value in change.values.items():
         section, name = key.split(".")
@@ -85,58 +85,53 @@ def apply_change(recipe: Recipe, change: Change) -> Recipe | None:
         return None
 
 
-def single_changes(recipe: Recipe, *, divisible: bool = False) -> list[Change]:
-    """Every change that is tried, alone and in pairs."""
-    return list(_changes(recipe, divisible))
-
-
-def _changes(recipe: Recipe, divisible: bool) -> Iterator[Change]:
+def single_changes(recipe: Recipe, *, may_shard: bool = False) -> list[Change]:
+    """Return every change that is tried, alone and in pairs."""
     training, model = recipe.training, recipe.model
-    if training.checkpointing is not True:
-        yield Change(1, {CHECKPOINTING: True})
-    if divisible and training.parallel == "ddp" and model.quantize is None:
-        whole_moments = {} if training.optimizer == "adamw" else {"training.optimizer": "adamw"}
-        yield Change(1.25, {PARALLEL: "fsdp2", **whole_moments})
+    changes = [] if training.checkpointing is True else [Change(1, {CHECKPOINTING: True})]
+    if may_shard and training.parallel == "ddp" and model.quantize is None:
+        optimizer = {} if training.optimizer == "adamw" else {"training.optimizer": "adamw"}
+        changes.append(Change(1.25, {"training.parallel": "fsdp2", **optimizer}))
     if training.optimizer == "adamw":
-        yield Change(1.5, {"training.optimizer": "adamw_8bit"})
+        changes.append(Change(1.5, {"training.optimizer": "adamw_8bit"}))
     if model.dtype == "fp32":
-        yield Change(1.5, {"model.dtype": "bf16"})
+        changes.append(Change(1.5, {"model.dtype": "bf16"}))
     if model.quantize is None:
-        yield Change(2, {"model.quantize": "nf4"})
-    yield from _smaller_rows(recipe)
-    for halvings, rank in _halved(recipe.adapter.rank, SMALLEST_RANK):
-        if "lora" in model.modes.values():
-            yield Change(2 + halvings, {"adapter.rank": rank})
-    yield from _trained_less(model.modes)
+        changes.append(Change(2, {"model.quantize": "nf4"}))
+    changes += _smaller_rows(recipe)
+    if "lora" in model.modes.values():
+        halves = _halves(recipe.adapter.rank, SMALLEST_RANK)
+        changes += [Change(2 + halvings, {"adapter.rank": rank}) for halvings, rank in halves]
+    return [*changes, *_trained_less(model.modes)]
 
 
 def _smaller_rows(recipe: Recipe) -> Iterator[Change]:
-    """Shorter rows of the same examples cost nothing but speed; shorter examples, or fewer images, cost examples."""
+    """Shorter rows of the same examples cost only speed; shorter examples, or fewer images, cost examples."""
     training, longest = recipe.training, recipe.data.max_length
-    for halvings, tokens in _halved(training.row_tokens, SMALLEST_ROW):
+    for halvings, tokens in _halves(training.row_tokens, SMALLEST_ROW):
         if tokens >= longest:
             yield Change(0.5 * halvings, {"training.row_tokens": tokens})
         else:
             yield Change(2 + halvings, {"training.row_tokens": tokens, "data.max_length": tokens})
-    for halvings, images in _halved(training.row_images, 1):
+    for halvings, images in _halves(training.row_images, 1):
         yield Change(1.5 + halvings, {"training.row_images": images})
 
 
 def _trained_less(modes: Mapping[str, str]) -> Iterator[Change]:
-    full = [tower for tower in TOWERS if modes[tower] == "full" and tower not in ("gates", "added_tokens")]
+    """LoRA, or nothing, in place of a tower trained in full; and LoRA towers frozen."""
+    full = matrices_trained_in_full(modes)
     lighter = {f"model.{tower}": "lora" if tower in LORA_TOWERS else "frozen" for tower in full}
     if len(full) > 1:
         yield Change(5, lighter)
-    for tower in full:
-        key = f"model.{tower}"
-        yield Change(4, {key: lighter[key]})
+    for key, mode in lighter.items():
+        yield Change(4, {key: mode})
     for tower in LORA_TOWERS:
         if modes[tower] != "frozen":
             yield Change(6, {f"model.{tower}": "frozen"})
 
 
-def _halved(number: int, least: int) -> Iterator[tuple[int, int]]:
-    """(1, half), (2, a quarter), ... down to `least`."""
+def _halves(number: int, least: int) -> Iterator[tuple[int, int]]:
+    """Yield (1, half), (2, a quarter), ... down to `least`."""
     halvings = 1
     while number >> halvings >= least:
         yield halvings, number >> halvings

@@ -99,6 +99,9 @@ Format = Literal[
 CAPTIONS = ("pairs", "image_folder", "class_folders", "easy_vqa_captions")
 """Formats of images with their captions."""
 
+DOCUMENTS = ("obelics", "text", *CAPTIONS)
+"""Formats whose records become documents; those of the others become dialogues."""
+
 
 class Source(Section):
     """Where records come from; paths are relative to the recipe's folder, given as key=value to where you are."""
@@ -158,6 +161,11 @@ class Source(Section):
         if not self.hub and (self.subset or self.revision):
             raise ValueError("subset and revision belong to a dataset on the hub")
         return self
+
+    @property
+    def has_dialogues(self) -> bool:
+        """Whether its records become dialogues; `format: auto`, not recognised yet, counts as if they did."""
+        return self.format not in DOCUMENTS or bool(self.prompt)
 
 
 class HeldOut(Source):
@@ -236,6 +244,11 @@ class Data(Section):
     @property
     def streams(self) -> bool:
         return any(source.stream for source in self.sources)
+
+    @property
+    def has_dialogues(self) -> bool:
+        """Whether training needs `<end_of_utterance>`: dialogues end with it, and documents alone leave it out."""
+        return any(source.has_dialogues for source in self.sources)
 
     def _check_streams(self) -> None:
         if len(self.sources) > 1 and self.sources[0].weight is None:

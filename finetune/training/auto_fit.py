@@ -54,7 +54,7 @@ def _decided(recipe: Recipe, gpu: int | None) -> tuple[dict[str, Any], str]:
     if planner.fits(recipe, gpu):
         return {}, ""
     needed = f"{show_size(planner.needed(recipe))} needed, {show_size(gpu)} there"
-    changes = planner.changes(gpu, may_divide=False)
+    changes = planner.changes(gpu, may_shard=False)
     if not changes:
         tried = ", ".join(" ".join(change.overrides) for change in single_changes(recipe))
         return {}, f"training.auto_fit: {needed}, and nothing makes it fit; tried, alone and in pairs: {tried}"

@@ -13,8 +13,7 @@ import torch
 from finetune.console import show_size
 from finetune.distributed import collectives
 from finetune.distributed.device import device
-from finetune.planning.estimate import Planner
-from finetune.planning.memory import Memory
+from finetune.planning.estimate import Memory, Planner
 from finetune.planning.suggest import Change
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import MAY_CHANGE, is_trained

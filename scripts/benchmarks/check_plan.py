@@ -25,8 +25,8 @@ from typing import Any
 from process_memory import memory, reset_highest
 
 from finetune.data.collate import Rows
-from finetune.planning.memory import Memory, estimate
-from finetune.planning.setup import RowSize, Setup
+from finetune.planning.estimate import Memory, estimate
+from finetune.planning.memory import RowSize, Setup
 from modeling.shapes import TINY, Config
 from modeling.towers import TOWERS
 

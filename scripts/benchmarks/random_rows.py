@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from finetune.planning.setup import RowSize
+from finetune.planning.memory import RowSize
 from modeling.shapes import Config
 from modeling.tokens import IGNORED
 

@@ -152,7 +152,7 @@ def step(model: str, tokens: str, sequence: str, images: str) -> dict[str, Any]:
     from training_sides import MODELS as CONFIGS
     from training_sides import MODES, multiplying_rate
 
-    from finetune.planning.setup import RowSize
+    from finetune.planning.memory import RowSize
     from modeling import tiny
     from modeling.adapters import attach
     from modeling.forward import packed_loss

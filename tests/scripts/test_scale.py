@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.planning.setup import RowSize
+from finetune.planning.memory import RowSize
 from modeling import tiny
 from modeling.adapters import attach
 from modeling.forward import packed_loss
