@@ -80,8 +80,8 @@ def test_documents_alone_add_no_end_of_utterance():
 
 
 def test_constants_equal_those_of_training():
-    from finetune.data import prefetch
     from finetune.planning import estimate, forward
+    from finetune.training import prefetch
     from modeling import forward as modeled
 
     assert (forward.HEAD_ROWS, forward.ROWS) == (modeled.HEAD_ROWS, modeled.ROWS)
