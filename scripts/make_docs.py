@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the parts of docs/ that are made from the code: the tree, the recipe reference, the fields of formats.
+"""Write the parts of README and docs/ that are made from the code: the tree, the recipe reference, what commands print.
 
     python scripts/make_docs.py              rewrite what has changed, and print the names of those pages
     python scripts/make_docs.py --check      exit with status 1 instead, where a page is out of date
@@ -9,13 +9,19 @@ Such a part stands between two comments of its page, `<!-- made by scripts/make_
 
 import argparse
 import ast
+import contextlib
+import io
+import json
+import os
 import re
 import sys
+import unittest.mock
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.data.formats import FORMATS
+from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +140,40 @@ def _names(field: str) -> str:
     return " or ".join(f"`{name}`" for name in field.split("|"))
 
 
-PARTS: Mapping[str, Callable[[], str]] = {"tree": make_tree, "reference": make_reference, "fields": make_fields}
+def show_quickstart() -> str:
+    """Return what the quickstart prints at its end, of the measured run in recipes/quickstart.result.json."""
+    from finetune.reporting import summary
+
+    result = json.loads((ROOT / "recipes" / "quickstart.result.json").read_text())
+    return _printed(lambda: summary.show(load_recipe(ROOT / "recipes" / "quickstart.yaml"), result))
+
+
+def show_plan() -> str:
+    """Return what `finetune plan` prints of a recipe that does not fit, from its table of memory on."""
+    from finetune.planning import estimate
+
+    recipe = load_recipe(ROOT / "recipes" / "idefics-9b_lora_1x80gb.yaml")
+    block = _printed(lambda: estimate.plan(recipe, gpu="24GiB", processes=1, picture=None, show=True))
+    return "```\n" + block[block.index("memory at its peak") :]
+
+
+def _printed(show: Callable[[], object]) -> str:
+    """Return what a function prints on a terminal of 100 columns, as a block."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), unittest.mock.patch.dict(os.environ, {"COLUMNS": "100"}):
+        show()
+    return "```\n" + "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines()) + "```\n"
+
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+PARTS: Mapping[str, Callable[[], str]] = {
+    "tree": make_tree,
+    "reference": make_reference,
+    "fields": make_fields,
+    "quickstart": show_quickstart,
+    "plan": show_plan,
+}
 
 
 def rewrite(text: str) -> str:
@@ -147,7 +186,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
     outdated = []
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if (made := rewrite(text)) != text:
             outdated.append(page)

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Makes or completes .venv, then format, lint, types and tests, two test files at a time. Arguments go to pytest:
-# scripts/test.sh -m "not slow" -n 0
+# Makes or completes .venv with what tests need, then checks format, lint and types, and runs the tests, two files at a time.
+#   scripts/test.sh                        everything
+#   scripts/test.sh --cov                  and print which lines no test runs
+#   scripts/test.sh -m "not slow" -n 0     other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
