@@ -100,3 +100,9 @@ def test_what_must_be_cheap_leaves_torch_and_transformers_alone(code):
 def test_every_module_says_what_it_turns_into_what():
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_names_of_test_files_differ():
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

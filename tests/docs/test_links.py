@@ -47,7 +47,9 @@ def test_every_page_is_linked_from_readme():
 
 
 def test_scripts_named_by_pages_exist():
-    named = {name for page in ALL for name in re.findall(r"(?<![\w/])scripts/[\w/]+\.(?:py|sh|slurm)", page.read_text())}
+    named = {
+        name for page in ALL for name in re.findall(r"(?<![\w/])scripts/[\w/]+\.(?:py|sh|slurm)", page.read_text())
+    }
     assert len(named) > 10
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
