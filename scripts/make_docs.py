@@ -145,24 +145,25 @@ def show_quickstart() -> str:
     from finetune.reporting import summary
 
     result = json.loads((ROOT / "recipes" / "quickstart.result.json").read_text())
-    return _printed(lambda: summary.show(load_recipe(ROOT / "recipes" / "quickstart.yaml"), result))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), unittest.mock.patch.dict(os.environ, {"COLUMNS": "100"}):
+        summary.show(load_recipe(ROOT / "recipes" / "quickstart.yaml"), result)
+    return _block(out.getvalue())
 
 
 def show_plan() -> str:
     """Return what `finetune plan` prints of a recipe that does not fit, from its table of memory on."""
-    from finetune.planning import estimate
+    from typer.testing import CliRunner
 
-    recipe = load_recipe(ROOT / "recipes" / "idefics-9b_lora_1x80gb.yaml")
-    block = _printed(lambda: estimate.plan(recipe, gpu="24GiB", processes=1, picture=None, show=True))
-    return "```\n" + block[block.index("memory at its peak") :]
+    from finetune.cli import app
+
+    command = ["plan", str(ROOT / "recipes" / "idefics-9b_lora_1x80gb.yaml"), "--gpu", "24GiB"]
+    printed = CliRunner().invoke(app, command, env={"COLUMNS": "100"}).stdout
+    return _block(printed[printed.index("memory at its peak") :])
 
 
-def _printed(show: Callable[[], object]) -> str:
-    """Return what a function prints on a terminal of 100 columns, as a block."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), unittest.mock.patch.dict(os.environ, {"COLUMNS": "100"}):
-        show()
-    return "```\n" + "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines()) + "```\n"
+def _block(printed: str) -> str:
+    return "```\n" + "".join(f"{line.rstrip()}\n" for line in printed.splitlines()) + "```\n"
 
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
