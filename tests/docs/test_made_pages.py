@@ -1,12 +1,13 @@
 """The parts of docs/ that scripts/make_docs.py makes from the code are up to date."""
 
-from pathlib import Path
+import tomllib
 
 import make_docs
 import pytest
+import yaml
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+ROOT = make_docs.ROOT
+PAGES = make_docs.PAGES
 
 
 def test_every_part_has_its_page():
@@ -40,3 +41,14 @@ def test_tree_of_a_small_house(tmp_path):
         "modeling/     Tensors\n"
         "```\n"
     )
+
+
+def test_community_files_are_valid():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["id"] for hook in hooks] == ["ruff-format", "ruff-check", "mypy"]
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
+    assert {"run": "scripts/test.sh"} in jobs["test"]["steps"]
