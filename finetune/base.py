@@ -8,10 +8,10 @@ import torch
 
 from finetune.console import track
 from finetune.data.records import read_dialogues
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.distributed import collectives
 from finetune.distributed.device import device
+from finetune.recipe.schema import Source
 from finetune.stages import adapter_fingerprint, digest
 from modeling import loading, tiny
 from modeling.adapter_weights import AdapterWeights
@@ -97,17 +97,17 @@ def load_model(
 def make_base(shape: str, sources: list[Source], folder: Path, *, seed: int) -> None:
     """A fresh base of a shape, on disk; its tokenizer learns from the texts of the sources."""
     config = SHAPES[shape]
-    tokenizer = learn_tokenizer(config, sources, instruct=False)
+    tokenizer = learn_tokenizer(config, sources, seed=seed, instruct=False)
     processor = tiny.build_processor(tokenizer, image_size=config["vision_config"]["image_size"])
     loading.save_processor(processor, folder)
     tiny.build_model(config, seed=seed).save_pretrained(folder)
 
 
-def learn_tokenizer(config: Config, sources: list[Source], *, instruct: bool) -> Any:
+def learn_tokenizer(config: Config, sources: list[Source], *, seed: int, instruct: bool) -> Any:
     texts = [
         f"{turn.role.capitalize()}: {turn.text}"
         for source in sources
-        for _, dialogues in read_dialogues(source, Account(source.name), track=track)
+        for _, dialogues in read_dialogues(source, Account(source.name), seed=seed, track=track)
         for dialogue in dialogues
         for turn in dialogue.turns
     ]

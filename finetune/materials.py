@@ -17,20 +17,19 @@ from finetune.data.conversation import Image
 from finetune.data.dataset import Dataset, make_dataset, prepare_sources, tell_losses, write_report
 from finetune.data.fit import Limits, fitter
 from finetune.data.formats import hold_dialogues
-from finetune.data.images import Augmentation, Preprocessing
+from finetune.data.images import Preprocessing
 from finetune.data.mixing import prepared_pass, read_pass
 from finetune.data.packing import pack_in_order
 from finetune.data.prepare import require_examples
 from finetune.data.prepared import Prepared
 from finetune.data.sampling import Row, build_schedule
-from finetune.data.source import Source
+from finetune.data.sources import resolve_source, say_if_documents
 from finetune.data.streaming import StreamedRows, downloads
 from finetune.data.tokenize import Encoder
 from finetune.distributed import collectives
 from finetune.distributed.device import auto_dtype, device
 from finetune.evaluation.generate import Assistant
-from finetune.recipe.schema import Recipe
-from finetune.recipe.sources import say_if_documents, to_source
+from finetune.recipe.schema import Recipe, Source
 from finetune.run_dir import held_out_decides, note_prepared
 from finetune.training.image_features import FeatureCache, ImageFeatures
 from finetune.training.loss_spikes import read_events
@@ -77,7 +76,7 @@ class Materials:
 
     @cached_property
     def sources(self) -> list[Source]:
-        sources = [to_source(source, seed=self.recipe.training.seed) for source in self.recipe.data.sources]
+        sources = [resolve_source(source) for source in self.recipe.data.sources]
         say_if_documents(sources)
         return sources
 
@@ -130,7 +129,7 @@ class Materials:
         """Made anew each time: without what unstable.jsonl says by then. Not `cached`, images run live."""
         training, settings = self.dataset.training, self.recipe.training
         common: dict[str, Any] = {
-            "augmentation": Augmentation(**self.recipe.data.augment.model_dump()),
+            "augment": self.recipe.data.augment,
             "seed": settings.seed,
             "blank_image": self.recipe.model.trains_image_towers,
             "skipped": frozenset().union(*(event.skipped for event in read_events(self.folder))),
@@ -164,7 +163,7 @@ class Materials:
         evaluation = self.recipe.evaluation
         if not evaluation or not evaluation.documents:
             return None
-        sources = [to_source(source, seed=self.recipe.training.seed) for source in evaluation.documents]
+        sources = [resolve_source(source) for source in evaluation.documents]
         _require_all_here()
         prepared, accounts = prepare_sources(self.recipe, sources, self.processor.tokenizer, team=collectives.nodes())
         require_examples(prepared, accounts)
@@ -273,12 +272,12 @@ def _by_image(rows: RowCollator, features: Features) -> Callable[[Sequence[Image
 
 def open_dataset(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
     """(training sources, what is prepared, tokenizer), without a run folder or a model."""
-    sources = [to_source(source, seed=recipe.training.seed) for source in recipe.data.sources]
+    sources = [resolve_source(source) for source in recipe.data.sources]
     say_if_documents(sources)
     instruct = hold_dialogues(sources)
     if recipe.model.init:
         # The ids of the fresh base that a run would make; the extension to an instruct vocabulary comes on top.
-        tokenizer = learn_tokenizer(SHAPES[recipe.model.init], sources, instruct=instruct)
+        tokenizer = learn_tokenizer(SHAPES[recipe.model.init], sources, seed=recipe.training.seed, instruct=instruct)
     else:
         revision = recipe.model.revision
         tokenizer = loading.load_processor(str(recipe.model.base), revision=revision, instruct=instruct).tokenizer

@@ -16,13 +16,14 @@ import pytest
 import torch
 import yaml
 from small_models import stand_in
+from sources import make_source
 from transformers import AutoTokenizer
 
 from finetune.data.collate import RowCollator
-from finetune.data.images import Augmentation, Preprocessing
+from finetune.data.images import Preprocessing
 from finetune.data.prepare import prepare
 from finetune.data.sampling import Mix, build_schedule
-from finetune.data.source import Source
+from finetune.recipe.schema import Augment
 from modeling import loading, tiny
 from modeling.shapes import IDEFICS_9B
 from modeling.tokens import ADDED
@@ -181,12 +182,12 @@ def recipe_file(write_recipe, tmp_path):
 def make_rows(base_folder, dialogue_folder, tmp_path_factory):
     """rows(**schedule) -> a RowCollator over the twelve dialogues, tokenised for the stand-in."""
     processor = loading.load_processor(str(base_folder))
-    source = Source("messages", paths=(dialogue_folder / "dialogues.jsonl",))
+    source = make_source("messages", paths=(dialogue_folder / "dialogues.jsonl",))
     folder = tmp_path_factory.mktemp("prepared")
     prepared, _ = prepare([source], processor.tokenizer, max_length=512, max_images=4, seed=0, folder=folder)
     assert len(prepared) == 12
 
-    def rows(*, augmentation=None, **schedule):
+    def rows(*, augment=None, **schedule):
         settings = {"row_tokens": 512, "row_images": 4, "rows_per_step": 1, "seed": 0, "epochs": 1} | schedule
         mix = Mix(prepared.sizes, [None], prepared.lengths)
         planned = build_schedule(mix, prepared.image_counts, **settings)
@@ -197,7 +198,7 @@ def make_rows(base_folder, dialogue_folder, tmp_path_factory):
             prepared.images,
             Preprocessing.of(processor.image_processor),
             filler=1,
-            augmentation=augmentation or Augmentation(),
+            augment=augment or Augment(),
         )
 
     return rows

@@ -22,13 +22,13 @@ import zstandard
 from fuzzing import damaged, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data.conversation import Dialogue, RecordError
 from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import taken
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from modeling.errors import UserError
 
@@ -138,8 +138,8 @@ def check_reading(path: Path, *, formats=(), **settings) -> None:
     """Read a file to its end: records, counted rejections, or one error, in seconds; all of it can be written down."""
     started = time.monotonic()
     account = Account("fuzz")
-    source = Source("text", (path,), on_broken="keep", **settings)
-    root = ImageRoot(Source("messages", (path,)))
+    source = make_source("text", (path,), on_broken="keep", **settings)
+    root = ImageRoot(make_source("messages", (path,)))
     try:
         for place, record in taken(source, account):
             place.encode()
@@ -174,7 +174,7 @@ def check_images(store: Path, *names: str) -> None:
     """Look images up in a store: images, or errors of one line."""
     started = time.monotonic()
     try:
-        root = ImageRoot(Source("messages", (store,), image_root=(store,)))
+        root = ImageRoot(make_source("messages", (store,), image_root=(store,)))
         for name in names:
             try:
                 open_image(root.image(name))

@@ -3,21 +3,22 @@
 import hashlib
 from pathlib import Path
 
+from sources import make_source
+
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn
 from finetune.data.formats import FORMATS
 from finetune.data.formats.easy_vqa import read
 from finetune.data.images import Preprocessing
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.source import Source
+from finetune.data.sources import resolve_source
 from finetune.recipe.load import load_recipe
-from finetune.recipe.sources import to_source
 from modeling import loading
 from modeling.config import read_config
 from modeling.shapes import TINY, tensor_shapes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FOLDER = RECIPES / "tiny_base"
-TEST = Source("easy_vqa", split="test")
+TEST = make_source("easy_vqa", split="test")
 
 
 def test_it_is_small_and_no_pickle():
@@ -42,7 +43,7 @@ def test_its_recipe_reads_documents_only_and_no_test_image():
     assert formats
     assert all(family.documents for family in formats)
     seen = set()
-    for source, family in zip(map(to_source, recipe.data.sources), formats, strict=True):
+    for source, family in zip(map(resolve_source, recipe.data.sources), formats, strict=True):
         for _, record in family.read(source):
             try:
                 dialogue = family.convert(record, ImageRoot(source))

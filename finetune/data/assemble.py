@@ -31,13 +31,13 @@ from finetune.data.prepared import (
     dialogue_to_json,
     image_from_row,
 )
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.team import Team
 from finetune.data.tokenize import Example
 from finetune.data.tracking import Track
 from finetune.data.turns import Piece, by_last_appearance
 from finetune.data.workers import run_all
+from finetune.recipe.schema import Source
 from modeling.files import flush, write_json
 from modeling.tokens import IGNORED, IMAGE
 

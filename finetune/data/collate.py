@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from finetune.data.conversation import Image
-from finetune.data.images import Augmentation, Preprocessing, open_image
+from finetune.data.images import Preprocessing, open_image
 from finetune.data.sampling import Row
 from finetune.data.tokenize import Example
+from finetune.recipe.schema import Augment
 from modeling.tokens import IGNORED
 
 
@@ -141,7 +142,7 @@ class RowCollator(Rows):
     images: Sequence[Image]
     preprocessing: Preprocessing
     filler: int
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augment: Augment = field(default_factory=Augment)
     seed: int = 0
     blank_image: bool = False
     features: Features | None = None
@@ -191,6 +192,6 @@ class RowCollator(Rows):
         return {"pixel_values": stack_pixels(images, lambda image: self._pixels(image, epoch), size=size, blank=blank)}
 
     def _pixels(self, image: int, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch, image]) if self.augmentation != Augmentation() else None
+        rng = np.random.default_rng([self.seed, epoch, image]) if self.augment != Augment() else None
         opened = open_image(self.images[image])
-        return self.preprocessing.pixels(opened, augmentation=self.augmentation, rng=rng)
+        return self.preprocessing.pixels(opened, augment=self.augment, rng=rng)

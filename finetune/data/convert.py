@@ -32,12 +32,12 @@ from finetune.data.parts import (
 )
 from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, dialogue_to_json, image_row
 from finetune.data.records import lost_images, taken, to_dialogue
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.team import Team
 from finetune.data.tracking import Track
 from finetune.data.turns import opening_images, without_images
 from finetune.data.workers import run_all
+from finetune.recipe.schema import Source
 from modeling.files import flush
 
 PART_BYTES = 16_000_000
@@ -47,7 +47,9 @@ PART_SCHEMAS = {".images": IMAGE_SCHEMA, ".files": FILE_SCHEMA, ".arrow": DIALOG
 """The files of a part, in the order in which they are written."""
 
 
-def convert(source: Source, made: Path, *, downloads: Path, workers: int, track: Track, team: Team) -> Account:
+def convert(
+    source: Source, made: Path, *, seed: int, downloads: Path, workers: int, track: Track, team: Team
+) -> Account:
     """Records -> dialogues.arrow and images.arrow. Returns the account so far: read, not converted, broken off.
 
     Every process of the team that takes part reads all records, and converts those of its parts.
@@ -58,7 +60,7 @@ def convert(source: Source, made: Path, *, downloads: Path, workers: int, track:
         whole = Account(source.name)
         records = track(taken(source, whole), f"convert {source.label}")
         tasks = Unfinished(parts, _in_parts(records), team, schemas=PART_SCHEMAS)
-        run_all(tasks, _Convert(source, made, downloads), workers=workers)
+        run_all(tasks, _Convert(source, seed, made, downloads), workers=workers)
         return tasks.count, whole
 
     if not team.on_main("look for dialogues", lambda: _are_converted(made)):
@@ -102,6 +104,7 @@ class _Convert:
     """A part's records -> its dialogues and images, on disk."""
 
     source: Source
+    seed: int
     made: Path
     downloads: Path
 
@@ -117,7 +120,7 @@ class _Convert:
     def __call__(self, task: tuple[int, list[Record]]) -> None:
         number, records = task
         account = Account(self.source.name)
-        converted = [(place, _to_dialogue(place, record, self._root)) for place, record in records]
+        converted = [(place, _to_dialogue(place, record, self._root, self.seed)) for place, record in records]
         fetched = self._fetch([dialogue for _, dialogue in converted if isinstance(dialogue, Dialogue)])
         images = _PartImages(self.made, number)
         rows = []
@@ -143,7 +146,7 @@ class _Convert:
         }
         if not urls:
             return {}
-        return Downloader(self.downloads, http=self.source.download_http).fetch_all(sorted(urls))
+        return Downloader(self.downloads, http=self.source.download == "http").fetch_all(sorted(urls))
 
     def _row(
         self,
@@ -201,9 +204,11 @@ class _Convert:
         return content
 
 
-def _to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoot) -> Dialogue | RecordError:
+def _to_dialogue(
+    place: str, record: dict[str, Any] | RecordError, root: ImageRoot, seed: int
+) -> Dialogue | RecordError:
     try:
-        return to_dialogue(place, record, root)
+        return to_dialogue(place, record, root, seed=seed)
     except RecordError as error:
         return error
 

@@ -14,12 +14,10 @@ from finetune.data.io.files import files_of, fingerprint
 from finetune.data.prepare import prepare, require_examples, split_by_image
 from finetune.data.prepared import Prepared
 from finetune.data.sampling import Mix
-from finetune.data.source import Source
+from finetune.data.sources import resolve_source
 from finetune.data.stats import Account
 from finetune.data.team import ALONE, Team
-from finetune.recipe.schema import Recipe
-from finetune.recipe.schema import Source as SourceOfRecipe
-from finetune.recipe.sources import as_written, to_source
+from finetune.recipe.schema import Recipe, Source
 from finetune.run_dir import Contents, differences, is_trained
 from modeling.cores import available_cores
 from modeling.errors import UserError
@@ -50,7 +48,7 @@ def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, t
     """Prepare, or open what is prepared already. `sources`: the recipe's training sources, their formats known."""
     prepared = [source for source in sources if not source.stream]
     training, accounts = prepare_sources(recipe, prepared, tokenizer, team=team)
-    apart = [to_source(source, seed=recipe.training.seed) for source in recipe.data.eval_sources]
+    apart = [resolve_source(source) for source in recipe.data.eval_sources]
     held, held_accounts = prepare_sources(recipe, apart, tokenizer, team=team)
     if not recipe.data.streams:
         require_examples(training, accounts)
@@ -119,7 +117,7 @@ def contents(recipe: Recipe) -> Contents:
     The hash is None where a source is not there, and "" where the hub does not say. Folders of images are not looked
     into, see `fingerprint`.
     """
-    kinds: dict[str, Sequence[SourceOfRecipe]] = {
+    kinds: dict[str, Sequence[Source]] = {
         "sources": recipe.data.sources,
         "eval_sources": recipe.data.eval_sources,
         "documents": recipe.evaluation.documents if recipe.evaluation else [],
@@ -128,8 +126,7 @@ def contents(recipe: Recipe) -> Contents:
     return {kind: [_content(source, cache) for source in sources] for kind, sources in kinds.items()}
 
 
-def _content(said: SourceOfRecipe, cache: Path) -> dict[str, str | None]:
-    source = as_written(said)
+def _content(source: Source, cache: Path) -> dict[str, str | None]:
     try:
         if source.stream and not source.hub:
             return {"source": source.name, "sha256": _ends_of(files_of(source))}

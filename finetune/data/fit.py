@@ -10,10 +10,10 @@ import numpy as np
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, RecordError
 from finetune.data.formats import FORMATS
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.tokenize import Encoder, Example, tokenize_all
 from finetune.data.turns import Piece, bound, document_part, document_units, fill, join, opening_images
+from finetune.recipe.schema import Source
 
 TOO_LONG, TOO_MANY_IMAGES = "too long", "too many images"
 

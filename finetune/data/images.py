@@ -23,6 +23,7 @@ import PIL.TiffImagePlugin
 
 from finetune.data.conversation import Image, RecordError, Remote, Slice
 from finetune.data.io.paths import near_path
+from finetune.recipe.schema import Augment
 from modeling.errors import UserError
 from modeling.files import open_regular
 
@@ -235,14 +236,6 @@ def _to_8_bits(image: PIL.Image.Image, top: int | None, inverted: bool, name: st
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """Random changes to training images: mirrored left to right, moved by up to `shift` pixels of the model's input."""
-
-    flip: bool = False
-    shift: int = 0
-
-
-@dataclass(frozen=True)
 class Preprocessing:
     """RGB -> pixels: squashed to `size` (height, width), scaled, normalised per channel."""
 
@@ -284,14 +277,14 @@ class Preprocessing:
         self,
         image: PIL.Image.Image,
         *,
-        augmentation: Augmentation | None = None,
+        augment: Augment | None = None,
         rng: np.random.Generator | None = None,
     ) -> np.ndarray:
-        """float32 [3, H, W]. With `augmentation`, `rng` decides."""
+        """float32 [3, H, W]. With `augment`, `rng` decides."""
         height, width = self.size
         levels_HWC = np.asarray(image.resize((width, height), self.resample))
-        if augmentation and rng:
-            levels_HWC = _augment(levels_HWC, augmentation, rng)
+        if augment and rng:
+            levels_HWC = _augment(levels_HWC, augment, rng)
         return np.stack([self._table[channel][levels_HWC[..., channel]] for channel in range(3)])
 
     @cached_property
@@ -308,11 +301,11 @@ def _are_numbers(values: Any, count: int) -> bool:
     return len(listed) == count and all(type(value) in (int, float) and math.isfinite(value) for value in listed)
 
 
-def _augment(levels_HWC: np.ndarray, augmentation: Augmentation, rng: np.random.Generator) -> np.ndarray:
+def _augment(levels_HWC: np.ndarray, augment: Augment, rng: np.random.Generator) -> np.ndarray:
     """Flip by a coin, then move by a vector; the border repeats its edge."""
-    if augmentation.flip and rng.random() < 0.5:
+    if augment.flip and rng.random() < 0.5:
         levels_HWC = levels_HWC[:, ::-1]
-    down, right = rng.integers(-augmentation.shift, augmentation.shift, size=2, endpoint=True)
+    down, right = rng.integers(-augment.shift, augment.shift, size=2, endpoint=True)
     rows = np.clip(np.arange(levels_HWC.shape[0]) - down, 0, levels_HWC.shape[0] - 1)
     columns = np.clip(np.arange(levels_HWC.shape[1]) - right, 0, levels_HWC.shape[1] - 1)
     return levels_HWC[rows][:, columns]

@@ -16,10 +16,10 @@ from finetune.data.fit import Fates, Fitter
 from finetune.data.prepared import PreparedSet
 from finetune.data.records import read_dialogues
 from finetune.data.sampling import Unit
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.tokenize import Encoder, Example, tokenize_all
 from finetune.data.turns import Piece, without_images
+from finetune.recipe.schema import Source
 
 TOKENISED_AT_ONCE = 64
 
@@ -71,7 +71,7 @@ def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
     """A streamed source."""
 
     def one_pass(epoch: int, account: Account) -> Iterator[Drawn]:
-        dialogues = read_dialogues(source, account)
+        dialogues = read_dialogues(source, account, seed=fitter.seed)
         for start in count(step=TOKENISED_AT_ONCE):
             chunk = list(islice(dialogues, TOKENISED_AT_ONCE))
             if not chunk:

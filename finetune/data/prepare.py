@@ -28,11 +28,11 @@ from finetune.data.fit import Fitter, Limits, fitter
 from finetune.data.image_changes import Changes, find_changes
 from finetune.data.io.files import fingerprint
 from finetune.data.prepared import Prepared, PreparedSet
-from finetune.data.source import Source
 from finetune.data.stats import Account, why_nothing_is_left
 from finetune.data.team import ALONE, Team
 from finetune.data.tokenize import Encoder
 from finetune.data.tracking import Track, silently
+from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
 
@@ -95,7 +95,7 @@ def prepare_source(
         def tracked(items: Iterable[Any], step: str) -> Iterable[Any]:
             return track(items, step + anew)
 
-        account = convert(source, made, downloads=folder / "downloads", track=tracked, **options)
+        account = convert(source, made, seed=fitter.seed, downloads=folder / "downloads", track=tracked, **options)
         assemble(source, made, fitter, account, track=track, **options)
         found = team.on_main(f"open {source.label}", look)
         if found.set is not None and found.folder == made:
@@ -139,7 +139,7 @@ def find_set(first: Path) -> Found:
 
 
 def _say_missing(source: Source, made: Path, changes: Changes) -> str:
-    roots = [path.resolve() for path in source.image_root if path.is_dir()]
+    roots = [path.resolve() for path in source.image_roots if path.is_dir()]
     folder, several = changes.missing_folder(roots), len(changes.missing) > 1
     where = f"none of the {len(changes.missing):,} image files below {folder} is there; is its disk mounted?"
     if folder is None:
@@ -193,11 +193,11 @@ def _key(source: Source, fitter: Fitter, *, cache: Path) -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())
     made_of = {
-        "source": {name: str(value) for name, value in asdict(source).items() if name not in ("stream", "license")},
+        "source": source.model_dump(mode="json", exclude={"stream", "weight", "license"}),
         "content": fingerprint(source, cache=cache),
         "tokenizer": fitter.encoder.fingerprint,
         "limits": asdict(fitter.limits),
-        "seed": fitter.seed if source.turns else None,
+        "seed": fitter.seed if source.turns or len(source.prompt) > 1 else None,
         "code": code.hexdigest(),
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]

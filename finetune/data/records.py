@@ -5,17 +5,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from finetune.data.conversation import Dialogue, Image, RecordError, Remote, as_unicode, assistant, is_blank, user
+from finetune.data.conversation import (
+    Dialogue,
+    Image,
+    RecordError,
+    Remote,
+    as_unicode,
+    assistant,
+    is_blank,
+    user,
+)
 from finetune.data.formats import FORMATS
 from finetune.data.formats.placeholders import hide, reveal
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.streams import BrokenFileError, Record
 from finetune.data.leftovers import without
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.tracking import Track, silently
 from finetune.data.turns import without_images
+from finetune.recipe.schema import Source
 
 Look = Callable[[Image], object]
 """Opens an image. Raises RecordError: it cannot be shown."""
@@ -34,10 +43,12 @@ def taken(source: Source, account: Account) -> Iterator[Record]:
             return
 
 
-def to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoot, *, prompt: bool = False) -> Dialogue:
+def to_dialogue(
+    place: str, record: dict[str, Any] | RecordError, root: ImageRoot, *, prompt: bool = False, seed: int = 0
+) -> Dialogue:
     """A record of the root's source as a dialogue that can be trained on, or, as a `prompt`, be answered.
 
-    Raises RecordError: the record is none.
+    `seed` draws among the prompts of a source of captions. Raises RecordError: the record is none.
     """
     if isinstance(record, RecordError):
         raise record
@@ -57,13 +68,13 @@ def to_dialogue(place: str, record: dict[str, Any] | RecordError, root: ImageRoo
     answers = [turn for turn in dialogue.turns if turn.role == "assistant"]
     if not prompt and answers and not any(turn.supervised for turn in answers):
         raise RecordError("nothing supervised", "every answer has a weight of 0")
-    return _asked(dialogue, place, source) if source.prompt else dialogue
+    return _asked(dialogue, place, source, seed) if source.prompt else dialogue
 
 
-def _asked(caption: Dialogue, place: str, source: Source) -> Dialogue:
+def _asked(caption: Dialogue, place: str, source: Source, seed: int) -> Dialogue:
     """A caption as the answer to one of the source's prompts, which the record's place draws."""
     (turn,) = caption.turns
-    drawn = hashlib.blake2b(f"{source.prompt_seed}/{place}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    drawn = hashlib.blake2b(f"{seed}/{place}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     prompt = source.prompt[int.from_bytes(drawn) % len(source.prompt)]
     words = tuple(part for part in turn.parts if isinstance(part, str))
     return replace(caption, turns=(user(*turn.images, prompt), assistant(*words)))
@@ -87,7 +98,7 @@ def look(image: Image) -> None:
 
 
 def read_dialogues(
-    source: Source, account: Account, *, look: Look | None = None, track: Track = silently
+    source: Source, account: Account, *, seed: int = 0, look: Look | None = None, track: Track = silently
 ) -> Iterator[tuple[str, list[Dialogue]]]:
     """(place, its dialogues) for every record that converts and whose images open, if one is to `look`.
 
@@ -98,7 +109,7 @@ def read_dialogues(
     root = ImageRoot(source)
     for place, record in track(taken(source, account), f"read {source.label}"):
         try:
-            dialogue = to_dialogue(place, record, root)
+            dialogue = to_dialogue(place, record, root, seed=seed)
             found = [_looked(image, look) for image in dialogue.images] if look else []
             lost = lost_images(dialogue, found)
         except RecordError as error:

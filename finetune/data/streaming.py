@@ -15,13 +15,13 @@ import numpy as np
 
 from finetune.data.collate import Batch, collate, stack_pixels
 from finetune.data.conversation import Image, RecordError, Remote
-from finetune.data.images import Augmentation, Preprocessing, open_image
+from finetune.data.images import Preprocessing, open_image
 from finetune.data.io.download import Downloader
 from finetune.data.mixing import Drawn, Pass, mix, shuffle
 from finetune.data.packing import pack
 from finetune.data.sampling import Unit
-from finetune.data.source import Source
 from finetune.data.stats import Account, why_nothing_is_left
+from finetune.recipe.schema import Augment, Source
 from modeling.errors import UserError
 
 WINDOW_ROWS = 64
@@ -62,7 +62,7 @@ class StreamedRows:
     unit: Unit = "examples"
     buffer: int = 1000
     """Examples of each source among which the next one is drawn."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augment: Augment = field(default_factory=Augment)
     blank_image: bool = False
     skipped: Collection[tuple[str, str]] = frozenset()
     """(source, place) of records that rows do without."""
@@ -186,7 +186,7 @@ class StreamedRows:
 
         As in preparing, a document goes on without an image, as long as it has another.
         """
-        rng = np.random.default_rng([self.seed, number, 8]) if self.augmentation != Augmentation() else None
+        rng = np.random.default_rng([self.seed, number, 8]) if self.augment != Augment() else None
         fetched, pixels = self._fetch(row), dict[Image, np.ndarray]()
         usable: list[Drawn] = []
         for index, drawn in enumerate(row):
@@ -218,7 +218,7 @@ class StreamedRows:
                 return found
             image = Image(found)
         try:
-            return self.preprocessing.pixels(open_image(image), augmentation=self.augmentation, rng=rng)
+            return self.preprocessing.pixels(open_image(image), augment=self.augment, rng=rng)
         except RecordError as error:
             return error
 
@@ -264,4 +264,4 @@ class StreamedRows:
 def downloads(folder: Path, sources: Sequence[Source]) -> Downloader | None:
     """What fetches the images of sources that allow it."""
     allowed: list[Any] = [source for source in sources if source.download]
-    return Downloader(folder, http=any(source.download_http for source in allowed)) if allowed else None
+    return Downloader(folder, http=any(source.download == "http" for source in allowed)) if allowed else None

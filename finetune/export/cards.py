@@ -9,9 +9,8 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 
 from finetune.data.dataset import Dataset
-from finetune.data.source import Source
 from finetune.recipe.plain_yaml import parse_yaml
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Recipe, Source
 from modeling.errors import UserError
 from modeling.files import atomic_write
 

@@ -1,7 +1,6 @@
 """Recipe -> what a run would read and train: the first records of every source, and each tower. No torch."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from finetune.data.formats import hold_dialogues
 from finetune.data.images import digest
 from finetune.data.mixing import fit_records
 from finetune.data.records import look, read_dialogues
-from finetune.data.source import Source
+from finetune.data.sources import resolve_source, say_if_documents
 from finetune.data.stats import Account, most_frequent
 from finetune.data.tokenize import Encoder
 from finetune.planning.memory import Setup, count_by_tower
-from finetune.recipe.schema import Recipe
-from finetune.recipe.sources import say_if_documents, to_source
+from finetune.recipe.schema import Recipe, Source
 from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.shapes import SHAPES, Config
@@ -34,8 +32,8 @@ def check(recipe: Recipe, *, show: bool = False) -> dict[str, Any]:
 
     `show`: print it, too. Raises UserError where a source has no usable record among its first ones.
     """
-    config, seed = _config(recipe), recipe.training.seed
-    training = [to_source(source, seed=seed) for source in recipe.data.sources]
+    config = _config(recipe)
+    training = [resolve_source(source) for source in recipe.data.sources]
     say_if_documents(training)
     if hold_dialogues(training):
         config = {**config, "additional_vocab_size": 3}
@@ -47,7 +45,7 @@ def check(recipe: Recipe, *, show: bool = False) -> dict[str, Any]:
     encoder = _encoder(recipe)
     sources, first = [], None
     documents = recipe.evaluation.documents if recipe.evaluation else []
-    for source in (*training, *(to_source(source, seed=seed) for source in (*recipe.data.eval_sources, *documents))):
+    for source in (*training, *(resolve_source(source) for source in (*recipe.data.eval_sources, *documents))):
         report, dialogue = first_records(source, recipe, encoder)
         first = first or dialogue
         sources.append(report)
@@ -86,9 +84,9 @@ def _config(recipe: Recipe) -> Config:
 
 def first_records(source: Source, recipe: Recipe, encoder: Encoder | None) -> tuple[dict[str, Any], Dialogue | None]:
     """Return what becomes of a source's first records, and the first usable dialogue. Downloads no image."""
-    first = replace(source, limit=min(source.limit or FIRST_RECORDS, FIRST_RECORDS))
+    first = source.model_copy(update={"limit": min(source.limit or FIRST_RECORDS, FIRST_RECORDS)})
     account = Account(source.name)
-    found = list(read_dialogues(first, account, look=look))
+    found = list(read_dialogues(first, account, seed=recipe.training.seed, look=look))
     images = {image for _, dialogues in found for dialogue in dialogues for image in dialogue.images}
     remote = sum(isinstance(image.source, Remote) for image in images)
     usable = [dialogue for _, dialogues in found for dialogue in dialogues]

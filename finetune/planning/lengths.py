@@ -12,10 +12,10 @@ from finetune.data.formats import hold_dialogues
 from finetune.data.prepare import find_set, place
 from finetune.data.prepared import ACCOUNT, Prepared
 from finetune.data.sampling import build_schedule
+from finetune.data.sources import resolve_source
 from finetune.data.tokenize import Encoder
 from finetune.planning.memory import RowSize
 from finetune.recipe.schema import Recipe
-from finetune.recipe.sources import to_source
 from modeling.errors import UserError
 from modeling.files import read_json
 
@@ -41,8 +41,8 @@ def prepared_lengths(recipe: Recipe) -> Lengths | None:
     if model.init or data.streams or not _is_on_this_machine(str(model.base), model.revision):
         return None
     try:
-        sources = [to_source(one, seed=training.seed) for one in data.sources]
-        every = [*sources, *(to_source(one, seed=training.seed) for one in data.eval_sources)]
+        sources = [resolve_source(one) for one in data.sources]
+        every = [*sources, *(resolve_source(one) for one in data.eval_sources)]
         prepared = {_source_name(account) for account in Path(data.prepared).glob(f"*/{ACCOUNT}")}
         if not {source.name for source in every} <= prepared:
             return None

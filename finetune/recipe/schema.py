@@ -3,6 +3,7 @@
 Keys that do not fit together are refused here, with the reason and the repair.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
@@ -89,7 +90,7 @@ class Model(Section):
         return any(self.modes[tower] != "frozen" for tower in IMAGE_TOWERS)
 
 
-Format = Literal[
+FormatName = Literal[
     "auto", "messages", "sharegpt", "llava", "svit", "lrv", "m3it", "mimic_it", "spot_the_diff", "ultrachat", "alpaca",
     "cauldron", "vqa", "prompt_completion", "preference", "qa", "obelics", "pairs", "image_folder", "class_folders",
     "text", "easy_vqa", "easy_vqa_captions",
@@ -106,7 +107,7 @@ DOCUMENTS = ("obelics", "text", *CAPTIONS)
 class Source(Section):
     """Where records come from; paths are relative to the recipe's folder, given as key=value to where you are."""
 
-    format: Format = "auto"
+    format: FormatName = "auto"
     """The form of the records; auto: recognised from the first ones."""
     path: Paths = ()
     """Files, folders or patterns: json, jsonl (also .gz, .zst), csv, parquet, arrow, webdataset tar, txt, images."""
@@ -148,6 +149,30 @@ class Source(Section):
     """Keys of records, or of their messages, to read as if they were not there: [tools, videos]."""
     license: str | None = None
     """For the dataset card."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(map(Path, self.path))
+
+    @property
+    def image_roots(self) -> tuple[Path, ...]:
+        return tuple(map(Path, self.image_root))
+
+    def at(self, *paths: Path) -> Self:
+        """The same source, but of these files or folders."""
+        return self.model_copy(update={"path": tuple(map(str, paths))})
+
+    @property
+    def label(self) -> str:
+        """A short name, for a progress bar."""
+        return self.paths[0].name if self.path else self.hub or self.format
+
+    @property
+    def name(self) -> str:
+        """The name in messages and reports, such as "data/train.jsonl[train]"; always valid Unicode."""
+        where = ", ".join(map(str, self.paths)) or self.hub or self.format
+        name = f"{where}{f'/{self.subset}' if self.subset else ''}[{self.split}]"
+        return name.encode("utf-8", "backslashreplace").decode()
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

@@ -23,11 +23,10 @@ from finetune.data.fit import Limits, fitter
 from finetune.data.images import describe, open_image
 from finetune.data.mixing import fit_records
 from finetune.data.records import look, read_dialogues
-from finetune.data.source import Source
 from finetune.data.stats import Account, most_frequent
 from finetune.data.tokenize import SPECIALS, Encoder, Example
 from finetune.materials import open_dataset
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Recipe, Source
 from finetune.reporting.html.chart import Histogram, histogram
 from finetune.reporting.html.inspection import ShownDialogue, Token, choose_shown, inspection_page
 from finetune.reporting.html.page import thumbnail
@@ -123,7 +122,7 @@ class Inspection:
         data, settings = self.recipe.data, self.recipe.training
         limits = Limits(data.max_length, settings.row_images)
         how = fitter(source, Encoder(self.tokenizer), limits, seed=settings.seed)
-        records = list(islice(read_dialogues(source, account, look=look), STREAMED))
+        records = list(islice(read_dialogues(source, account, seed=settings.seed, look=look), STREAMED))
         account.dialogues += len(records)
         return [
             Shown(source.name, origin.place, piece.dialogue, example, longest=False)

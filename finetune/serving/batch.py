@@ -16,12 +16,13 @@ from finetune.data.images import open_image
 from finetune.data.io.files import files_of, fingerprint, read_records
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import to_dialogue
-from finetune.data.source import Source
+from finetune.data.sources import messages_at
 from finetune.data.tokenize import tokenize
 from finetune.data.tracking import Track, silently
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate_each
 from finetune.export.adapter_metadata import named_model
+from finetune.recipe.schema import Source
 from modeling.errors import UserError
 from modeling.files import partial_of, put_in_place
 
@@ -35,7 +36,7 @@ OURS = ("answer", "stopped", "error")
 def count_prompts(prompts: Path, out: Path) -> int:
     """The number of records in a file whose answers can be written to `out`. Raises UserError where they cannot."""
     check_place("OUT", out)
-    source = Source("messages", paths=(prompts,))
+    source = messages_at(prompts)
     if any(out.exists() and out.samefile(file) for file in files_of(source)):
         raise UserError(f"{out}: would be written over its own prompts; name another file for the answers")
     return sum(1 for _ in read_records(source))
@@ -65,7 +66,7 @@ def answer_file(
 
     Interrupted, the same call goes on. `model` is what `asked` says of it.
     """
-    source = Source("messages", paths=(prompts,))
+    source = messages_at(prompts)
     command = {**model, "max_new_tokens": max_new_tokens, "prompts": fingerprint(source)}
     out.parent.mkdir(parents=True, exist_ok=True)
     journal = out.with_name(f"{out.name}.journal")

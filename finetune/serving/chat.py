@@ -10,7 +10,7 @@ from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
 from finetune.data.formats.placeholders import place_images
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.source import Source
+from finetune.data.sources import messages_at
 from finetune.distributed.device import auto_dtype, device
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate
@@ -68,7 +68,7 @@ class Conversation:
         """
         asked: tuple[Turn, ...] = (user(question),)
         if self.waiting:
-            asked, _ = place_images(asked, self.waiting, ImageRoot(Source("messages")))
+            asked, _ = place_images(asked, self.waiting, ImageRoot(messages_at()))
         turns = [*self.turns, *asked]
         prompt = Dialogue(tuple(turns))
         (answer,) = generate(self.assistant, [prompt], max_new_tokens=self.max_new_tokens)

@@ -63,14 +63,14 @@ def write_images(folder: Path, count: int) -> Path:
 def measure(kind: str, count: int, folder: Path, workers: int) -> dict[str, Any]:
     """In a process of its own: seconds and peak memory of preparing, and of preparing again."""
     from finetune.data.prepare import prepare
-    from finetune.data.source import Source
+    from finetune.recipe.schema import Source
     from modeling import tiny
 
     if kind == "text":
-        source = Source("ultrachat", paths=(write_text(folder, count),))
+        source = Source(format="ultrachat", path=(str(write_text(folder, count)),))
     else:
         path = write_images(folder, count)
-        source = Source("llava", paths=(path,), image_root=tuple(sorted(folder.glob("*.tar"))))
+        source = Source(format="llava", path=(str(path),), image_root=tuple(map(str, sorted(folder.glob("*.tar")))))
     words = [f"What about number {number}? word{number} Shade Which" for number in range(1000)]
     tokenizer = tiny.train_tokenizer(words, vocab_size=2000, added=3)
 

@@ -9,9 +9,10 @@ import torch
 
 from finetune.data.collate import RowCollator, collate, stack_pixels
 from finetune.data.conversation import Image
-from finetune.data.images import Augmentation, Preprocessing
+from finetune.data.images import Preprocessing
 from finetune.data.sampling import Row
 from finetune.data.tokenize import Example
+from finetune.recipe.schema import Augment
 
 DTYPES = {
     "input_ids": torch.int64,
@@ -130,7 +131,7 @@ def test_without_augmentation_every_epoch_has_the_same_pixels(collator):
 
 def test_augmented_pixels_depend_on_seed_epoch_and_image_alone(collator):
     def augmented(row, seed):
-        changes = {"augmentation": Augmentation(shift=3), "seed": seed}
+        changes = {"augment": Augment(shift=3), "seed": seed}
         return RowCollator(**{**vars(collator), **changes}).at(row)["pixel_values"]
 
     assert torch.equal(augmented(0, 5), augmented(0, 5))
@@ -140,7 +141,7 @@ def test_augmented_pixels_depend_on_seed_epoch_and_image_alone(collator):
 
 def test_two_images_of_a_row_are_moved_apart(collator):
     twins = {"images": [gradient(0), gradient(0)], "image_ids": [(0,), (1,)], "examples": [ONE, ONE]}
-    changed = RowCollator(**{**vars(collator), **twins, "augmentation": Augmentation(shift=3)})
+    changed = RowCollator(**{**vars(collator), **twins, "augment": Augment(shift=3)})
     first, second = changed.at(0)["pixel_values"]
     assert not torch.equal(first, second)
 

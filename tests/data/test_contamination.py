@@ -4,14 +4,14 @@ import json
 
 import PIL.Image
 import pytest
+from sources import make_source
 
 from finetune.data.assemble import question_key
 from finetune.data.contamination import find_overlap
 from finetune.data.dataset import make_dataset, tell_losses
 from finetune.data.prepare import prepare
-from finetune.data.source import Source
+from finetune.data.sources import resolve_source
 from finetune.recipe.schema import Recipe
-from finetune.recipe.sources import to_source
 from modeling.errors import UserError
 
 
@@ -42,7 +42,7 @@ def compare(folder, tiny_tokenizer, tmp_path):
     def run(training, held, **source):
         sides = [
             prepare(
-                [Source("messages", (write(folder, name, dialogues),), **source)],
+                [make_source("messages", (write(folder, name, dialogues),), **source)],
                 tiny_tokenizer,
                 max_length=200,
                 max_images=3,
@@ -133,7 +133,7 @@ def dataset(folder, tiny_tokenizer, tmp_path):
                 "output": str(tmp_path / "run"),
             }
         )
-        return make_dataset(recipe, [to_source(source) for source in recipe.data.sources], tiny_tokenizer)
+        return make_dataset(recipe, [resolve_source(source) for source in recipe.data.sources], tiny_tokenizer)
 
     return make
 

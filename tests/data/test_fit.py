@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.fit import Fates, Fitter, Limits, fitter
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.tokenize import Encoder, Example, tokenize
 from finetune.data.turns import Piece, opening_images
@@ -326,10 +326,10 @@ def test_documents_that_became_several_are_counted_unless_all_of_it_was_lost():
 @pytest.mark.parametrize(
     ("source", "turns", "ordered"),
     [
-        (Source("messages"), None, True),
-        (Source("messages", turns=3, ordered=False), 3, False),
-        (Source("vqa", turns=2), 2, False),
-        (Source("vqa", turns=2, ordered=True), 2, True),
+        (make_source("messages"), None, True),
+        (make_source("messages", turns=3, ordered=False), 3, False),
+        (make_source("vqa", turns=2), 2, False),
+        (make_source("vqa", turns=2, ordered=True), 2, True),
     ],
 )
 def test_a_source_that_is_silent_about_order_has_that_of_its_format(encoder, source, turns, ordered):

@@ -12,12 +12,12 @@ import pytest
 from fuzzing import damaged, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data.conversation import Image, RecordError
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.paths import expand
-from finetune.data.source import Source
 from modeling.errors import UserError
 
 
@@ -87,7 +87,7 @@ def root(tmp_path_factory):
     (folder / "link").symlink_to("..")
     (folder / "text").write_text("..")
     (folder / "pipe").symlink_to("/dev/zero")
-    return ImageRoot(Source("auto", image_root=(folder,)))
+    return ImageRoot(make_source("auto", image_root=(folder,)))
 
 
 @fuzz(300)
@@ -97,7 +97,7 @@ def test_fuzz_references(root, reference):
 
     def found():
         image = root.image(reference)
-        assert isinstance(image.source, bytes) or image.source.is_relative_to(root.source.image_root[0])
+        assert isinstance(image.source, bytes) or image.source.is_relative_to(root.source.image_roots[0])
         return image
 
     check(found)
@@ -111,7 +111,7 @@ PARTS = st.sampled_from(["**", "*", "[a-z]*", "[!", "sub", "..", "?.png", ".*"])
 def test_fuzz_patterns(root, parts):
     """A pattern fits something, or one error says that it does not."""
     try:
-        found = expand(root.source.image_root[0].joinpath(*parts))
+        found = expand(root.source.image_roots[0].joinpath(*parts))
     except UserError:
         return
     assert found

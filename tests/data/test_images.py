@@ -20,7 +20,8 @@ from transformers.models.idefics.image_processing_pil_idefics import IdeficsImag
 
 from finetune.data import images
 from finetune.data.conversation import Image, RecordError, Remote, Slice
-from finetune.data.images import Augmentation, Preprocessing, decode_base64, describe, digest, encoded, open_image
+from finetune.data.images import Preprocessing, decode_base64, describe, digest, encoded, open_image
+from finetune.recipe.schema import Augment
 from modeling.errors import UserError
 
 
@@ -618,7 +619,7 @@ SMALL = Preprocessing((5, 7), mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def moved(pixels, *, flip, down, right):
-    """What an augmentation must give, one value at a time; the border repeats its edge."""
+    """What an augment must give, one value at a time; the border repeats its edge."""
     _, height, width = pixels.shape
     out = np.empty_like(pixels)
     for channel, y, x in np.ndindex(pixels.shape):
@@ -638,8 +639,8 @@ def test_augmentation_flips_by_a_coin_and_moves_within_its_bound(flip, shift):
         for right in range(-shift, shift + 1)
     }
     for seed in range(40):
-        changed = SMALL.pixels(image, augmentation=Augmentation(flip, shift), rng=np.random.default_rng(seed))
-        again = SMALL.pixels(image, augmentation=Augmentation(flip, shift), rng=np.random.default_rng(seed))
+        changed = SMALL.pixels(image, augment=Augment(flip=flip, shift=shift), rng=np.random.default_rng(seed))
+        again = SMALL.pixels(image, augment=Augment(flip=flip, shift=shift), rng=np.random.default_rng(seed))
         assert np.array_equal(changed, again)
         seen.add(expected[changed.tobytes()])
     assert {flipped for flipped, _, _ in seen} == {False, flip}
@@ -649,5 +650,5 @@ def test_augmentation_flips_by_a_coin_and_moves_within_its_bound(flip, shift):
 
 def test_without_augmentation_the_pixels_are_the_plain_ones():
     image, rng = noise(9, 9), np.random.default_rng(0)
-    assert np.array_equal(SMALL.pixels(image, augmentation=Augmentation(), rng=rng), SMALL.pixels(image))
-    assert np.array_equal(SMALL.pixels(image, augmentation=Augmentation(flip=True, shift=3)), SMALL.pixels(image))
+    assert np.array_equal(SMALL.pixels(image, augment=Augment(), rng=rng), SMALL.pixels(image))
+    assert np.array_equal(SMALL.pixels(image, augment=Augment(flip=True, shift=3)), SMALL.pixels(image))

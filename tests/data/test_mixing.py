@@ -7,13 +7,13 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sources import make_source
 from test_streaming import drawn, messages, written
 
 from finetune.data import mixing as passes
 from finetune.data.fit import Limits, fitter
 from finetune.data.mixing import mix, read_pass, shuffle
 from finetune.data.prepare import prepare
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.tokenize import Encoder
 
@@ -94,7 +94,7 @@ def test_records_become_the_examples_they_become_when_prepared(tmp_path, tiny_to
 def test_how_many_records_are_tokenised_at_once_changes_nothing(tmp_path, tiny_tokenizer, monkeypatch):
     turns = [turn for answer in "abcdef" for turn in messages(answer=answer)["messages"]]
     made = written(tmp_path, *[{"messages": turns}] * 9)
-    source = Source(made.format, made.paths, turns=3, ordered=False)
+    source = make_source(made.format, made.paths, turns=3, ordered=False)
     one_pass = read_pass(source, fitter(source, Encoder(tiny_tokenizer), Limits(256, 4), seed=0), 0)
 
     def examples(at_once):

@@ -12,8 +12,8 @@ from finetune.data.conversation import Image, Remote
 from finetune.data.dataset import make_dataset
 from finetune.data.formats import FORMATS
 from finetune.data.io.image_roots import ImageRoot
+from finetune.data.sources import resolve_source
 from finetune.recipe.load import load_recipe
-from finetune.recipe.sources import to_source
 
 RATIOS = [
     ("m3it", 7.7),
@@ -47,7 +47,7 @@ def prepare(places, tiny_tokenizer, tmp_path_factory):
         common = [f"data.prepared={folder}", "data.workers=1", "data.eval_split=0"]
         common += ["training.evaluate_every=null", "evaluation=null"]
         recipe = load_recipe(places[MIXTURES[0]], [*common, *overrides])
-        return make_dataset(recipe, [to_source(source) for source in recipe.data.sources], tiny_tokenizer)
+        return make_dataset(recipe, [resolve_source(source) for source in recipe.data.sources], tiny_tokenizer)
 
     return made
 
@@ -122,7 +122,7 @@ def test_an_epoch_is_in_the_ratio_to_one_example(prepared, unit, seed, epoch):
 
 
 def test_the_images_of_web_pages_may_be_fetched(places):
-    source = to_source(load_recipe(places[MIXTURES[0]]).data.sources[-1])
+    source = resolve_source(load_recipe(places[MIXTURES[0]]).data.sources[-1])
     url = "https://example.org/a.jpg"
     dialogue = FORMATS["obelics"].convert({"images": [url, None], "texts": [None, "A walk."]}, ImageRoot(source))
     assert dialogue.images == (Image(Remote(url)),)

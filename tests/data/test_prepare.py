@@ -20,6 +20,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data import assemble, convert, fit
 from finetune.data import image_changes as changes
@@ -32,7 +33,6 @@ from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
 from finetune.data.prepare import prepare, prepare_source, require_examples, split_by_image
 from finetune.data.prepared import EXAMPLE_SCHEMA, IMAGE_SCHEMA, Prepared, PreparedSet
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.tokenize import Encoder
 from modeling.errors import UserError
@@ -94,7 +94,7 @@ def run(folder, tokenizer, records=None, *, max_length=200, max_images=2, seed=0
     """(prepared, its account); sets are kept in `made`, or in a folder beside the data."""
     path = write(folder, records) if records is not None else folder / "data.jsonl"
     prepared, (account,) = prepare(
-        [Source("messages", (path,), **source)],
+        [make_source("messages", (path,), **source)],
         tokenizer,
         max_length=max_length,
         max_images=max_images,
@@ -292,8 +292,8 @@ def test_a_file_is_decoded_once(folder, tiny_tokenizer, monkeypatch):
 
 
 def test_sources_keep_their_order_and_sizes(folder, tiny_tokenizer, tmp_path):
-    first = Source("messages", (write(folder, [record("a.bmp"), "[]", record("b.bmp")]),))
-    nothing, few = replace(first, paths=(tmp_path / "none.jsonl",)), replace(first, limit=1)
+    first = make_source("messages", (write(folder, [record("a.bmp"), "[]", record("b.bmp")]),))
+    nothing, few = first.at(tmp_path / "none.jsonl"), first.model_copy(update={"limit": 1})
     (tmp_path / "none.jsonl").write_text("[]")
     prepared, accounts = prepare(
         [first, nothing, few], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=tmp_path / "made"
@@ -386,7 +386,7 @@ def test_documents_are_cut_and_their_parts_counted(folder, tiny_tokenizer):
         {"images": [None, None], "texts": ["No end " * 60, "The end."]},
     ]
     prepared, accounts = prepare(
-        [Source("obelics", (write(folder, lines),))],
+        [make_source("obelics", (write(folder, lines),))],
         tiny_tokenizer,
         max_length=80,
         max_images=2,
@@ -415,7 +415,7 @@ def test_a_document_goes_on_without_an_image_that_cannot_be_shown_while_it_has_a
         {"images": ["none.bmp", None, "none.bmp"], "texts": [None, "Both gone.", None]},
         {"images": ["b.bmp", None], "texts": [None, "Here."]},
     ]
-    source = Source("obelics", (write(folder, lines),))
+    source = make_source("obelics", (write(folder, lines),))
     limits = {"max_length": 80, "max_images": 4}
     prepared, (account,) = prepare([source], tiny_tokenizer, **limits, seed=0, folder=folder / "made")
     (turn,), _ = (dialogue.turns for dialogue in prepared.dialogues)
@@ -428,7 +428,7 @@ def test_a_document_is_cut_where_a_lost_image_would_leave_its_text_another(folde
     lines = [
         {"images": ["a.bmp", None, "none.bmp", None, "b.bmp", None], "texts": [None, "A.", None, "Gone.", None, "B."]}
     ]
-    source = Source("obelics", (write(folder, lines),))
+    source = make_source("obelics", (write(folder, lines),))
     limits = {"max_length": 80, "max_images": 4}
     prepared, (account,) = prepare([source], tiny_tokenizer, **limits, seed=0, folder=folder / "made")
     assert [
@@ -613,7 +613,7 @@ def test_an_empty_set_is_whole_and_opened_as_any_other(folder, tiny_tokenizer, c
 
 
 def test_of_two_processes_one_makes_the_set_and_both_get_it(folder, tiny_tokenizer):
-    source = Source("messages", (write(folder, NUMBERED),))
+    source = make_source("messages", (write(folder, NUMBERED),))
     how = fitter(source, Encoder(tiny_tokenizer), Limits(200, 2), seed=0)
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(2), context.Queue()
@@ -740,7 +740,7 @@ def test_why_a_set_is_made_anew_is_shown_with_the_progress(folder, tiny_tokenize
     steps = []
 
     def prepared():
-        source = Source("messages", (folder / "data.jsonl",))
+        source = make_source("messages", (folder / "data.jsonl",))
         how = fitter(source, Encoder(tiny_tokenizer), Limits(200, 2), seed=0)
         steps.clear()
         return prepare_source(
@@ -929,7 +929,7 @@ def test_names_that_are_not_utf_8_lose_nothing(tmp_path, tiny_tokenizer):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for _ in range(2):  # made, and opened
         made = prepare(
-            [Source("messages", (path,))], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=folder
+            [make_source("messages", (path,))], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=folder
         )
         prepared, (account,) = made
         assert [open_image(image).getpixel((0, 0)) for image in prepared.dialogues[0].images] == [(255, 0, 0)]
@@ -941,7 +941,7 @@ def test_names_that_are_not_utf_8_lose_nothing(tmp_path, tiny_tokenizer):
     json.dumps(account.to_json(), ensure_ascii=False).encode("utf-8", "backslashreplace")
     (folder / odd).unlink()
     with pytest.raises(UserError, match="the image file is missing"):
-        prepare([Source("messages", (path,))], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=folder)
+        prepare([make_source("messages", (path,))], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=folder)
 
 
 def inside(path):
@@ -1160,8 +1160,8 @@ def test_a_file_that_breaks_off_is_prepared_as_far_as_it_goes_where_that_is_aske
     path.write_text(f"[{', '.join(lines)}, tru")
     options = {"max_length": 200, "max_images": 2, "seed": 0, "folder": tmp_path / "made"}
     with pytest.raises(UserError, match=r"data\.json: the file breaks off: not JSON: .*; 3 records were read before, "):
-        prepare([Source("messages", (path,))], tiny_tokenizer, **options)
-    prepared, (account,) = prepare([Source("messages", (path,), on_broken="keep")], tiny_tokenizer, **options)
+        prepare([make_source("messages", (path,))], tiny_tokenizer, **options)
+    prepared, (account,) = prepare([make_source("messages", (path,), on_broken="keep")], tiny_tokenizer, **options)
     assert len(prepared) == 2
     assert (account.read, account.kept, account.rejected) == (3, 2, {"not an object": 1})
     size = path.stat().st_size

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data.arrow import DamagedError
 from finetune.data.chat_template import render
@@ -30,7 +31,6 @@ from finetune.data.prepared import (
     image_from_row,
     image_row,
 )
-from finetune.data.source import Source
 from finetune.data.tokenize import tokenize
 
 A, B = Image(Path("a.png")), Image(Path("b.png"))
@@ -123,7 +123,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepare_files(folder, tiny_tokenizer):
     def run(*names):
-        sources = [Source("messages", (folder / f"{name}.jsonl",)) for name in names]
+        sources = [make_source("messages", (folder / f"{name}.jsonl",)) for name in names]
         made = folder / "made"
         return prepare(sources, tiny_tokenizer, max_length=200, max_images=3, seed=0, folder=made)[0]
 

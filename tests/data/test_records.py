@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, RecordError, assistant, user
@@ -16,7 +17,6 @@ from finetune.data.io.image_roots import ImageRoot
 from finetune.data.mixing import read_pass
 from finetune.data.prepare import prepare
 from finetune.data.records import to_dialogue
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from finetune.data.tokenize import Encoder, tokenize, tokenize_all
 from finetune.planning.check import _encoder, first_records
@@ -117,7 +117,7 @@ def test_check_counts_of_the_first_records_what_prepare_counts(folder, tiny_toke
     path = folder / "data.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in records))
     prompt = ("What is it?", "What?") if asked and name == "pairs" else ()
-    source = Source(name, paths=(path,), limit=limit, turns=turns, prompt=prompt)
+    source = make_source(name, paths=(path,), limit=limit, turns=turns, prompt=prompt)
     with TemporaryDirectory() as made:
         settings = {"max_length": MAX_LENGTH, "max_images": MAX_IMAGES, "seed": 0, "folder": Path(made)}
         _, (account,) = prepare([source], tiny_tokenizer, **settings)
@@ -130,7 +130,7 @@ def test_streams_reject_what_prepare_rejects_before_images_are_opened(folder, ti
     records = [line for line in DIALOGUES if not any(name in json.dumps(line) for name in ("none", "broken", "empty"))]
     path = folder / "stream.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in records))
-    source, counted = Source("messages", paths=(path,)), Account("x")
+    source, counted = make_source("messages", paths=(path,)), Account("x")
     how = fitter(source, Encoder(tiny_tokenizer), Limits(MAX_LENGTH, MAX_IMAGES + 1), seed=0)
     list(read_pass(source, how, 0)(0, counted))
     with TemporaryDirectory() as made:
@@ -155,14 +155,14 @@ def test_no_length_is_checked_without_a_tokenizer_at_hand(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": ')
     assert _encoder(recipe_of(tmp_path)) is None
     (folder / "long.jsonl").write_text(json.dumps(said(answer="Me. " * 900)))
-    report, _ = first_records(Source("messages", paths=(folder / "long.jsonl",)), recipe_of(), None)
+    report, _ = first_records(make_source("messages", paths=(folder / "long.jsonl",)), recipe_of(), None)
     assert (report["usable"], report["length_checked"]) == (1, False)
 
 
 @pytest.fixture
 def captions(folder):
-    def source(*prompt, seed=0):
-        return Source("pairs", paths=(folder,), prompt=prompt, prompt_seed=seed)
+    def source(*prompt):
+        return make_source("pairs", paths=(folder,), prompt=prompt)
 
     return source
 
@@ -177,8 +177,9 @@ def test_prompt_makes_a_dialogue_of_a_caption(captions, folder):
 
 def test_prompts_are_drawn_by_place_and_seed(captions):
     def drawn(seed):
-        root = ImageRoot(captions("One?", "Two?", "Three?", seed=seed))
-        return [to_dialogue(f"d:{n}", {"image": "a.bmp", "text": "Red."}, root).turns[0].text for n in range(300)]
+        root = ImageRoot(captions("One?", "Two?", "Three?"))
+        record = {"image": "a.bmp", "text": "Red."}
+        return [to_dialogue(f"d:{n}", record, root, seed=seed).turns[0].text for n in range(300)]
 
     assert drawn(0) == drawn(0) != drawn(1)
     assert drawn(0)[:6] == ["Two?", "Two?", "Three?", "Two?", "Three?", "Three?"]
@@ -193,4 +194,4 @@ def test_blank_captions_and_texts_are_rejected_by_name(captions, folder, blank):
     page = {"images": ["a.bmp", None], "texts": [None, blank]}
     for name, record in (("obelics", page), ("text", {"text": blank})):
         with pytest.raises(RecordError, match="empty document"):
-            to_dialogue("d:1", record, ImageRoot(Source(name, paths=(folder,))))
+            to_dialogue("d:1", record, ImageRoot(make_source(name, paths=(folder,))))

@@ -13,17 +13,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data import mixing as passes
 from finetune.data import streaming as stream
 from finetune.data.conversation import RecordError
 from finetune.data.fit import Limits, fitter
-from finetune.data.images import Augmentation, Preprocessing
+from finetune.data.images import Preprocessing
 from finetune.data.mixing import TOKENISED_AT_ONCE, Drawn, prepared_pass, read_pass
 from finetune.data.prepare import prepare
-from finetune.data.source import Source
 from finetune.data.streaming import StreamedRows, downloads
 from finetune.data.tokenize import Encoder, Example
+from finetune.recipe.schema import Augment
 from modeling.errors import UserError
 
 PIXELS = Preprocessing((4, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -172,7 +173,7 @@ def messages(*images, question="what color is it?", answer="red"):
 def written(folder, *records, name="data.jsonl"):
     lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
     (folder / name).write_text("".join(f"{line}\n" for line in lines))
-    return Source("messages", (folder / name,), stream=True)
+    return make_source("messages", (folder / name,), stream=True)
 
 
 @pytest.fixture
@@ -195,10 +196,10 @@ ASKED = 10
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_row_is_the_same_whoever_asks_and_whatever_was_asked_before(reading, dialogue_folder, numbers):
     """Ranks and workers ask for some, a run that goes on begins in the middle; nobody has to ask in order."""
-    source = Source("messages", (dialogue_folder / "dialogues.jsonl",), turns=1)
+    source = make_source("messages", (dialogue_folder / "dialogues.jsonl",), turns=1)
 
     def rows():
-        return reading(source, augmentation=Augmentation(flip=True, shift=1), blank_image=True)
+        return reading(source, augment=Augment(flip=True, shift=1), blank_image=True)
 
     in_order = rows()
     whole = [in_order.at(number) for number in range(ASKED)]
@@ -221,7 +222,7 @@ def test_augmentation_is_drawn_anew_for_each_row(reading, folder):
     halves = PIL.Image.new("RGB", (4, 4), "red")
     halves.paste("blue", (0, 0, 2, 4))
     halves.save(folder / "halves.png")
-    rows = reading(written(folder, messages("halves.png")), row_tokens=96, augmentation=Augmentation(flip=True))
+    rows = reading(written(folder, messages("halves.png")), row_tokens=96, augment=Augment(flip=True))
     assert len({rows.at(number)["pixel_values"][0].numpy().tobytes() for number in range(12)}) == 2
 
 
@@ -244,7 +245,7 @@ def test_opening_images_is_for_rows_that_are_asked_for(reading, folder, monkeypa
 @given(st.integers(80, 300), st.integers(1, 3), st.integers(1, 30))
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_row_keeps_both_budgets(reading, dialogue_folder, row_tokens, row_images, buffer):
-    source = Source("messages", (dialogue_folder / "dialogues.jsonl",))
+    source = make_source("messages", (dialogue_folder / "dialogues.jsonl",))
     rows = reading(source, max_length=row_tokens, row_tokens=row_tokens, row_images=row_images, buffer=buffer)
     for number in range(12):
         batch = rows.at(number)
@@ -296,7 +297,7 @@ def test_read_is_kept_and_rejected_at_any_row_and_nothing_is_read_beyond_the_lim
     monkeypatch.setattr(passes, "TOKENISED_AT_ONCE", 2)
     kinds = ["good", *kinds]
     source = written(folder, *(KINDS[kind][0] for kind in kinds))
-    rows = reading(Source(source.format, source.paths, stream=True, limit=limit), buffer=buffer, row_images=2)
+    rows = reading(make_source(source.format, source.paths, stream=True, limit=limit), buffer=buffer, row_images=2)
     for number in range(12):  # enough for every record to have been in a row, and in further passes
         rows.at(number)
         (account,) = rows.accounts
@@ -340,7 +341,7 @@ def test_document_goes_on_without_an_image_as_in_preparing(reading, folder, tiny
         {"images": ["none.png", None, "b.png", None], "texts": [None, "no", None, "blue"]},
     ]
     paths = written(folder, *pages).paths
-    rows = reading(Source("obelics", paths, stream=True), row_tokens=512)
+    rows = reading(make_source("obelics", paths, stream=True), row_tokens=512)
     batch = rows.at(0)
     image = "<fake_token_around_image><image><fake_token_around_image>"
     texts = {tiny_tokenizer.decode(ids).replace(" ", "").replace("\n", "") for ids in sequences(batch)}
@@ -349,11 +350,11 @@ def test_document_goes_on_without_an_image_as_in_preparing(reading, folder, tiny
         rows.at(number)
     (account,) = rows.accounts
     settings = {"max_length": 512, "max_images": 4, "seed": 0, "folder": tmp_path / "made"}
-    _, (prepared,) = prepare([Source("obelics", paths)], tiny_tokenizer, **settings)
+    _, (prepared,) = prepare([make_source("obelics", paths)], tiny_tokenizer, **settings)
     facts = ("read", "kept", "rejected", "parts_rejected")
     assert {name: getattr(account, name) for name in facts} == {name: getattr(prepared, name) for name in facts}
     assert (account.kept, account.parts_rejected) == (2, {"corrupt image": 1, "missing image": 1})
-    again = reading(Source("obelics", paths, stream=True), row_tokens=512)
+    again = reading(make_source("obelics", paths, stream=True), row_tokens=512)
     again.restore(rows.state(6))
     again.at(0)
     assert again.accounts == rows.accounts
@@ -373,7 +374,7 @@ def test_a_record_of_several_examples_is_rejected_with_its_last(reading, folder)
     both = [*turns, *messages("broken.png")["messages"]]  # the last of four examples shows the broken image
     broken = [*messages("broken.png")["messages"], *turns]  # all four do
     source = written(folder, {"messages": both}, {"messages": broken})
-    rows = reading(Source(source.format, source.paths, stream=True, turns=1))
+    rows = reading(make_source(source.format, source.paths, stream=True, turns=1))
     for number in range(20):
         rows.at(number)
     (account,) = rows.accounts
@@ -416,13 +417,13 @@ def test_a_source_that_has_become_empty_is_an_error(reading, folder):
 def test_turns_bound_and_documents_are_cut(reading, encoder, folder):
     turns = [turn for answer in ("a", "b", "c") for turn in messages(answer=answer)["messages"]]
     source = written(folder, {"messages": turns}, messages())
-    rows = reading(Source(source.format, source.paths, stream=True, turns=2))
+    rows = reading(make_source(source.format, source.paths, stream=True, turns=2))
     rows.at(0)
     (account,) = rows.accounts
     assert (account.read, account.kept, account.dialogues, account.examples) == (2, 2, 2, 3)
 
     (folder / "long.jsonl").write_text(json.dumps({"texts": ["a red ball. " * 4] * 6, "images": [None] * 6}) + "\n")
-    rows = reading(Source("obelics", (folder / "long.jsonl",), stream=True), max_length=64)
+    rows = reading(make_source("obelics", (folder / "long.jsonl",), stream=True), max_length=64)
     for number in range(6):
         starts = rows.at(number)["sequence_starts"]
         assert starts.diff().max() <= 64
@@ -489,7 +490,7 @@ def test_images_that_are_urls_are_fetched_with_their_row(reading, folder):
     urls = ["https://example.org/a.png", "https://example.org/gone.png"]
     source = written(folder, *map(messages, urls))
     fetched = Fetched({urls[0]: folder / "a.png"})
-    rows = reading(Source(source.format, source.paths, stream=True, download=True), downloader=fetched)
+    rows = reading(make_source(source.format, source.paths, stream=True, download=True), downloader=fetched)
     batch = rows.at(0)
     assert set(fetched.asked[0]) <= set(urls)
     for number in range(1, 8):
@@ -510,7 +511,7 @@ def test_sizes_and_accounts_are_known_while_images_are_downloaded(reading, folde
             assert go_on.wait(30)
             return super().fetch_all(urls)
 
-    streamed = Source(source.format, source.paths, stream=True, download=True)
+    streamed = make_source(source.format, source.paths, stream=True, download=True)
     rows = reading(streamed, downloader=Slow({url: folder / "a.png"}))
     with ThreadPoolExecutor(2) as pool:
         row = pool.submit(rows.at, 0)
@@ -525,8 +526,8 @@ def test_sizes_and_accounts_are_known_while_images_are_downloaded(reading, folde
 
 
 def test_only_sources_that_allow_it_download(folder):
-    assert downloads(folder, [Source("messages"), Source("obelics")]) is None
-    assert downloads(folder, [Source("messages"), Source("obelics", download=True)]) is not None
+    assert downloads(folder, [make_source("messages"), make_source("obelics")]) is None
+    assert downloads(folder, [make_source("messages"), make_source("obelics", download=True)]) is not None
 
 
 def test_a_streamed_file_that_breaks_off_ends_the_run_or_is_kept_and_reported_once(folder, reading):
@@ -534,8 +535,8 @@ def test_a_streamed_file_that_breaks_off_ends_the_run_or_is_kept_and_reported_on
     path = folder / "broken.json"
     path.write_text(f"[{', '.join(lines)}, tru")
     with pytest.raises(UserError, match=r"broken\.json: the file breaks off: not JSON: .* 3 records were read before"):
-        reading(Source("messages", (path,), stream=True)).at(0)
-    rows = reading(Source("messages", (path,), stream=True, on_broken="keep"), buffer=2)
+        reading(make_source("messages", (path,), stream=True)).at(0)
+    rows = reading(make_source("messages", (path,), stream=True, on_broken="keep"), buffer=2)
     for number in range(8):
         rows.at(number)
     (account,) = rows.accounts

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+from sources import make_source
 
 from finetune.data.conversation import Dialogue, Image, Slice, assistant, user
 from finetune.data.formats import easy_vqa
-from finetune.data.source import Source
 from finetune.evaluation import evaluate as module
 from finetune.evaluation.evaluate import balanced_yes_no, evaluate
 from finetune.evaluation.generate import Answer
@@ -139,7 +139,7 @@ def test_predictions_say_where_images_are(monkeypatch, tmp_path):
 
 
 def test_the_balanced_subset_of_easy_vqa_is_the_published_one():
-    records = [record for _, record in easy_vqa.read(Source("easy_vqa", split="test"))]
+    records = [record for _, record in easy_vqa.read(make_source("easy_vqa", split="test"))]
     questions = [question for record in records for question in easy_vqa.convert(record, root=None).prompts()]
     assert sum(references in (("yes",), ("no",)) for _, references in questions) == 7_136
     chosen = [questions[index][1] for index in balanced_yes_no(questions)]

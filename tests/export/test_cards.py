@@ -10,10 +10,10 @@ from huggingface_hub import DatasetCard
 
 from finetune.data.conversation import RecordError
 from finetune.data.dataset import make_dataset
+from finetune.data.sources import resolve_source
 from finetune.data.stats import Account
 from finetune.export.cards import dataset_card, write_card
 from finetune.recipe.schema import Recipe
-from finetune.recipe.sources import to_source
 
 
 def ask(question, *images, answer="Me."):
@@ -55,7 +55,7 @@ def made(tmp_path, tiny_tokenizer):
             "output": "runs/mine",
         }
     )
-    sources = [to_source(source) for source in recipe.data.sources]
+    sources = [resolve_source(source) for source in recipe.data.sources]
     return recipe, sources, make_dataset(recipe, sources, tiny_tokenizer), folder
 
 
@@ -166,7 +166,7 @@ def test_no_rejections_are_none_and_a_split_names_its_set_once(made, tiny_tokeni
         "eval_split": 0.25,
     }
     split = recipe.model_copy(update={"data": recipe.data.model_validate({**recipe.data.model_dump(), **data})})
-    sources = [to_source(source) for source in split.data.sources]
+    sources = [resolve_source(source) for source in split.data.sources]
     dataset = make_dataset(split, sources, tiny_tokenizer)
     card = dataset_card(split, sources, dataset)
     assert "## Rejections\n\nNone.\n" in card

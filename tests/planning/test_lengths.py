@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from sources import make_source
+
 from finetune.data.dataset import prepare_sources
-from finetune.data.source import Source
 from finetune.planning.estimate import plan
 from finetune.recipe.load import load_recipe
 from modeling.loading import load_processor
@@ -20,7 +21,7 @@ def test_rows_are_full_without_prepared_data(recipe_file, tmp_path):
 def test_prepared_lengths_equal_those_of_a_run(recipe_file, base_folder, make_rows):
     """A recipe whose data is prepared differently finds none of them."""
     recipe = load_recipe(recipe_file)
-    source = Source("messages", paths=tuple(map(Path, recipe.data.sources[0].path)))
+    source = make_source("messages", paths=tuple(map(Path, recipe.data.sources[0].path)))
     prepared, _ = prepare_sources(recipe, [source], load_processor(str(base_folder)).tokenizer)
     made = plan(recipe, gpu="1GiB")
     rows = make_rows(rows_per_step=2)

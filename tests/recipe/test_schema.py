@@ -9,13 +9,13 @@ from typing import get_args
 import peft
 import pytest
 import yaml
+from sources import make_source
 
 from finetune.data.formats import FORMATS
-from finetune.data.source import Source
+from finetune.data.sources import resolve_source
 from finetune.recipe.adapter import LORA_FIELDS
 from finetune.recipe.load import load_recipe
-from finetune.recipe.schema import Format
-from finetune.recipe.sources import to_source
+from finetune.recipe.schema import FormatName
 from modeling.errors import UserError
 
 MINIMAL = """
@@ -498,30 +498,29 @@ def test_every_key_of_the_data_arrives_and_paths_are_relative_to_the_recipe(tmp_
     assert recipe.evaluation.documents[0].path == (str(tmp_path / "texts"),)
     data = recipe.data
     assert (data.weigh, data.shuffle_buffer, data.prepared, data.workers) == ("tokens", 7, "elsewhere/prepared", 3)
-    assert to_source(files) == Source(
+    assert resolve_source(files) == make_source(
         format="vqa",
         paths=(tmp_path / "questions" / "*.json", tmp_path.parent / "answers.json"),
         split="val",
         image_root=(tmp_path / "images", tmp_path / "more.zip"),
         image_name="COCO_train2014_{image_id:012d}.jpg",
         columns={"question": "asked"},
-        download=True,
-        download_http=True,
+        download="http",
         limit=9,
         turns=7,
         ordered=False,
         license="cc-by-4.0",
     )
-    streamed = to_source(local.model_copy(update={"format": "cauldron"}))
+    streamed = resolve_source(local.model_copy(update={"format": "cauldron"}))
     assert (streamed.hub, streamed.subset, streamed.revision) == (str(tmp_path / "local"), "coco", "main")
-    assert (streamed.stream, streamed.download, streamed.download_http) == (True, True, False)
-    assert to_source(hub.model_copy(update={"format": "llava"})).ordered is True
+    assert (streamed.stream, streamed.download) == (True, True)
+    assert resolve_source(hub.model_copy(update={"format": "llava"})).ordered is True
 
 
 def test_what_a_source_and_the_data_say_without_being_asked(tmp_path):
     recipe = load_recipe(written(tmp_path, MINIMAL.replace("format: easy_vqa", "path: a.jsonl, format: text")))
     (source,) = recipe.data.sources
-    assert to_source(source) == Source(
+    assert resolve_source(source) == make_source(
         format="text",
         paths=(tmp_path / "a.jsonl",),
         hub=None,
@@ -533,7 +532,6 @@ def test_what_a_source_and_the_data_say_without_being_asked(tmp_path):
         image_name=None,
         columns={},
         download=False,
-        download_http=False,
         limit=None,
         turns=None,
         ordered=None,
@@ -549,16 +547,16 @@ def test_a_format_that_is_not_named_is_recognised_and_said(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
     recipe = load_recipe(written(tmp_path, MINIMAL.replace("format: easy_vqa", "path: a.jsonl")))
     assert recipe.data.sources[0].format == "auto"
-    assert to_source(recipe.data.sources[0]).format == "sharegpt"
+    assert resolve_source(recipe.data.sources[0]).format == "sharegpt"
     said = " ".join(capsys.readouterr().err.split())
     assert "format sharegpt (recognised from its first records)" in said
     (tmp_path / "a.jsonl").write_text('{"a": 1, "b": 2}\n')
     with pytest.raises(UserError, match="format: auto: 1 records with the keys a, b are of no known format"):
-        to_source(recipe.data.sources[0])
+        resolve_source(recipe.data.sources[0])
 
 
 def test_the_literal_list_of_formats_is_the_readers():
-    assert sorted(get_args(Format)) == sorted(["auto", *FORMATS])
+    assert sorted(get_args(FormatName)) == sorted(["auto", *FORMATS])
 
 
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
@@ -608,9 +606,9 @@ def test_placeholders_and_ignored_keys_of_a_source(tmp_path):
 
     for ignore in ("tools", ["tools"]):
         (source,) = load_recipe(written_source(format="messages", placeholders="text", ignore=ignore)).data.sources
-        assert (to_source(source).placeholders, to_source(source).ignore) == ("text", ("tools",))
+        assert (resolve_source(source).placeholders, resolve_source(source).ignore) == ("text", ("tools",))
     (source,) = load_recipe(written_source(format="messages")).data.sources
-    assert (to_source(source).placeholders, to_source(source).ignore) == ("images", ())
+    assert (resolve_source(source).placeholders, resolve_source(source).ignore) == ("images", ())
     with pytest.raises(UserError, match=r"placeholders: .*'images' or 'text'"):
         load_recipe(written_source(placeholders="html"))
     with pytest.raises(UserError, match=r"ignore: expected a key or a list of keys, got 7"):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 from training_settings import training
 
-from finetune.data.images import Augmentation
 from finetune.data.sampling import Row
+from finetune.recipe.schema import Augment
 from finetune.training.checkpoints import last_checkpoint, mark_complete
 from finetune.training.trainer import IdeficsTrainer, parameter_groups, train
 from modeling import loading
@@ -110,7 +110,7 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_whole_step(base_
 
 
 def test_resumed_equals_whole_bit_for_bit_across_epochs_with_dropout_and_augmentation(base_folder, make_rows, tmp_path):
-    rows = make_rows(epochs=3, rows_per_step=2, row_tokens=192, augmentation=Augmentation(flip=True, shift=3))
+    rows = make_rows(epochs=3, rows_per_step=2, row_tokens=192, augment=Augment(flip=True, shift=3))
     assert rows.rows[-1].epoch == 2
     middle = len(rows.rows) // 4 + 1
     settings = {"rows_per_step": 2, "checkpoint_every": middle, "schedule": "cosine", "learning_rate": 1e-2}

@@ -14,9 +14,10 @@ from finetune.data.formats import (
     questions,
     vqa,
 )
+from finetune.data.formats.format import Format
 from finetune.data.io.files import read_records
 from finetune.data.leftovers import SYSTEM
-from finetune.data.source import Format, Source
+from finetune.recipe.schema import Source
 
 _SHOWN, _NUMBERED = "image|images", "image_id"
 _BEFORE = ("|".join(SYSTEM), "history")
@@ -123,10 +124,8 @@ _FORMATS = {
     ),
     "class_folders": Format(documents.convert_pair, image_folder.read_classes, documents=True, captions=True),
     "text": Format(documents.convert_text, documents.read_texts, documents.is_text, ("text", "title"), documents=True),
-    "easy_vqa": Format(easy_vqa.convert, easy_vqa.read, ordered=False, needs_files=False),
-    "easy_vqa_captions": Format(
-        easy_vqa.convert_caption, easy_vqa.read_captions, documents=True, captions=True, needs_files=False
-    ),
+    "easy_vqa": Format(easy_vqa.convert, easy_vqa.read, ordered=False),
+    "easy_vqa_captions": Format(easy_vqa.convert_caption, easy_vqa.read_captions, documents=True, captions=True),
 }
 """The more special before the more general: of two that fit equally many records, the first is recognised.
 

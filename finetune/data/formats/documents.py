@@ -6,7 +6,6 @@ Text is divided at its blank lines, one part a paragraph, so that a long documen
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from finetune.data.io.files import files_of, read_records, refuse_columns
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.paths import expand, files_below
 from finetune.data.io.streams import Record
-from finetune.data.source import Source
+from finetune.recipe.schema import Source
 from modeling.files import open_regular
 
 PAIR_IMAGES = (*IMAGES, *SUFFIX_NAMES, "url")
@@ -83,14 +82,14 @@ def is_text(record: dict[str, Any]) -> bool:
 def read_texts(source: Source) -> Iterator[Record]:
     """Every .txt file is one record, and a folder with such files below it stands for them; other files hold many."""
     places = [place for path in source.paths for place in expand(path)]
-    files = [file for path in places for file in _texts_below(path) or files_of(replace(source, paths=(path,)))]
+    files = [file for path in places for file in _texts_below(path) or files_of(source.at(path))]
     for file in dict.fromkeys(files):
         if file.suffix == ".txt":
             refuse_columns(source)
             yield file.name, _text_record(file)
     others = tuple(dict.fromkeys(file for file in files if file.suffix != ".txt"))
     if others or source.hub:
-        yield from read_records(replace(source, paths=others))
+        yield from read_records(source.at(*others))
 
 
 def read_text(path: Path) -> str:

@@ -12,7 +12,7 @@ from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assis
 from finetune.data.formats.fields import required, required_list
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.streams import Record
-from finetune.data.source import Source
+from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
 SHAPES = ("circle", "rectangle", "triangle")

@@ -6,7 +6,6 @@ folder: golden_retriever/1.jpg, "golden retriever".
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from finetune.data.formats.fields import required
 from finetune.data.io.files import read_records
 from finetune.data.io.paths import expand, files_below
 from finetune.data.io.streams import Record
-from finetune.data.source import Source
+from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
 FILES = ("file_name", "image", "filename", "image_path", "path")
@@ -76,7 +75,7 @@ def _read_folder(folder: Path, source: Source) -> Iterator[Record]:
 
 def _read_metadata(path: Path, source: Source, lines: dict[Path, tuple[str, str]]) -> Iterator[Record]:
     """Fills `lines` with {image: (place, caption)}; yields the lines that cannot be used."""
-    for place, line in read_records(replace(source, paths=(path,))):
+    for place, line in read_records(source.at(path)):
         try:
             if isinstance(line, RecordError):
                 raise line

@@ -7,7 +7,6 @@ On the hub a record is {"instruction", "answer", "images"} and has no related on
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from finetune.data.io.files import files_of, read_pairs, read_records, refuse_co
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.streams import Record, stop_if_broken
 from finetune.data.leftovers import leftovers
-from finetune.data.source import Source
+from finetune.recipe.schema import Source
 
 _READ = frozenset({"instruction", "answer", "image_ids", "images", "rel_ins_ids"})
 
@@ -33,7 +32,7 @@ def read(source: Source) -> Iterator[Record]:
         yield from stop_if_broken(_read_json(file), source.on_broken)
     others = tuple(file for file in files if file not in official)
     if others or source.hub:
-        yield from read_records(replace(source, paths=others))
+        yield from read_records(source.at(*others))
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:

@@ -13,7 +13,7 @@ from finetune.data.field_names import IMAGE_SUFFIXES
 from finetune.data.formats import FORMATS, image_folder
 from finetune.data.io.files import READERS, files_of, read_first, read_records
 from finetune.data.io.streams import Record
-from finetune.data.source import Source
+from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
 FIRST_RECORDS = 20

@@ -10,7 +10,6 @@ TextVQA and DocVQA are one, {"data": [...]}, of records that hold both; so is an
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from finetune.data.formats.fields import answer_of, checked, first_item, has, ow
 from finetune.data.io.files import files_of, read_header, read_items, read_keys, read_records, refuse_columns
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.streams import BrokenFileError, Record, stop_if_broken
-from finetune.data.source import Source
+from finetune.recipe.schema import Source
 
 ASKED = ("question", "query")
 ANSWERED = ("answers", "answer", "label", "direct_answers")
@@ -39,7 +38,7 @@ def read(source: Source) -> Iterator[Record]:
         refuse_columns(source)
     yield from stop_if_broken(_joined(files["questions"], files["annotations"]), source.on_broken)
     if files[""] or source.hub:
-        yield from read_records(replace(source, paths=tuple(files[""])))
+        yield from read_records(source.at(*files[""]))
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:

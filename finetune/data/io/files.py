@@ -5,7 +5,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from finetune.data.io.samples import unfold
 from finetune.data.io.shards import COMPRESSED_TARS, read_shard
 from finetune.data.io.streams import COMPRESSIONS, Record, stop_if_broken
 from finetune.data.io.tables import read_arrow, read_parquet
-from finetune.data.source import Source
+from finetune.recipe.schema import Source
 from modeling.errors import UserError
 from modeling.files import open_regular
 
@@ -176,8 +175,8 @@ def fingerprint(source: Source, cache: Path | None = None) -> str:
             parts += [file.relative_to(path).as_posix() for file in below]
             files += [file for file in below if file.suffix.lower() not in IMAGE_SUFFIXES]
         else:
-            files += files_of(replace(source, paths=(path,)))
-    roots = {outer for path in source.image_root for outer, _ in locate(path)}
+            files += files_of(source.at(path))
+    roots = {outer for path in source.image_roots for outer, _ in locate(path)}
     files += [outer for outer in sorted(roots) if not outer.is_dir()]
     try:
         parts += _digests(files, cache)

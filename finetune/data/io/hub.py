@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.data.io.streams import BrokenFileError, Record, until_broken
 from finetune.data.io.tables import BATCH_ROWS, Checked, check_schema, checked, number_rows
-from finetune.data.source import Source
+from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
 SAVED = ("state.json", "dataset_dict.json")

@@ -17,7 +17,7 @@ from finetune.data.io.archives import Archive, Tar, Zip
 from finetune.data.io.paths import folders_of, locate
 from finetune.data.io.shards import COMPRESSED_TARS
 from finetune.data.io.stores import Folder, Json, Store, Table
-from finetune.data.source import Source
+from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
 
@@ -30,7 +30,7 @@ class ImageRoot:
     def __init__(self, source: Source):
         self.source = source
         folders = [] if source.image_root else _default_folders(source)
-        self._stores = _open_stores(source.image_root) if source.image_root else _open_folders(folders)
+        self._stores = _open_stores(source.image_roots) if source.image_root else _open_folders(folders)
         self._common = Path(os.path.commonpath(folders)) if source.paths and folders else None
         self._own: Folder | None = None
         self._beside: dict[Path, ImageRoot] = {}
@@ -96,10 +96,10 @@ class ImageRoot:
 
     def _remote(self, url: str) -> Image:
         scheme = url.partition(":")[0].lower()
-        allowed = self.source.download and (scheme == "https" or (scheme == "http" and self.source.download_http))
+        allowed = self.source.download and (scheme == "https" or (scheme == "http" and self.source.download == "http"))
         if allowed:
             return Image(Remote(url))
-        hint = {"https": "; `download: true` fetches it", "http": "; `download` and `download_http: true` fetch it"}
+        hint = {"https": "; `download: true` fetches it", "http": "; `download: http` fetches it"}
         raise RecordError("image is a URL", f"{url:.200}: expected a path{hint.get(scheme, '')}")
 
     def _stored(self, name: str) -> Image:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.formats import FORMATS
 from finetune.data.formats.questions import DIFFERENCES
 from finetune.data.formats.recognise import recognise
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.source import Source
 from modeling.errors import UserError
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n...", b"\xff\xd8\xff..."
@@ -194,12 +194,12 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     for name in FILES:
         (folder / name).write_bytes(PNG)
-    return ImageRoot(Source("any", image_root=(folder,)))
+    return ImageRoot(make_source("any", image_root=(folder,)))
 
 
 def convert(name, record, root):
     """The dialogue, its images relative to the root."""
-    folder = root.source.image_root[0].resolve()
+    folder = root.source.image_roots[0].resolve()
 
     def relative(part):
         inside = isinstance(part, Image) and isinstance(part.source, Path)

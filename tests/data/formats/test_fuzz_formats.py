@@ -50,7 +50,7 @@ def test_fuzz_inside_of_compressed_files(suffix, folder, data):
     check_reading(path)
 
 
-NAMES = [name for name, family in FORMATS.items() if family.needs_files]
+NAMES = [name for name in FORMATS if not name.startswith("easy_vqa")]
 WORDS = ("messages", "role", "content", "images", "image", "type", "text", "conversations", "from", "value", "answers")
 VALUES = st.recursive(
     st.sampled_from(

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from sources import make_source
 
 from finetune.data.conversation import RecordError, Turn, assistant, user
 from finetune.data.formats import FORMATS
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import read_dialogues
-from finetune.data.source import Source
 from finetune.data.stats import MOST_NAMES, Account, most_frequent
 
 PNG = b"\x89PNG\r\n\x1a\n..."
@@ -22,7 +22,7 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     for name in ("a.png", "7.jpg"):
         (folder / name).write_bytes(PNG)
-    return ImageRoot(Source("any", image_root=(folder,)))
+    return ImageRoot(make_source("any", image_root=(folder,)))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_field_that_is_ignored_by_the_source_is_not_looked_at(root, tmp_path):
     bad = [{**message, "tool_calls": [{"id": 1}]} for message in ASKED["messages"]]
     records = [{**ASKED, "tools": ["look"], "score": 1}, {"messages": bad}, {**ASKED, "video": "v.mp4"}, ASKED]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    source = Source("messages", (tmp_path / "data.jsonl",), ignore=("tools", "tool_calls"))
+    source = make_source("messages", (tmp_path / "data.jsonl",), ignore=("tools", "tool_calls"))
     account = Account("x")
     found = [dialogue.turns for _, dialogues in read_dialogues(source, account) for dialogue in dialogues]
     assert found == [(user("Who?"), assistant("Me."))] * 3

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.formats import FORMATS
 from finetune.data.formats.placeholders import hide, kinds_in
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import read_dialogues
-from finetune.data.source import Source
 from finetune.data.stats import Account
 
 PNG = b"\x89PNG\r\n\x1a\n..."
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def convert(name, record, folder):
     """The dialogue, its images by their names."""
-    dialogue = FORMATS[name].convert(record, ImageRoot(Source(name, image_root=(folder,))))
+    dialogue = FORMATS[name].convert(record, ImageRoot(make_source(name, image_root=(folder,))))
     return named(dialogue)
 
 
@@ -237,7 +237,7 @@ def test_placeholders_kept_as_text_where_the_source_says_so(folder, tmp_path):
         '{"conversations": [{"from": "human", "value": "Is <image> or [IMG] a tag?"},'
         ' {"from": "gpt", "value": "<image> is, and <video>v</video>."}], "image": "a.png"}\n'
     )
-    source = Source("llava", (tmp_path / "data.jsonl",), image_root=(folder,), placeholders="text")
+    source = make_source("llava", (tmp_path / "data.jsonl",), image_root=(folder,), placeholders="text")
     account = Account("tags")
     ((_, (dialogue,)),) = read_dialogues(source, account)
     assert named(dialogue) == Dialogue(

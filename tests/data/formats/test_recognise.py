@@ -8,6 +8,7 @@ import tarfile
 
 import PIL.Image
 import pytest
+from sources import make_source
 
 from finetune.data.conversation import Dialogue, RecordError, assistant, user
 from finetune.data.dataset import contents
@@ -16,9 +17,8 @@ from finetune.data.formats.recognise import Recognised, recognise_source
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import to_dialogue
-from finetune.data.source import Source
+from finetune.data.sources import resolve_source, say_if_documents
 from finetune.recipe import schema as recipe
-from finetune.recipe.sources import say_if_documents, to_source
 from modeling.errors import UserError
 
 SPOKEN = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Me."}]
@@ -43,7 +43,7 @@ def write(folder, **contents):
 
 
 def auto(path, **options):
-    return Source("auto", paths=(path,), **options)
+    return make_source("auto", paths=(path,), **options)
 
 
 def refusal(source):
@@ -54,7 +54,7 @@ def refusal(source):
 
 def first_dialogue(source):
     """Of the source, its format recognised; images by their colour in the middle."""
-    found = Source(**{**vars(source), "format": recognise_source(source).format})
+    found = source.model_copy(update={"format": recognise_source(source).format})
     place, record = next(iter(FORMATS[found.format].read(found)))
     dialogue = to_dialogue(place, record, ImageRoot(found))
     turns = [[part if isinstance(part, str) else open_image(part).getpixel((4, 3)) for part in turn.parts]
@@ -176,7 +176,7 @@ def test_webdataset_samples_hold_dialogues(tmp_path, name, members, turns):
 
 def test_webdataset_sample_that_names_other_images_than_it_has(tmp_path):
     source = shard(tmp_path / "s.tar", png=RED, json={"images": ["1.png", "2.png"], "conversations": SPOKEN})
-    ((_, record),) = FORMATS["llava"].read(Source("llava", paths=source.paths))
+    ((_, record),) = FORMATS["llava"].read(make_source("llava", paths=source.paths))
     assert isinstance(record, RecordError)
     assert str(record) == "image count: 2 images named in the JSON, 1 files in the sample"
 
@@ -206,7 +206,7 @@ def test_class_folders_with_files_that_are_no_data_beside_them(classes):
 
 def test_class_folders_name_their_images(classes):
     write(classes, b__png=RED)
-    records = [record for _, record in FORMATS["class_folders"].read(Source("class_folders", paths=(classes,)))]
+    records = [record for _, record in FORMATS["class_folders"].read(make_source("class_folders", paths=(classes,)))]
     assert [record.reason if isinstance(record, RecordError) else record["text"] for record in records] == [
         "no class", "cat", "wild dog",
     ]  # fmt: skip
@@ -229,10 +229,10 @@ def source_of(path, **options):
 
 def test_columns_of_a_name_that_the_format_does_not_read(tmp_path):
     path = write(tmp_path, d__jsonl=[{"image": "a.png", "alt": "A cat."}]) / "d.jsonl"
-    found = to_source(source_of(path, format="pairs", columns={"text": "alt"}))
+    found = resolve_source(source_of(path, format="pairs", columns={"text": "alt"}))
     assert found.columns == {"text": "alt"}
     with pytest.raises(UserError, match="columns: format pairs reads no txt2; it reads image, images, "):
-        to_source(source_of(path, format="pairs", columns={"txt2": "alt"}))
+        resolve_source(source_of(path, format="pairs", columns={"txt2": "alt"}))
 
 
 def test_content_of_a_source_is_told_apart_whatever_its_format(tmp_path, capsys):
@@ -255,7 +255,7 @@ def test_content_of_a_source_is_told_apart_whatever_its_format(tmp_path, capsys)
 def test_prompt_belongs_to_captions(tmp_path):
     path = write(tmp_path, d__jsonl=[MESSAGES]) / "d.jsonl"
     with pytest.raises(UserError, match=re.escape("prompt makes dialogues of captions (pairs, image_folder")):
-        to_source(source_of(path, prompt="Who?"))
+        resolve_source(source_of(path, prompt="Who?"))
     for bad in ("", " ", 7, [], ["Who?", ""], [7]):
         if bad != []:
             with pytest.raises(ValueError, match="expected a prompt or a list of prompts"):
@@ -269,24 +269,24 @@ def test_documents_alone_make_no_instruct_model_and_that_is_said(capsys):
         say_if_documents(sources)
         return capsys.readouterr().err
 
-    captions, asked = Source("pairs"), Source("pairs", prompt=("What?",))
-    assert "documents alone" in said(Source("text"))
-    assert "prompt:" not in said(Source("text"))
+    captions, asked = make_source("pairs"), make_source("pairs", prompt=("What?",))
+    assert "documents alone" in said(make_source("text"))
+    assert "prompt:" not in said(make_source("text"))
     assert 'prompt: "Describe the image." in a source makes dialogues of its captions' in said(captions)
-    assert said(asked) == said(captions, Source("messages")) == ""
+    assert said(asked) == said(captions, make_source("messages")) == ""
 
 
 def test_preferences_are_trained_on_the_chosen_answers_and_that_is_said(tmp_path, capsys):
     records = [{"prompt": "Who?", "chosen": "Me.", "rejected": "You."}]
     path = write(tmp_path, d__jsonl=records) / "d.jsonl"
-    assert to_source(source_of(path)).format == "preference"
+    assert resolve_source(source_of(path)).format == "preference"
     assert capsys.readouterr().err.count("the chosen answers are trained on, the rejected ones not") == 1
     assert first_dialogue(auto(path)) == ("preference", [["Who?"], ["Me."]])
 
 
 def test_chosen_that_does_not_continue_the_prompt(tmp_path):
     said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    root = ImageRoot(Source("preference", paths=(tmp_path,)))
+    root = ImageRoot(make_source("preference", paths=(tmp_path,)))
     with pytest.raises(RecordError, match="prompt and chosen do not match"):
         to_dialogue("d:1", {"prompt": "Who?", "chosen": said, "rejected": said}, root)
     dialogue = to_dialogue("d:1", {"prompt": "Why?", "chosen": said, "rejected": said}, root)
@@ -304,7 +304,7 @@ def test_chosen_that_does_not_continue_the_prompt(tmp_path):
     ],
 )
 def test_what_a_question_is_about_is_not_dropped(tmp_path, reason, extra):
-    root = ImageRoot(Source("qa", paths=(tmp_path,)))
+    root = ImageRoot(make_source("qa", paths=(tmp_path,)))
     with pytest.raises(RecordError) as caught:
         to_dialogue("d:1", {"question": "Who?", **extra}, root)
     assert caught.value.reason == reason

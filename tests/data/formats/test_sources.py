@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from sources import make_source
 
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.formats import FORMATS, easy_vqa, hold_dialogues, messages
 from finetune.data.formats.recognise import recognise_source
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import to_dialogue
-from finetune.data.source import Source
 from modeling.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n..."
@@ -35,7 +35,7 @@ def root(tmp_path):
     (tmp_path / "images" / "dogs").mkdir(parents=True)
     for name in ("cat.jpg", "dog.jpg", "a.jpg", "b.jpg"):
         (tmp_path / "images" / name).write_bytes(PNG)
-    return ImageRoot(Source("messages", image_root=(tmp_path / "images",)))
+    return ImageRoot(make_source("messages", image_root=(tmp_path / "images",)))
 
 
 @pytest.fixture
@@ -234,11 +234,11 @@ def test_history_becomes_earlier_turns(root, cat):
 
 @pytest.mark.parametrize(("split", "count"), [("train", 38_575), ("test", 9_673)])
 def test_every_question_of_easy_vqa_is_one_record(split, count):
-    assert sum(1 for _ in easy_vqa.read(Source("easy_vqa", split=split))) == count
+    assert sum(1 for _ in easy_vqa.read(make_source("easy_vqa", split=split))) == count
 
 
 def first_record(name, split):
-    place, record = next(iter(FORMATS[name].read(Source(name, split=split))))
+    place, record = next(iter(FORMATS[name].read(make_source(name, split=split))))
     return place, {**record, "image": "/".join(Path(record["image"]).parts[-3:])}
 
 
@@ -254,7 +254,7 @@ def test_the_first_records_of_easy_vqa(root):
 
 def test_easy_vqa_has_two_splits():
     with pytest.raises(UserError, match="expected split train or test, got 'validation'"):
-        next(easy_vqa.read(Source("easy_vqa", split="validation")))
+        next(easy_vqa.read(make_source("easy_vqa", split="validation")))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_what_a_question_and_its_answer_say(question, answer, facts):
 
 @pytest.fixture(scope="module")
 def captions():
-    return list(easy_vqa.read_captions(Source("easy_vqa_captions")))
+    return list(easy_vqa.read_captions(make_source("easy_vqa_captions")))
 
 
 def test_captions_are_documents_and_say_what_the_questions_say(captions, root):
@@ -331,7 +331,7 @@ def test_no_training_caption_shows_a_test_image(captions):
         return {hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
     captioned = digests({record["image"] for _, record in captions})
-    tested = digests({record["image"] for _, record in easy_vqa.read(Source("easy_vqa", split="test"))})
+    tested = digests({record["image"] for _, record in easy_vqa.read(make_source("easy_vqa", split="test"))})
     assert (len(captioned), len(tested), len(captioned & tested)) == (4000, 1000, 0)
 
 
@@ -343,10 +343,9 @@ def test_what_formats_say_of_themselves():
         *("obelics", "pairs", "image_folder", "class_folders", "text", "easy_vqa_captions")
     }
     assert those(lambda family: not family.ordered) == {"m3it", "cauldron", "vqa", "lrv", "easy_vqa"}
-    assert those(lambda family: not family.needs_files) == {"easy_vqa", "easy_vqa_captions"}
-    assert hold_dialogues([Source("text"), Source("lrv")])
-    assert not hold_dialogues([Source("text"), Source("pairs")])
-    assert hold_dialogues([Source("text"), Source("pairs", prompt=("What is it?",))])
+    assert hold_dialogues([make_source("text"), make_source("lrv")])
+    assert not hold_dialogues([make_source("text"), make_source("pairs")])
+    assert hold_dialogues([make_source("text"), make_source("pairs", prompt=("What is it?",))])
 
 
 def test_a_surrogate_in_json_reaches_the_dialogue_and_is_refused(root):
@@ -364,7 +363,7 @@ def written(folder, **contents):
 
 def read(name, *paths, **settings):
     """What a format reads of these paths: records, and errors by their reason."""
-    records = [record for _, record in FORMATS[name].read(Source(name, paths=paths, **settings))]
+    records = [record for _, record in FORMATS[name].read(make_source(name, paths=paths, **settings))]
     return [(record.reason, record.detail) if isinstance(record, RecordError) else record for record in records]
 
 
@@ -411,7 +410,7 @@ def test_vqa_questions_are_joined_with_their_annotations(tmp_path):
 def test_a_vqa_record_names_coco_files(tmp_path):
     (tmp_path / "COCO_val2014_000000000008.jpg").write_bytes(PNG)
     paths = written(tmp_path, q__json=QUESTIONS, a__json=ANNOTATIONS)
-    source = Source("vqa", paths=paths, image_root=(tmp_path,))
+    source = make_source("vqa", paths=paths, image_root=(tmp_path,))
     (record,) = [
         found for _, found in FORMATS["vqa"].read(source) if isinstance(found, dict) and found["question_id"] == 8000
     ]
@@ -476,7 +475,7 @@ def test_an_image_folder_is_read_with_its_captions(tmp_path):
     ]
     written(tmp_path, metadata__jsonl="\n".join(map(json.dumps, lines)), b__txt="A b.\n", g__txt="A g.", e__txt="E.")
     (tmp_path / "d.txt").write_bytes(b"\xff")
-    records = list(FORMATS["image_folder"].read(Source("image_folder", paths=(tmp_path,))))
+    records = list(FORMATS["image_folder"].read(make_source("image_folder", paths=(tmp_path,))))
     assert [(place, getattr(record, "reason", record)) for place, record in records] == [
         ("metadata.jsonl:3", "two captions"),
         ("metadata.jsonl:5", "missing field"),
@@ -494,7 +493,7 @@ def test_an_image_folder_is_read_with_its_captions(tmp_path):
 def test_an_image_folder_with_a_table_of_its_own_columns(tmp_path):
     (tmp_path / "a.jpg").write_bytes(PNG)
     written(tmp_path, metadata__csv='file_name,caption\na.jpg,"An a, and more."\n')
-    source = Source("image_folder", paths=(tmp_path,), columns={"text": "caption"})
+    source = make_source("image_folder", paths=(tmp_path,), columns={"text": "caption"})
     ((place, record),) = FORMATS["image_folder"].read(source)
     assert place == "a.jpg"
     dialogue = FORMATS["image_folder"].convert(record, ImageRoot(source))
@@ -531,7 +530,7 @@ def test_a_folder_of_text_files_stands_for_them_and_any_other_for_its_records(tm
 
 def test_the_first_records_of_a_source_tell_its_format(tmp_path):
     def told(path):
-        return recognise_source(Source("auto", paths=(path,))).format
+        return recognise_source(make_source("auto", paths=(path,))).format
 
     mimic = {"meta": {}, "data": {"I1": {"instruction": "Who?", "answer": "Me.", "image_ids": ["X"]}}}
     paths = written(

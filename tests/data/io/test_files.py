@@ -19,6 +19,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data.conversation import Image, RecordError, Slice
 from finetune.data.images import encoded
@@ -26,7 +27,6 @@ from finetune.data.io import streams
 from finetune.data.io.files import READERS, files_of, fingerprint, read_header, read_items, read_pairs, read_records
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import taken, to_dialogue
-from finetune.data.source import Source
 from finetune.data.stats import Account
 from modeling.errors import UserError
 
@@ -41,7 +41,7 @@ def written(path: Path, content) -> Path:
 
 def read(*paths, **settings):
     """Records as they are, errors by their reason."""
-    source = Source("auto", paths, **{"on_broken": "keep", **settings})
+    source = make_source("auto", paths, **{"on_broken": "keep", **settings})
     return [(place, got.reason if isinstance(got, RecordError) else got) for place, got in read_records(source)]
 
 
@@ -205,7 +205,7 @@ def test_utf_16_is_named(tmp_path):
         for encoding in ("utf-16", "utf-16-be"):
             mark = b"" if encoding == "utf-16" else b"\xfe\xff"
             path = written(tmp_path / name, mark + content.encode(encoding))
-            [(place, error)] = read_records(Source("auto", (path,), on_broken="keep"))
+            [(place, error)] = read_records(make_source("auto", (path,), on_broken="keep"))
             assert (place, error.reason) == (name, "not UTF-8")
             assert "UTF-16" in error.detail
 
@@ -356,7 +356,7 @@ def test_csv_quote_that_swallows_lines_counts_each_of_them(stray, tmp_path):
 def test_csv_quote_that_never_closes_says_how_much_it_hides(tmp_path):
     lines = [f"{number},x\n" for number in range(98)]
     path = written(tmp_path / "f.csv", "".join(["a,b\n", *lines[:48], '48,"x\n', *lines[49:]]))
-    message = refusal(read_records, Source("auto", (path,)))
+    message = refusal(read_records, make_source("auto", (path,)))
     assert message == (
         f"{path}: the file breaks off: not CSV: a quote opens in line 50 and never closes; "
         "48 records were read before, 51 % of the file was not read, from line 49 of 99 on\n"
@@ -454,7 +454,7 @@ def test_a_folder_that_datasets_saved(images_dataset, tmp_path):
     assert [record for _, record in read(tmp_path / "one")] == rows
     datasets.DatasetDict({"train": dataset, "test": dataset.select([3, 1])}).save_to_disk(tmp_path / "dict")
     assert [record for _, record in read(tmp_path / "dict", split="test")] == [rows[3], rows[1]]
-    message = refusal(read_records, Source("auto", (tmp_path / "dict",), split="val"))
+    message = refusal(read_records, make_source("auto", (tmp_path / "dict",), split="val"))
     assert "expected split test or train, got 'val'" in message
 
 
@@ -464,20 +464,20 @@ def test_a_local_folder_as_a_hub_id(stream, images_dataset, tmp_path):
     folder = tmp_path / "dataset"
     (folder / "data").mkdir(parents=True)
     dataset.to_parquet(folder / "data" / "train-00000.parquet")
-    source = Source("auto", hub=str(folder), stream=stream)
+    source = make_source("auto", hub=str(folder), stream=stream)
     assert list(read_records(source)) == [(f"{folder}#{number}", row) for number, row in enumerate(rows)]
     for wrong in ({"split": "nope"}, {"subset": "nope"}):
-        assert "nope" in refusal(read_records, Source("auto", hub=str(folder), stream=stream, **wrong))
+        assert "nope" in refusal(read_records, make_source("auto", hub=str(folder), stream=stream, **wrong))
     assert len(fingerprint(source)) == 64
 
 
 def test_hub_mistakes_say_what_to_do(images_dataset, tmp_path):
     images_dataset[0].save_to_disk(tmp_path / "saved")
-    assert "as a path" in refusal(read_records, Source("auto", hub=str(tmp_path / "saved")))
+    assert "as a path" in refusal(read_records, make_source("auto", hub=str(tmp_path / "saved")))
     (tmp_path / "empty").mkdir()
-    assert "expected a dataset's name" in refusal(read_records, Source("auto", hub=str(tmp_path / "empty")))
+    assert "expected a dataset's name" in refusal(read_records, make_source("auto", hub=str(tmp_path / "empty")))
     written(tmp_path / "bad" / "train.parquet", b"nothing")
-    assert str(tmp_path / "bad") in refusal(read_records, Source("auto", hub=str(tmp_path / "bad")))
+    assert str(tmp_path / "bad") in refusal(read_records, make_source("auto", hub=str(tmp_path / "bad")))
 
 
 def shard(members, mode="w", format=tarfile.PAX_FORMAT):
@@ -633,30 +633,30 @@ def test_folders_patterns_and_order(tmp_path):
         "B.JSON",
     ):
         written(tmp_path / name, b"")
-    found = [str(path.relative_to(tmp_path)) for path in files_of(Source("auto", (tmp_path,)))]
+    found = [str(path.relative_to(tmp_path)) for path in files_of(make_source("auto", (tmp_path,)))]
     assert found == ["B.JSON", "a.csv.gz", "b.jsonl", "sub/c.parquet"]
-    files = files_of(Source("auto", (tmp_path / "b.jsonl", tmp_path / "*.csv*", tmp_path / "su?")))
+    files = files_of(make_source("auto", (tmp_path / "b.jsonl", tmp_path / "*.csv*", tmp_path / "su?")))
     assert files == [tmp_path / "b.jsonl", tmp_path / "a.csv.gz", tmp_path / "sub" / "c.parquet"]
     written(tmp_path / "odd[1].jsonl", b"")
-    assert files_of(Source("auto", (tmp_path / "odd[1].jsonl",))) == [tmp_path / "odd[1].jsonl"]
+    assert files_of(make_source("auto", (tmp_path / "odd[1].jsonl",))) == [tmp_path / "odd[1].jsonl"]
 
 
 def test_paths_that_lead_nowhere(tmp_path):
     written(tmp_path / "dialogues.jsonl", b"")
     written(tmp_path / "notes" / "a.md", b"")
-    missing = refusal(files_of, Source("auto", (tmp_path / "dialogue.jsonl",)))
+    missing = refusal(files_of, make_source("auto", (tmp_path / "dialogue.jsonl",)))
     assert missing == f"{tmp_path}/dialogue.jsonl: nothing is there; did you mean dialogues.jsonl?"
-    assert "x*.jsonl: nothing is there" in refusal(files_of, Source("auto", (tmp_path / "x*.jsonl",)))
-    assert "none is no folder" in refusal(files_of, Source("auto", (tmp_path / "none" / "a.jsonl",)))
-    assert "no data file below it" in refusal(files_of, Source("auto", (tmp_path / "notes",)))
-    unknown = refusal(read_records, Source("auto", (tmp_path / "notes" / "a.md",)))
+    assert "x*.jsonl: nothing is there" in refusal(files_of, make_source("auto", (tmp_path / "x*.jsonl",)))
+    assert "none is no folder" in refusal(files_of, make_source("auto", (tmp_path / "none" / "a.jsonl",)))
+    assert "no data file below it" in refusal(files_of, make_source("auto", (tmp_path / "notes",)))
+    unknown = refusal(read_records, make_source("auto", (tmp_path / "notes" / "a.md",)))
     assert "a.md: expected a file that ends in .json, .json.gz, .json.zst, .jsonl" in unknown
 
 
 def test_an_unknown_suffix_is_told_before_the_first_record(tmp_path):
     good, bad = written(tmp_path / "a.jsonl", '{"a": 1}'), written(tmp_path / "b.xlsx", b"")
     with pytest.raises(UserError, match=r"b\.xlsx"):
-        next(iter(read_records(Source("auto", (good, bad)))))
+        next(iter(read_records(make_source("auto", (good, bad)))))
 
 
 def test_columns_are_renamed(tmp_path):
@@ -667,20 +667,20 @@ def test_columns_are_renamed(tmp_path):
         ("f.jsonl:3", {"x": 3, "question": 4}),
     ]
     assert read(path, columns={"x": "q", "q": "x"})[0] == ("f.jsonl:1", {"x": 1, "q": 2})
-    message = refusal(read_records, Source("auto", (path,), columns={"answer": "a"}))
+    message = refusal(read_records, make_source("auto", (path,), columns={"answer": "a"}))
     assert message.endswith("columns: no record has a; the first has q, x")
 
 
 def test_json_breaks_off_and_says_how_much_is_lost(tmp_path):
     path = written(tmp_path / "sub" / "f.json", "[" + '{"a": 10}, ' * 20 + "tru, " + '{"a": 1}, ' * 17 + "{}]")
     assert path.stat().st_size == 399
-    message = refusal(read_records, Source("auto", (tmp_path,)))
+    message = refusal(read_records, make_source("auto", (tmp_path,)))
     assert message == (
         f"{path}: the file breaks off: not JSON: Expecting value at byte 221; 20 records were read before, "
         "45 % of the file was not read, from byte 221 of 399 on\n"
         "  mend the file, or set `on_broken: keep` on this source to use what can be read"
     )
-    *records, (place, error) = read_records(Source("auto", (tmp_path,), on_broken="keep"))
+    *records, (place, error) = read_records(make_source("auto", (tmp_path,), on_broken="keep"))
     assert (len(records), place, error.file) == (20, "sub/f.json", str(path))
     assert str(error) == message.splitlines()[0].removeprefix(f"{path}: the file breaks off: ")
 
@@ -707,7 +707,7 @@ def test_json_breaks_off_and_says_how_much_is_lost(tmp_path):
 )
 def test_a_file_breaks_off_and_says_how_much_is_lost(name, content, lost, tmp_path):
     path = written(tmp_path / name, content)
-    message = refusal(read_records, Source("auto", (path,)))
+    message = refusal(read_records, make_source("auto", (path,)))
     assert message.startswith(f"{path}: the file breaks off: ")
     assert lost in message
 
@@ -727,10 +727,10 @@ def test_a_broken_file_among_others_keeps_the_others(tmp_path):
 def test_a_file_that_breaks_off_after_the_limit_is_not_read_so_far(tmp_path):
     account = Account("x")
     path = written(tmp_path / "f.json", '[{"text": "a"}, {"text": "b"}, tru')
-    assert len(list(taken(Source("text", (path,), limit=2), account))) == 2
+    assert len(list(taken(make_source("text", (path,), limit=2), account))) == 2
     assert (account.read, account.limited, account.broken) == (2, True, [])
     account = Account("x")
-    assert len(list(taken(Source("text", (path,), on_broken="keep"), account))) == 2
+    assert len(list(taken(make_source("text", (path,), on_broken="keep"), account))) == 2
     assert (account.read, account.limited) == (2, False)
     assert account.loss == (
         f"{path} breaks off: not JSON: Expecting value at byte 31; 2 records were read before, 8.8 % of the file "
@@ -744,7 +744,7 @@ def test_names_that_are_not_utf8_are_counted_and_can_be_written(tmp_path):
     written(folder / "d\udce9.jsonl", '{"text": "good"}\n{"\\ud800": 1}\n["\\udfff"]\n')
     written(folder / "s\udce9.tar", shard([("k\udce9.text", b"text"), ("\udce9", b"")], format=tarfile.GNU_FORMAT))
     written(folder / "z\udce9.json", '[{"text": "last"}, tru')
-    source = Source("text", (folder,), on_broken="keep")
+    source = make_source("text", (folder,), on_broken="keep")
     account, root, kept = Account(source.name), ImageRoot(source), []
     for place, record in taken(source, account):
         try:
@@ -857,7 +857,7 @@ def test_what_json_writes_is_read_as_json_reads_it(tmp_path_factory, records, in
 )
 def test_any_bytes_give_records_or_reasons(tmp_path_factory, content, suffix):
     path = written(tmp_path_factory.mktemp("any") / f"f.{suffix}", content)
-    for place, record in read_records(Source("auto", (path,), on_broken="keep")):
+    for place, record in read_records(make_source("auto", (path,), on_broken="keep")):
         assert place.startswith(path.name)
         assert isinstance(record, dict | RecordError)
 
@@ -873,7 +873,7 @@ def test_one_changed_byte_of_a_shard_loses_nothing_in_silence(tmp_path_factory, 
 
 def test_fingerprint_is_of_the_content(tmp_path):
     def of(*paths, **settings):
-        return fingerprint(Source("auto", paths, **settings))
+        return fingerprint(make_source("auto", paths, **settings))
 
     first, second = written(tmp_path / "a.jsonl", "{}"), written(tmp_path / "sub" / "b.jsonl", "{}")
     assert len(of(first)) == 64
@@ -890,11 +890,11 @@ def test_fingerprint_is_of_the_content(tmp_path):
 
 def test_fingerprint_of_a_local_hub_folder_changes_with_its_files(tmp_path):
     written(tmp_path / "set" / "train.jsonl", '{"a": 1}')
-    before = fingerprint(Source("auto", hub=str(tmp_path / "set")))
+    before = fingerprint(make_source("auto", hub=str(tmp_path / "set")))
     written(tmp_path / "set" / "train.jsonl", '{"a": 2}')
-    changed = fingerprint(Source("auto", hub=str(tmp_path / "set")))
+    changed = fingerprint(make_source("auto", hub=str(tmp_path / "set")))
     (tmp_path / "set" / "train.jsonl").rename(tmp_path / "set" / "test.jsonl")
-    assert len({before, changed, fingerprint(Source("auto", hub=str(tmp_path / "set")))}) == 3
+    assert len({before, changed, fingerprint(make_source("auto", hub=str(tmp_path / "set")))}) == 3
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
@@ -909,7 +909,7 @@ def test_a_small_compressed_list_that_breaks_off(packing, tmp_path):
 def test_fingerprint_remembers_what_it_has_read(tmp_path, monkeypatch):
     path, cache = written(tmp_path / "a.jsonl", "{}"), tmp_path / "cache" / "digests.json"
     os.utime(path, ns=(0, time.time_ns() - 10**10))
-    source = Source("auto", (path,), on_broken="keep")
+    source = make_source("auto", (path,), on_broken="keep")
     plain = fingerprint(source)
     assert fingerprint(source, cache) == plain
     kept = json.loads(cache.read_text())
@@ -927,5 +927,5 @@ def test_fingerprint_remembers_what_it_has_read(tmp_path, monkeypatch):
 
 def test_a_file_changed_a_moment_ago_is_not_remembered(tmp_path):
     path, cache = written(tmp_path / "a.jsonl", "{}"), tmp_path / "digests.json"
-    fingerprint(Source("auto", (path,), on_broken="keep"), cache)
+    fingerprint(make_source("auto", (path,), on_broken="keep"), cache)
     assert json.loads(cache.read_text()) == {}

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import make_source
 
 from finetune.data.conversation import Image, RecordError, Remote, Slice
 from finetune.data.images import encoded, open_image
 from finetune.data.io.files import read_records
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import to_dialogue
-from finetune.data.source import Source
 from modeling.errors import UserError
 
 
@@ -51,7 +51,7 @@ def folder(tmp_path):
 
 
 def root_of(*paths, **settings):
-    return ImageRoot(Source("auto", image_root=paths, **settings))
+    return ImageRoot(make_source("auto", image_root=paths, **settings))
 
 
 def refusal(function, *arguments):
@@ -140,9 +140,9 @@ def test_several_roots_are_searched_in_order(folder, tmp_path):
 
 def test_the_default_root_is_the_folder_of_the_first_path(folder, tmp_path):
     for path in (tmp_path / "a.jsonl", tmp_path, tmp_path / "*.jsonl"):
-        assert ImageRoot(Source("auto", (path,))).image("images/cat.png") == Image(folder / "cat.png")
-    assert ImageRoot(Source("auto", hub=str(tmp_path))).image("images/cat.png") == Image(folder / "cat.png")
-    assert refusal(ImageRoot(Source("text")).image, "cat.png") == "missing image"
+        assert ImageRoot(make_source("auto", (path,))).image("images/cat.png") == Image(folder / "cat.png")
+    assert ImageRoot(make_source("auto", hub=str(tmp_path))).image("images/cat.png") == Image(folder / "cat.png")
+    assert refusal(ImageRoot(make_source("text")).image, "cat.png") == "missing image"
 
 
 OUTSIDE = [
@@ -298,7 +298,7 @@ def test_links_name_their_target_and_the_line_that_allows_them(folder, tmp_path)
     assert why("deep/one.png") == f"deep/one.png: {link}; {allows}"
     assert why(f"{elsewhere}/a.png") == f"{elsewhere}/a.png is not under {folder}; {allows}"
     assert why("/etc/hostname") == f"/etc/hostname is not under {folder}"
-    beside = ImageRoot(Source("auto", (folder / "d.jsonl",)))  # no image_root: the data's own folder
+    beside = ImageRoot(make_source("auto", (folder / "d.jsonl",)))  # no image_root: the data's own folder
     assert why("train2017/a.png", beside).endswith(allows)
 
     (folder / "as_text").write_text("../elsewhere")  # what git makes of a link where the disk has none
@@ -323,7 +323,7 @@ def test_without_image_root_each_path_brings_its_folder(tmp_path):
         for path in paths:
             if path.suffix:
                 path.write_text("")
-        root = ImageRoot(Source("auto", paths))
+        root = ImageRoot(make_source("auto", paths))
         assert root.image("b.png") == root.image(f"{tmp_path}/g/b.png") == Image(tmp_path / "g" / "b.png")
         assert root.image("a.png") == Image(tmp_path / "f" / "a.png")
         with pytest.raises(RecordError) as caught:
@@ -343,7 +343,7 @@ def test_without_image_root_a_record_s_own_folder_comes_first(tmp_path):
         if name != "c/deep":
             (tmp_path / name / "images" / "x.png").write_bytes(CAT)
     for paths in (["[ab]/d.jsonl"], ["a", "b/d.jsonl"], ["**/d.jsonl"], ["."]):
-        source = Source("lrv", tuple((tmp_path / path) for path in paths))
+        source = make_source("lrv", tuple((tmp_path / path) for path in paths))
         root = ImageRoot(source)
         records = [(place, record) for place, record in read_records(source) if "deep" not in place]
         images = {place: to_dialogue(place, record, root).images for place, record in records}
@@ -380,18 +380,17 @@ def test_a_name_that_is_too_long(folder):
 @pytest.mark.parametrize(
     "url", ["file://host/etc/hostname", "file:hostname", "ftp://a.b/c.png", "s3://a/b.png", "gs://a/b", "ftp:x"]
 )
-@pytest.mark.parametrize("settings", [{}, {"download": True, "download_http": True}])
+@pytest.mark.parametrize("settings", [{}, {"download": "http"}])
 def test_other_schemes_are_never_followed(url, settings, folder):
     assert refusal(root_of(folder, **settings).image, url) == "image is a URL"
 
 
 def test_urls_are_followed_as_far_as_the_source_allows(folder):
     plain, secure = "http://a.b/c.png", "HTTPS://a.b/c.png"
-    for settings in ({}, {"download_http": True}):
-        assert [refusal(root_of(folder, **settings).image, url) for url in (plain, secure)] == ["image is a URL"] * 2
+    assert [refusal(root_of(folder).image, url) for url in (plain, secure)] == ["image is a URL"] * 2
     assert root_of(folder, download=True).image(secure) == Image(Remote(secure))
     assert refusal(root_of(folder, download=True).image, plain) == "image is a URL"
-    assert root_of(folder, download=True, download_http=True).image(plain) == Image(Remote(plain))
+    assert root_of(folder, download="http").image(plain) == Image(Remote(plain))
 
 
 def test_images_that_are_there_already(folder):

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from sources import make_source
 
 from finetune.data.formats.recognise import recognise_source
 from finetune.data.io.files import files_of, fingerprint, read_records
 from finetune.data.io.paths import expand, files_below, locate
-from finetune.data.source import Source
 from modeling.errors import UserError
 
 NAMES = (
@@ -52,16 +52,16 @@ def test_pattern_in_any_part_of_a_path(pattern, expected, tree, monkeypatch):
 
 def test_pattern_of_folders_stands_for_the_files_below_them_once(tree):
     below = [tree / name for name in ("s/b/d.jsonl", "s/b/deep/d.jsonl", "s/b/e.csv")]
-    assert files_of(Source("auto", (tree / "s/b",))) == files_of(Source("auto", (tree / "s/b/**",))) == below
-    assert files_of(Source("auto", (tree / "s/[b-z]",))) == below
-    assert [record["text"] for _, record in read_records(Source("text", (tree / "s/*/d.jsonl",)))] == [
+    assert files_of(make_source("auto", (tree / "s/b",))) == files_of(make_source("auto", (tree / "s/b/**",))) == below
+    assert files_of(make_source("auto", (tree / "s/[b-z]",))) == below
+    assert [record["text"] for _, record in read_records(make_source("text", (tree / "s/*/d.jsonl",)))] == [
         "s/a/d.jsonl",
         "s/b/d.jsonl",
     ]
 
 
 def test_fingerprint_follows_a_pattern(tree):
-    source = Source("text", (tree / "s/*/d.jsonl",))
+    source = make_source("text", (tree / "s/*/d.jsonl",))
     before = fingerprint(source)
     (tree / "s/c").mkdir()
     (tree / "s/c/d.jsonl").write_text("{}")
@@ -134,7 +134,7 @@ def test_a_folder_that_may_not_be_read_is_named(tree):
 @pytest.mark.parametrize("key", ["paths", "image_root"])
 def test_fingerprint_waits_for_no_pipe(key, tree):
     os.mkfifo(tree / "pipe")
-    source = Source("text", **{"paths": (tree / "s/top.jsonl",), key: (tree / "pipe",)})
+    source = make_source("text", **{"paths": (tree / "s/top.jsonl",), key: (tree / "pipe",)})
     with pytest.raises(UserError, match="pipe: a file that cannot be read: expected a file, found a pipe"):
         fingerprint(source)
 
@@ -143,4 +143,4 @@ def test_files_of_one_name_and_several_formats_are_told_apart(tree):
     (tree / "s/a/d.jsonl").write_text('{"question": "Q", "answer": "A"}\n')
     (tree / "s/b/d.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
     with pytest.raises(UserError, match=r"a/d\.jsonl: \w+; b/d\.jsonl: messages"):
-        recognise_source(Source("auto", (tree / "s/*/d.jsonl",)))
+        recognise_source(make_source("auto", (tree / "s/*/d.jsonl",)))

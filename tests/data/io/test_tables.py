@@ -8,12 +8,12 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sources import make_source
 
 from finetune.data.conversation import RecordError
 from finetune.data.io import streams
 from finetune.data.io.files import read_records
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.source import Source
 from modeling.errors import UserError
 
 MB = 2**20
@@ -21,12 +21,12 @@ MB = 2**20
 
 def read(path):
     """Records as they are, errors by their reason."""
-    records = read_records(Source("auto", (path,), on_broken="keep"))
+    records = read_records(make_source("auto", (path,), on_broken="keep"))
     return [(place, got.reason if isinstance(got, RecordError) else got) for place, got in records]
 
 
 def detail(path):
-    *_, (_, error) = read_records(Source("auto", (path,), on_broken="keep"))
+    *_, (_, error) = read_records(make_source("auto", (path,), on_broken="keep"))
     return str(error)
 
 
@@ -355,7 +355,7 @@ def test_encrypted_parquet_is_named(tmp_path):
 def test_a_damaged_table_ends_the_verb(tmp_path):
     path = write_hostile(tmp_path / "f.arrow", "falling")
     with pytest.raises(UserError, match=r"f\.arrow: the file breaks off: corrupt file: .*\n  mend the file, or set"):
-        list(read_records(Source("auto", (path,))))
+        list(read_records(make_source("auto", (path,))))
 
 
 @pytest.mark.parametrize("packing", ["zstd", "none"])
@@ -369,7 +369,7 @@ def test_parquet_bombs_as_a_store_of_images(packing, tmp_path, small):
         dictionary_pagesize_limit=8 * MB,
     )
     del cells
-    root = ImageRoot(Source("messages", (path,), image_root=(path,)))
+    root = ImageRoot(make_source("messages", (path,), image_root=(path,)))
     with memory() as most:
         if packing == "none":
             assert len(root.image("7").source) == MB * 3 // 4  # "aaaa" is base64
