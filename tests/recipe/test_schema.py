@@ -505,6 +505,7 @@ def test_every_key_of_the_data_arrives_and_paths_are_relative_to_the_recipe(tmp_
         image_root=(tmp_path / "images", tmp_path / "more.zip"),
         image_name="COCO_train2014_{image_id:012d}.jpg",
         columns={"question": "asked"},
+        weight=1.5,
         download="http",
         limit=9,
         turns=7,
