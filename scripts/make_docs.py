@@ -64,6 +64,7 @@ def make_reference() -> str:
         lines += ["| key | values | default | what it does |", "| --- | --- | --- | --- |"]
         for key, value in keys.items():
             default = "required" if key in required else f"`{_yaml(value.get('default'))}`"
+            default = "`runs/NAME`" if (name, key) == ("", "output") else default  # recipe.load fills it in
             meaning = " ".join(value.get("description", "").split()).replace("|", "\\|")
             lines.append(f"| `{key}` | {_values(value)} | {default} | {meaning} |")
         parts.append("\n".join(lines))
