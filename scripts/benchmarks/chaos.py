@@ -3,8 +3,8 @@
     python scripts/benchmarks/chaos.py --kills 20
     python scripts/benchmarks/chaos.py --kills 20 --processes 2
 
-A small IDEFICS is trained on drawn shapes: once in peace, once with kill -9 at random moments, some of them while a
-checkpoint or the feature cache is being written. Then adapters, losses and accounts are compared, byte by byte. With
+A small IDEFICS is trained on drawn shapes: once uninterrupted, once with kill -9 at random moments, some of them while a
+checkpoint or the feature cache is being written. Then adapters, losses and record counts are compared, byte by byte. With
 several processes one of them is killed, by chance, and the launcher has to end the others.
 """
 
@@ -120,7 +120,7 @@ def kill_once(folder: Path, processes: int, moment: str, seconds: float, chance:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Names of the files in which two runs differ: weights and accounts by their bytes, metrics but for their times."""
+    """Names of the files in which two runs differ: weights and record counts by their bytes, metrics but for their times."""
     found = []
     for name in ("adapter/adapter_model.safetensors", "adapter/trained.safetensors", "data.json"):
         if (one / "run" / name).read_bytes() != (other / "run" / name).read_bytes():
@@ -148,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         whole, chaos = Path(temporary) / "whole", Path(temporary) / "chaos"
         seconds = run_whole(whole, arguments.processes)
-        print(f"in peace: {seconds:.1f} s, {STEPS} steps, {arguments.processes} processes", flush=True)
+        print(f"uninterrupted: {seconds:.1f} s, {STEPS} steps, {arguments.processes} processes", flush=True)
         for number in range(arguments.kills):
             moment = MOMENTS[number % len(MOMENTS)]
             told = kill_once(chaos, arguments.processes, moment, seconds, chance)
@@ -159,7 +159,7 @@ def main() -> None:
                 shutil.rmtree(chaos / "run")
         run_whole(chaos, arguments.processes)
         found = differences(whole, chaos)
-    print("in the end: adapter, losses and accounts are " + ("the same" if not found else f"different: {found}"))
+    print("in the end: adapter, losses and record counts are " + ("the same" if not found else f"different: {found}"))
     sys.exit(bool(found))
 
 
