@@ -3,9 +3,9 @@
     python scripts/benchmarks/chaos.py --kills 20
     python scripts/benchmarks/chaos.py --kills 20 --processes 2
 
-A small IDEFICS is trained on drawn shapes: once uninterrupted, once with kill -9 at random moments, some of them while a
-checkpoint or the feature cache is being written. Then adapters, losses and record counts are compared, byte by byte. With
-several processes one of them is killed, by chance, and the launcher has to end the others.
+A small IDEFICS is trained on drawn shapes: once uninterrupted, once with kill -9 at random moments, some of them while
+a checkpoint or the feature cache is being written. Then adapters, losses and record counts are compared, byte by byte.
+With several processes one of them is killed, by chance, and the launcher has to end the others.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def kill_once(folder: Path, processes: int, moment: str, seconds: float, chance:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Names of the files in which two runs differ: weights and record counts by their bytes, metrics but for their times."""
+    """Return the files in which two runs differ: weights and record counts by bytes, metrics without their times."""
     found = []
     for name in ("adapter/adapter_model.safetensors", "adapter/trained.safetensors", "data.json"):
         if (one / "run" / name).read_bytes() != (other / "run" / name).read_bytes():
