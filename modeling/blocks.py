@@ -3,6 +3,7 @@
     norm       x / rms(x) * w          keeps x and a root for each vector; autograd keeps x in fp32 besides
     rotation   q cos + (-q2, q1) sin   three passes each way; autograd's make five tensors, and nine going back
     product    silu(gate) * up         keeps gate and up; autograd keeps silu(gate) besides
+    embedding  two tables, one of them for the added tokens; transformers' asks the device where those are
 
 Each is transformers' module with another forward, and no memory of its own: names and weights stay what they are.
 """
@@ -11,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import embedding, rms_norm, silu
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.idefics.modeling_idefics import (
     IdeficsAttention,
+    IdeficsDecoupledEmbedding,
     IdeficsMLP,
     IdeficsModel,
     IdeficsRMSNorm,
@@ -32,6 +34,8 @@ def use_fused_modules(model: IdeficsModel) -> None:
             module.__class__ = SelfAttention
         elif isinstance(module, IdeficsMLP) and model.config.hidden_act == "silu":
             module.__class__ = GatedMLP
+        elif isinstance(module, IdeficsDecoupledEmbedding) and module.num_additional_embeddings:
+            module.__class__ = DecoupledEmbedding
 
 
 class RMSNorm(IdeficsRMSNorm):
@@ -44,6 +48,15 @@ class RMSNorm(IdeficsRMSNorm):
         if not torch.is_grad_enabled() and hidden_states.dtype == self.weight.dtype == torch.float32:
             return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class DecoupledEmbedding(IdeficsDecoupledEmbedding):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [B, T] -> [B, T, D]. Every token is looked up in both tables, so that no index is read from a GPU."""
+        is_added = input_ids >= self.num_embeddings
+        rows = embedding(input_ids.masked_fill(is_added, 0), self.weight)
+        added = self.additional_embedding((input_ids - self.num_embeddings).clamp(min=0))
+        return torch.where(is_added[..., None], added, rows)
 
 
 class GatedMLP(IdeficsMLP):

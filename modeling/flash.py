@@ -12,6 +12,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from modeling.device import copy_numbers
+
 AMPERE = (8, 0)
 """The first compute capability with a kernel."""
 
@@ -70,7 +72,7 @@ def _by_token(tensor_BHTD: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=4)
 def _int32(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Copied to the device once for all layers."""
-    return torch.tensor(numbers, dtype=torch.int32, device=device)
+    return copy_numbers(numbers, torch.int32, device)
 
 
 @lru_cache(maxsize=4)
@@ -81,8 +83,8 @@ def _places(
     tokens = [token for start, stop, _ in runs for token in range(start, stop)]
     lengths = accumulate((stop - start for start, stop, _ in runs), initial=0)
     return (
-        torch.tensor(tokens, device=device),
-        torch.tensor([image for _, _, image in runs], device=device),
+        copy_numbers(tokens, torch.int64, device),
+        copy_numbers([image for _, _, image in runs], torch.int64, device),
         _int32(tuple(lengths), device),
         _int32(tuple(range(0, (len(runs) + 1) * latents, latents)), device),
     )

@@ -5,7 +5,8 @@ The loss is ours because transformers 5.23 reshapes to `vocab_size` logits where
 It belongs to the model's forward, so that PEFT, DDP and FSDP see one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,16 +17,26 @@ from transformers.models.idefics.modeling_idefics import IdeficsCausalLMOutputWi
 
 from modeling.attention import ImageRun
 from modeling.blocks import use_fused_modules
+from modeling.device import choices
 from modeling.tokens import IGNORED
-
-HEAD_ROWS = 128
-"""Supervised tokens whose logits exist at once: enough for a fast product."""
 
 ROWS = 16
 """Of logits, whose losses are computed at once: those of 32,000 words then fit a processor's cache."""
 
 FP16_SCALE = 2.0**12
 """Of gradients on their way through a head in fp16, which would lose probabilities below 6e-8."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences and the images of a packed row lie.
+
+    Plain numbers, made with the row on the CPU: to read them from a tensor on a GPU, the host would wait for it.
+    """
+
+    sequence_starts: tuple[int, ...]
+    """The S + 1 cumulative lengths of the sequences."""
+    image_runs: tuple[ImageRun, ...]
 
 
 class PackedIdefics(IdeficsForVisionText2Text):
@@ -40,19 +51,29 @@ class PackedIdefics(IdeficsForVisionText2Text):
         if targets is None:
             return super().forward(*args, **kwargs)
         positions = kwargs.pop("logits_to_keep")
-        hidden = self.model(*args, **kwargs).last_hidden_state[0, positions]
+        hidden = self.model(*args, **kwargs).last_hidden_state[0].index_select(0, positions)
         return IdeficsCausalLMOutputWithPast(loss=head_loss(self.lm_head, hidden, targets))
 
 
-def packed_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], *, config: IdeficsConfig) -> torch.Tensor:
+def packed_loss(model: nn.Module, batch: Mapping[str, Any], *, config: IdeficsConfig) -> torch.Tensor:
     """Sum of the token losses of one packed row: fp32 scalar, 0 with gradients when nothing is supervised.
 
     `model` is a `PackedIdefics` that PEFT, DDP or FSDP may have wrapped; `config` is the plain model's. `batch` holds
-    input_ids, labels, position_ids, image_index int64 [1, T], sequence_starts int32 [S + 1], and pixel_values
-    [N, 3, H, W] or image_features [N, latents, D] in the model's dtype.
+    input_ids, position_ids and image_index int64 [1, T], what `lay_out` makes, and pixel_values [N, 3, H, W] or
+    image_features [N, latents, D] in the model's dtype.
     """
-    positions, targets = supervised_positions(batch["labels"])
-    return model(**forward_arguments(batch, config), logits_to_keep=positions, targets=targets).loss
+    supervised = {"logits_to_keep": batch["supervised_positions"], "targets": batch["targets"]}
+    return model(**forward_arguments(batch, config), **supervised).loss
+
+
+def lay_out(sequence_starts: Sequence[int], image_index: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Return the part of a row's batch that is derived: its layout, and which tokens are supervised by which.
+
+    image_index and labels int64 [1, T], on the CPU -> {"layout", "supervised_positions" and "targets" int64 [K]}.
+    """
+    positions, targets = supervised_positions(labels)
+    layout = Layout(tuple(sequence_starts), tuple(image_runs(image_index)))
+    return {"layout": layout, "supervised_positions": positions, "targets": targets}
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +88,7 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the token losses of `head(hidden)`: [K, D], [K] -> fp32 scalar. Logits of `HEAD_ROWS` rows exist at once.
+    """Sum of the token losses of `head(hidden)`: [K, D], [K] -> fp32 scalar. Logits of a few rows exist at once.
 
     The loss is a sum, so gradients of `hidden` and of what is trained in the head are made on the way, and the backward
     only scales them. A head that FSDP divides is whole only inside its own forward and backward, and so runs once.
@@ -95,14 +116,15 @@ class _HeadLoss(torch.autograd.Function):
         ctx.scale = FP16_SCALE if dtype == torch.float16 else 1.0
         weight, added = head.weight.to(dtype), getattr(head, "additional_fc", None)
         words, width = len(weight), len(weight) + getattr(head, "out_additional_features", 0)
-        logits = hidden.new_empty(min(len(hidden), HEAD_ROWS), width, dtype=dtype)
+        at_once = choices(device).head_rows
+        logits = hidden.new_empty(min(len(hidden), at_once), width, dtype=dtype)
         logs = torch.empty_like(logits, dtype=torch.float32)
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients = [torch.zeros_like(one) for one in (hidden, *trained)] if learning else []
         by_parameter = dict(zip(trained, gradients[1:], strict=False))
         beside = [parameter for parameter in trained if parameter is not head.weight]
-        for start in range(0, len(hidden), HEAD_ROWS):
-            rows, target = hidden[start : start + HEAD_ROWS], targets[start : start + HEAD_ROWS, None]
+        for start in range(0, len(hidden), at_once):
+            rows, target = hidden[start : start + at_once], targets[start : start + at_once, None]
             some, log = logits[: len(rows)], logs[: len(rows)]
             torch.mm(rows.to(dtype), weight.T, out=some[:, :words])
             if added is not None:
@@ -116,7 +138,7 @@ class _HeadLoss(torch.autograd.Function):
                 continue
             shares = log.exp_().scatter_add_(1, target, log.new_full((1, 1), -1.0).expand(len(rows), 1))
             made = (shares.mul_(ctx.scale) if ctx.scale != 1 else shares).to(dtype)  # softmax - one-hot
-            place = gradients[0][start : start + HEAD_ROWS]
+            place = gradients[0][start : start + at_once]
             place += made[:, :words] @ weight
             if head.weight in by_parameter:
                 by_parameter[head.weight] += made[:, :words].T @ rows.to(dtype)
@@ -159,17 +181,20 @@ class _TokenLosses(torch.autograd.Function):
         return gradient, None
 
 
-def forward_arguments(batch: Mapping[str, torch.Tensor], config: IdeficsConfig) -> dict[str, Any]:
+def forward_arguments(batch: Mapping[str, Any], config: IdeficsConfig) -> dict[str, Any]:
     """What `IdeficsForVisionText2Text.forward` takes for a packed row, but for `logits_to_keep`."""
-    image_index, starts = batch["image_index"], batch["sequence_starts"].tolist()
+    image_index, layout = batch["image_index"], batch["layout"]
     arguments: dict[str, Any] = {
         "input_ids": batch["input_ids"],
+        # Packed attention reads no mask. Of one with four axes transformers makes no other; of none, or of one with
+        # two, it asks whether anything is masked, and a GPU's answer is waited for.
+        "attention_mask": image_index.new_ones((1, 1, 1, 1), dtype=torch.bool),
         "position_ids": batch["position_ids"],
         # The stock forward derives its "sees an image" gate from this mask; which image, our attention knows.
         "image_attention_mask": (image_index >= 0).long()[..., None],
         "use_cache": False,
-        "sequence_starts": starts,
-        "image_runs": image_runs(image_index),
+        "sequence_starts": layout.sequence_starts,
+        "image_runs": layout.image_runs,
         "image_latents": config.perceiver_config.resampler_n_latents,
     }
     if "image_features" in batch:

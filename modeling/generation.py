@@ -19,6 +19,7 @@ from transformers import GenerationConfig, IdeficsForVisionText2Text
 from transformers.cache_utils import DynamicCache
 
 from modeling.blocks import angles, rotate
+from modeling.device import choices, copy_numbers
 
 ROOM = 64
 """Tokens for which there is room each time that keys and values move."""
@@ -35,18 +36,24 @@ def greedy(
     `config`: max_new_tokens, min_new_tokens, eos_token_id, pad_token_id and suppress_tokens. The model may hold LoRA or
     4-bit layers. Memory: keys and values of the text, and in each gated block those of one image a prompt.
     """
-    ends, shortest = torch.tensor(config.eos_token_id, device=model.device), config.min_new_tokens or 0
+    device, shortest = model.device, config.min_new_tokens or 0
+    ends, never = (
+        copy_numbers(ids or [], torch.int64, device) for ids in (config.eos_token_id, config.suppress_tokens)
+    )
     decoder, logits = _Decoder.read(model, inputs)
     written: list[torch.Tensor] = []
-    going = torch.ones(len(logits), dtype=torch.bool, device=model.device)
+    going = torch.ones(len(logits), dtype=torch.bool, device=device)
+    lengths = torch.zeros(len(logits), dtype=torch.int64, device=device)
+    look_every = choices(device.type).tokens_between_stops
     while True:
-        logits[:, config.suppress_tokens or []] = -torch.inf
+        logits.index_fill_(1, never, -torch.inf)
         if len(written) < shortest:
-            logits[:, ends] = -torch.inf
+            logits.index_fill_(1, ends, -torch.inf)
         written.append(torch.where(going, logits.argmax(dim=1), config.pad_token_id))
+        lengths += going
         going &= ~torch.isin(written[-1], ends)
-        if len(written) == config.max_new_tokens or not going.any():
-            return torch.stack(written, dim=1).tolist()
+        if len(written) == config.max_new_tokens or (len(written) % look_every == 0 and not going.any()):
+            return torch.stack(written, dim=1)[:, : int(lengths.max())].tolist()
         logits = decoder.step(written[-1])
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -12,6 +13,7 @@ from finetune.data.images import Preprocessing, open_image
 from finetune.data.sampling import Row
 from finetune.data.tokenize import Example
 from finetune.recipe.schema import Augment
+from modeling.forward import Layout, lay_out
 from modeling.tokens import IGNORED
 
 
@@ -19,8 +21,9 @@ class Batch(TypedDict, total=False):
     """One packed row of T tokens, S sequences and N distinct images.
 
     input_ids, labels, position_ids   int64 [1, T]    position_ids restart at 0 in every sequence
-    sequence_starts                   int32 [S + 1]   cumulative lengths
     image_index                       int64 [1, T]    index into this batch's images, -1 = none
+    supervised_positions, targets     int64 [K]       positions whose next token is supervised, and that token
+    layout                            plain numbers   where the sequences and the images lie
 
     and what is shown, real images only, none padded (but see `stack_pixels`): either of
 
@@ -31,8 +34,10 @@ class Batch(TypedDict, total=False):
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
-    sequence_starts: torch.Tensor
     image_index: torch.Tensor
+    supervised_positions: torch.Tensor
+    targets: torch.Tensor
+    layout: Layout
     pixel_values: torch.Tensor
     image_features: torch.Tensor
 
@@ -48,7 +53,7 @@ def collate(
 
     Two examples of 3 and 2 tokens, the second one seeing image 7:
 
-    position_ids 0 1 2 0 1    sequence_starts 0 3 5    image_index -1 -1 -1 0 0    and what `show` makes of [7]
+    position_ids 0 1 2 0 1    image_index -1 -1 -1 0 0    layout: starts 0 3 5, run (3, 5, 0)    and `show([7])`
 
     With no examples, a row of the one unsupervised token `filler`.
     """
@@ -63,12 +68,13 @@ def collate(
         for example, images in zip(examples, image_ids, strict=True)
     ]
     lengths = [len(example) for example in examples]
+    labels, image_index = _row([example.labels for example in examples]), _row(seen)
     return {
         "input_ids": _row([example.input_ids for example in examples]),
-        "labels": _row([example.labels for example in examples]),
+        "labels": labels,
         "position_ids": _row([np.arange(length) for length in lengths]),
-        "sequence_starts": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
-        "image_index": _row(seen),
+        "image_index": image_index,
+        **lay_out([0, *accumulate(lengths)], image_index, labels),  # type: ignore[typeddict-item]
         **show(distinct),
     }
 

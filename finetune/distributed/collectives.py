@@ -75,14 +75,14 @@ def broadcast(value: Item) -> Item:
     return broadcast_object_list([value])[0] if world_size() > 1 else value
 
 
-def gather_numbers(values: list[float]) -> torch.Tensor:
-    """float64 [processes, values], on the CPU: a small tensor, for every step."""
-    mine = torch.tensor(values, dtype=torch.float64, device=state().device)
+def gather_numbers(values: list[float]) -> list[list[float]]:
+    """The numbers of all processes, in the order of ranks: one small tensor, for every step."""
     if world_size() == 1:
-        return mine.cpu()[None]
+        return [values]
+    mine = torch.tensor(values, dtype=torch.float64, device=state().device)
     gathered = [torch.empty_like(mine) for _ in range(world_size())]
     torch.distributed.all_gather(gathered, mine)
-    return torch.stack(gathered).cpu()
+    return torch.stack(gathered).tolist()
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)

@@ -24,6 +24,7 @@ from finetune.data.tracking import Track, silently
 from finetune.distributed import collectives
 from finetune.evaluation.generate import Answer, Assistant, generate
 from finetune.evaluation.metrics import is_yes_no, mark, most_common
+from modeling.device import copy_batch
 from modeling.forward import packed_loss
 
 Question = tuple[Dialogue, tuple[str, ...]]
@@ -153,9 +154,8 @@ def eval_loss(assistant: Assistant, rows: RowCollator, *, track: Track = silentl
     device = assistant.idefics.device
 
     def measure(row: Row) -> tuple[float, int]:
-        batch = {name: tensor.to(device) for name, tensor in rows.batch(row).items()}  # type: ignore[attr-defined]
-        loss = float(packed_loss(model, batch, config=assistant.idefics.config))
-        return loss, int((batch["labels"] >= 0).sum())
+        batch = copy_batch(rows.batch(row), device)
+        return float(packed_loss(model, batch, config=assistant.idefics.config)), len(batch["targets"])
 
     measured = collectives.share_out("held-out loss", rows.rows, measure, track=track)
     supervised = sum(tokens for _, tokens in measured)

@@ -8,6 +8,7 @@ import torch
 from finetune.data.collate import Batch
 from finetune.data.conversation import Dialogue
 from finetune.evaluation.generate import Assistant, generate
+from modeling.device import copy_batch
 from modeling.forward import forward_arguments
 
 
@@ -60,8 +61,8 @@ def _logits(assistant: Assistant, batches: Sequence[Batch]) -> list[torch.Tensor
     device, config = assistant.idefics.device, assistant.idefics.config
     logits = []
     for batch in batches:
-        moved = {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[attr-defined]
-        logits.append(assistant.model.eval()(**forward_arguments(moved, config)).logits[0].float().cpu())
+        arguments = forward_arguments(copy_batch(batch, device), config)
+        logits.append(assistant.model.eval()(**arguments).logits[0].float().cpu())
     return logits
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 from finetune.planning.graph import MemoryGraph, Operation, Tensor
 from finetune.planning.memory import FP32, INT64, NF4_GROUP, RowSize, Setup
+from modeling.device import choices
 from modeling.towers import IMAGE_TOWERS, QUANTIZED_TOWERS
 
-HEAD_ROWS, ROWS = 128, 16
-"""Rows of logits that exist at once, and whose losses are computed at once (modeling/forward.py)."""
+ROWS = 16
+"""Of logits, whose losses are computed at once (modeling/forward.py)."""
 
 
 def forward_operations(setup: Setup, row: RowSize) -> list[Operation]:
@@ -213,7 +214,8 @@ class _Forward:
         # A CPU copies to fp32 what it adds to fp32, or writes as fp32.
         copied = FP32 if item < FP32 and not setup.gpu else 0
         # Logits, their logarithms in fp32, and their gradient where it is not in fp32 itself.
-        scratch = min(supervised, HEAD_ROWS) * width * (item + copied + FP32 + (item if item < FP32 else 0))
+        at_once = min(supervised, choices("cuda" if setup.gpu else "cpu").head_rows)
+        scratch = at_once * width * (item + copied + FP32 + (item if item < FP32 else 0))
         if setup.is_full("embeddings_and_head"):  # the weight's gradient of a few rows, before it is added
             scratch += vocabulary * hidden.width * (item + copied)
         gradients = sum(one.nbytes for one in waiting[1:])

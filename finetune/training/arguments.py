@@ -62,6 +62,9 @@ def training_arguments(
         use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=False,  # see checkpoint_layers
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
+        # Before a step is taken its loss is looked at, once; the trainer would wait for that of every row.
+        logging_nan_inf_filter=False,
         ddp_find_unused_parameters=unused_parameters,
         logging_steps=1,
         disable_tqdm=True,

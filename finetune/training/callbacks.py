@@ -41,7 +41,7 @@ class MetricsFile(TrainerCallback):
         mine = sum(
             self.rows.tokens(row) for row in step[collectives.rank() :: collectives.world_size()]
         )  # who made a row knows
-        tokens = int(collectives.gather_numbers([mine]).sum())
+        tokens = int(sum(one for (one,) in collectives.gather_numbers([mine])))
         if not state.is_world_process_zero:
             return
         place = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}

@@ -37,11 +37,9 @@ from finetune.distributed.device import device
 from finetune.training.cache_holds import holding
 from modeling.checkpoint import Stored, read_header
 from modeling.cores import available_cores
+from modeling.device import choices
 from modeling.errors import UserError
 from modeling.files import put_in_place
-
-BATCH = {"cpu": 4, "cuda": 16}
-"""Images that go through the towers at once. What a few make on the way fits a processor's caches."""
 
 FILE_BYTES = 128 * 2**20
 """Of features in one file: what a killed writer loses."""
@@ -133,7 +131,7 @@ class FeatureCache:
             places, files = collectives.on_main("find features", lambda: self._find_or_make_room(digests, wanted))
             missing = wanted[places[wanted, 0] < 0]
             if len(missing):
-                size = BATCH[device().type]
+                size = choices(device().type).tower_images
                 batches = [missing[start : start + size] for start in range(0, len(missing), size)]
                 mine = batches[collectives.rank() :: collectives.world_size()]
                 collectives.each("compute features", lambda: self._fill(images, digests, mine, towers, track))

@@ -21,6 +21,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import datasets
@@ -40,9 +41,10 @@ from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import MetricsFile, Stopping
 from finetune.training.checkpoints import mark_complete, remove_incomplete, require_room
 from finetune.training.loss_spikes import WINDOW, Seen, UnstableError, suspects, why_unstable
-from finetune.training.prefetch import PrefetchedRows
+from finetune.training.prefetch import PREFETCHED, PrefetchedRows
 from finetune.training.signals import Heard, listening
-from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter
+from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter, whole
+from modeling.device import choices, copy_batch
 from modeling.errors import Interrupted, UserError
 from modeling.forward import packed_loss
 from modeling.quantize import quantized_layers
@@ -92,7 +94,13 @@ def train(
         scaled=half,
         unused_parameters=unused_parameters,
     )
-    ahead = PrefetchedRows(train_rows, stride=collectives.world_size())
+    steps_ahead = choices(arguments.device.type).steps_prefetched
+    ahead = PrefetchedRows(
+        train_rows,
+        stride=collectives.world_size(),
+        depth=PREFETCHED + steps_ahead * arguments.gradient_accumulation_steps,
+        device=arguments.device,
+    )
     trainer = IdeficsTrainer(
         model=model,
         args=arguments,
@@ -112,7 +120,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     finally:
         ahead.close()
-    if told := int(collectives.gather_numbers([trainer.heard.signal]).max()):
+    if told := int(max(collectives.gather_numbers([trainer.heard.signal]))[0]):
         saved = folder / f"checkpoint-{trainer.state.global_step}"
         name = signal.Signals(told).name
         raise Interrupted(f"{name}: saved as {saved}; the same command goes on from there", told)
@@ -209,9 +217,9 @@ class IdeficsTrainer(SFTTrainer):
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             for number in mine:
-                batch = self._prepare_inputs(self.eval_rows.batch(rows[number]))
+                batch = copy_batch(self.eval_rows.batch(rows[number]), self.args.device)
                 loss = packed_loss(self.model_wrapped, batch, config=self.idefics_config)
-                sums += torch.stack([loss.double(), (batch["labels"] >= 0).sum().double()])
+                sums += torch.stack([loss.double(), loss.new_full((), len(batch["targets"]), dtype=torch.float64)])
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # which only a backward does for the last ones: a checkpoint would find no weights
@@ -247,14 +255,16 @@ class IdeficsTrainer(SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called once a step, after its last row and before it is taken. Raises UnstableError, on all processes."""
         norm = super()._get_grad_norm(model, grad_norm)
-        loss, self._losses = torch.stack(self._losses).sum(), []
-        told = collectives.gather_numbers([float(loss), float(self.heard.signal)])
-        self.told_to_stop = bool(told[:, 1].any())
+        # The one time in a step that the host waits for the device.
+        loss, size = torch.stack([torch.stack(self._losses).sum(), whole(norm).to(self._losses[0])]).tolist()
+        self._losses = []
+        losses, signals = zip(*collectives.gather_numbers([loss, float(self.heard.signal)]), strict=True)
+        self.told_to_stop = any(signals)
         before = [line["loss"] for line in self.state.log_history[-2 * WINDOW :] if "loss" in line]
-        checked = float(norm) if self.accelerator.scaler is None else 0.0  # which passes over infinite ones itself
-        if reason := why_unstable(float(told[:, 0].mean()), checked, before, spike=self.settings.instability.spike):
+        checked = size if self.accelerator.scaler is None else 0.0  # which passes over infinite ones itself
+        if reason := why_unstable(fmean(losses), checked, before, spike=self.settings.instability.spike):
             raise UnstableError(self.state.global_step + 1, reason, self._dialogues_of_this_step(before))
-        return norm
+        return size
 
     @torch.no_grad()
     def _dialogues_of_this_step(self, before: Sequence[float]) -> list[Seen]:
@@ -267,10 +277,10 @@ class IdeficsTrainer(SFTTrainer):
         fillers = [(("", ""), self.rows.empty())] * (most - len(alone))  # with FSDP every forward is a common one
         measured = []
         for origin, batch in [*alone, *fillers]:
-            prepared = self._prepare_inputs(batch)
+            prepared = copy_batch(batch, self.args.device)
             with self.compute_loss_context_manager():
                 loss = packed_loss(self.model_wrapped, prepared, config=self.idefics_config)
-            measured.append((*origin, float(loss) / max(int((batch["labels"] >= 0).sum()), 1)))
+            measured.append((*origin, float(loss) / max(len(batch["targets"]), 1)))
         found = collectives.gather(measured[: len(alone)])
         blamed = suspects([loss for *_, loss in found], before, spike=self.settings.instability.spike)
         return [

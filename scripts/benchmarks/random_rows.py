@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from finetune.planning.memory import RowSize
+from modeling.forward import lay_out
 from modeling.shapes import Config
 from modeling.tokens import IGNORED
 
@@ -23,6 +24,7 @@ def make_row(config: Config, row: RowSize, *, sequence: int, cached: bool = True
     ids = torch.randint(3, SMALLEST_WORDS, (1, row.tokens), generator=rng)
     places = torch.arange(row.tokens)
     labels = ids.where(places >= row.tokens - row.supervised, IGNORED)
+    image_index = (places * row.images // row.tokens if row.images else torch.full_like(places, -1))[None]
     vision, size = config["vision_config"], config["vision_config"]["image_size"]
     latents = config["perceiver_config"]["resampler_n_latents"]
     shape = (latents, vision["embed_dim"]) if cached else (3, size, size)
@@ -30,7 +32,7 @@ def make_row(config: Config, row: RowSize, *, sequence: int, cached: bool = True
         "input_ids": ids,
         "labels": labels,
         "position_ids": torch.cat([torch.arange(stop - start) for start, stop in pairwise(starts)])[None],
-        "sequence_starts": torch.tensor(starts, dtype=torch.int32),
-        "image_index": (places * row.images // row.tokens if row.images else torch.full_like(places, -1))[None],
+        "image_index": image_index,
+        **lay_out(starts, image_index, labels),
         "image_features" if cached else "pixel_values": torch.randn(row.images, *shape, generator=rng),
     }

@@ -13,13 +13,15 @@ from finetune.data.images import Preprocessing
 from finetune.data.sampling import Row
 from finetune.data.tokenize import Example
 from finetune.recipe.schema import Augment
+from modeling.forward import Layout
 
 DTYPES = {
     "input_ids": torch.int64,
     "labels": torch.int64,
     "position_ids": torch.int64,
-    "sequence_starts": torch.int32,
     "image_index": torch.int64,
+    "supervised_positions": torch.int64,
+    "targets": torch.int64,
     "pixel_values": torch.float32,
 }
 
@@ -45,16 +47,22 @@ def batch(examples, image_ids):
     return collate(examples, image_ids, show=show, filler=2)
 
 
+def dtypes(row):
+    return {name: one.dtype for name, one in row.items() if name != "layout"}
+
+
 def test_a_batch_by_hand():
     row = batch([TEXT, TWO, ONE], [(), (7, 4), (9,)])
     assert row["input_ids"].tolist() == [[1, 5, 6, 1, 8, 8, 9, 1, 7]]
     assert row["labels"].tolist() == [[-100, 5, 6, -100, -100, 8, 9, -100, 7]]
     assert row["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1]]
-    assert row["sequence_starts"].tolist() == [0, 3, 7, 9]
+    assert row["supervised_positions"].tolist() == [0, 1, 4, 5, 7]
+    assert row["targets"].tolist() == [5, 6, 8, 9, 7]
+    assert row["layout"] == Layout((0, 3, 7, 9), ((4, 5, 0), (5, 7, 1), (7, 9, 2)))
     assert row["image_index"].tolist() == [[-1, -1, -1, -1, 0, 1, 1, 2, 2]]
     assert row["pixel_values"].shape == (3, 3, 2, 4)
     assert row["pixel_values"][:, 0, 0, 0].tolist() == [7, 4, 9]
-    assert {name: tensor.dtype for name, tensor in row.items()} == DTYPES
+    assert dtypes(row) == DTYPES
 
 
 def test_an_image_shared_by_examples_is_there_once():
@@ -84,20 +92,22 @@ def test_a_row_without_images_has_none_padded():
     row = batch([TEXT], [()])
     assert row["image_index"].tolist() == [[-1, -1, -1]]
     assert row["pixel_values"].shape == (0, 3, 2, 4)
-    assert {name: tensor.dtype for name, tensor in row.items()} == DTYPES
+    assert dtypes(row) == DTYPES
 
 
 def test_a_filler_row_is_one_unsupervised_token():
     row = batch([], [])
+    assert row.pop("layout") == Layout((0, 1), ())
     assert {name: tensor.tolist() for name, tensor in row.items() if name != "pixel_values"} == {
         "input_ids": [[2]],
         "labels": [[-100]],
         "position_ids": [[0]],
-        "sequence_starts": [0, 1],
         "image_index": [[-1]],
+        "supervised_positions": [],
+        "targets": [],
     }
     assert row["pixel_values"].shape == (0, 3, 2, 4)
-    assert {name: tensor.dtype for name, tensor in row.items()} == DTYPES
+    assert dtypes(row) == DTYPES
 
 
 def gradient(start):
@@ -120,7 +130,7 @@ def collator():
 def test_the_collator_builds_the_row_it_is_asked_for(collator):
     row = collator.at(0)
     assert row["input_ids"].tolist() == [[1, 7, 1, 5, 6]]
-    assert row["sequence_starts"].tolist() == [0, 2, 5]
+    assert row["layout"] == Layout((0, 2, 5), ((0, 2, 0),))
     assert (row["pixel_values"] * 255).round()[0, :, 0, 0].tolist() == [0, 1, 2]
     assert collator.at(1)["input_ids"].tolist() == [[2]]
 

@@ -55,7 +55,7 @@ def rows_of(*passes, **changes):
 
 def sequences(batch):
     """The token ids of each example of a row."""
-    starts = batch["sequence_starts"].tolist()
+    starts = batch["layout"].sequence_starts
     return [batch["input_ids"][0, start:stop].tolist() for start, stop in pairwise(starts)]
 
 
@@ -262,7 +262,7 @@ def test_rows_hold_the_examples_of_the_records_and_their_images(reading, folder,
     question = f"<s>User:{fake}<image>{fake}whatcolorisit?<end_of_utterance>\nAssistant:"
     assert set(texts) == {f"{question}{answer}<end_of_utterance></s>" for answer in ("red", "blue")}
     shown = {}
-    for text, stop in zip(texts, batch["sequence_starts"].tolist()[1:], strict=True):
+    for text, stop in zip(texts, batch["layout"].sequence_starts[1:], strict=True):
         image = batch["pixel_values"][batch["image_index"][0, stop - 1]]
         shown["red" in text] = image[:, 0, 0].tolist()
     assert shown == {True: [1, -1, -1], False: [-1, -1, 1]}  # of mean and deviation 0.5: all red, all blue
@@ -425,8 +425,8 @@ def test_turns_bound_and_documents_are_cut(reading, encoder, folder):
     (folder / "long.jsonl").write_text(json.dumps({"texts": ["a red ball. " * 4] * 6, "images": [None] * 6}) + "\n")
     rows = reading(make_source("obelics", (folder / "long.jsonl",), stream=True), max_length=64)
     for number in range(6):
-        starts = rows.at(number)["sequence_starts"]
-        assert starts.diff().max() <= 64
+        starts = rows.at(number)["layout"].sequence_starts
+        assert max(stop - start for start, stop in pairwise(starts)) <= 64
     (account,) = rows.accounts
     assert (account.read, account.kept, account.documents_cut) == (1, 1, 1)
     assert account.examples > 1

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from finetune.materials import Materials
 from finetune.pipeline import Run
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.training import image_features as features
+from modeling.device import CHOICES
 from modeling.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -37,10 +38,11 @@ from finetune.cli import app
 from finetune.exit_codes import quiet
 quiet()
 from finetune.evaluation import evaluate, generate
-from finetune.training import image_features as features
+from dataclasses import replace
+from modeling.device import CHOICES
 from finetune.data import assemble, convert
 convert.PART_RECORDS = assemble.PART_RECORDS = {part_records}
-features.BATCH = dict.fromkeys(features.BATCH, 1)
+CHOICES["cpu"] = replace(CHOICES["cpu"], tower_images=1)
 place, written = Path({folder!r}), open({folder!r} + "/written." + os.environ["RANK"], "w")
 def watch(event, arguments):
     if event == "os.rename":
@@ -94,7 +96,7 @@ def one(recipe_of, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "PART_RECORDS", PART_RECORDS)
         patch.setattr(assemble, "PART_RECORDS", PART_RECORDS)
-        patch.setattr(features, "BATCH", {"cpu": 1, "cuda": 1})
+        patch.setitem(CHOICES, "cpu", replace(CHOICES["cpu"], tower_images=1))
         recipe, *overrides = recipe_of(folder)
         Run(load_recipe(recipe, overrides)).do("train", "evaluate", "merge")
     return folder

@@ -21,7 +21,7 @@ from modeling.adapters import (
     trained_parameters,
 )
 from modeling.errors import UserError
-from modeling.forward import packed_loss
+from modeling.forward import Layout, packed_loss
 from modeling.shapes import IDEFICS_9B
 from modeling.towers import stock_name
 
@@ -61,7 +61,9 @@ def batch():
         "input_ids": torch.tensor([[1, 17, 300, 301, 300, 18, 302, 2]]),
         "labels": torch.tensor([[-100, -100, -100, -100, -100, 18, 302, 2]]),
         "position_ids": torch.arange(8)[None],
-        "sequence_starts": torch.tensor([0, 8], dtype=torch.int32),
+        "supervised_positions": torch.tensor([4, 5, 6]),
+        "targets": torch.tensor([18, 302, 2]),
+        "layout": Layout((0, 8), ((3, 8, 0),)),
         "image_index": torch.tensor([[-1, -1, -1, 0, 0, 0, 0, 0]]),
         "pixel_values": torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
     }

@@ -14,7 +14,7 @@ from transformers.models.idefics.modeling_idefics import (
 )
 
 from modeling import attention, blocks, tiny
-from modeling.forward import packed_loss
+from modeling.forward import Layout, packed_loss
 from modeling.shapes import TINY
 
 WIDTH, INNER = 48, 80
@@ -135,7 +135,9 @@ def test_dropout_of_attention_is_the_config_s_and_of_training_alone(training, mo
         "input_ids": torch.tensor([[1, 17, 300, 301, 300, 18, 302, 2]]),
         "labels": torch.tensor([[-100, -100, -100, -100, -100, 18, 302, 2]]),
         "position_ids": torch.arange(8)[None],
-        "sequence_starts": torch.tensor([0, 8], dtype=torch.int32),
+        "supervised_positions": torch.tensor([4, 5, 6]),
+        "targets": torch.tensor([18, 302, 2]),
+        "layout": Layout((0, 8), ((3, 8, 0),)),
         "image_index": torch.tensor([[-1, -1, -1, 0, 0, 0, 0, 0]]),
         "pixel_values": torch.zeros(1, 3, 64, 64),
     }

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -14,8 +15,10 @@ from finetune.data.chat_template import render
 from finetune.data.collate import collate, stack_pixels
 from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
 from finetune.data.tokenize import tokenize
-from modeling import forward, loading
+from modeling import loading
+from modeling.device import CHOICES
 from modeling.forward import (
+    Layout,
     forward_arguments,
     head_loss,
     image_features,
@@ -111,12 +114,12 @@ def one_by_one(stock, examples, ids):
 
 def losses_by_dialogue(model, batch):
     """The token losses of each sequence of a row."""
-    positions, targets = supervised_positions(batch["labels"])
+    positions, starts = batch["supervised_positions"], torch.tensor(batch["layout"].sequence_starts)
     with torch.no_grad():
         logits = model(**forward_arguments(batch, model.config), logits_to_keep=positions).logits[0]
-    sequence = torch.bucketize(positions, batch["sequence_starts"].long(), right=True) - 1
-    losses = token_losses(logits, targets)
-    return [losses[sequence == number] for number in range(len(batch["sequence_starts"]) - 1)]
+    sequence = torch.bucketize(positions, starts, right=True) - 1
+    losses = token_losses(logits, batch["targets"])
+    return [losses[sequence == number] for number in range(len(starts) - 1)]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -184,13 +187,13 @@ def test_the_stock_forward_is_told_positions_gates_sequences_and_runs(pair):
         "input_ids": torch.tensor([[1, 5, 2, 1, 301]]),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1]]),
         "image_index": torch.tensor([[-1, -1, -1, -1, 0]]),
-        "sequence_starts": torch.tensor([0, 3, 5], dtype=torch.int32),
+        "layout": Layout((0, 3, 5), ((4, 5, 0),)),
         "pixel_values": torch.zeros(1, 3, 64, 64),
     }
     arguments = forward_arguments(batch, pair[2].config)
     assert arguments["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert arguments["image_attention_mask"].tolist() == [[[0], [0], [0], [0], [1]]]
-    assert (arguments["sequence_starts"], arguments["image_runs"]) == ([0, 3, 5], [(4, 5, 0)])
+    assert (arguments["sequence_starts"], arguments["image_runs"]) == ((0, 3, 5), ((4, 5, 0),))
     assert (arguments["image_latents"], arguments["use_cache"]) == (8, False)
 
 
@@ -207,7 +210,7 @@ def test_the_tokens_of_one_dialogue_do_not_reach_the_others(pair, changed):
     idefics, _, model = pair
     batch = lay(ROWS["mixture"], idefics.tokenizer)[2]
     before = losses_by_dialogue(model, batch)
-    first = batch["sequence_starts"][changed]
+    first = batch["layout"].sequence_starts[changed]
     batch["input_ids"][0, first] = 77
     after = losses_by_dialogue(model, batch)
     # Bit for bit: the same products in the same order, whatever stands in the other rows of a matrix.
@@ -231,8 +234,7 @@ def test_text_sees_only_the_last_image_before_it_and_none_before_the_first(pair)
     (old,) = losses_by_dialogue(model, batch)
     changed = lay((DOCUMENT,), idefics.tokenizer, pixels=lambda number: pixels(number + 50))[2]
     (new,) = losses_by_dialogue(model, changed)
-    positions, _ = supervised_positions(batch["labels"])
-    blind = torch.from_numpy(examples[0].image_index)[positions] == -1
+    blind = torch.from_numpy(examples[0].image_index)[batch["supervised_positions"]] == -1
     assert 0 < blind.sum() < len(blind)
     assert torch.equal(old[blind], new[blind])
     assert (old[~blind] != new[~blind]).all()
@@ -264,9 +266,9 @@ class Products(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("limit", [forward.HEAD_ROWS, 7])
+@pytest.mark.parametrize("limit", [CHOICES["cpu"].head_rows, 7])
 def test_the_head_is_multiplied_with_supervised_rows_only_and_few_at_once(pair, monkeypatch, limit):
-    monkeypatch.setattr(forward, "HEAD_ROWS", limit)
+    monkeypatch.setitem(CHOICES, "cpu", replace(CHOICES["cpu"], head_rows=limit))
     idefics, _, model = pair
     examples, _, batch = lay(ROWS["mixture"], idefics.tokenizer)
     with Products(columns=len(model.lm_head.weight)) as products, torch.no_grad():
@@ -282,7 +284,7 @@ def test_the_head_is_multiplied_with_supervised_rows_only_and_few_at_once(pair, 
 @pytest.mark.parametrize("supervised", [0, 1, 6, 7, 8, 30])
 @pytest.mark.parametrize("trained", [("additional_fc",), ("additional_fc", ""), ()], ids=["added", "all", "none"])
 def test_the_head_s_loss_and_gradients_are_those_of_all_logits_at_once(pair, monkeypatch, supervised, trained):
-    monkeypatch.setattr(forward, "HEAD_ROWS", 7)
+    monkeypatch.setitem(CHOICES, "cpu", replace(CHOICES["cpu"], head_rows=7))
     head = copy.deepcopy(pair[2].lm_head).requires_grad_(False)
     for name in trained:
         for parameter in head.get_submodule(name).parameters(recurse=False):

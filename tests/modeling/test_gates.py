@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from modeling import gates, loading
-from modeling.forward import packed_loss
+from modeling.forward import Layout, packed_loss
 
 STEP = 5e-4
 """An update that bf16, with 8 bits, loses at 0.3: its neighbours there are 2e-3 apart."""
@@ -17,7 +17,9 @@ def batch(images=1):
         "input_ids": torch.tensor([[1, 17, 300, 301, 300, 18, 302, 2]]),
         "labels": torch.tensor([[-100, -100, -100, -100, -100, 18, 302, 2]]),
         "position_ids": torch.arange(8)[None],
-        "sequence_starts": torch.tensor([0, 8], dtype=torch.int32),
+        "supervised_positions": torch.tensor([4, 5, 6]),
+        "targets": torch.tensor([18, 302, 2]),
+        "layout": Layout((0, 8), ((3, 8, 0),) if images else ()),
         "image_index": torch.tensor([seen]),
         "pixel_values": torch.randn(images, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
     }

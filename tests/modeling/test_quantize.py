@@ -308,7 +308,7 @@ def test_forward_and_every_gradient_equal_the_dequantised_reference(load_nf4, lo
     rows = make_rows(row_tokens=512)
     batch = rows.batch(rows.rows[0])
     assert len(batch["pixel_values"]) > 1
-    assert len(batch["sequence_starts"]) > 3
+    assert len(batch["layout"].sequence_starts) > 3
     got, expected = (packed_loss(model.train(), batch, config=model.config) for model in models)
     got.backward()
     expected.backward()

@@ -17,6 +17,7 @@ from finetune.data.conversation import Image
 from finetune.data.images import Preprocessing, digest
 from finetune.training.image_features import FeatureCache
 from modeling import loading
+from modeling.device import CHOICES
 from modeling.errors import UserError
 from modeling.forward import image_features, packed_loss
 from modeling.vision import feature_shape, image_towers_fingerprint, load_image_towers
@@ -39,7 +40,7 @@ def images(tmp_path):
 
 @pytest.fixture(autouse=True)
 def sixteen_at_once(monkeypatch):
-    monkeypatch.setattr("finetune.training.image_features.BATCH", {"cpu": 16, "cuda": 16})
+    monkeypatch.setitem(CHOICES, "cpu", replace(CHOICES["cpu"], tower_images=16))
 
 
 @pytest.fixture
