@@ -1,6 +1,7 @@
 """Counts what a GPU's host would wait for, on a CPU: operations whose result, or its shape, the host must know."""
 
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -34,12 +35,12 @@ READERS = ("tolist", "numpy")
 class HostWaits(TorchDispatchMode):
     """While active, collects (file of this repository or of a library that asked, what it asked for).
 
-    Numbers that lie on the CPU on every device are not counted: the steps of torch's optimisers.
+    Not counted: rows being made in another thread, and the optimiser's own count of steps, which no GPU holds.
     """
 
     def __init__(self):
         super().__init__()
-        self.found = Counter()
+        self.found, self.thread = Counter(), threading.get_ident()
 
     def __enter__(self):
         self.originals = {name: getattr(torch.Tensor, name) for name in READERS}
@@ -61,7 +62,8 @@ class HostWaits(TorchDispatchMode):
 
     def _counted(self, name, method):
         def read(tensor, *args, **kwargs):
-            self._note(name)
+            if threading.get_ident() == self.thread:
+                self._note(name)
             return method(tensor, *args, **kwargs)
 
         return read

@@ -145,7 +145,7 @@ class _Forward:
         gradients = self._if_full("embeddings_and_head", config["vocab_size"] * width)
         gradients += self._if_full("added_tokens", config["additional_vocab_size"] * width)
         output = graph.tensor(tokens, width, self.setup.item_of("embeddings_and_head"))
-        return graph.apply((), output, gradients=gradients, scratch=output.nbytes)
+        return graph.apply((), output, gradients=gradients, scratch=2 * output.nbytes)  # a row of either table
 
     def _decoder_layer(self, hidden: Tensor) -> Tensor:
         width, heads, graph = hidden.width, self.config["num_attention_heads"], self.graph

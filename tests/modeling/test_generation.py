@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from host_waits import HostWaits
 from small_models import stand_in
 from transformers import GenerationConfig
 
 from modeling import generation, tiny
 from modeling.adapters import attach
+from modeling.device import CHOICES
 from modeling.forward import image_features
 from modeling.generation import ROOM, greedy
 from modeling.loading import load
@@ -208,3 +211,18 @@ def test_the_benchmark_compares_the_tokens_of_both_sides():
     figures = json.loads(ran.stdout)
     assert figures["tokens"] == 3
     assert figures["ratio"] == pytest.approx(figures["stock"] / figures["ours"])
+
+
+@pytest.mark.parametrize("every", [1, 4, 100])
+def test_greedy_looks_every_few_tokens(model, monkeypatch, every):
+    """A GPU is asked only now and then whether all answers have ended; the answers are the same, and as long."""
+    asked = inputs_of(model)
+    ends = sorted({ids[3] for ids in greedy(model, asked, config_of())})
+    config = config_of(min_new_tokens=0, eos_token_id=ends)
+    expected = greedy(model, asked, config)
+    assert len(expected[0]) <= 4
+    monkeypatch.setitem(CHOICES, "cpu", replace(CHOICES["cpu"], tokens_between_stops=every))
+    with HostWaits() as waits:
+        assert greedy(model, asked, config) == expected
+    looks = waits.found["modeling/generation.py: greedy: _local_scalar_dense"] - 1  # how long the longest is
+    assert looks == {1: len(expected[0]), 4: 1, 100: 0}[every]
