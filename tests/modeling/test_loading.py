@@ -63,7 +63,7 @@ def test_config_modules_and_tokenizer_agree_on_the_three_tokens(idefics):
     model = idefics.model
     assert (model.config.vocab_size, model.config.additional_vocab_size) == (300, 3)
     assert type(model.lm_head) is IdeficsDecoupledLinear
-    assert type(model.model.embed_tokens) is IdeficsDecoupledEmbedding
+    assert isinstance(model.model.embed_tokens, IdeficsDecoupledEmbedding)
     assert model.lm_head.out_additional_features == model.model.embed_tokens.num_additional_embeddings == 3
     names = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     assert idefics.tokenizer.convert_tokens_to_ids(names) == [300, 301, 302]
