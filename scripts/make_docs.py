@@ -29,28 +29,36 @@ PART = re.compile(r"(<!-- made by scripts/make_docs\.py: (\w+) -->\n).*?(<!-- en
 
 
 def make_tree(root: Path = ROOT) -> str:
-    """Return finetune/ and modeling/ as a tree, a line each: its name, and the first sentence of its docstring."""
-    lines = []
-
-    def add(folder: Path, depth: int) -> None:
-        lines.append(("  " * depth + f"{folder.name}/", _first_sentence(folder / "__init__.py")))
-        inside = [path for path in sorted(folder.iterdir()) if path.name not in ("__init__.py", "__main__.py")]
-        for path in inside:
-            if path.suffix == ".py":
-                lines.append(("  " * (depth + 1) + path.name, _first_sentence(path)))
-        for path in inside:
-            if path.is_dir() and (path / "__init__.py").is_file():
-                add(path, depth + 1)
-
-    for name in ("finetune", "modeling"):
-        add(root / name, 0)
-    width = max(len(entry) for entry, _ in lines)
-    return "```\n" + "".join(f"{entry:<{width}}  {line}".rstrip() + "\n" for entry, line in lines) + "```\n"
+    """Return a table for each package: its files with their links, and the first sentence of each file's docstring."""
+    parts = []
+    for package in sorted(
+        path.parent for name in ("finetune", "modeling") for path in (root / name).rglob("__init__.py")
+    ):
+        name = package.relative_to(root)
+        lines = [
+            f"### {name}/",
+            "",
+            f"{_first_sentence(package / '__init__.py')}.",
+            "",
+            "| file | what it is |",
+            "| --- | --- |",
+        ]
+        for path in sorted(package.glob("*.py")):
+            if path.name not in ("__init__.py", "__main__.py"):
+                lines.append(f"| [{path.name}](../{path.relative_to(root)}) | {_cell(_first_sentence(path))} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def _first_sentence(path: Path) -> str:
     paragraph = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
     return re.split(r"(?<=\.)\s", " ".join(paragraph.split()), maxsplit=1)[0].rstrip(".")
+
+
+def _cell(text: str) -> str:
+    """Return a text as the cell of a table; `<image>` outside of code would be taken for HTML."""
+    parts = " ".join(text.split()).replace("|", "\\|").split("`")
+    return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
 
 
 def make_reference() -> str:
@@ -65,8 +73,7 @@ def make_reference() -> str:
         for key, value in keys.items():
             default = "required" if key in required else f"`{_yaml(value.get('default'))}`"
             default = "`runs/NAME`" if (name, key) == ("", "output") else default  # recipe.load fills it in
-            meaning = " ".join(value.get("description", "").split()).replace("|", "\\|")
-            lines.append(f"| `{key}` | {_values(value)} | {default} | {meaning} |")
+            lines.append(f"| `{key}` | {_values(value)} | {default} | {_cell(value.get('description', ''))} |")
         parts.append("\n".join(lines))
 
     plain = {key: value for key, value in schema["properties"].items() if not _section_of(value, sections)}

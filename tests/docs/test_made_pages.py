@@ -27,19 +27,17 @@ def test_tree_of_a_small_house(tmp_path):
         "finetune/__init__.py": '"""Files in, model out."""',
         "finetune/cli.py": '"""One verb\neach. And more."""',
         "finetune/data/__init__.py": '"""Records.\n\nIn short."""',
-        "finetune/data/split.py": '"""Long -> short"""',
+        "finetune/data/split.py": '"""Long <image> -> `<s>`"""',
         "modeling/__init__.py": '"""Tensors."""',
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert make_docs.make_tree(tmp_path) == (
-        "```\n"
-        "finetune/     Files in, model out\n"
-        "  cli.py      One verb each\n"
-        "  data/       Records\n"
-        "    split.py  Long -> short\n"
-        "modeling/     Tensors\n"
-        "```\n"
+        "### finetune/\n\nFiles in, model out.\n\n| file | what it is |\n| --- | --- |\n"
+        "| [cli.py](../finetune/cli.py) | One verb each |\n\n"
+        "### finetune/data/\n\nRecords.\n\n| file | what it is |\n| --- | --- |\n"
+        "| [split.py](../finetune/data/split.py) | Long &lt;image> -> `<s>` |\n\n"
+        "### modeling/\n\nTensors.\n\n| file | what it is |\n| --- | --- |\n"
     )
 
 
