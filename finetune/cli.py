@@ -126,10 +126,10 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
         from finetune.console import display, log
         from finetune.data.dataset import tell_losses
         from finetune.export.cards import write_card
-        from finetune.materials import open_dataset
+        from finetune.pipeline import prepare
         from finetune.reporting.inspect import accounts_table
 
-        sources, dataset, _ = open_dataset(loaded)
+        sources, dataset, _ = prepare(loaded)
         folder = write_card(loaded, sources, dataset)
         if not as_json:
             display(accounts_table(dataset.report["sources"] + dataset.report["eval_sources"]))
@@ -260,9 +260,10 @@ def inspect(
         if html:
             check_place("--html", html)
         quiet()
+        from finetune.pipeline import prepare
         from finetune.reporting.inspect import inspect as inspect_recipe
 
-        return inspect_recipe(loaded, count=count, ids=ids, html=html, show=not as_json)
+        return inspect_recipe(loaded, *prepare(loaded), count=count, ids=ids, html=html, show=not as_json)
 
     finish(guarded(work, interrupted="what is prepared is kept, and the same command goes on"), as_json)
 
@@ -378,10 +379,10 @@ def _stages(
             parallel = loaded.training.parallel
             raise typer.Exit(launch.launch(arguments, processes=processes, parallel=parallel, restarts=restarts))
         quiet()
-        from finetune.pipeline import Run, stages_of
+        from finetune.pipeline import run as run_stages
         from finetune.reporting.summary import show
 
-        result = Run(loaded).do(*((stage,) if stage else stages_of(loaded)))
+        result = run_stages(loaded, (stage,) if stage else None)
         if launch.is_first() and not as_json:
             show(loaded, result)
         return result

@@ -1,16 +1,17 @@
-"""The run folder: what the training in it is made of, and whether this recipe and its data are still that.
+"""The run folder: whose it is, what its training is made of, and which of its stages are done.
 
 inputs.json holds the recipe that was trained, and hashes of its data and its base. Where something is trained (a whole
 checkpoint, or an adapter), what decides the training may not change any more; everything else may. Where nothing is
-trained yet, the folder is the recipe's that comes.
+trained yet, the folder belongs to the recipe that comes.
+
+A stage writes its .json last: its figures, and under "made_of" a hash of what they were made of, the files that the
+stage left with their sizes, and a hash of the figures themselves. A stage whose .json or files are not whole, or whose
+inputs have changed, is done again.
 """
 
-import json
-import platform
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +20,115 @@ from pydantic import ValidationError
 
 from finetune.console import log
 from finetune.data.arrow import DamagedError
+from finetune.data.dataset import Contents
 from finetune.data.image_changes import find_changes
+from finetune.distributed import collectives
+from finetune.distributed.device import commit, versions
 from finetune.recipe.plain_yaml import parse_yaml
-from finetune.recipe.schema import Recipe
-from finetune.training.checkpoints import last_checkpoint
+from finetune.recipe.schema import MAY_CHANGE, Recipe
+from finetune.training.checkpoints import is_trained, last_checkpoint
+from modeling.adapter_files import adapter_fingerprint
 from modeling.errors import UserError
-from modeling.files import atomic_write, read_json, write_json
+from modeling.files import atomic_write, flush, json_digest, read_json, write_json
 
+STAGES = ("train", "evaluate", "merge")
+FIGURES = {"train": "training.json", "evaluate": "evaluation.json", "merge": "merge.json"}
+"""File of each stage's figures."""
+
+LEFT = {"train": ("adapter/*",), "evaluate": ("predictions.jsonl",), "merge": ("merged/*",)}
+"""Other files that each stage leaves."""
+
+MADE_OF = "made_of"
 INPUTS = "inputs.json"
 RECIPE = "recipe.yaml"
-
-MAY_CHANGE = (
-    *("evaluation", "merge", "output", "data.prepared", "data.workers", "data.feature_cache_size", "data.changed"),
-    *("training.checkpointing", "training.checkpoint_every", "training.trackers", "training.instability"),
-)
-"""Keys of later stages, and keys that say where, how fast, in how much memory and how carefully work is done: what they
-stand for is trained the same."""
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-
-Contents = Mapping[str, Sequence[Mapping[str, str | None]]]
-"""`finetune.data.dataset.contents`."""
+CURVES = "curves.png"
+WRITTEN_AGAIN = "delete it, and the same command writes it again"
 
 
-def is_trained(folder: Path) -> bool:
-    """Whether there is anything that a training left and another one would lose: a checkpoint, or an adapter."""
-    return any((folder / "adapter").glob("*.safetensors")) or last_checkpoint(folder) is not None
+@dataclass(frozen=True)
+class RunDir:
+    """A run folder opened for one recipe. Of several processes, the main one reads and writes for all."""
+
+    folder: Path
+    recipe: Recipe
+    contents: Contents
+    """Hashes of the data."""
+    changed: str | None
+    """What of the data is not as it was when training began; None where nothing is."""
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    def is_to_do(self, stage: str) -> bool:
+        """Return whether a stage is to be done, and say why it is done again or not done. Raises UserError."""
+        if stage != "train":
+            self.require_trained()
+        again, file = self._why_not_done(stage), self.folder / FIGURES[stage]
+        if again is None:
+            log(f"{stage}: done before, see {file}")
+        elif file.exists():
+            log(f"{stage}: {again}; done again")
+        return again is not None
+
+    def is_done(self, stage: str) -> bool:
+        return self._why_not_done(stage) is None
+
+    def mark_done(self, stage: str, figures: Mapping[str, Any]) -> None:
+        """Write a stage's figures: from here on it is done."""
+        collectives.on_main(
+            f"write {stage}", lambda: write_stage(self.folder, stage, figures, self._inputs_digest(stage))
+        )
+        (self.folder / CURVES).unlink(missing_ok=True)
+
+    def require_trained(self) -> None:
+        """Raises UserError where there is no whole adapter."""
+        if why := self._why_not_done("train"):
+            started = (self.folder / FIGURES["train"]).exists()
+            raise UserError(
+                f"{why if started else f'{self.folder}: nothing is trained here yet'}; first: finetune train RECIPE"
+            )
+
+    def require_checkpoint(self) -> None:
+        """Raises UserError where training anew would lose an adapter: it is there, and no checkpoint to go on from."""
+        if is_trained(self.folder) and last_checkpoint(self.folder) is None:
+            raise UserError(
+                f"{self.folder}: {why_not_done(self.folder, 'train', '')}, an adapter is there, and no checkpoint to "
+                f"go on from\n  put the file back; or delete {self.adapter} to train anew"
+            )
+
+    def require_unchanged_data(self) -> None:
+        """Raises UserError where the data has changed, unless the recipe says that what is trained is kept."""
+        if self.changed is None:
+            return
+        done, what = self.is_done("train"), f"{self.folder}: the data has changed since this run began"
+        if not done or self.recipe.data.changed == "refuse":
+            kept = "keep what was trained as it is: data.changed=keep" if done else "put the data back, and go on"
+            raise UserError(
+                f"{what}: {self.changed}\n"
+                f"  train on it in another folder (output=runs/NAME), or delete this one to train anew, or {kept}"
+            )
+        log(f"{what}: {self.changed}; what was trained is kept as it is")
+
+    def _why_not_done(self, stage: str) -> str | None:
+        return collectives.on_main(
+            f"look at {stage}", lambda: why_not_done(self.folder, stage, self._inputs_digest(stage))
+        )
+
+    def _inputs_digest(self, stage: str) -> str:
+        """Return a hash of what a stage is made of; what decides the training is in inputs.json."""
+        if stage == "train":
+            return ""
+        adapter = adapter_fingerprint(self.adapter)
+        if stage == "merge":
+            return json_digest(adapter)
+        asked = self.recipe.evaluation
+        settings = asked and asked.model_dump(mode="json", exclude={"batch_size"})
+        return json_digest([adapter, settings, self.contents["eval_sources"], self.contents["documents"]])
 
 
-def open_folder(recipe: Recipe, contents: Contents, base: str | None) -> str | None:
-    """Make the run folder this recipe's, and return what of its data has changed since it was trained on, or None.
+def open_run_dir(recipe: Recipe, contents: Contents, base: str | None) -> RunDir:
+    """Make the run folder this recipe's, and look at what of its data has changed since it was trained on.
 
     `base` is a hash of the base's content, None where it is not known yet. Raises UserError where something else was
     trained here.
@@ -71,7 +151,7 @@ def open_folder(recipe: Recipe, contents: Contents, base: str | None) -> str | N
     elif began is None or (began["recipe"], began["data"]) != (now["recipe"], now["data"]):
         _clear(folder)
     _write(folder, recipe, now)
-    return changed
+    return RunDir(folder, recipe, contents, changed)
 
 
 def _read_inputs(folder: Path) -> dict[str, Any] | None:
@@ -143,6 +223,27 @@ def note_prepared(folder: Path, sets: Sequence[Path]) -> None:
     """Write down in which prepared sets the data that decides the training is: they know its images."""
     inputs = read_json(folder / INPUTS) or {}
     write_json(folder / INPUTS, {**inputs, "prepared": [str(one.resolve()) for one in sets]})
+
+
+def write_report(report: dict[str, Any], folder: Path, *, held_out_decides: bool) -> None:
+    """Write data.json of a run folder. Raises UserError where what is trained there was trained on other data.
+
+    `held_out_decides`: so do changes of the held-out data.
+    """
+    path = folder / "data.json"
+    before = read_json(path, repair=WRITTEN_AGAIN)
+    if before is not None and is_trained(folder):
+        free = () if held_out_decides else ("held_out_examples", "overlap", "eval_sources", "held_out_images")
+        if not isinstance(before.get("sources"), list):
+            raise UserError(f"{path}: not as this toolkit writes it; {WRITTEN_AGAIN}")
+        was, now = ({key: one[key] for key in before.keys() & report.keys() - {*free}} for one in (before, report))
+        if differing := differences(was, now):
+            key, had, has = differing[0]
+            raise UserError(
+                f"{folder}: the data has changed since this run began: {key} was {had!r:.60}, is {has!r:.60}\n"
+                f"  go on with the data it began with, choose another folder (output=runs/NAME), or delete this one"
+            )
+    write_json(path, report)
 
 
 def _changed_data(recipe: Recipe, before: Contents, now: Contents) -> str | None:
@@ -228,35 +329,57 @@ def _write(folder: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
     atomic_write(folder / RECIPE, recipe.to_yaml())
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; those that cannot be read, such as one that a power cut broke off, are counted."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    found = [one for line in lines if (one := _metrics_line(line)) is not None]
-    if len(found) < len(lines):
-        log(f"{path}: {len(lines) - len(found)} of {len(lines)} lines cannot be read, and are left out")
-    return found
+def write_stage(folder: Path, stage: str, figures: Mapping[str, Any], inputs: str) -> None:
+    """Write a stage's figures, when all its files are on the disk. `inputs`: a hash of what it was made of."""
+    left = [path for pattern in LEFT[stage] for path in sorted(folder.glob(pattern)) if path.is_file()]
+    for path in {*left, *(path.parent for path in left)}:
+        flush(path)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in left}
+    made_of = {"inputs": inputs, "files": files, "figures": json_digest(figures)}
+    write_json(folder / FIGURES[stage], {**figures, MADE_OF: made_of})
 
 
-def _metrics_line(line: bytes) -> dict[str, Any] | None:
+def figures_of(folder: Path, stage: str) -> dict[str, Any] | None:
+    """Return a stage's figures; None where its file is not there, or not whole."""
+    record = _read_stage(folder, stage)
+    return None if record is None else {key: value for key, value in record.items() if key != MADE_OF}
+
+
+def files_of(folder: Path, stage: str) -> list[Path]:
+    """Return the files that a stage left, as far as they are still there."""
+    record = _read_stage(folder, stage) or {}
+    return [path for name in record.get(MADE_OF, {"files": {}})["files"] if (path := folder / name).is_file()]
+
+
+def why_not_done(folder: Path, stage: str, inputs: str) -> str | None:
+    """Return why a stage is to be done (again); None where it is done."""
+    file = folder / FIGURES[stage]
+    if not file.exists():
+        return f"{file} is not there"
+    record = _read_stage(folder, stage)
+    if record is None:
+        return f"{file} is not whole, or was changed"
+    made_of = record[MADE_OF]
+    if made_of["inputs"] != inputs:
+        return "its settings, its data or the adapter have changed since"
+    for name, size in made_of["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is not there any more"
+        if path.stat().st_size != size:
+            return f"{path} is not as it was left"
+    return None
+
+
+def _read_stage(folder: Path, stage: str) -> dict[str, Any] | None:
+    """Return a stage's .json, if it is as the stage wrote it."""
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
+        record = read_json(folder / FIGURES[stage])
+    except UserError:
         return None
-    numbers = {"step": 0, "tokens": 0, "loss": 0.0, "eval_loss": 0.0}
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+    made_of = record and record.get(MADE_OF)
+    if not record or not isinstance(made_of, dict) or not isinstance(made_of.get("files"), dict):
         return None
-    return values if all(isinstance(values.get(key, least), int | float) for key, least in numbers.items()) else None
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
-
-
-def commit() -> str | None:
-    """The commit of the toolkit's own checkout, or None where it was installed from elsewhere."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    command = [git, "rev-parse", "HEAD"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)  # noqa: S603
-    return found.stdout.strip() or None
+    figures = {key: value for key, value in record.items() if key != MADE_OF}
+    inside = all(not {"..", "/"} & set(Path(name).parts) for name in made_of["files"])
+    return record if inside and made_of.get("figures") == json_digest(figures) and "inputs" in made_of else None

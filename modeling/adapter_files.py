@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from modeling.checkpoint import MAX_NAME, read_header
+from modeling.checkpoint import MAX_NAME, fingerprint, read_header
 from modeling.errors import UserError
-from modeling.files import read_json
+from modeling.files import json_digest, read_json
 from modeling.towers import EXACT_LORA
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -202,3 +202,10 @@ def _checked(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
                 f"{path}: {name} holds values that are not finite (NaN or infinite); take a checkpoint before"
             )
     return tensors
+
+
+def adapter_fingerprint(adapter: Path) -> str:
+    """Return a hash of an adapter's headers, sampled weights and settings, without reading all of it."""
+    weights = {path.name: fingerprint(read_header(path)) for path in sorted(adapter.glob("*.safetensors"))}
+    settings = {path.name: path.read_bytes().hex() for path in sorted(adapter.glob("adapter_config.json"))}
+    return json_digest([weights, settings])

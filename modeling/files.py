@@ -97,3 +97,8 @@ def read_json(path: Path, *, repair: str = "delete it, and give the same command
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}; {repair}")
     return value
+
+
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

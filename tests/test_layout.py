@@ -57,14 +57,44 @@ def test_modeling_never_imports_finetune():
             assert not [target for target in targets if target.startswith("finetune")], name
 
 
-def test_the_whole_recipe_is_read_in_few_places():
-    reads = re.compile(r"^ *from finetune\.recipe\.schema import .*\bRecipe\b", re.MULTILINE)
-    knows = {module(path).removeprefix("finetune.") for path in FILES if reads.search(path.read_text())}
-    elsewhere = {name for name in knows if name.split(".")[0] not in ("recipe", "planning", "reporting")}
-    assert elsewhere <= {
-        *("base", "cli", "materials", "pipeline", "run_dir"),
-        *("data.dataset", "export.cards", "training.auto_fit", "training.out_of_memory"),
+LAYERS = (
+    *("modeling", "console", "recipe", "distributed", "exit_codes", "data", "base", "planning", "training", "run_dir"),
+    *("evaluation", "export", "serving", "reporting", "pipeline", "cli"),
+)
+"""Packages and files of the top folder: each imports from those before it alone."""
+
+READS_RECIPE = (
+    *("recipe", "planning", "base", "run_dir", "pipeline", "cli", "data.dataset", "export.cards"),
+    *("reporting.inspect", "reporting.summary", "training.stage", "training.auto_fit", "training.out_of_memory"),
+    *("evaluation.stage", "export.stage"),
+)
+"""Where the whole recipe is read; everything else takes plain arguments, or its own section."""
+
+
+def layer(name):
+    top, *rest = name.split(".")
+    return LAYERS.index(rest[0] if top == "finetune" and rest else top)
+
+
+def test_packages_import_from_lower_layers_alone():
+    modules = [name for name in GRAPH if name not in ("finetune", "finetune.__main__")]
+    upward = {(name, target) for name in modules for target in GRAPH[name] if layer(target) > layer(name)}
+    assert upward <= {
+        ("finetune.distributed.collectives", "finetune.data.team"),
+        ("finetune.distributed.collectives", "finetune.data.tracking"),
     }
+
+
+def test_the_whole_recipe_is_read_in_few_places():
+    allowed = tuple(f"finetune.{name}" for name in READS_RECIPE)
+    for path in FILES:
+        imported = {
+            name.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module == "finetune.recipe.schema"
+            for name in node.names
+        }
+        assert "Recipe" not in imported or module(path).startswith(allowed), path
 
 
 def test_module_paths_of_idefics_are_spelt_in_towers_alone():

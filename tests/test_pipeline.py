@@ -6,9 +6,8 @@ import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
-from finetune import pipeline as run_module
 from finetune.cli import app
-from finetune.pipeline import Run, stages_of
+from finetune.pipeline import open_run, run
 from finetune.recipe.load import load_recipe
 from finetune.training.trainer import IdeficsTrainer
 from modeling.errors import UserError
@@ -20,7 +19,7 @@ def invoke(*arguments):
 
 def test_a_run_leaves_everything_its_docstring_names_and_is_done_once(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file)
-    result = Run(recipe).do(*stages_of(recipe))
+    result = run(recipe)
     folder = tmp_path / "run"
     for name in (
         *(
@@ -45,15 +44,14 @@ def test_a_run_leaves_everything_its_docstring_names_and_is_done_once(recipe_fil
     assert (source["read"], source["kept"], source["rejected"]) == (12, 12, {})
     assert result["data"]["training_examples"] + result["data"]["held_out_examples"] == 12
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    assert Run(recipe).do(*stages_of(recipe)) == result
+    assert run(recipe) == result
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
 def test_interrupted_between_checkpoints_the_same_command_ends_as_if_nothing_had_happened(
     recipe_file, tmp_path, monkeypatch
 ):
-    whole = Run(load_recipe(recipe_file, [f"output={tmp_path / 'whole'}"]))
-    whole.do("train")
+    run(load_recipe(recipe_file, [f"output={tmp_path / 'whole'}"]), ("train",))
     interrupt(monkeypatch)
     outcome = invoke("train", recipe_file)
     assert outcome.exit_code == 130
@@ -90,7 +88,7 @@ def test_cached_features_give_what_live_images_give_and_the_towers_are_asked_onc
     results = {}
     for name, change in changes.items():
         recipe = load_recipe(recipe_file, [f"output={tmp_path / name}", change, "adapter.dropout=0"])
-        results[name] = Run(recipe).do("train", "evaluate")
+        results[name] = run(recipe, ("train", "evaluate"))
         assert (tmp_path / "features").exists() == (name == "cached")
     # Adam's first steps are signs of gradients, and rounding decides the sign of a gradient near zero.
     for live, cached in zip(metrics(tmp_path / "live"), metrics(tmp_path / "cached"), strict=True):
@@ -100,9 +98,9 @@ def test_cached_features_give_what_live_images_give_and_the_towers_are_asked_onc
         assert cached["loss"] == pytest.approx(live["loss"], rel=1e-3)
         assert cached["questions"] == live["questions"]
     assert results["live"]["evaluate"]["base"]["exact"] == results["cached"]["evaluate"]["base"]["exact"]
-    monkeypatch.setattr("finetune.materials.load_image_towers", None)  # a call would fail
+    monkeypatch.setattr("finetune.training.stage.load_image_towers", None)  # a call would fail
     again = load_recipe(recipe_file, [f"output={tmp_path / 'again'}", "adapter.dropout=0"])
-    Run(again).do("train", "evaluate")
+    run(again, ("train", "evaluate"))
     assert metrics(tmp_path / "again") == metrics(tmp_path / "cached")
 
 
@@ -110,15 +108,15 @@ def test_cached_features_give_what_live_images_give_and_the_towers_are_asked_onc
 def test_images_that_change_or_towers_that_learn_run_live(recipe_file, tmp_path, change):
     recipe = load_recipe(recipe_file, [change, "training.steps=1"])
     assert not recipe.caches_features
-    Run(recipe).do("train")
+    run(recipe, ("train",))
     assert not (tmp_path / "features").exists()
 
 
 @pytest.mark.parametrize(("free", "asked"), [(10**12, True), (10, False)])
 def test_a_merged_model_too_large_for_this_machine_is_proved_by_blocks_alone(recipe_file, monkeypatch, free, asked):
-    monkeypatch.setattr(run_module, "free_memory", lambda: free)
+    monkeypatch.setattr("finetune.export.stage.free_memory", lambda: free)
     recipe = load_recipe(recipe_file, ["training.steps=1"])
-    proof = Run(recipe).do("train", "merge")["merge"]
+    proof = run(recipe, ("train", "merge"))["merge"]
     assert ("answers" in proof) == asked
     assert proof["weights"]["blocks"] > 0
     shown = invoke("run", recipe_file, "training.steps=1").output
@@ -206,8 +204,9 @@ def test_a_streamed_source_with_nothing_usable_ends_the_run_with_the_reasons(str
 
 
 def test_where_and_how_fast_data_is_prepared_is_no_part_of_a_run(recipe_file, tmp_path):
-    Run(load_recipe(recipe_file))
-    Run(load_recipe(recipe_file, ["data.workers=2", f"data.prepared={tmp_path / 'elsewhere'}"]))
+    for overrides in ([], ["data.workers=2", f"data.prepared={tmp_path / 'elsewhere'}"]):
+        with open_run(load_recipe(recipe_file, overrides)):
+            pass
 
 
 def test_the_end_of_a_run_is_tables_answers_and_the_next_line(recipe_file, tmp_path):
@@ -222,9 +221,9 @@ def test_the_end_of_a_run_is_tables_answers_and_the_next_line(recipe_file, tmp_p
 
 
 def test_continue_from_starts_where_the_other_adapter_stands(recipe_file, tmp_path):
-    first = Run(load_recipe(recipe_file)).do("train", "evaluate")
+    first = run(load_recipe(recipe_file), ("train", "evaluate"))
     overrides = [f"model.continue_from={tmp_path / 'run' / 'adapter'}", f"output={tmp_path / 'second'}"]
-    Run(load_recipe(recipe_file, overrides)).do("train")
+    run(load_recipe(recipe_file, overrides), ("train",))
     first_losses, second_losses = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("run", "second")
@@ -236,7 +235,7 @@ def test_continue_from_starts_where_the_other_adapter_stands(recipe_file, tmp_pa
         f"output={tmp_path / 'third'}",
     ]
     with pytest.raises(UserError, match="the adapter does not fit the model"):
-        Run(load_recipe(recipe_file, wrong)).do("train")
+        run(load_recipe(recipe_file, wrong), ("train",))
     assert first["evaluate"]["tuned"]["questions"] > 0
 
 
@@ -282,12 +281,12 @@ def test_a_base_that_is_not_idefics(recipe_file, tmp_path):
 
 
 def test_a_full_disk_is_told_and_what_was_finished_stays(recipe_file, tmp_path, monkeypatch):
-    Run(load_recipe(recipe_file)).do("train")
+    run(load_recipe(recipe_file), ("train",))
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", str(tmp_path / "run" / "merged.partial"))
 
-    monkeypatch.setattr(run_module, "merge", full)
+    monkeypatch.setattr("finetune.export.stage.merge", full)
     outcome = invoke("merge", recipe_file)
     assert outcome.exit_code == 1
     assert "No space left on device; what is complete is kept" in " ".join(outcome.output.split())
@@ -311,7 +310,7 @@ def test_every_rejected_record_has_its_line_in_data_json(recipe_file, tmp_path):
     ]
     with (recipe_file.parent / "dialogues.jsonl").open("a") as lines:
         lines.write("\n" + "\n".join(bad) + "\n")
-    Run(load_recipe(recipe_file, ["data.sources.0.limit=16"])).do("train")
+    run(load_recipe(recipe_file, ["data.sources.0.limit=16"]), ("train",))
     (source,) = json.loads((tmp_path / "run" / "data.json").read_text())["sources"]
     assert (source["read"], source["kept"], source["limited"]) == (16, 12, True)
     assert source["rejected"] == {

@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import PIL.Image
@@ -13,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from finetune import pipeline as run_module
+from finetune.base import open_base
 from finetune.cli import app
-from finetune.pipeline import Run, stages_of
+from finetune.pipeline import open_run, resolve_sources, stages_of
+from finetune.pipeline import run as run_stages
 from finetune.recipe.load import load_recipe
 from finetune.training.callbacks import ProgressBar
 from modeling.errors import UserError
@@ -31,7 +32,7 @@ def finished(write_recipe, tmp_path_factory):
     lines = (path.parent / "dialogues.jsonl").read_text().splitlines()
     (path.parent / "held.jsonl").write_text("\n".join(lines[:2]))
     recipe = load_recipe(path)
-    Run(recipe).do(*stages_of(recipe))
+    run_stages(recipe)
     return path, folder / "run"
 
 
@@ -403,7 +404,8 @@ def test_recipe_yaml_that_is_not_whole_is_mended(copy, content):
     assert "something is trained here, and neither inputs.json nor recipe.yaml can be read" in told
     interrupt(folder)
     shutil.rmtree(folder / "checkpoint-1")
-    Run(load_recipe(path, overrides))
+    with open_run(load_recipe(path, overrides)):
+        pass
     assert (folder / "recipe.yaml").read_bytes() == before
 
 
@@ -451,21 +453,20 @@ def test_a_checkpoint_with_a_changed_byte_in_its_state_is_not_gone_on_from(copy)
     ("room", "processes", "parallel"), [(10**6, 2, "fsdp2"), (10**9, 2, "fsdp2"), (10**6, 2, "ddp")]
 )
 def test_an_evaluation_that_no_gpu_can_hold_is_refused_before_the_training(
-    copy, monkeypatch, room, processes, parallel
+    copy, monkeypatch, tmp_path, room, processes, parallel
 ):
     path, _, overrides = copy
-    made = Run(load_recipe(path, overrides))
-    made.recipe = load_recipe(path, [*overrides, f"training.parallel={parallel}"])
+    recipe = load_recipe(path, [*overrides, f"training.parallel={parallel}"])
+    base = open_base(recipe, resolve_sources(recipe), tmp_path)
     monkeypatch.setattr(run_module, "gpu_memory", lambda: room)
     monkeypatch.setattr(run_module.collectives, "world_size", lambda: 2)
     monkeypatch.setattr(run_module.collectives, "on_main", lambda step, work: work())
-    monkeypatch.setattr(run_module, "local_base", lambda base, revision: Path(base))
     refuses = room < 10**9 and parallel == "fsdp2"
     expected = (
         pytest.raises(UserError, match=r"a GPU has 1\.0 MiB; leave `evaluation` out") if refuses else nullcontext()
     )
     with expected:
-        made._require_room_to_evaluate()
+        run_module._require_room_to_evaluate(recipe, base)
 
 
 @pytest.mark.parametrize("error", [None, KeyError, KeyboardInterrupt])

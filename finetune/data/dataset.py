@@ -1,7 +1,7 @@
 """Recipe -> its data: every source prepared, held-out data kept apart, and a report of where each record went."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,11 @@ from finetune.data.sources import resolve_source
 from finetune.data.stats import Account
 from finetune.data.team import ALONE, Team
 from finetune.recipe.schema import Recipe, Source
-from finetune.run_dir import Contents, differences, is_trained
 from modeling.cores import available_cores
 from modeling.errors import UserError
-from modeling.files import read_json, write_json
 
-REPAIR = "delete it, and the same command writes it again"
-"""Of data.json."""
+Contents = Mapping[str, Sequence[Mapping[str, str | None]]]
+"""{"sources": [{"source": name, "sha256": of its files' content}], "eval_sources": [...], "documents": [...]}."""
 
 STREAMED_BYTES = 2**25
 """Of a streamed file that are looked at to tell whether it has changed, at its beginning and at its end."""
@@ -90,29 +88,8 @@ def prepare_sources(
     )
 
 
-def write_report(report: dict[str, Any], folder: Path, *, held_out_decides: bool) -> None:
-    """Write data.json of a run folder. Raises UserError where what is trained there was trained on other data.
-
-    `held_out_decides`: so do changes of the held-out data.
-    """
-    path = folder / "data.json"
-    before = read_json(path, repair=REPAIR)
-    if before is not None and is_trained(folder):
-        free = () if held_out_decides else ("held_out_examples", "overlap", "eval_sources", "held_out_images")
-        if not isinstance(before.get("sources"), list):
-            raise UserError(f"{path}: not as this toolkit writes it; {REPAIR}")
-        was, now = ({key: one[key] for key in before.keys() & report.keys() - {*free}} for one in (before, report))
-        if differing := differences(was, now):
-            key, had, has = differing[0]
-            raise UserError(
-                f"{folder}: the data has changed since this run began: {key} was {had!r:.60}, is {has!r:.60}\n"
-                f"  go on with the data it began with, choose another folder (output=runs/NAME), or delete this one"
-            )
-    write_json(path, report)
-
-
 def contents(recipe: Recipe) -> Contents:
-    """What the recipe's data is made of: {"sources": [{"source": name, "sha256": of its files' content}], ...}.
+    """Return hashes of what the recipe's data is made of.
 
     The hash is None where a source is not there, and "" where the hub does not say. Folders of images are not looked
     into, see `fingerprint`.

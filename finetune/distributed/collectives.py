@@ -89,11 +89,6 @@ _inside: ContextVar[bool] = ContextVar("inside", default=False)
 """Whether this process is inside a step."""
 
 
-def all_here() -> bool:
-    """Whether what is done now is done by every process: not inside a step that is one's alone."""
-    return not _inside.get() or state().num_processes == 1
-
-
 def on_main(step: str, work: Callable[[], Item]) -> Item:
     """What the main process makes of `work`, on every one."""
     if world_size() == 1:

@@ -1,11 +1,18 @@
-"""What this process computes on: its device, the type of its numbers, and how much memory is free."""
+"""What this process runs on: its device, the type of its numbers, how much memory is free, and which versions."""
 
 import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
 
 import psutil
 import torch
 
 from modeling.loading import CPU
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 def device() -> torch.device:
@@ -28,3 +35,18 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(device())[0]
     return psutil.virtual_memory().available
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that do the work."""
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def commit() -> str | None:
+    """Return the commit of the toolkit's own checkout, or None where it was installed from elsewhere."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "rev-parse", "HEAD"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)  # noqa: S603
+    return found.stdout.strip() or None

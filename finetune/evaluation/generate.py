@@ -11,6 +11,7 @@ from torch import nn
 from transformers import IdeficsForVisionText2Text
 
 from finetune.data.chat_template import Rendered, render
+from finetune.data.collate import RowCollator
 from finetune.data.conversation import Dialogue, Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.tokenize import Example, tokenize
@@ -46,6 +47,15 @@ class Assistant:
     def idefics(self) -> IdeficsForVisionText2Text:
         """The plain model; adapters are inside it."""
         return self.model if isinstance(self.model, IdeficsForVisionText2Text) else self.model.get_base_model()
+
+
+def features_by_image(rows: RowCollator) -> Callable[[Sequence[Image]], torch.Tensor] | None:
+    """Return what looks up the features of images that rows show, by image instead of by number; None without any."""
+    features = rows.features
+    if features is None:
+        return None
+    numbers = {rows.images[number]: number for images in rows.image_ids for number in images}
+    return lambda images: features([numbers[image] for image in images])
 
 
 def generate(

@@ -17,9 +17,9 @@ import torch
 from transformers import IdeficsProcessor
 
 from finetune.data.tracking import Track, silently
+from finetune.distributed.device import commit
 from finetune.distributed.lock import locked
 from finetune.export.verify import PROVENANCE, compare, folder_digests, require_rounding, weight_digests
-from finetune.run_dir import commit
 from modeling.adapter_files import ADAPTER_FILES
 from modeling.adapter_weights import AdapterWeights, BasePrecision, rounded, weights_of
 from modeling.checkpoint import (

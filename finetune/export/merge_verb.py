@@ -15,7 +15,7 @@ from finetune.distributed.writable import check_place
 from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.merge import SHARD_BYTES, merge
 from finetune.export.verify import PROVENANCE, verify
-from finetune.stages import files_of
+from finetune.run_dir import files_of
 from modeling.adapter_weights import BasePrecision
 from modeling.errors import UserError
 from modeling.files import read_json

@@ -457,3 +457,11 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML, with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+MAY_CHANGE = (
+    *("evaluation", "merge", "output", "data.prepared", "data.workers", "data.feature_cache_size", "data.changed"),
+    *("training.checkpointing", "training.checkpoint_every", "training.trackers", "training.instability"),
+)
+"""Keys that may change in a run folder where something is trained: those of later stages, and those that say where, how
+fast, in how much memory and how carefully work is done. Training comes to the same result whatever their values."""

@@ -19,13 +19,13 @@ from rich.text import Text
 
 from finetune.console import display, log, panel, table, visible
 from finetune.data.conversation import Dialogue, Image, RecordError
+from finetune.data.dataset import Dataset
 from finetune.data.fit import Limits, fitter
 from finetune.data.images import describe, open_image
 from finetune.data.mixing import fit_records
 from finetune.data.records import look, read_dialogues
 from finetune.data.stats import Account, most_frequent
 from finetune.data.tokenize import SPECIALS, Encoder, Example
-from finetune.materials import open_dataset
 from finetune.recipe.schema import Recipe, Source
 from finetune.reporting.html.chart import Histogram, histogram
 from finetune.reporting.html.inspection import ShownDialogue, Token, choose_shown, inspection_page
@@ -60,9 +60,8 @@ class Shown:
 class Inspection:
     """What there is to see of a recipe's data; `count` examples drawn at random, and the longest."""
 
-    def __init__(self, recipe: Recipe, *, count: int):
-        self.recipe, self.count = recipe, count
-        self.sources, self.dataset, self.tokenizer = open_dataset(recipe)
+    def __init__(self, recipe: Recipe, sources: Sequence[Source], dataset: Dataset, tokenizer: Any, *, count: int):
+        self.recipe, self.sources, self.dataset, self.tokenizer, self.count = recipe, sources, dataset, tokenizer, count
 
     @property
     def accounts(self) -> list[dict[str, Any]]:
@@ -130,9 +129,19 @@ class Inspection:
         ]
 
 
-def inspect(recipe: Recipe, *, count: int, ids: bool, html: Path | None, show: bool = True) -> dict[str, Any]:
+def inspect(
+    recipe: Recipe,
+    sources: Sequence[Source],
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    count: int,
+    ids: bool,
+    html: Path | None,
+    show: bool = True,
+) -> dict[str, Any]:
     """Show it on the terminal, or write the page; returns the accounts and what is shared with held-out data."""
-    inspection = Inspection(recipe, count=count)
+    inspection = Inspection(recipe, sources, dataset, tokenizer, count=count)
     if html:
         html.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(html, page(inspection))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.run_dir import read_metrics
+from finetune.training.callbacks import read_metrics
 
 SHARES = {
     "exact_open": "open questions",

@@ -8,10 +8,9 @@ from typing import Any, Self
 from torch import nn
 from transformers import TrainerCallback
 
-from finetune.console import bar
+from finetune.console import bar, log
 from finetune.data.collate import Rows
 from finetune.distributed import collectives
-from finetune.run_dir import read_metrics
 from modeling.adapters import whole
 from modeling.files import atomic_write
 from modeling.towers import stock_name, tower_of
@@ -98,3 +97,23 @@ def gate_openings(model: nn.Module) -> dict[str, list[float]]:
 def tokens_trained(metrics: Path) -> int:
     """Of all steps so far, by metrics.jsonl."""
     return sum(line["tokens"] for line in read_metrics(metrics) if "loss" in line)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; those that cannot be read, such as one that a power cut broke off, are counted."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    found = [one for line in lines if (one := _metrics_line(line)) is not None]
+    if len(found) < len(lines):
+        log(f"{path}: {len(lines) - len(found)} of {len(lines)} lines cannot be read, and are left out")
+    return found
+
+
+def _metrics_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    numbers = {"step": 0, "tokens": 0, "loss": 0.0, "eval_loss": 0.0}
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return None
+    return values if all(isinstance(values.get(key, least), int | float) for key, least in numbers.items()) else None

@@ -104,3 +104,8 @@ def require_room(folder: Path, needed: int) -> None:
             f"{folder}: a checkpoint takes {show_size(needed)}, and {show_size(free)} are free\n"
             f"  make room; the same command then goes on from {last.name if last else 'the beginning'}"
         )
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether a training left anything that another one would lose: a checkpoint, or an adapter."""
+    return any((folder / "adapter").glob("*.safetensors")) or last_checkpoint(folder) is not None

@@ -15,8 +15,8 @@ from finetune.distributed import collectives
 from finetune.distributed.device import device
 from finetune.planning.estimate import Memory, Planner
 from finetune.planning.suggest import Change
-from finetune.recipe.schema import Recipe
-from finetune.run_dir import MAY_CHANGE, is_trained
+from finetune.recipe.schema import MAY_CHANGE, Recipe
+from finetune.training.checkpoints import is_trained
 from modeling.errors import UserError
 
 CHANGES = 2

@@ -176,7 +176,9 @@ output: {folder}/run
 
 def prepare(folder: Path, steps: int) -> tuple[Callable[[], nn.Module], Any, Rows]:
     """(what makes the model in a process, tokenizer, rows): drawn shapes, and text alone of growing length."""
-    from finetune.materials import Materials
+    from finetune.base import open_base
+    from finetune.data.rows import train_rows
+    from finetune.pipeline import prepare_dataset, resolve_sources
     from finetune.recipe.load import load_recipe
 
     talk = [
@@ -185,14 +187,24 @@ def prepare(folder: Path, steps: int) -> tuple[Callable[[], nn.Module], Any, Row
     (folder / "text.jsonl").write_text("\n".join(json.dumps({"messages": one}) for one in talk), encoding="utf-8")
     (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, steps=steps), encoding="utf-8")
     recipe = load_recipe(folder / "recipe.yaml")
-    made = Materials(recipe, Path(recipe.output))
-    rows = made.train_rows()
+    sources = resolve_sources(recipe)
+    base = open_base(recipe, sources, folder)
+    dataset = prepare_dataset(recipe, sources, base, folder)
+    rows = train_rows(
+        dataset,
+        sources,
+        recipe.data,
+        recipe.training,
+        preprocessing=base.preprocessing,
+        tokenizer=base.tokenizer,
+        blank_image=recipe.model.trains_image_towers,
+    )
 
     def make() -> nn.Module:
         torch.manual_seed(0)
-        return attach(made.load().model, recipe.model.modes, lora=recipe.adapter.lora, base=made.base)
+        return attach(base.load(), recipe.model.modes, lora=recipe.adapter.lora, base=base.name)
 
-    return make, made.processor.tokenizer, rows
+    return make, base.tokenizer, rows
 
 
 def compare(folder: Path, steps: int, layouts: Sequence[tuple[int, str]]) -> bool:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from finetune.cli import app
 from finetune.distributed import lock
 from finetune.distributed.lock import LOCK, locked, working_in
-from finetune.pipeline import Run
+from finetune.pipeline import open_run
 from finetune.recipe.load import load_recipe
 from modeling.errors import UserError
 
@@ -124,8 +124,8 @@ def test_lock_where_there_can_be_no_folder(tmp_path, place):
 
 def test_every_verb_that_writes_in_a_run_folder_is_locked_out(recipe_file, tmp_path):
     place = tmp_path / "run"
-    Run(load_recipe(recipe_file))
-    (place / "adapter").mkdir()
+    with open_run(load_recipe(recipe_file)) as run_dir:
+        (run_dir.folder / "adapter").mkdir()
     before = {path: path.stat().st_mtime_ns for path in place.iterdir()}
     commands = [[verb, recipe_file] for verb in ("run", "train", "evaluate", "merge")]
     with ExitStack() as both:

@@ -11,8 +11,7 @@ from finetune.data.conversation import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
 from finetune.data.tokenize import tokenize
 from finetune.evaluation.evaluate import draw_questions, eval_loss, swap_images
-from finetune.evaluation.generate import Answer, Assistant, _answer, _continue, _inputs, generate
-from finetune.materials import _by_image as by_image
+from finetune.evaluation.generate import Answer, Assistant, _answer, _continue, _inputs, features_by_image, generate
 from modeling import loading
 from modeling.adapters import attach, open_adapter, save_adapter
 from modeling.forward import packed_loss
@@ -155,7 +154,7 @@ def test_cached_features_are_exchanged_with_their_images(make_rows):
     assert all(number != image for number, image in zip(seen, shown, strict=True))
     assert [rows.images[number] for number in seen] == [blind.images[image] for image in shown]
     assert blind.at(0)["image_features"].tolist() != rows.at(0)["image_features"].tolist()
-    looked_up = by_image(blind, blind.features)([rows.images[image] for image in shown])
+    looked_up = features_by_image(blind)([rows.images[image] for image in shown])
     assert looked_up.tolist() == shown
 
 

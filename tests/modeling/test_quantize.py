@@ -16,8 +16,10 @@ from training_settings import training
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
+from finetune.base import open_base
 from finetune.cli import app
-from finetune.pipeline import Run
+from finetune.pipeline import resolve_sources
+from finetune.pipeline import run as run_stages
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Model
 from finetune.reporting.plots import draw
@@ -495,9 +497,10 @@ IN_4_BITS = ["model.quantize=nf4", "training.optimizer=adamw_8bit"]
 
 
 def test_a_run_trains_and_evaluates_in_4_bits(recipe_file, bf16_folder, tmp_path):
-    made = Run(load_recipe(recipe_file, [*IN_4_BITS, f"model.base={bf16_folder}"]))
-    assert {f"{name}.weight" for name in quantized_layers(made.materials.load().model)} == EXPECTED
-    result = made.do("train", "evaluate")
+    recipe = load_recipe(recipe_file, [*IN_4_BITS, f"model.base={bf16_folder}"])
+    base = open_base(recipe, resolve_sources(recipe), tmp_path / "run")
+    assert {f"{name}.weight" for name in quantized_layers(base.load())} == EXPECTED
+    result = run_stages(recipe, ("train", "evaluate"))
     assert result["evaluate"]["tuned"]["loss"] < result["evaluate"]["base"]["loss"]
     assert result["evaluate"]["tuned"]["questions"] > 0
     (kept,) = (tmp_path / "quantized").glob("*/config.json")
@@ -506,7 +509,7 @@ def test_a_run_trains_and_evaluates_in_4_bits(recipe_file, bf16_folder, tmp_path
 
 
 def test_a_fresh_base_is_trained_in_4_bits(recipe_file):
-    result = Run(load_recipe(recipe_file, [*IN_4_BITS, "model.base=null", "model.init=tiny"])).do("train")
+    result = run_stages(load_recipe(recipe_file, [*IN_4_BITS, "model.base=null", "model.init=tiny"]), ("train",))
     assert result["train"]["steps"] == 4
     assert result["train"]["parameters_trained"]["lora"]["decoder"] > 0
 

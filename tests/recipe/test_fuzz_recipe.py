@@ -17,9 +17,10 @@ from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.verify import _read_provenance
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.run_dir import _read_inputs, _trained_recipe, read_metrics
+from finetune.run_dir import _read_inputs, _trained_recipe
 from finetune.serving.batch import _open_journal
 from finetune.training.auto_fit import _as_before
+from finetune.training.callbacks import read_metrics
 from finetune.training.loss_spikes import read_events
 from modeling.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from processes import run_processes
 
-from finetune.pipeline import Run
+from finetune.pipeline import open_run, run
 from finetune.planning.estimate import Planner
 from finetune.recipe.load import load_recipe
 from finetune.training import auto_fit
@@ -31,6 +31,12 @@ def recipe(recipe_file):
     return load_recipe(recipe_file, [FIT])
 
 
+def begun(recipe):
+    """The recipe of a run that has begun."""
+    with open_run(recipe) as run_dir:
+        return run_dir.recipe
+
+
 def test_a_recipe_too_large_for_the_gpu_runs_with_the_least_change_and_the_same_command_goes_on(
     recipe,
     recipe_file,
@@ -40,73 +46,73 @@ def test_a_recipe_too_large_for_the_gpu_runs_with_the_least_change_and_the_same_
 ):
     asked = needed(recipe)
     on_gpu(asked - 1)
-    run = Run(recipe)
-    layers = run.recipe.training.checkpointing
+    fitted = begun(recipe)
+    layers = fitted.training.checkpointing
     assert (recipe.training.checkpointing, layers) == (False, 1)
-    assert run.recipe == load_recipe(recipe_file, [FIT, f"training.checkpointing={layers}"])
-    assert needed(run.recipe) < asked
+    assert fitted == load_recipe(recipe_file, [FIT, f"training.checkpointing={layers}"])
+    assert needed(fitted) < asked
     assert f"runs with training.checkpointing={layers}" in " ".join(capsys.readouterr().err.split())
     written = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert written["training"]["checkpointing"] == layers
     assert json.loads((tmp_path / "run" / "auto_fit.json").read_text()) == {
         "gpu": asked - 1,
         "needed": asked,
-        "needed_changed": needed(run.recipe),
+        "needed_changed": needed(fitted),
         "changed": {"training.checkpointing": {"asked": False, "run": layers}},
     }
     for later in (10 * asked, 1, None):  # whatever GPU there is by then
         on_gpu(later)
-        assert Run(recipe).recipe == run.recipe
+        assert begun(recipe) == fitted
         assert "as this run began, with training.checkpointing=1" in " ".join(capsys.readouterr().err.split())
-    assert Run(recipe).do("train")["train"]["steps"] == 4
+    assert run(recipe, ("train",))["train"]["steps"] == 4
 
 
 def test_a_change_of_what_is_trained_is_kept_to(recipe, recipe_file, on_gpu, monkeypatch):
     on_gpu(1)
     monkeypatch.setattr(Planner, "fits", lambda self, recipe, budget: recipe.adapter.rank < 4 or recipe.model.quantize)
-    first = Run(recipe).recipe
+    first = begun(recipe)
     assert (recipe.model.quantize, first.model.quantize) == (None, "nf4")
-    assert Run(recipe).recipe == first
-    assert Run(load_recipe(recipe_file, [FIT, "model.quantize=nf4"])).recipe == first
+    assert begun(recipe) == first
+    assert begun(load_recipe(recipe_file, [FIT, "model.quantize=nf4"])) == first
     asked_without = load_recipe(recipe_file, ["model.quantize=nf4"])
-    assert Run(asked_without).recipe == asked_without  # nothing is trained yet
+    assert begun(asked_without) == asked_without  # nothing is trained yet
 
 
 def test_what_the_command_says_anew_is_taken(recipe, recipe_file, on_gpu):
     on_gpu(needed(recipe) - 1)
-    Run(recipe)
+    begun(recipe)
     again = load_recipe(recipe_file, [FIT, "training.checkpointing=3"])
-    assert Run(again).recipe == again
+    assert begun(again) == again
 
 
 def test_what_fits_is_left_alone(recipe, tmp_path, on_gpu, capsys):
     on_gpu(needed(recipe))
-    assert Run(recipe).recipe == recipe
+    assert begun(recipe) == recipe
     assert not (tmp_path / "run" / "auto_fit.json").exists()
     assert capsys.readouterr().err == ""
     on_gpu(1)  # in the middle of a run nothing is changed
-    assert Run(recipe).recipe == recipe
+    assert begun(recipe) == recipe
 
 
 def test_without_a_gpu_nothing_is_done_and_that_is_said_once(recipe, on_gpu, capsys):
     on_gpu(None)
-    assert Run(recipe).recipe == recipe
+    assert begun(recipe) == recipe
     assert "there is no GPU here" in capsys.readouterr().err
-    assert Run(recipe).recipe == recipe
+    assert begun(recipe) == recipe
     assert capsys.readouterr().err == ""
 
 
 def test_not_asked_nothing_is_done(recipe_file, tmp_path, on_gpu):
     on_gpu(1)
     recipe = load_recipe(recipe_file)
-    assert Run(recipe).recipe == recipe
+    assert begun(recipe) == recipe
     assert not (tmp_path / "run" / "auto_fit.json").exists()
 
 
 def test_where_nothing_fits_it_is_told_what_was_tried_and_no_folder_is_made(recipe, tmp_path, on_gpu):
     on_gpu(2**20)
     with pytest.raises(UserError, match=r"1\.0 MiB there, and nothing makes it fit; tried, .*training\.checkpointing="):
-        Run(recipe)
+        begun(recipe)
     assert not (tmp_path / "run").exists()
 
 

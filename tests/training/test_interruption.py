@@ -19,7 +19,7 @@ from processes import run_processes, start_processes
 from test_pipeline import metrics
 from test_trainer import trained
 
-from finetune.pipeline import Run, _checkpoint_to_go_on_from
+from finetune.pipeline import run
 from finetune.recipe.load import load_recipe
 from finetune.training import checkpoints, signals
 from finetune.training.checkpoints import (
@@ -31,6 +31,7 @@ from finetune.training.checkpoints import (
     step_of,
     what_has_changed_inside,
 )
+from finetune.training.stage import checkpoint_to_resume
 from modeling.errors import Interrupted, UserError
 
 STEPS = 6
@@ -48,7 +49,7 @@ def recipe_file(write_in, tmp_path):
 
 
 def train(recipe_file, *overrides):
-    Run(load_recipe(recipe_file, list(overrides))).do("train")
+    run(load_recipe(recipe_file, list(overrides)), ("train",))
 
 
 def assert_same(one, other):
@@ -294,7 +295,7 @@ def test_a_run_does_not_go_on_from_a_checkpoint_whose_bytes_have_changed(tmp_pat
     mark_complete(checkpoint)
     (checkpoint / "optimizer.pt").write_bytes(bytes(2**20 + 5))
     with pytest.raises(UserError, match=r"optimizer\.pt: is not what was written: .*\n  delete .*checkpoint-3, and"):
-        _checkpoint_to_go_on_from(tmp_path)
+        checkpoint_to_resume(tmp_path)
 
 
 def test_a_seal_of_sizes_alone_still_counts(tmp_path):

@@ -13,7 +13,7 @@ from processes import run_processes
 from test_pipeline import metrics
 from test_trainer import trained
 
-from finetune.pipeline import Run
+from finetune.pipeline import prepare, run
 from finetune.recipe.load import load_recipe
 from finetune.training import trainer as module
 from finetune.training.loss_spikes import (
@@ -52,7 +52,7 @@ def recipe_file(write_recipe, tmp_path):
 
 
 def train(recipe_file, *overrides):
-    return Run(load_recipe(recipe_file, list(overrides))).do("train")["train"]
+    return run(load_recipe(recipe_file, list(overrides)), ("train",))["train"]
 
 
 PLACE = f"dialogues.jsonl:{POISONED}"
@@ -103,7 +103,8 @@ def poison_is_not_a_number(monkeypatch, rows_of_poison):
 def holds_poison(recipe_file):
     """Whether a batch holds the poison: by a token id that no other dialogue has."""
     elsewhere = recipe_file.parent.with_name("elsewhere")
-    dataset = Run(load_recipe(recipe_file, [f"output={elsewhere}"])).materials.dataset.training
+    _, prepared, _ = prepare(load_recipe(recipe_file, [f"output={elsewhere}"]))
+    dataset = prepared.training
     ids = [set(dataset.examples[number].input_ids.tolist()) for number in range(len(dataset))]
     poison = list(dataset.places).index(PLACE)
     (own, *_) = ids[poison] - set().union(*ids[:poison], *ids[poison + 1 :])

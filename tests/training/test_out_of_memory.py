@@ -9,16 +9,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from finetune import base, materials
+from finetune import base
 from finetune.cli import app
 from finetune.console import show_size
 from finetune.distributed import collectives
-from finetune.pipeline import Run, _train_once
+from finetune.pipeline import resolve_sources
 from finetune.planning.estimate import Planner
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.training import out_of_memory
 from finetune.training.out_of_memory import LESS, Held, explain, explain_out_of_memory, held
+from finetune.training.stage import attach_adapter
 from finetune.training.trainer import IdeficsTrainer
 from modeling.errors import UserError
 
@@ -149,26 +150,25 @@ def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
 
 def test_a_model_that_will_be_divided_is_loaded_onto_no_gpu(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(base, "device", lambda: torch.device("meta"))  # as a GPU that is not here
-    made = Run(load_recipe(recipe_file)).materials
+    recipe = load_recipe(recipe_file)
+    opened = base.open_base(recipe, resolve_sources(recipe), tmp_path)
     for divided, expected in ((False, "meta"), (True, "cpu")):
-        assert {one.device.type for one in made.load(divided=divided).model.parameters()} == {expected}
+        assert {one.device.type for one in opened.load(divided=divided).parameters()} == {expected}
 
 
 @pytest.mark.parametrize(
     ("processes", "parallel", "divided"), [(2, "fsdp2", True), (2, "ddp", False), (1, "fsdp2", False)]
 )
-def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, monkeypatch, processes, parallel, divided):
-    def load(self, *, divided):
+def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, tmp_path, monkeypatch, processes, parallel, divided):
+    def load(self, *, image_towers, divided):
         raise InterruptedError(divided)
 
-    monkeypatch.setattr(materials.Materials, "load", load)
-    run = Run(load_recipe(recipe_file, [f"training.parallel={parallel}"]))
-    rows = run.materials.train_rows()
-    assert len(rows)
-    monkeypatch.setattr(run.materials, "train_rows", lambda: rows)
+    monkeypatch.setattr(base.Base, "load", load)
+    recipe = load_recipe(recipe_file, [f"training.parallel={parallel}"])
+    opened = base.open_base(recipe, resolve_sources(recipe), tmp_path)
     monkeypatch.setattr(collectives, "world_size", lambda: processes)
     with pytest.raises(InterruptedError) as loaded:
-        _train_once(run)
+        attach_adapter(recipe, opened)
     assert loaded.value.args == (divided,)
 
 

@@ -1,0 +1,130 @@
+"""Examples -> the rows of a run: in order to evaluate, drawn and shuffled to train, or streamed as they are read."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.data.collate import Features, Origin, RowCollator, Rows
+from finetune.data.dataset import Dataset
+from finetune.data.fit import Limits, fitter
+from finetune.data.images import Preprocessing
+from finetune.data.mixing import prepared_pass, read_pass
+from finetune.data.packing import pack_in_order
+from finetune.data.prepared import Prepared
+from finetune.data.sampling import Row, build_schedule
+from finetune.data.streaming import StreamedRows, downloads
+from finetune.data.tokenize import Encoder
+from finetune.recipe.schema import Data, Source, Training
+
+
+def eval_rows(
+    prepared: Prepared,
+    training: Training,
+    *,
+    preprocessing: Preprocessing,
+    tokenizer: Any,
+    features: Features | None = None,
+) -> RowCollator:
+    """Return the rows of every example, once and in order. Without `features`, images are opened as rows are made."""
+    packs = pack_in_order(
+        prepared.lengths.tolist(),
+        prepared.image_ids,
+        row_tokens=training.row_tokens,
+        row_images=training.row_images,
+    )
+    rows = [Row(0, tuple(pack)) for pack in packs]
+    return _collator(prepared, rows, preprocessing=preprocessing, tokenizer=tokenizer, features=features)
+
+
+def train_rows(
+    dataset: Dataset,
+    sources: Sequence[Source],
+    data: Data,
+    training: Training,
+    *,
+    preprocessing: Preprocessing,
+    tokenizer: Any,
+    features: Features | None = None,
+    blank_image: bool = False,
+    skipped: Collection[Origin] = frozenset(),
+) -> Rows:
+    """Return all rows of a run, a multiple of the rows of a step: a function of data and seed alone.
+
+    sources: the training sources, their formats known. blank_image: a row without images gets a blank one, for towers
+    that are trained. skipped: (source, record id) of records that rows do without.
+    """
+    varied: dict[str, Any] = {
+        "augment": data.augment,
+        "seed": training.seed,
+        "blank_image": blank_image,
+        "skipped": skipped,
+    }
+    if data.streams:
+        return _streamed_rows(dataset, sources, data, training, preprocessing, tokenizer, **varied)
+    rows = build_schedule(
+        dataset.mix,
+        dataset.training.image_counts,
+        row_tokens=training.row_tokens,
+        row_images=training.row_images,
+        rows_per_step=training.rows_per_step,
+        seed=training.seed,
+        epochs=training.epochs,
+        steps=training.steps,
+    )
+    collator = _collator(dataset.training, rows, preprocessing=preprocessing, tokenizer=tokenizer, features=features)
+    return replace(collator, **varied)
+
+
+def _streamed_rows(
+    dataset: Dataset,
+    sources: Sequence[Source],
+    data: Data,
+    training: Training,
+    preprocessing: Preprocessing,
+    tokenizer: Any,
+    **varied: Any,
+) -> StreamedRows:
+    assert training.steps
+    limits = Limits(data.max_length, training.row_images)
+    encoder, prepared_sets = Encoder(tokenizer), iter(dataset.training.sets)
+    return StreamedRows(
+        passes=[
+            read_pass(source, fitter(source, encoder, limits, seed=training.seed), number)
+            if source.stream
+            else prepared_pass(next(prepared_sets), number, training.seed)
+            for number, source in enumerate(sources)
+        ],
+        names=[source.name for source in sources],
+        weights=[source.weight for source in data.sources],
+        unit=data.weigh,
+        rows=training.steps * training.rows_per_step,
+        row_tokens=training.row_tokens,
+        row_images=training.row_images,
+        buffer=data.shuffle_buffer,
+        remembered=4 * training.rows_per_step,  # a step's, and those that are made ahead
+        preprocessing=preprocessing,
+        filler=tokenizer.bos_token_id,
+        downloader=downloads(Path(data.prepared) / "downloads", sources),
+        **varied,
+    )
+
+
+def _collator(
+    prepared: Prepared,
+    rows: Sequence[Row],
+    *,
+    preprocessing: Preprocessing,
+    tokenizer: Any,
+    features: Features | None,
+) -> RowCollator:
+    return RowCollator(
+        rows=rows,
+        examples=prepared.examples,
+        image_ids=prepared.image_ids,
+        images=prepared.images,
+        origins=prepared.origins,
+        preprocessing=preprocessing,
+        filler=tokenizer.bos_token_id,
+        features=features,
+    )

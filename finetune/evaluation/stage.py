@@ -1,0 +1,65 @@
+"""The evaluation stage: base and tuned model on the same held-out questions, and the image-swap ablation."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.base import Base
+from finetune.console import track
+from finetune.data.collate import RowCollator
+from finetune.data.dataset import Dataset, prepare_sources
+from finetune.data.prepare import require_examples
+from finetune.data.sources import resolve_source
+from finetune.distributed import collectives
+from finetune.evaluation.evaluate import draw_questions, eval_loss, evaluate, swap_images
+from finetune.evaluation.generate import Assistant, features_by_image
+from finetune.recipe.schema import Recipe
+from finetune.training.stage import make_eval_rows
+from modeling.adapters import open_adapter
+from modeling.errors import UserError
+
+
+def evaluate_adapter(recipe: Recipe, base: Base, dataset: Dataset, folder: Path) -> dict[str, Any]:
+    """Ask the base and the tuned model the held-out questions, and the tuned one once more with images exchanged."""
+    settings, seed = recipe.evaluation, recipe.training.seed
+    if settings is None:
+        raise UserError("evaluation: the recipe has no such section, and nothing to ask")
+    held = dataset.held
+    rows = make_eval_rows(recipe, base, held)
+    questions = draw_questions(held.dialogues, limit=settings.limit, seed=seed)
+    documents = _document_rows(recipe, base)
+    options: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens,
+        "batch_size": settings.batch_size,
+        "track": track,
+    }
+
+    def assistant(model: nn.Module) -> Assistant:
+        return Assistant(model, base.tokenizer, base.preprocessing, features_by_image(rows))
+
+    model = base.load(image_towers=not recipe.caches_features)
+    before = assistant(model)
+    figures: dict[str, Any] = {"base": evaluate(before, rows, questions, **options).to_json()}
+    forgetting = {"before": eval_loss(before, documents, track=track)[0]} if documents else None
+    tuned = assistant(open_adapter(model, folder / "adapter"))
+    (folder / "predictions.html").unlink(missing_ok=True)  # of other answers
+    predictions = folder / "predictions.jsonl"
+    figures["tuned"] = evaluate(tuned, rows, questions, predictions=predictions, **options).to_json()
+    figures["image_swap"] = None
+    if len({image for images in rows.image_ids for image in images}) > 1:
+        exchanged, swapped = swap_images(rows, held.dialogues, questions, seed=seed)
+        figures["image_swap"] = evaluate(tuned, exchanged, swapped, **options).to_json()
+    if documents and forgetting:
+        forgetting["after"] = eval_loss(tuned, documents, track=track)[0]
+    return {**figures, "documents": forgetting}
+
+
+def _document_rows(recipe: Recipe, base: Base) -> RowCollator | None:
+    """Rows of held-out documents, where the evaluation names some."""
+    if not recipe.evaluation or not recipe.evaluation.documents:
+        return None
+    sources = [resolve_source(source) for source in recipe.evaluation.documents]
+    prepared, accounts = prepare_sources(recipe, sources, base.tokenizer, team=collectives.nodes())
+    require_examples(prepared, accounts)
+    return make_eval_rows(recipe, base, prepared)

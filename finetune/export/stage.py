@@ -1,0 +1,113 @@
+"""The merge stage: the adapter merged into a standalone model, its weights verified, its answers compared."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.base import Base
+from finetune.console import log, show_size, track
+from finetune.data.collate import Rows
+from finetune.data.dataset import Dataset
+from finetune.data.rows import train_rows
+from finetune.distributed import collectives
+from finetune.distributed.device import device, free_memory, versions
+from finetune.evaluation.evaluate import draw_questions
+from finetune.evaluation.generate import Assistant
+from finetune.export.adapter_metadata import AdapterMetadata
+from finetune.export.answer_parity import compare_answers
+from finetune.export.merge import merge
+from finetune.export.merge_verb import model_card
+from finetune.recipe.schema import Recipe, Source
+from finetune.training.stage import make_eval_rows
+from modeling import loading
+from modeling.adapters import open_adapter
+from modeling.checkpoint import read_checkpoint, weight_bytes
+
+PARITY_ROWS = 2
+PARITY_QUESTIONS = 8
+PARITY_DIALOGUES = 256
+
+
+def merge_adapter(
+    recipe: Recipe,
+    base: Base,
+    sources: Sequence[Source],
+    dataset: Dataset | None,
+    folder: Path,
+    *,
+    may_replace: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Merge, verify by weights, and ask the merged model and base + adapter the same, where there is `dataset`."""
+    rows: Rows | None = None
+    if dataset and len(dataset.held):
+        rows = make_eval_rows(recipe, base, dataset.held, live=True)
+    elif dataset:
+        rows = train_rows(
+            dataset,
+            sources,
+            recipe.data,
+            recipe.training,
+            preprocessing=base.preprocessing,
+            tokenizer=base.tokenizer,
+        )
+    provenance = {
+        "base": recipe.model.base or f"init: {recipe.model.init}",
+        "revision": recipe.model.revision,
+        "trained": {tower: mode for tower, mode in recipe.model.modes.items() if mode != "frozen"},
+        "versions": versions(),
+    }
+
+    def work() -> dict[str, Any]:
+        adapter, out = folder / "adapter", folder / "merged"
+        metadata = AdapterMetadata.read(adapter)
+        weights = merge(
+            adapter,
+            base.name,
+            out,
+            revision=base.revision,
+            instruct=base.instruct,
+            base_fingerprint=metadata.fingerprint,
+            base_precision=metadata.base_precision,
+            trained_on=metadata.base_precision,
+            may_replace=may_replace,
+            provenance=provenance,
+            card=model_card(base.name, out, folder),
+            track=track,
+        )["parity"]
+        asked = _compare_answers(base, adapter, out, rows, dataset, recipe.training.seed) if dataset and rows else {}
+        return {"merged": str(out), **asked, "weights": weights}
+
+    return collectives.on_main("merge", work)
+
+
+def _compare_answers(
+    base: Base, adapter: Path, merged: Path, rows: Rows, dataset: Dataset, seed: int
+) -> dict[str, Any]:
+    """What the merged model says, against base + adapter; nothing where it is too large for this machine."""
+    needed = weight_bytes(read_checkpoint(merged), base.dtype)
+    if needed > (free := free_memory()):
+        log(
+            f"{merged}: not asked as a whole, which takes {show_size(needed)} and {show_size(free)} are free; "
+            f"it is proved tensor by tensor and block by block"
+        )
+        return {}
+    asked = dataset.held if len(dataset.held) else dataset.training
+    questions = draw_questions(asked.dialogues[:PARITY_DIALOGUES], limit=PARITY_QUESTIONS, seed=seed)
+
+    def assistant(model: nn.Module) -> Assistant:
+        return Assistant(model, base.tokenizer, base.preprocessing)
+
+    def load_merged() -> nn.Module:
+        return loading.load(str(merged), dtype=base.dtype, instruct=False, device=device()).model
+
+    parity = compare_answers(
+        base=lambda: assistant(base.load()),
+        tuned=lambda: assistant(open_adapter(base.load(), adapter)),
+        merged=lambda: assistant(load_merged()),
+        batches=[rows.at(number) for number in range(min(PARITY_ROWS, len(rows)))],
+        prompts=[prompt for prompt, _ in questions],
+    )
+    return asdict(parity)
