@@ -1,1 +1,3 @@
 """Instruction fine-tuning for IDEFICS: files in, instruct model out."""
+
+__version__ = "0.1.0"

@@ -47,12 +47,46 @@ app = typer.Typer(
     cls=_Verbs,
     help="Instruction fine-tuning for IDEFICS: a recipe in, a merged instruct model out.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from finetune.console import print_text
+        from finetune.run_dir import versions
+
+        for name, version in {"finetune": finetune.__version__, **versions()}.items():
+            print_text(f"{name} {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the versions of the toolkit and of its libraries.",
+            callback=_show_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Instruction fine-tuning for IDEFICS: a recipe in, a merged instruct model out."""
+
+
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe: a YAML file, or the name of one that ships (`finetune recipes`).",
+        show_default=False,
+        autocompletion=_complete_recipe,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: training.steps=10", show_default=False),
