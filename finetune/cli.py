@@ -11,15 +11,29 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from finetune.console import visible
+from finetune import __version__
+from finetune.console import print_text, visible
 from finetune.distributed import launcher as launch
 from finetune.distributed.writable import check_place
 from finetune.exit_codes import DOES_NOT_FIT, NOT_ALL_ANSWERED, fail, finish, guarded, quiet
 
 
+class _Verbs(TyperGroup):
+    """The verbs; what is wrong with a command line is shown in visible characters, as file names come from anywhere."""
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **options: Any) -> Any:
+        """Parse the command line."""
+        with _visible_errors():
+            return super().make_context(info_name, list(map(_expand_home, args)), *rest, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        with _visible_errors():
+            return super().invoke(ctx)
+
+
 @contextmanager
-def _visibly() -> Iterator[None]:
-    """What is wrong with a command line is shown in visible characters: names of files come from anywhere."""
+def _visible_errors() -> Iterator[None]:
     try:
         yield
     except typer.TyperException as error:
@@ -27,38 +41,27 @@ def _visibly() -> Iterator[None]:
         raise
 
 
-def _at_home(argument: str) -> str:
-    """~/x with the user's home in it, as a shell writes it, but for --html=~/x and what stands in quotes."""
+def _expand_home(argument: str) -> str:
+    """Expand ~/x as a shell does, also in --html=~/x and in quotes, where a shell does not."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return f"{option}{equals}{Path(value).expanduser()}" if value == "~" or value.startswith("~/") else argument
 
 
-class _Verbs(TyperGroup):
-    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **options: Any) -> Any:
-        with _visibly():
-            return super().make_context(info_name, list(map(_at_home, args)), *rest, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        with _visibly():
-            return super().invoke(ctx)
-
-
 app = typer.Typer(
     cls=_Verbs,
-    help="Instruction fine-tuning for IDEFICS: a recipe in, a merged instruct model out.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
+    epilog=f"Status: 0 done, 1 an error, 2 a wrong command line, {DOES_NOT_FIT} `plan`: does not fit, "
+    f"{NOT_ALL_ANSWERED} `generate`: not all answered, 128 + N ended by signal N.",
 )
-
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from finetune.console import print_text
         from finetune.run_dir import versions
 
-        for name, version in {"finetune": finetune.__version__, **versions()}.items():
+        for name, version in {"finetune": __version__, **versions()}.items():
             print_text(f"{name} {version}")
         raise typer.Exit
 
@@ -66,16 +69,30 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            help="Print the versions of the toolkit and of its libraries.",
-            callback=_show_version,
-            is_eager=True,
-        ),
+        bool, typer.Option("--version", help="Print the versions, and end.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     """Instruction fine-tuning for IDEFICS: a recipe in, a merged instruct model out."""
+
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    """Return the recipes and folders whose names begin so: files, then the recipes that ship."""
+    from finetune.recipe.load import shipped_folder
+
+    start = Path(incomplete).expanduser()
+    folder, name = (start, "") if incomplete.endswith("/") else (start.parent, start.name)
+    found = sorted(path for path in folder.glob(f"{name}*") if path.is_dir() or path.suffix in (".yaml", ".yml"))
+    shipped = sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+    return [*(f"{path}/" if path.is_dir() else str(path) for path in found), *shipped]
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    """Return the keys of the section that has been typed: "training.le" -> training.learning_rate=, ..."""
+    from finetune.recipe.load import keys_at
+
+    *parents, _ = incomplete.split(".")
+    keys = [(*parents, key) for key in keys_at(tuple(parents))]
+    return [".".join(key) + ("=" if keys_at(key) == keys_at(tuple(parents)) else ".") for key in keys]
 
 
 RecipeFile = Annotated[
@@ -89,15 +106,74 @@ RecipeFile = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: training.steps=10", show_default=False),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Keys of the recipe to change: training.steps=10",
+        show_default=False,
+        autocompletion=_complete_key,
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Processes = Annotated[
-    int, typer.Option("--processes", help="Share the work between so many, one a GPU; without GPUs, on the CPU.", min=1)
+    int, typer.Option("--processes", help="Number of processes, one per GPU; without GPUs, on the CPU.", min=1)
 ]
 Restarts = Annotated[
-    int, typer.Option("--restarts", help="With --processes: start all again so often after one died.", min=0)
+    int, typer.Option("--restarts", help="With --processes: restart all processes so often after one died.", min=0)
 ]
+
+
+@app.command(epilog="Example: `finetune recipes`")
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that ship: what each does, on which GPUs, and what it needs."""
+
+    def work() -> dict[str, Any]:
+        from finetune.console import display, log
+        from finetune.recipe.gallery import list_recipes
+
+        found = list_recipes()
+        for recipe in found if not as_json else ():
+            display(recipe["name"], "bold")
+            display(f"  {recipe['description']}")
+            data = ", ".join(
+                f"{name} (does not ship)" if name in recipe["missing"] else name for name in recipe["data"]
+            )
+            display(f"  GPUs: {recipe['gpus'] or 'none'} · base: {recipe['base']} · data: {data}")
+        log("to run one: finetune run RECIPE; to copy one and edit it: finetune new NAME --from RECIPE")
+        return {"recipes": found}
+
+    finish(guarded(work, interrupted="nothing is written"), as_json)
+
+
+@app.command(epilog="Example: `finetune new mine --from quickstart`")
+def new(
+    name: Annotated[Path, typer.Argument(metavar="NAME", help="Folder to create; the recipe gets its name.")],
+    source: Annotated[str, typer.Option("--from", metavar="RECIPE", help="Which recipe that ships.")] = "own_data",
+    as_json: AsJson = False,
+) -> None:
+    """Copy a recipe that ships, and the files that it needs, into a new folder. Nothing is overwritten."""
+
+    def work() -> dict[str, Any]:
+        from finetune.console import log
+        from finetune.recipe.gallery import new_recipe
+
+        copied = new_recipe(name, source=source)
+        if copied["missing"]:
+            log(f"needed, and not shipped: {', '.join(copied['missing'])}; see {name / 'README.md'}")
+        log(f"{copied['recipe']}: a copy of {source}; edit it, then: finetune check {copied['recipe']}")
+        return copied
+
+    finish(guarded(work, interrupted="the same command copies anew"), as_json)
+
+
+@app.command(epilog="Example: `finetune schema > recipe.schema.json`")
+def schema() -> None:
+    """Print the JSON schema of recipes, with which editors complete and check a recipe while you write it.
+
+    A recipe whose first line is `# yaml-language-server: $schema=recipe.schema.json` points an editor to this file.
+    """
+    from finetune.recipe.json_schema import recipe_schema
+
+    finish(guarded(recipe_schema, interrupted="nothing is written"), as_json=True)
 
 
 @app.command(epilog="Example: `finetune check recipes/quickstart.yaml`")

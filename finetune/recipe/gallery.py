@@ -57,7 +57,7 @@ def new_recipe(folder: Path, *, source: str = "own_data") -> dict[str, Any]:
     if folder.suffix in (".yaml", ".yml"):
         raise UserError(f"{folder}: expected the name of a new folder, such as {folder.with_suffix('')}")
     if folder.exists() or folder.is_symlink():
-        raise UserError(f"{folder}: is there already, and nothing is overwritten; expected another name")
+        raise UserError(f"{folder}: exists, and nothing is overwritten; choose another name")
     recipe = load_recipe(shipped)
     needed = _needed_files(recipe, shipped.parent)
     missing = [name for name in needed if not (shipped.parent / name).exists()]

@@ -170,7 +170,7 @@ def _explain(details: ErrorDetails) -> str:
     location = ".".join(f"{key!s:.80}" for key in keys)[:200] or "recipe"
     kind, message = details["type"], details["msg"].removeprefix("Value error, ")[:400]
     if kind == "extra_forbidden":
-        key, known = str(details["loc"][-1])[:80], _keys_at(details["loc"][:-1])
+        key, known = str(details["loc"][-1])[:80], keys_at(details["loc"][:-1])
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
         return f"{location}: unknown key; {hint}"
@@ -185,7 +185,7 @@ def _explain(details: ErrorDetails) -> str:
     return f"{location}: {message[0].lower()}{message[1:]}, got {got!r:.80} ({type(got).__name__}){hint}"
 
 
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+def keys_at(location: tuple[int | str, ...]) -> list[str]:
     """Return the valid keys of a section: () -> model, adapter, ...; ("data", "sources", 0) -> format, path, ..."""
 
     def section_in(annotation: Any) -> type[BaseModel] | None:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from finetune.cli import _at_home, app
+from finetune.cli import _expand_home, app
 from finetune.recipe.load import absolute_paths, load_recipe
 from modeling.errors import UserError
 
@@ -119,7 +119,7 @@ def test_home_on_the_command_line(arguments, named, places):
 
 
 def test_home_is_not_put_into_what_is_no_path():
-    assert [_at_home(text) for text in ("~5 m?", "a~/b", "training.x=~/y", "--", "-~/x")] == [
+    assert [_expand_home(text) for text in ("~5 m?", "a~/b", "training.x=~/y", "--", "-~/x")] == [
         "~5 m?",
         "a~/b",
         "training.x=~/y",
