@@ -237,12 +237,12 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
         from finetune.data.dataset import tell_losses
         from finetune.export.cards import write_card
         from finetune.pipeline import prepare
-        from finetune.reporting.inspect import accounts_table
+        from finetune.reporting.inspect import stats_table
 
         sources, dataset, _ = prepare(loaded)
         folder = write_card(loaded, sources, dataset)
         if not as_json:
-            display(accounts_table(dataset.report["sources"] + dataset.report["eval_sources"]))
+            display(stats_table(dataset.report["sources"] + dataset.report["eval_sources"]))
         tell_losses(dataset, folder / "README.md")
         log(f"the dataset card: {folder / 'README.md'}")
         return dataset.report
@@ -370,10 +370,22 @@ def inspect(
         if html:
             check_place("--html", html)
         quiet()
+        from finetune.console import log
         from finetune.pipeline import prepare
-        from finetune.reporting.inspect import inspect as inspect_recipe
+        from finetune.reporting.html.inspection import inspection_page
+        from finetune.reporting.inspect import inspect as inspect_data
+        from finetune.reporting.inspect import show_inspection
+        from modeling.files import atomic_write
 
-        return inspect_recipe(loaded, *prepare(loaded), count=count, ids=ids, html=html, show=not as_json)
+        sources, dataset, tokenizer = prepare(loaded)
+        inspection = inspect_data(sources, dataset, tokenizer, loaded.data, loaded.training, count=count)
+        if html:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(html, inspection_page(inspection, title=Path(loaded.output).name, recipe=loaded.to_yaml()))
+            log(f"the page: {html}")
+        elif not as_json:
+            show_inspection(inspection, ids=ids)
+        return {"sources": inspection.stats, "overlap": dataset.report["overlap"]}
 
     finish(guarded(work, interrupted="what is prepared is kept, and the same command goes on"), as_json)
 
@@ -490,11 +502,11 @@ def _stages(
             raise typer.Exit(launch.launch(arguments, processes=processes, parallel=parallel, restarts=restarts))
         quiet()
         from finetune.pipeline import run as run_stages
-        from finetune.reporting.summary import show
+        from finetune.reporting.summary import show_result
 
         result = run_stages(loaded, (stage,) if stage else None)
         if launch.is_first() and not as_json:
-            show(loaded, result)
+            show_result(Path(loaded.output), result)
         return result
 
     finish(guarded(work, **interrupted), as_json and launch.is_first())

@@ -235,3 +235,27 @@ def test_nothing_else_prints():
                     found.append(f"{path.relative_to(ROOT)}: {called}")
     assert [line for line in found if not line.startswith("finetune/console.py: ")] == []
     assert len(found) > 4
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\tb\nc", "a\tb\nc"),
+        ("\x00\x1b\r\x7f", "␀␛␍␡"),
+        ("\u202eabc\u2069", "[U+202E]abc[U+2069]"),
+        ("\ud83d", "\ufffd"),
+        ("\U0001f469\u200d\U0001f680 é 犬", "\U0001f469\u200d\U0001f680 é 犬"),
+        ("\U000e0041", "[U+E0041]"),
+    ],
+)
+def test_visible_writes_invisible_characters_out(text, shown):
+    assert visible(text) == shown
+
+
+@given(st.text(st.characters(codec=None)))
+def test_visible_text_has_no_control_characters(text):
+    shown = visible({text: [text, 1]})
+    ((key, (value, one)),) = shown.items()
+    assert key == value == value.encode("utf-8").decode("utf-8")
+    assert one == 1
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", value)

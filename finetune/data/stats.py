@@ -137,3 +137,18 @@ def why_nothing_is_left(accounts: Sequence[Account]) -> str:
     ]
     reasons += [f"  {broken}" for account in accounts for broken in account.broken]
     return "\n".join(["no dialogue is left:", *(reasons or ["  the sources are empty"])])
+
+
+def loss_lines(stats: Mapping[str, Any]) -> list[str]:
+    """Return a line for each reason why records of a source, or parts of them, are not trained on.
+
+    `stats`: as `to_json` gives them.
+    """
+    first = stats["first_rejected"]
+    lines = [f"{records} x {reason} (first: {first[reason]})" for reason, records in stats["rejected"].items()]
+    lines += [
+        f"{parts} x {reason} in records that are kept (first: {first[reason]})"
+        for reason, parts in stats["parts_rejected"].items()
+    ]
+    ignored = stats.get("ignored")
+    return [*lines, *stats["broken"], *([f"ignored in records: {most_frequent(ignored)}"] if ignored else [])]

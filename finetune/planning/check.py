@@ -15,7 +15,7 @@ from finetune.data.images import digest
 from finetune.data.mixing import fit_records
 from finetune.data.records import look, read_dialogues
 from finetune.data.sources import resolve_source, say_if_documents
-from finetune.data.stats import Account, most_frequent
+from finetune.data.stats import Account, loss_lines
 from finetune.data.tokenize import Encoder
 from finetune.planning.memory import Setup, count_by_tower
 from finetune.recipe.schema import Recipe, Source
@@ -157,15 +157,7 @@ def _show(result: dict[str, Any], first: Dialogue | None) -> None:
 
 def _problems(report: dict[str, Any]) -> list[str]:
     """Return a line for each reason why records, or parts of them, are not trained on or could not be checked."""
-    first = report["first_rejected"]
-    lines = [f"{count} x {reason} (first: {first[reason]})" for reason, count in report["rejected"].items()]
-    lines += [
-        f"{count} x {reason} in records that are kept (first: {first[reason]})"
-        for reason, count in report["parts_rejected"].items()
-    ]
-    lines += report["broken"]
-    if report["ignored"]:
-        lines.append(f"ignored in records: {most_frequent(report['ignored'])}")
+    lines = loss_lines(report)
     if report["not_downloaded"]:
         lines.append(f"{report['not_downloaded']} images are not downloaded yet, and were not checked")
     if not report["length_checked"]:

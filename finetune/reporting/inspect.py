@@ -1,259 +1,251 @@
-"""Recipe -> what the model will see: where the records went, how long examples are, and dialogues with their tokens.
+"""Prepared data -> what the model will see: what became of the records, the sizes of examples, examples token by token.
 
-Supervised tokens are coloured, and each token shows which image it sees: in the terminal, or as a page.
+Supervised tokens are green, and each token shows which image it sees: in the terminal here, or as a page
+(html/inspection.py).
 """
 
+import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
-from finetune.console import display, log, panel, table, visible
-from finetune.data.conversation import Dialogue, Image, RecordError
+from finetune.console import display, panel, table, visible
+from finetune.data.conversation import Image, RecordError
 from finetune.data.dataset import Dataset
 from finetune.data.fit import Limits, fitter
-from finetune.data.images import describe, open_image
+from finetune.data.images import open_image
 from finetune.data.mixing import fit_records
+from finetune.data.prepared import Prepared
 from finetune.data.records import look, read_dialogues
-from finetune.data.stats import Account, most_frequent
+from finetune.data.stats import Account, loss_lines
 from finetune.data.tokenize import SPECIALS, Encoder, Example
-from finetune.recipe.schema import Recipe, Source
+from finetune.recipe.schema import Data, Source, Training
 from finetune.reporting.html.chart import Histogram, histogram
-from finetune.reporting.html.inspection import ShownDialogue, Token, choose_shown, inspection_page
-from finetune.reporting.html.page import thumbnail
-from modeling.files import atomic_write
 from modeling.tokens import IGNORED
 
 IMAGE_STYLES = ("cyan", "magenta", "yellow", "blue", "bright_red", "bright_green")
-"""Colours of the images of one dialogue, in turn."""
+"""Colours of the images of one example, in turn."""
 
 LONGEST = 3
-"""So many of the longest examples are shown beside those drawn at random."""
+"""Of the longest examples, this many are shown beside those drawn at random."""
 
 TALLEST = 2
-"""A picture in the terminal is at most so many times as high as it may be wide."""
+"""A picture in the terminal is at most this many times as high as it may be wide."""
 
 STREAMED = 200
-"""Of a streamed source, so many dialogues are read, and shown from."""
+"""Dialogues of a streamed source that are read, and shown from."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An example to look at."""
+class Token:
+    """One token as it reads, what is trained on it, and the image it sees."""
 
+    text: str
+    id: int
+    supervised: bool = False
+    image: int = -1
+    """Index into the example's images; -1 sees none."""
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """One example as the model will see it."""
+
+    record_id: str
     source: str
-    place: str
-    dialogue: Dialogue
-    example: Example
-    longest: bool
+    tokens: tuple[Token, ...]
+    images: tuple[Image, ...] = ()
+    longest: bool = False
+    """Shown because it is long; the others are drawn at random."""
+
+    def __post_init__(self) -> None:
+        seen = {token.image for token in self.tokens}
+        assert seen <= set(range(-1, len(self.images))), f"{self.record_id}: tokens see {seen} of {len(self.images)}"
+
+    @property
+    def counts(self) -> str:
+        """ "96 tokens, 25 trained on, 1 image"."""
+        supervised = sum(token.supervised for token in self.tokens)
+        images = f"{len(self.images)} image{'s' if len(self.images) != 1 else ''}"
+        return f"{len(self.tokens):,} tokens, {supervised:,} trained on, {images}"
 
 
+@dataclass(frozen=True)
 class Inspection:
-    """What there is to see of a recipe's data; `count` examples drawn at random, and the longest."""
+    """What there is to see of a recipe's data."""
 
-    def __init__(self, recipe: Recipe, sources: Sequence[Source], dataset: Dataset, tokenizer: Any, *, count: int):
-        self.recipe, self.sources, self.dataset, self.tokenizer, self.count = recipe, sources, dataset, tokenizer, count
-
-    @property
-    def accounts(self) -> list[dict[str, Any]]:
-        return [account.to_json() for account in (*self.dataset.accounts, *self._streamed[0])]
-
-    @property
-    def _names(self) -> list[str]:
-        """Of the prepared training sources."""
-        return [source.name for source in self.sources if not source.stream]
-
-    @cached_property
-    def shown(self) -> list[Shown]:
-        """Of the training examples of prepared sources, then the first of streamed ones."""
-        training, names = self.dataset.training, self._names
-        seed = self.recipe.training.seed
-        prepared = [
-            Shown(
-                names[training.source_of(index)],
-                training.places[index],
-                training.dialogues[index],
-                training.examples[index],
-                longest,
-            )
-            for index, longest in choose_shown(training.lengths.tolist(), seed=seed, drawn=self.count, longest=LONGEST)
-        ]
-        return prepared + self._streamed[1][: self.count]
-
-    @cached_property
-    def histograms(self) -> list[Histogram]:
-        """Lengths and images of all training examples, and of each source where there are several."""
-        training, names, made = self.dataset.training, self._names, []
-        bounds = np.cumsum([0, *training.sizes])
-        parts: list[tuple[str | None, slice]] = [(None, slice(None))]
-        if len(names) > 1:
-            parts += [(name, slice(*bounds[number : number + 2])) for number, name in enumerate(names)]
-        for name, part in parts:
-            for values, what, unit in (
-                (training.lengths, "length", "tokens"),
-                (training.image_counts, "images", "images"),
-            ):
-                if len(values[part]):
-                    made.append(histogram(values[part].tolist(), name=what, unit=unit, source=name))
-        return made
-
-    @cached_property
-    def _streamed(self) -> tuple[list[Account], list[Shown]]:
-        """(accounts, examples) of the first dialogues of streamed sources."""
-        accounts, shown = [], []
-        for source in self.sources:
-            if source.stream:
-                account = Account(source.name)
-                shown += list(self._first(source, account))
-                accounts.append(account)
-        return accounts, shown
-
-    def _first(self, source: Source, account: Account) -> list[Shown]:
-        data, settings = self.recipe.data, self.recipe.training
-        limits = Limits(data.max_length, settings.row_images)
-        how = fitter(source, Encoder(self.tokenizer), limits, seed=settings.seed)
-        records = list(islice(read_dialogues(source, account, seed=settings.seed, look=look), STREAMED))
-        account.dialogues += len(records)
-        return [
-            Shown(source.name, origin.place, piece.dialogue, example, longest=False)
-            for piece, example, origin in fit_records(records, how, account)
-        ]
+    stats: list[dict[str, Any]]
+    """What became of the records of each source, as in data.json."""
+    histograms: list[Histogram]
+    examples: list[ShownExample]
 
 
 def inspect(
-    recipe: Recipe,
-    sources: Sequence[Source],
-    dataset: Dataset,
-    tokenizer: Any,
-    *,
-    count: int,
-    ids: bool,
-    html: Path | None,
-    show: bool = True,
-) -> dict[str, Any]:
-    """Show it on the terminal, or write the page; returns the accounts and what is shared with held-out data."""
-    inspection = Inspection(recipe, sources, dataset, tokenizer, count=count)
-    if html:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(html, page(inspection))
-        log(f"the page: {html}")
-    elif show:
-        _print(inspection, ids=ids)
-    return {"sources": inspection.accounts, "overlap": inspection.dataset.report["overlap"]}
+    sources: Sequence[Source], dataset: Dataset, tokenizer: Any, data: Data, training: Training, *, count: int
+) -> Inspection:
+    """Return what there is to see: `count` examples drawn at random, and the longest ones.
 
-
-def page(inspection: Inspection) -> str:
-    """One self-contained HTML file."""
-    images: dict[str, str] = {}
-    dialogues = []
-    for shown in inspection.shown:
-        for image in shown.dialogue.images:
-            if (name := describe(image)) not in images and (opened := _opened(image)):
-                images[name] = thumbnail(opened)
-        keys = tuple(describe(image) for image in shown.dialogue.images)
-        tokens = _page_tokens(shown.example, inspection.tokenizer)
-        dialogues.append(ShownDialogue(shown.place, shown.source, tokens, keys, shown.longest))
-    return inspection_page(
-        inspection.accounts,
-        dialogues,
-        title=Path(inspection.recipe.output).name,
-        recipe=inspection.recipe.to_yaml(),
-        images=images,
-        histograms=inspection.histograms,
-    )
-
-
-def _page_tokens(example: Example, tokenizer: Any) -> tuple[Token, ...]:
-    names = tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
-    return tuple(
-        Token(
-            name if name in SPECIALS else _written(name),
-            int(token),
-            bool(label != IGNORED),
-            int(image),
-            name in SPECIALS,
+    Streamed sources are not prepared: the first of their examples are read and shown.
+    """
+    prepared, names = dataset.training, [source.name for source in sources if not source.stream]
+    stats = [one.to_json() for one in dataset.accounts]
+    examples = [
+        show_example(
+            prepared.examples[index],
+            tokenizer,
+            record_id=prepared.places[index],
+            source=names[prepared.source_of(index)],
+            images=prepared.dialogues[index].images,
+            longest=longest,
         )
-        for name, token, label, image in zip(names, example.input_ids, example.labels, example.image_index, strict=True)
+        for index, longest in choose_shown(prepared.lengths.tolist(), seed=training.seed, drawn=count, longest=LONGEST)
+    ]
+    streamed = []
+    for source in sources:
+        if source.stream:
+            account = Account(source.name)
+            how = fitter(source, Encoder(tokenizer), Limits(data.max_length, training.row_images), seed=training.seed)
+            records = list(islice(read_dialogues(source, account, seed=training.seed, look=look), STREAMED))
+            account.dialogues += len(records)
+            streamed += [
+                show_example(
+                    example, tokenizer, record_id=origin.place, source=source.name, images=piece.dialogue.images
+                )
+                for piece, example, origin in fit_records(records, how, account)
+            ]
+            stats.append(account.to_json())
+    return Inspection(stats, _histograms(prepared, names), examples + streamed[:count])
+
+
+def choose_shown(lengths: Sequence[int], *, seed: int, drawn: int = 20, longest: int = 5) -> list[tuple[int, bool]]:
+    """Return (index, whether it is one of the longest): some drawn by `seed`, in order, then the longest, by length.
+
+    >>> choose_shown([5, 9, 1, 9, 7], seed=0, drawn=9, longest=2)
+    [(0, False), (2, False), (4, False), (1, True), (3, True)]
+    """
+    by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    top, others = by_length[:longest], sorted(by_length[longest:])
+    chosen = random.Random(seed).sample(others, min(drawn, len(others)))  # noqa: S311
+    return [(index, False) for index in sorted(chosen)] + [(index, True) for index in top]
+
+
+def show_example(
+    example: Example, tokenizer: Any, *, record_id: str, source: str, images: Sequence[Image], longest: bool = False
+) -> ShownExample:
+    """Return an example with its tokens as they read."""
+    names = tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
+    columns = zip(names, example.input_ids, example.labels, example.image_index, strict=True)
+    tokens = tuple(
+        Token(token_text(name), int(token), bool(label != IGNORED), int(image), name in SPECIALS)
+        for name, token, label, image in columns
     )
+    return ShownExample(record_id, source, tokens, tuple(images), longest)
 
 
-def _opened(image: Image) -> PIL.Image.Image | None:
-    """None of one that cannot be opened any more."""
-    try:
-        return open_image(image)
-    except RecordError:
-        return None
+def token_text(name: str) -> str:
+    r"""Return a token of a vocabulary as it reads; a part of a longer character as its byte.
+
+    >>> [token_text(name) for name in ("▁What", "<0x41>", "<0xC3>")]
+    [' What', 'A', '\\xC3']
+    """
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
+    if byte is None:
+        return name.replace("▁", " ")
+    value = int(byte[1], 16)
+    return chr(value) if value < 128 else f"\\x{byte[1]}"
 
 
-def _print(inspection: Inspection, *, ids: bool) -> None:
-    display(accounts_table(inspection.accounts))
-    for account in inspection.accounts:
-        for reason, records in {**account["rejected"], **account["parts_rejected"]}.items():
-            first = account["first_rejected"][reason]
-            display(f"{account['source']}: {records} x {reason} (first: {first})", "yellow")
-        for broken in account["broken"]:
-            display(broken, "yellow")
-        if ignored := account.get("ignored"):
-            display(f"{account['source']}: not used of records: {most_frequent(ignored)}", "yellow")
+def _histograms(prepared: Prepared, names: Sequence[str]) -> list[Histogram]:
+    """Return the sizes of all training examples; where there are several sources, of each as well."""
+    bounds = np.cumsum([0, *prepared.sizes])
+    parts: list[tuple[str | None, slice]] = [(None, slice(None))]
+    if len(names) > 1:
+        parts += [(name, slice(*bounds[number : number + 2])) for number, name in enumerate(names)]
+    kinds = (
+        ("Tokens per example", "tokens", prepared.lengths),
+        ("Images per example", "images", prepared.image_counts),
+    )
+    return [
+        histogram(values[part].tolist(), name=name, unit=unit, source=source)
+        for source, part in parts
+        for name, unit, values in kinds
+        if len(values[part])
+    ]
+
+
+def show_inspection(inspection: Inspection, *, ids: bool) -> None:
+    """Print an inspection. `ids`: with every token's id, label and image in a row."""
+    display(stats_table(inspection.stats))
+    for one in inspection.stats:
+        for line in loss_lines(one):
+            display(f"{one['source']}: {line}", "yellow")
     for drawn in inspection.histograms:
         display(bars(drawn))
-    for shown in inspection.shown:
-        title = f"{shown.source} {shown.place}" + (" (one of the longest)" if shown.longest else "")
-        display(view(shown.dialogue, shown.example, inspection.tokenizer, title=title, ids=ids))
+    for example in inspection.examples:
+        display(view(example, ids=ids))
 
 
-def accounts_table(accounts: Sequence[dict[str, Any]]) -> Any:
-    """What became of the records of each source."""
-    columns = ("source", "read", "kept", "rejected", "examples", "tokens", "trained on", "repeats")
+def stats_table(stats: Sequence[Mapping[str, Any]]) -> Any:
+    """Return a table of what became of the records of each source."""
+    columns = ("source", "read", "kept", "rejected", "examples", "tokens", "trained on", "times per epoch")
     rows = [
         (
-            account["source"],
-            f"{account['read']:,} (limit)" if account["limited"] else account["read"],
-            account["kept"],
-            sum(account["rejected"].values()),
-            account["examples"],
-            account["tokens"],
-            f"{account['supervised_tokens'] / max(account['tokens'], 1):.0%}",
-            account["repeats_per_epoch"],
+            one["source"],
+            f"{one['read']:,} (limit)" if one["limited"] else one["read"],
+            one["kept"],
+            sum(one["rejected"].values()),
+            one["examples"],
+            one["tokens"],
+            f"{one['supervised_tokens'] / max(one['tokens'], 1):.0%}",
+            one["repeats_per_epoch"],
         )
-        for account in accounts
+        for one in stats
     ]
     return table("sources", columns, rows)
 
 
 def bars(drawn: Histogram, *, width: int = 50) -> Text:
-    """A histogram as rows of blocks: from, count."""
-    title = f"{drawn.name} of {drawn.source or 'all examples'}, in {drawn.unit}"
+    """Return a histogram as rows of blocks: the lower edge, a bar, the count."""
     most = max(drawn.counts)
     lines = [
         f"{edge:>8,} {'█' * round(width * count / most)}{'▏' if count and count * width < most / 2 else ''} {count:,}"
         for edge, count in zip(drawn.edges[:-1], drawn.counts, strict=True)
     ]
-    return Text("\n".join([title, *lines, ""]))
+    return Text("\n".join([f"{drawn.name}, {drawn.source or 'all sources'}", *lines, ""]))
 
 
-def view(dialogue: Dialogue, example: Example, tokenizer: Any, *, title: str, ids: bool) -> Panel:
-    """One dialogue as a panel: green is trained on; the bar before a token has the colour of the image it sees."""
-    shown = [
-        Text.assemble((f"image {number} ", _style(number)), "\n", picture(image, width=24))
-        for number, image in enumerate(dialogue.images)
-    ]
-    counts = f"{len(example)} tokens, {example.supervised} trained on, {len(dialogue.images)} images"
-    body = [_tokens(example, tokenizer), *([_ids(example, tokenizer)] if ids else []), *shown]
-    return panel(Group(*body), title=title, subtitle=counts)
+def view(example: ShownExample, *, ids: bool = False) -> Panel:
+    """Return an example as a panel: green is trained on, and the bar before a token has the colour of its image."""
+    text = Text()
+    for token in example.tokens:
+        if token.image >= 0:
+            text.append("▏", style=IMAGE_STYLES[token.image % len(IMAGE_STYLES)])
+        text.append(visible(token.text), style="bold green" if token.supervised else "default")
+    body = [text]
+    if ids:
+        lines = [
+            f"{token.id:6}  {token.id if token.supervised else '.':>5}  {token.image if token.image >= 0 else '.':>5}  "
+            f"{visible(token.text)!r}"
+            for token in example.tokens
+        ]
+        body.append(Text("\n".join(["    id  label  image  token", *lines]), style="dim"))
+    for number, image in enumerate(example.images):
+        style = IMAGE_STYLES[number % len(IMAGE_STYLES)]
+        body.append(Text.assemble((f"image {number} ", style), "\n", picture(image, width=24)))
+    title = f"{example.source} {example.record_id}" + (" (one of the longest)" if example.longest else "")
+    return panel(Group(*body), title=title, subtitle=example.counts)
 
 
 def picture(image: Image, *, width: int) -> Text:
-    """An image in half blocks, two pixels a character; at most so wide, and as many lines high."""
+    """Return an image in half blocks, two pixels a character, at most `width` characters wide, as many lines high."""
     try:
         opened = open_image(image)
     except RecordError as error:  # it was there when the data was prepared
@@ -264,45 +256,6 @@ def picture(image: Image, *, width: int) -> Text:
     text = Text()
     for upper, lower in zip(levels_HWC[::2], levels_HWC[1::2], strict=True):
         for top, bottom in zip(upper, lower, strict=True):
-            text.append("▀", style=f"{_hex(top)} on {_hex(bottom)}")
+            text.append("▀", style=f"#{bytes(top).hex()} on #{bytes(bottom).hex()}")
         text.append("\n")
     return text
-
-
-def _hex(rgb: np.ndarray) -> str:
-    return "#" + bytes(rgb).hex()
-
-
-def _style(image: int) -> str:
-    return IMAGE_STYLES[image % len(IMAGE_STYLES)] if image >= 0 else ""
-
-
-def _tokens(example: Example, tokenizer: Any) -> Text:
-    """The tokens as written, trained ones in green, behind a bar in the colour of the image they see."""
-    text = Text()
-    for token, label, image in zip(example.input_ids, example.labels, example.image_index, strict=True):
-        piece = _written(tokenizer.convert_ids_to_tokens(int(token)))
-        if image >= 0:
-            text.append("▏", style=_style(int(image)))
-        text.append(visible(piece), style="bold green" if label != IGNORED else "default")
-    return text
-
-
-def _written(token: str) -> str:
-    """A token as it reads: "▁What" -> " What", the byte "<0x41>" -> "A"; a part of a longer character -> "\\xC3"."""
-    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-    if byte is None:
-        return token.replace("▁", " ")
-    value = int(byte[1], 16)
-    return chr(value) if value < 128 else f"\\x{byte[1]}"
-
-
-def _ids(example: Example, tokenizer: Any) -> Text:
-    """Every token with its id, its label and the image it sees: exactly what is trained on."""
-    lines = ["    id  label  image  token"]
-    for token, label, image in zip(example.input_ids, example.labels, example.image_index, strict=True):
-        name = tokenizer.convert_ids_to_tokens(int(token))
-        lines.append(
-            f"{token:6}  {label if label != IGNORED else '.':>5}  {image if image >= 0 else '.':>5}  {visible(name)}"
-        )
-    return Text("\n".join(lines), style="dim")

@@ -1,4 +1,4 @@
-"""metrics.jsonl and the figures of a run -> one picture: how the loss fell, and what it was good for."""
+"""metrics.jsonl and the scores of a run -> one picture: loss, gates, and the scores of each model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +11,16 @@ SHARES = {
     "exact_yes_no": "yes/no questions,\nbalanced",
     "vqa": "VQA accuracy",
     "rouge_l": "ROUGE-L",
-    "eos_rate": "stopped by itself",
+    "eos_rate": "answers that\nend by themselves",
 }
+"""Scores between 0 and 1, and their labels."""
+
 MODELS = {"base": "#9aa5b1", "image_swap": "#d9a441", "tuned": "#2f6fbb"}
+"""Model -> its colour."""
 
 
 def draw(metrics: Path, scores: Mapping[str, Any] | None, out: Path) -> None:
-    """Write a PNG: loss by step, training and held-out; the gates; where there are scores, the shares of each model."""
+    """Write a PNG: training and eval loss by step, the gates, and where there are `scores`, those of each model."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -39,7 +42,7 @@ def draw(metrics: Path, scores: Mapping[str, Any] | None, out: Path) -> None:
 
 
 def _losses(axis: Any, lines: list[dict[str, Any]]) -> None:
-    for key, name, style in (("loss", "training", {"alpha": 0.8}), ("eval_loss", "held out", {"marker": "o"})):
+    for key, name, style in (("loss", "training", {"alpha": 0.8}), ("eval_loss", "eval", {"marker": "o"})):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
             axis.plot(*zip(*points, strict=True), label=name, **style)
@@ -52,7 +55,7 @@ def _losses(axis: Any, lines: list[dict[str, Any]]) -> None:
 
 
 def _gates(axis: Any, gates: list[tuple[int, dict[str, list[float]]]]) -> None:
-    """A line for every layer's gate, the first layers light, the last ones dark."""
+    """Draw a line for every layer's gate: the first layers light, the last ones dark."""
     steps = [step for step, _ in gates]
     for key, name, color in (("alpha_cross_attn", "attention", "#2f6fbb"), ("alpha_dense", "MLP", "#d9a441")):
         layers = list(zip(*(values[key] for _, values in gates), strict=True))
@@ -69,8 +72,10 @@ def _shares(axis: Any, shares: Mapping[str, str], scores: Mapping[str, Any]) -> 
     width = 0.8 / len(models)
     for offset, (model, color) in enumerate(models.items()):
         places = [index + (offset - (len(models) - 1) / 2) * width for index in range(len(shares))]
-        bars = axis.bar(places, [scores[model][key] for key in shares], width, label=model, color=color)
+        bars = axis.bar(
+            places, [scores[model][key] for key in shares], width, label=model.replace("_", " "), color=color
+        )
         axis.bar_label(bars, fmt="%.2f", fontsize=8)
     axis.set_xticks(range(len(shares)), list(shares.values()))
-    axis.set(ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="mean over held-out questions")
+    axis.set(ylim=(0, 1.2), yticks=[0, 0.25, 0.5, 0.75, 1], ylabel="mean over the eval questions")
     axis.legend(loc="upper center", ncols=len(models), frameon=False)

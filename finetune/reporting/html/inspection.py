@@ -1,94 +1,19 @@
-"""Accounts, dialogues and histograms -> the page of what a recipe will train on."""
+"""An inspection -> the page of what a recipe will train on."""
 
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from numbers import Real
 from typing import Any
 
-from finetune.reporting.html.chart import CHART, Histogram, draw
-from finetune.reporting.html.page import number, share, write
+from finetune.data.conversation import Image, RecordError
+from finetune.data.images import open_image
+from finetune.reporting.html.chart import CHART, draw
+from finetune.reporting.html.page import number, render, share, thumbnail
+from finetune.reporting.inspect import Inspection, ShownExample
 
-
-@dataclass(frozen=True)
-class Token:
-    """One token as it reads. `image` counts the images of its dialogue from 0; -1 sees none."""
-
-    text: str
-    id: int
-    supervised: bool = False
-    image: int = -1
-    special: bool = False
-
-
-@dataclass(frozen=True)
-class ShownDialogue:
-    """One dialogue as the model sees it; `images` are keys of the page's images, in order."""
-
-    place: str
-    source: str
-    tokens: tuple[Token, ...]
-    images: tuple[str, ...] = ()
-    longest: bool = False
-    """Shown because it is long; the others were drawn at random."""
-
-    def __post_init__(self) -> None:
-        seen = {token.image for token in self.tokens}
-        assert seen <= set(range(-1, len(self.images))), f"{self.place}: tokens see {seen} of {len(self.images)} images"
-
-
-def choose_shown(lengths: Sequence[int], *, seed: int, drawn: int = 20, longest: int = 5) -> list[tuple[int, bool]]:
-    """(index, whether it is there for its length): some drawn by `seed`, in order, then the longest, longest first."""
-    by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    top, others = by_length[:longest], sorted(by_length[longest:])
-    chosen = random.Random(seed).sample(others, min(drawn, len(others)))  # noqa: S311
-    return [(index, False) for index in sorted(chosen)] + [(index, True) for index in top]
-
-
-def inspection_page(
-    accounts: Sequence[Mapping[str, Any]],
-    dialogues: Sequence[ShownDialogue],
-    *,
-    title: str,
-    recipe: str,
-    images: Mapping[str, str],
-    histograms: Sequence[Histogram] = (),
-) -> str:
-    """What a recipe will train on.
-
-    accounts: one a source, as `Account.to_json` gives them; `images`: key -> data URI, a key left out could not be
-    opened; `recipe`: its YAML.
-    """
-    named = [*(account["source"] for account in accounts), *(dialogue.source for dialogue in dialogues)]
-    sources = list(dict.fromkeys((*named, *(drawn.source for drawn in histograms if drawn.source is not None))))
-    shown = [key for key in dict.fromkeys(key for dialogue in dialogues for key in dialogue.images) if key in images]
-    return write(
-        "inspection",
-        title=title,
-        recipe=recipe,
-        sources=sources,
-        figures=_summary(accounts),
-        table=_table(accounts),
-        rejections=[account for account in accounts if account["rejected"] or account["broken"]],
-        charts=[draw(histogram) for histogram in histograms],
-        size=CHART,
-        sections=[
-            ("Dialogues drawn at random", [_dialogue(shown) for shown in dialogues if not shown.longest]),
-            ("The longest dialogues", [_dialogue(shown) for shown in dialogues if shown.longest]),
-        ],
-        embedded={key: number for number, key in enumerate(shown)},
-        data={"images": [_data_uri(images[key]) for key in shown]},
-    )
-
-
-def _data_uri(uri: str) -> str:
-    assert uri.startswith("data:image/"), f"expected a data URI of an image, got {uri:.40}"
-    return uri
-
-
-_COLUMNS = {
-    "read": "read",
+COLUMNS = {
+    "read": "records read",
     "kept": "kept",
     "rejected": "rejected",
     "dialogues": "dialogues",
@@ -96,50 +21,117 @@ _COLUMNS = {
     "tokens": "tokens",
     "supervised_tokens": "trained on",
     "images": "images",
-    "draws_per_epoch": "draws an epoch",
-    "repeats_per_epoch": "repeats",
+    "draws_per_epoch": "drawn per epoch",
+    "repeats_per_epoch": "times per epoch",
     "documents_cut": "documents cut",
 }
-"""Figures of an account and their headings, in order; other numbers follow under their own names."""
+"""Figures of a source and their headings, in order; other numbers follow under their own names."""
+
+RARE = ("documents_cut",)
+"""Figures whose column is left out where every source has 0."""
 
 
-def _figures(account: Mapping[str, Any]) -> dict[str, Any]:
-    """An account's numbers, its rejections added up."""
-    numbers = {key: value for key, value in account.items() if isinstance(value, Real) and not isinstance(value, bool)}
-    return {**numbers, "rejected": sum(account["rejected"].values())}
+def inspection_page(
+    inspection: Inspection, *, title: str, recipe: str, images: Mapping[Image, str] | None = None
+) -> str:
+    """Return the page, one self-contained HTML file.
+
+    `recipe`: its YAML. `images`: image -> its data URI; by default they are opened. An image without one is shown as
+    one that could not be opened.
+    """
+    stats, examples = inspection.stats, inspection.examples
+    if images is None:
+        images = _thumbnails(image for example in examples for image in example.images)
+    named = [*(one["source"] for one in stats), *(example.source for example in examples)]
+    drawn = [histogram.source for histogram in inspection.histograms if histogram.source is not None]
+    embedded = [image for image in dict.fromkeys(image for one in examples for image in one.images) if image in images]
+    return render(
+        "inspection",
+        title=title,
+        recipe=recipe,
+        sources=list(dict.fromkeys((*named, *drawn))),
+        figures=_figures(stats),
+        table=_table(stats),
+        losses=[{"source": one["source"], "rows": rows} for one in stats if (rows := _losses(one))],
+        charts=[draw(histogram) for histogram in inspection.histograms],
+        size=CHART,
+        sections=[
+            ("Examples drawn at random", [_example(example) for example in examples if not example.longest]),
+            ("The longest examples", [_example(example) for example in examples if example.longest]),
+        ],
+        embedded={image: index for index, image in enumerate(embedded)},
+        data={"images": [_require_data_uri(images[image]) for image in embedded]},
+    )
+
+
+def _thumbnails(images: Iterable[Image]) -> dict[Image, str]:
+    """Return image -> its data URI, without those that cannot be opened any more."""
+    uris = {}
+    for image in dict.fromkeys(images):
+        with suppress(RecordError):
+            uris[image] = thumbnail(open_image(image))
+    return uris
+
+
+def _require_data_uri(uri: str) -> str:
+    assert uri.startswith("data:image/"), f"expected a data URI of an image, got {uri:.40}"
+    return uri
+
+
+def _figures(stats: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return the figures at the top of the page."""
+    total = _total([_numbers(one) for one in stats])
+    figures = [(name, number(total.get(name, 0))) for name in ("dialogues", "examples", "tokens", "images")]
+    trained = share(total.get("supervised_tokens", 0), total.get("tokens", 0))
+    return [*figures[:3], ("of the tokens are trained on", trained), figures[3]]
+
+
+def _table(stats: Sequence[Mapping[str, Any]]) -> list[tuple[str | None, list[tuple[str, str]]]]:
+    """Return (source, [(heading, figure)]) of each source, then of all together, with None as the source."""
+    rows: list[tuple[str | None, dict[str, Any]]] = [(one["source"], _numbers(one)) for one in stats]
+    keys = [key for key in dict.fromkeys((*COLUMNS, *(key for _, row in rows for key in row))) if _is_shown(key, rows)]
+    if len(rows) > 1:
+        rows.append((None, _total([row for _, row in rows])))
+    headings = {key: COLUMNS.get(key, key.replace("_", " ")) for key in keys}
+    table = []
+    for source, row in rows:
+        cells = {key: number(row.get(key)) for key in keys}
+        if "supervised_tokens" in row:
+            trained = row["supervised_tokens"]
+            cells["supervised_tokens"] = f"{number(trained)} ({share(trained, row['tokens'])})"
+        table.append((source, [(headings[key], cell) for key, cell in cells.items()]))
+    return table
+
+
+def _losses(stats: Mapping[str, Any]) -> list[tuple[int | None, str, str]]:
+    """Return (how many, reason, detail) for everything that is not trained on."""
+    first = {reason: f"first: {where}" for reason, where in stats["first_rejected"].items()}
+    parts = stats.get("parts_rejected", {}).items()
+    return [
+        *((None, "file breaks off", detail) for detail in stats["broken"]),
+        *((records, reason, first.get(reason, "")) for reason, records in stats["rejected"].items()),
+        *((count, f"{reason}, in records that are kept", first.get(reason, "")) for reason, count in parts),
+        *((records, "ignored", key) for key, records in stats.get("ignored", {}).items()),
+    ]
+
+
+def _is_shown(key: str, rows: Sequence[tuple[str | None, Mapping[str, Any]]]) -> bool:
+    return any(row.get(key) if key in RARE else key in row for _, row in rows)
+
+
+def _numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers among a source's stats, its rejected records added up."""
+    numbers = {key: value for key, value in stats.items() if isinstance(value, Real) and not isinstance(value, bool)}
+    return {**numbers, "rejected": sum(stats["rejected"].values())}
 
 
 def _total(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The sums of what every row counts; a factor is no count."""
+    """Return the sums of what every row counts; a factor is not a count."""
     counted = [key for key in rows[0] if all(isinstance(row.get(key), int) for row in rows)] if rows else []
     return {key: sum(row[key] for row in rows) for key in counted if key != "repeats_per_epoch"}
 
 
-def _summary(accounts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    total = _total([_figures(account) for account in accounts])
-    figures = [(name, number(total.get(name, 0))) for name in ("dialogues", "examples", "tokens", "images")]
-    figures.insert(3, ("of them trained on", share(total.get("supervised_tokens", 0), total.get("tokens", 0))))
-    return figures
-
-
-def _table(accounts: Sequence[Mapping[str, Any]]) -> list[tuple[str | None, list[tuple[str, str]]]]:
-    """(source, [(heading, figure)]) a row, without the columns that no source has; then, under None, their sums."""
-    rows: list[tuple[str | None, dict[str, Any]]] = [(account["source"], _figures(account)) for account in accounts]
-    named = dict.fromkeys((*_COLUMNS, *(key for _, row in rows for key in row)))
-    columns = [key for key in named if any(key in row for _, row in rows)]
-    if len(rows) > 1:
-        rows.append((None, _total([row for _, row in rows])))
-    headings = {key: _COLUMNS.get(key, key.replace("_", " ")) for key in columns}
-    return [(source, [(headings[key], _cell(row, key)) for key in columns]) for source, row in rows]
-
-
-def _cell(row: Mapping[str, Any], key: str) -> str:
-    if key == "supervised_tokens" and key in row:
-        return f"{number(row[key])} ({share(row[key], row['tokens'])})"
-    return number(row.get(key))
-
-
-def _dialogue(shown: ShownDialogue) -> dict[str, Any]:
-    """A dialogue with its tokens in runs that see the same image."""
-    runs = [(image, list(run)) for image, run in groupby(shown.tokens, key=lambda token: token.image)]
-    return {"shown": shown, "runs": runs, "supervised": sum(token.supervised for token in shown.tokens)}
+def _example(example: ShownExample) -> dict[str, Any]:
+    """Return what the template shows of an example, with its tokens in runs that see the same image."""
+    runs = [(image, list(run)) for image, run in groupby(example.tokens, key=lambda token: token.image)]
+    return {"example": example, "runs": runs}

@@ -1,7 +1,7 @@
-"""A template and its values -> one self-contained HTML file, which asks the network for nothing.
+"""A template and its values -> one self-contained HTML file, which makes no network request.
 
-Its Content-Security-Policy would not let it: two hashes name the only style and the only script it may use. The text it
-shows comes from datasets, so it is hostile: every value passes `visible` and Jinja's escaping, or is JSON that the
+Its Content-Security-Policy forbids them: two hashes name the only style and the only script that may run. The text of a
+page comes from datasets and may be hostile: every value passes `visible` and Jinja's escaping, or is JSON that the
 script shows as text.
 """
 
@@ -23,8 +23,8 @@ THUMBNAIL = 320
 """Pixels of the longer side."""
 
 
-def write(template: str, *, data: Any, **values: Any) -> str:
-    """The page `TEMPLATE.html` of this folder; its script finds `data` as JSON."""
+def render(template: str, *, data: Any, **values: Any) -> str:
+    """Return the page `TEMPLATE.html` of this folder; its script finds `data` as JSON."""
     style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
     script = (TEMPLATES / f"{template}.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -36,17 +36,15 @@ def write(template: str, *, data: Any, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    code = {"style": Markup(style), "script": Markup(script)}  # noqa: S704
-    hashes = {"style_hash": _hash(style), "script_hash": _hash(script)}
-    return environment.get_template(f"{template}.html").render(data=visible(data), **code, **hashes, **values)
-
-
-def _hash(code: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(code.encode()).digest()).decode("ascii")
+    code: dict[str, str] = {}
+    for kind, text in (("style", style), ("script", script)):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+        code |= {kind: Markup(text), f"{kind}_hash": f"sha256-{digest}"}  # noqa: S704
+    return environment.get_template(f"{template}.html").render(data=visible(data), **code, **values)
 
 
 def thumbnail(image: PIL.Image.Image, width: int = THUMBNAIL) -> str:
-    """A JPEG data URI of at most `width` pixels a side, transparency on white."""
+    """Return a JPEG data URI of at most `width` pixels a side, with transparency on white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
@@ -58,12 +56,12 @@ def thumbnail(image: PIL.Image.Image, width: int = THUMBNAIL) -> str:
 
 
 def number(value: Any) -> str:
-    """1234567 -> "1,234,567", 0.98765 -> "0.988", None -> "–"."""
+    """Return a number as it is read: 1234567 -> "1,234,567", 0.98765 -> "0.988", None -> "–"."""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.3g}" if isinstance(value, float) else "–"
 
 
 def share(part: int, whole: int) -> str:
-    """1, 3 -> "33.3%"."""
+    """Return a percentage: 1 of 3 -> "33.3%"."""
     return f"{part / whole:.1%}" if whole else "–"

@@ -35,7 +35,7 @@ function reference([text, times]) {
 
 function marks(card) {
   const shown = [make("span", card.right ? "✓ right" : "✗ wrong", "verdict")];
-  if (!card.stopped) shown.push(make("span", "did not stop", "warning"));
+  if (!card.stopped) shown.push(make("span", "cut off at the length limit", "warning"));
   for (const [name, score] of card.scores) shown.push(make("span", `${name} ${score}`));
   return [...shown, make("span", `line ${card.number}`, "muted")];
 }
@@ -53,7 +53,7 @@ function draw(card) {
   return shown;
 }
 
-/** The cards of the page, and where it stands among all that were found. */
+/** Show a page of the cards that were found, and its range. */
 function turn(to) {
   const pages = Math.max(1, Math.ceil(found.length / ON_A_PAGE));
   page = Math.max(0, Math.min(to, pages - 1));
