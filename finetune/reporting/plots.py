@@ -42,6 +42,8 @@ def draw(metrics: Path, scores: Mapping[str, Any] | None, out: Path) -> None:
 
 
 def _losses(axis: Any, lines: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import LogLocator
+
     for key, name, style in (("loss", "training", {"alpha": 0.8}), ("eval_loss", "eval", {"marker": "o"})):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
@@ -49,6 +51,9 @@ def _losses(axis: Any, lines: list[dict[str, Any]]) -> None:
     axis.set(xlabel="step", ylabel="loss per supervised token (nats)", yscale="log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
+    low, high = axis.get_ylim()
+    if high > 10 * low:  # labels of 3, 4, 6, ... would overlap
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axis.tick_params(axis="y", which="minor", labelsize=7)
     axis.legend()
     axis.grid(alpha=0.3)

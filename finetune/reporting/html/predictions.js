@@ -61,7 +61,7 @@ function turn(to) {
   const shown = found.slice(first, first + ON_A_PAGE);
   document.getElementById("cards").replaceChildren(...shown.map(draw));
   document.getElementById("none").hidden = shown.length > 0;
-  document.getElementById("range").textContent = shown.length ? `${first + 1}–${first + shown.length} of ${found.length}` : "0";
+  document.getElementById("range").textContent = shown.length ? `${first + 1}–${first + shown.length} of ${found.length.toLocaleString("en")}` : "0";
   for (const button of document.querySelectorAll("[data-turn]")) {
     button.disabled = !(page + Number(button.dataset.turn) in Array.from({length: pages}));
   }
