@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.console import parse_size, show_size
-from finetune.planning.forward import forward_operations
 from finetune.planning.graph import GRADIENTS, peak
+from finetune.planning.idefics_graph import forward_operations
 from finetune.planning.memory import (
     FP32,
     GATHERED,

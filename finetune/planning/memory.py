@@ -1,6 +1,6 @@
 """A model and how it is trained -> the bytes that one process holds whatever the rows are. No torch.
 
-Weights, adapters and optimiser states follow from the config alone; what a row adds is in `forward.py` and `graph.py`.
+Weights, adapters and optimiser states follow from the config; `graph.py` and `idefics_graph.py` add what a row takes.
 """
 
 import json

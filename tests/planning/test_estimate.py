@@ -80,11 +80,11 @@ def test_documents_alone_add_no_end_of_utterance():
 
 
 def test_constants_equal_those_of_training():
-    from finetune.planning import estimate, forward
+    from finetune.planning import estimate, idefics_graph
     from finetune.training import prefetch
-    from modeling import forward as modeled
+    from modeling import forward
 
-    assert forward.ROWS == modeled.ROWS
+    assert idefics_graph.ROWS == forward.ROWS
     assert estimate.PREFETCHED == prefetch.PREFETCHED
 
 

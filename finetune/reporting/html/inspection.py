@@ -45,6 +45,8 @@ def inspection_page(
     named = [*(one["source"] for one in stats), *(example.source for example in examples)]
     drawn = [histogram.source for histogram in inspection.histograms if histogram.source is not None]
     embedded = [image for image in dict.fromkeys(image for one in examples for image in one.images) if image in images]
+    for image in embedded:
+        assert images[image].startswith("data:image/"), f"expected a data URI of an image, got {images[image]:.40}"
     return render(
         "inspection",
         title=title,
@@ -60,7 +62,7 @@ def inspection_page(
             ("The longest examples", [_example(example) for example in examples if example.longest]),
         ],
         embedded={image: index for index, image in enumerate(embedded)},
-        data={"images": [_require_data_uri(images[image]) for image in embedded]},
+        data={"images": [images[image] for image in embedded]},
     )
 
 
@@ -71,11 +73,6 @@ def _thumbnails(images: Iterable[Image]) -> dict[Image, str]:
         with suppress(RecordError):
             uris[image] = thumbnail(open_image(image))
     return uris
-
-
-def _require_data_uri(uri: str) -> str:
-    assert uri.startswith("data:image/"), f"expected a data URI of an image, got {uri:.40}"
-    return uri
 
 
 def _figures(stats: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -89,7 +86,8 @@ def _figures(stats: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def _table(stats: Sequence[Mapping[str, Any]]) -> list[tuple[str | None, list[tuple[str, str]]]]:
     """Return (source, [(heading, figure)]) of each source, then of all together, with None as the source."""
     rows: list[tuple[str | None, dict[str, Any]]] = [(one["source"], _numbers(one)) for one in stats]
-    keys = [key for key in dict.fromkeys((*COLUMNS, *(key for _, row in rows for key in row))) if _is_shown(key, rows)]
+    named = dict.fromkeys((*COLUMNS, *(key for _, row in rows for key in row)))
+    keys = [key for key in named if any(row.get(key) if key in RARE else key in row for _, row in rows)]
     if len(rows) > 1:
         rows.append((None, _total([row for _, row in rows])))
     headings = {key: COLUMNS.get(key, key.replace("_", " ")) for key in keys}
@@ -113,10 +111,6 @@ def _losses(stats: Mapping[str, Any]) -> list[tuple[int | None, str, str]]:
         *((count, f"{reason}, in records that are kept", first.get(reason, "")) for reason, count in parts),
         *((records, "ignored", key) for key, records in stats.get("ignored", {}).items()),
     ]
-
-
-def _is_shown(key: str, rows: Sequence[tuple[str | None, Mapping[str, Any]]]) -> bool:
-    return any(row.get(key) if key in RARE else key in row for _, row in rows)
 
 
 def _numbers(stats: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from modeling.device import choices
 from modeling.towers import IMAGE_TOWERS, QUANTIZED_TOWERS
 
 ROWS = 16
-"""Of logits, whose losses are computed at once (modeling/forward.py)."""
+"""Rows of logits whose losses are computed at once (modeling/forward.py)."""
 
 
 def forward_operations(setup: Setup, row: RowSize) -> list[Operation]:
