@@ -59,7 +59,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from finetune.run_dir import versions
+        from finetune.distributed.device import versions
 
         for name, version in {"finetune": __version__, **versions()}.items():
             print_text(f"{name} {version}")
