@@ -21,11 +21,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import IdeficsForVisionText2Text
 
-from modeling import gates
 from modeling.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE
 from modeling.adapter_weights import AdapterWeights
 from modeling.errors import UserError
-from modeling.lora import fuse_linears
+from modeling.fp32 import keep_in_fp32
+from modeling.fused import fuse_linears
 from modeling.quantize import quantized_layers
 from modeling.shapes import Config, count_lora, count_parameters, tensor_shapes
 from modeling.towers import ADDED_ROWS, LORA_TOWERS, TOWERS, is_lora, lora_pattern, stock_name, tower_of
@@ -56,7 +56,7 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
     _refuse_quantized(model, full)
     towers = lora_towers(modes)
     if not towers:
-        _hold_in_fp32(model, full)
+        keep_in_fp32(model, full)
         return _attach(model, full, None)
     try:
         config = LoraConfig(
@@ -66,7 +66,7 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"adapter: PEFT refuses these LoRA fields: {error}") from error
-    _hold_in_fp32(model, full)
+    keep_in_fp32(model, full)
     wrapped = _attach(model, full, config)
     wrapped.peft_config["default"].base_model_name_or_path = base  # PEFT has written the model's own name
     adapted = sum(name.endswith(".lora_A.default.weight") for name, _ in wrapped.named_parameters())
@@ -84,20 +84,6 @@ def _refuse_quantized(model: IdeficsForVisionText2Text, full: Collection[str]) -
     if held:
         towers = " and ".join(sorted(held))
         raise UserError(f"{towers}: trained in full, and the model holds it in 4 bits; load the model without quantize")
-
-
-def _hold_in_fp32(model: IdeficsForVisionText2Text, full: Collection[str]) -> None:
-    """What is trained in full must be in fp32, and what then meets it must take it."""
-    in_fp32 = set(full) - {"gates", "added_tokens"}
-    if "vision" in full:
-        in_fp32.add("resampler")  # its layer norms would not take fp32 features in bf16
-    for name, parameter in model.named_parameters():
-        if tower_of(name) in in_fp32:
-            parameter.data = parameter.data.float()
-    if "gates" in full:
-        gates.hold_gates_in_fp32(model)
-    if "added_tokens" in full or "embeddings_and_head" in full:  # rows of both meet in one embedding
-        gates.hold_added_rows_in_fp32(model)
 
 
 def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraConfig | None) -> nn.Module:

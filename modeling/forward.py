@@ -16,7 +16,7 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import IdeficsCausalLMOutputWithPast
 
 from modeling.attention import ImageRun
-from modeling.blocks import use_fused_modules
+from modeling.fused import use_fused_modules
 from modeling.device import choices
 from modeling.tokens import IGNORED
 

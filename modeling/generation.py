@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig, IdeficsForVisionText2Text
 from transformers.cache_utils import DynamicCache
 
-from modeling.blocks import angles, rotate
+from modeling.fused import angles, rotate
 from modeling.device import choices, copy_numbers
 
 ROOM = 64

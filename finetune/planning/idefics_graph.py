@@ -277,7 +277,7 @@ class _Forward:
         graph.apply((source,), low, saves=(source,), gradients=FP32 * setup.rank * hidden.width)
         high = graph.tensor(hidden.rows, output.width, source.item)
         gradients = FP32 * setup.rank * output.width
-        if setup.item == FP32 and not setup.quantize:  # one operation, modeling/lora.py
+        if setup.item == FP32 and not setup.quantize:  # one operation, modeling/fused.py
             return graph.apply((output, low), high, saves=(low,), gradients=gradients, passes_gradient_on=True)
         graph.apply((low,), high, saves=(low,), gradients=gradients)
         return graph.cast(graph.add(output, graph.elementwise(high)), output.item)

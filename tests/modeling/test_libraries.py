@@ -68,7 +68,7 @@ def test_suffix_targets_of_peft_hit_all_four_towers(stock):
 
 
 def test_peft_does_not_train_gates_named_as_modules_to_save(stock):
-    """modeling/gates.py and adapters.py hold and save gates because PEFT silently leaves them alone."""
+    """modeling/fp32.py and adapters.py keep and save gates because PEFT silently leaves them alone."""
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["alpha_cross_attn", "alpha_dense"])
     wrapped = get_peft_model(stock, config)
     assert not any("alpha" in name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)

@@ -298,7 +298,7 @@ def test_files_that_are_not_their_config_s_are_told(bf16_folder, tmp_path, missi
 
 @pytest.fixture
 def layers_of_peft(monkeypatch):
-    """The reference adds LoRA in the order in which PEFT's 4-bit layers do, not in place (modeling/lora.py)."""
+    """The reference adds LoRA in the order in which PEFT's 4-bit layers do, not in place (modeling/fused.py)."""
     monkeypatch.setattr("modeling.adapters.fuse_linears", lambda config: None)
 
 

@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from modeling.adapters import attach
-from modeling.lora import FusedLoraLinear, fuse_linears
+from modeling.fused import FusedLoraLinear, fuse_linears
 
 UNIT = 2.0**-24
 """The largest error of one fp32 rounding, relative to the number."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeling import gates, loading
+from modeling import fp32, loading
 from modeling.forward import Layout, packed_loss
 
 STEP = 5e-4
@@ -52,7 +52,7 @@ def test_a_bf16_gate_loses_a_small_update_and_a_held_one_keeps_it(half):
     gate = blocks(half)[0].alpha_dense
     start = gate.clone()
     assert torch.equal(gate + STEP, start)
-    gates.hold_gates_in_fp32(half)
+    fp32.keep_gates_in_fp32(half)
     held = blocks(half)[0].alpha_dense
     start = held.detach().clone()
     held.data += STEP
@@ -60,10 +60,10 @@ def test_a_bf16_gate_loses_a_small_update_and_a_held_one_keeps_it(half):
     assert (held - start).item() == pytest.approx(STEP, abs=1e-7)
 
 
-def test_every_gate_is_held_and_hidden_states_stay_bf16(half):
-    gates.hold_gates_in_fp32(half)
-    fp32 = {name for name, parameter in half.named_parameters() if parameter.dtype == torch.float32}
-    assert fp32 == {
+def test_every_gate_is_in_fp32_and_hidden_states_stay_bf16(half):
+    fp32.keep_gates_in_fp32(half)
+    names = {name for name, parameter in half.named_parameters() if parameter.dtype == torch.float32}
+    assert names == {
         f"model.gated_cross_attn_layers.{block}.{gate}"
         for block in (0, 1)
         for gate in ("alpha_cross_attn", "alpha_dense")
@@ -79,14 +79,14 @@ def test_a_plain_fp32_gate_would_promote_hidden_states(half):
 
 def test_a_held_gate_is_computed_in_fp32():
     """tanh(0.047) is 0.04697: bf16 has 0.046875 and 0.047119, and takes the second one of a gate that it rounded."""
-    got = gates.Gate(torch.bfloat16)(torch.tensor([0.047]))
+    got = fp32.Gate(torch.bfloat16)(torch.tensor([0.047]))
     assert (got.dtype, got.item()) == (torch.bfloat16, 0.046875)
     assert torch.tanh(torch.tensor([0.047]).bfloat16()).item() == pytest.approx(0.047119, abs=1e-6)
 
 
 def test_a_held_added_row_is_multiplied_in_fp32():
     """1 + 2^-8 is 1 in bf16: a product of rounded rows would lose all of the difference."""
-    head = gates.AddedHead(2, 1, bias=False)
+    head = fp32.AddedHead(2, 1, bias=False)
     head.weight.data = torch.tensor([[1 + 2.0**-8, 1.0]])
     got = head(torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16))
     assert (got.dtype, got.item()) == (torch.bfloat16, 2.0**-8)
@@ -98,7 +98,7 @@ def test_a_held_gate_has_the_gradient_of_a_plain_one(half):
     packed_loss(half, batch(), config=half.config).backward()
     plain = [block.alpha_cross_attn.grad.item() for block in blocks(half)]
     half.zero_grad()
-    gates.hold_gates_in_fp32(half)
+    fp32.keep_gates_in_fp32(half)
     packed_loss(half, batch(), config=half.config).backward()
     held = [block.alpha_cross_attn.grad for block in blocks(half)]
     assert all(gradient.dtype == torch.float32 for gradient in held)
@@ -112,18 +112,18 @@ def test_in_fp32_nothing_changes_to_the_last_bit(idefics):
         for block in blocks(idefics.model):
             block.alpha_cross_attn.fill_(0.3)
         before = packed_loss(idefics.model, batch(), config=idefics.model.config)
-        gates.hold_gates_in_fp32(idefics.model)
-        gates.hold_added_rows_in_fp32(idefics.model)
+        fp32.keep_gates_in_fp32(idefics.model)
+        fp32.keep_added_rows_in_fp32(idefics.model)
         after = packed_loss(idefics.model, batch(), config=idefics.model.config)
     assert torch.equal(before, after)
-    assert isinstance(blocks(idefics.model)[0].act_dense, gates.Gate)
+    assert isinstance(blocks(idefics.model)[0].act_dense, fp32.Gate)
     assert type(idefics.model.lm_head.additional_fc) is nn.Linear
 
 
 def test_added_rows_are_held_and_trained_on_a_bf16_base(half):
     rows = [half.model.embed_tokens.additional_embedding.weight, half.lm_head.additional_fc.weight]
     before = [row.float() for row in rows]
-    gates.hold_added_rows_in_fp32(half)
+    fp32.keep_added_rows_in_fp32(half)
     held = [half.model.embed_tokens.additional_embedding.weight, half.lm_head.additional_fc.weight]
     assert all(torch.equal(row, old) and row.dtype == torch.float32 for row, old in zip(held, before, strict=True))
     for row in held:
@@ -142,7 +142,7 @@ def test_added_rows_are_held_and_trained_on_a_bf16_base(half):
 def test_held_rows_give_the_logits_of_bf16_to_its_precision(half):
     with torch.no_grad():
         before = packed_loss(half, batch(), config=half.config)
-        gates.hold_added_rows_in_fp32(half)
+        fp32.keep_added_rows_in_fp32(half)
         after = packed_loss(half, batch(), config=half.config)
         embedded = half.model.embed_tokens(torch.tensor([[300, 17]]))
     assert embedded.dtype == torch.bfloat16
@@ -152,7 +152,7 @@ def test_held_rows_give_the_logits_of_bf16_to_its_precision(half):
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_a_gate_on_a_row_with_or_without_images_has_a_gradient(half, images):
-    gates.hold_gates_in_fp32(half)
+    fp32.keep_gates_in_fp32(half)
     for block in blocks(half):
         block.alpha_cross_attn.requires_grad_(True)
         block.alpha_dense.requires_grad_(True)
