@@ -16,8 +16,8 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import IdeficsCausalLMOutputWithPast
 
 from modeling.attention import ImageRun
-from modeling.fused import use_fused_modules
 from modeling.device import choices
+from modeling.fused import use_fused_modules
 from modeling.tokens import IGNORED
 
 ROWS = 16

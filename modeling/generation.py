@@ -18,8 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig, IdeficsForVisionText2Text
 from transformers.cache_utils import DynamicCache
 
-from modeling.fused import angles, rotate
 from modeling.device import choices, copy_numbers
+from modeling.fused import angles, rotate
 
 ROOM = 64
 """Tokens for which there is room each time that keys and values move."""
