@@ -14,7 +14,7 @@ from finetune.console import track
 from finetune.data.formats import hold_dialogues
 from finetune.data.images import Preprocessing
 from finetune.data.records import read_dialogues
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.distributed import collectives
 from finetune.distributed.device import auto_dtype, device
 from finetune.recipe.schema import Recipe, Source
@@ -192,7 +192,7 @@ def learn_tokenizer(config: Config, sources: Sequence[Source], *, seed: int, ins
     texts = [
         f"{turn.role.capitalize()}: {turn.text}"
         for source in sources
-        for _, dialogues in read_dialogues(source, Account(source.name), seed=seed, track=track)
+        for _, dialogues in read_dialogues(source, SourceStats(source.name), seed=seed, track=track)
         for dialogue in dialogues
         for turn in dialogue.turns
     ]

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -110,6 +110,14 @@ def panel(body: RenderableType, *, title: str, subtitle: str = "") -> Panel:
 
 
 # Progress
+
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+"""(items, description) -> the items, their progress shown as they are taken: `track`, or `silently`."""
+
+
+def silently(items: Iterable[Any], description: str) -> Iterable[Any]:
+    return items
 
 
 def track(items: Iterable[Any], description: str, *, total: int | None = None) -> Iterable[Any]:

@@ -29,7 +29,7 @@ from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import taken
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from modeling.errors import UserError
 
 
@@ -137,24 +137,24 @@ def columns() -> dict[str, list[bytes]]:
 def check_reading(path: Path, *, formats=(), **settings) -> None:
     """Read a file to its end: records, counted rejections, or one error, in seconds; all of it can be written down."""
     started = time.monotonic()
-    account = Account("fuzz")
+    stats = SourceStats("fuzz")
     source = make_source("text", (path,), on_broken="keep", **settings)
     root = ImageRoot(make_source("messages", (path,)))
     try:
-        for place, record in taken(source, account):
+        for place, record in taken(source, stats):
             place.encode()
             if isinstance(record, RecordError):
-                account.reject(place, record)
+                stats.reject(place, record)
                 continue
             assert isinstance(record, dict)
-            account.kept += 1
+            stats.kept += 1
             for name in formats:
                 check_conversion(FORMATS[name].convert, record, root)
     except UserError as error:
         check_message(error)
-    json.dumps(account.to_json(), ensure_ascii=False).encode()
-    assert len(account.broken) < 2
-    assert not any("\n" in line for line in (*account.broken, *account.rejected))
+    json.dumps(stats.to_json(), ensure_ascii=False).encode()
+    assert len(stats.broken) < 2
+    assert not any("\n" in line for line in (*stats.broken, *stats.rejected))
     assert time.monotonic() - started < 10
 
 

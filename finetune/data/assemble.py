@@ -11,30 +11,30 @@ from typing import Any
 
 import numpy as np
 
+from finetune.console import Track
 from finetune.data.arrow import ArrowFile, to_batches, write_arrow
 from finetune.data.conversation import Dialogue, Image
-from finetune.data.fit import Fates, Fitter
+from finetune.data.fit import Fitter, Outcomes
 from finetune.data.parts import (
     DIALOGUES,
     PART_RECORDS,
     Unfinished,
-    account_of,
-    account_text,
     part_path,
+    stats_of,
+    stats_text,
 )
 from finetune.data.prepared import (
-    ACCOUNT,
     EXAMPLE_SCHEMA,
     EXAMPLES,
     IMAGES,
+    STATS,
     dialogue_from_json,
     dialogue_to_json,
     image_from_row,
 )
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.team import Team
 from finetune.data.tokenize import Example
-from finetune.data.tracking import Track
 from finetune.data.turns import Piece, by_last_appearance
 from finetune.data.workers import run_all
 from finetune.recipe.schema import Source
@@ -46,13 +46,13 @@ def assemble(
     source: Source,
     made: Path,
     fitter: Fitter,
-    account: Account,
+    stats: SourceStats,
     *,
     workers: int,
     track: Track,
     team: Team,
 ) -> None:
-    """dialogues.arrow -> examples.arrow and account.json."""
+    """dialogues.arrow -> examples.arrow and stats.json."""
     parts = made / "assemble"
 
     def share() -> int:
@@ -63,19 +63,19 @@ def assemble(
 
     team.on_main("make room for parts", lambda: parts.mkdir(exist_ok=True))
     count = team.each(f"tokenise {source.label}", share)[0]
-    team.on_main(f"finish {source.label}", lambda: _finish(made, parts, count, fitter, account))
+    team.on_main(f"finish {source.label}", lambda: _finish(made, parts, count, fitter, stats))
 
 
-def _finish(made: Path, parts: Path, count: int, fitter: Fitter, account: Account) -> None:
-    """All parts -> examples.arrow and account.json."""
+def _finish(made: Path, parts: Path, count: int, fitter: Fitter, stats: SourceStats) -> None:
+    """All parts -> examples.arrow and stats.json."""
     paths = [part_path(parts, number) for number in range(count)]
     for path in paths:
-        account.add(account_of(ArrowFile(path)))
+        stats.add(stats_of(ArrowFile(path)))
     batches = (batch for path in paths for batch in ArrowFile(path).batches)
     write_arrow(made / EXAMPLES, EXAMPLE_SCHEMA, batches, image_token=str(fitter.encoder.specials[IMAGE]))
-    account.images = len(np.unique(ArrowFile(made / EXAMPLES).values("images")))
+    stats.images = len(np.unique(ArrowFile(made / EXAMPLES).values("images")))
     flush(made.parent)
-    write_json(made / ACCOUNT, account.to_json())
+    write_json(made / STATS, stats.to_json())
     shutil.rmtree(parts)
     (made / DIALOGUES).unlink()
 
@@ -139,21 +139,21 @@ class _Assemble:
 
     def __call__(self, task: tuple[int, tuple[int, list[list[int]]]]) -> None:
         number, (first, groups) = task
-        account = Account("")
+        stats = SourceStats("")
         numbers: dict[Image, int] = {}
         pieces = [
             piece
-            for place, group in enumerate(groups, start=first)
-            for piece in self.fitter.arrange(self._read(group, numbers), number=place)
+            for record_id, group in enumerate(groups, start=first)
+            for piece in self.fitter.arrange(self._read(group, numbers), number=record_id)
         ]
-        fates, rows = Fates(account), []
+        outcomes, rows = Outcomes(stats), []
         for piece, example in self.fitter.fit(pieces, same=numbers.__getitem__):
-            fates.take(piece, example)
+            outcomes.take(piece, example)
             if isinstance(example, Example):
                 rows.append(self._row(piece, example, [numbers[image] for image in piece.dialogue.images]))
-        fates.tell({row: self._dialogues.text("place", row) for group in groups for row in group})
+        outcomes.tell({row: self._dialogues.text("record_id", row) for group in groups for row in group})
         part = part_path(self.made / "assemble", number)
-        write_arrow(part, EXAMPLE_SCHEMA, to_batches(rows, EXAMPLE_SCHEMA), account=account_text(account))
+        write_arrow(part, EXAMPLE_SCHEMA, to_batches(rows, EXAMPLE_SCHEMA), stats=stats_text(stats))
 
     def _read(self, group: list[int], numbers: dict[Image, int]) -> list[tuple[int, Dialogue]]:
         """(row, dialogue) of each of a row's dialogues; `numbers` learns the images' numbers."""
@@ -174,7 +174,7 @@ class _Assemble:
             "images": images,
             "shown": len(set(images)),
             "questions": self._questions(piece.dialogue, images),
-            "place": self._dialogues.text("place", piece.origins[0]),
+            "record_id": self._dialogues.text("record_id", piece.origins[0]),
             "dialogue": dialogue_to_json(piece.dialogue),
         }
 

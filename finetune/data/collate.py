@@ -125,7 +125,7 @@ class Rows(Protocol):
 
 
 Origin = tuple[str, str]
-"""(source, place in it) of the record that an example was made of."""
+"""(source, record_id) of the record that an example was made of."""
 
 
 class Features(Protocol):

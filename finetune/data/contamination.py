@@ -8,7 +8,7 @@ from finetune.data.prepared import Prepared
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Contamination:
     """Found on both sides, and the training examples it is found in."""
 
     images: int
@@ -29,11 +29,11 @@ class Overlap:
         }
 
 
-def find_overlap(training: Prepared, held: Prepared) -> Overlap:
+def find_contamination(training: Prepared, held: Prepared) -> Contamination:
     (shown, images), (_, held_images) = training.shown_images(), held.shown_images()
     (asked, questions), (_, held_questions) = training.asked_questions(), held.asked_questions()
     same_images, same_questions = np.isin(images, held_images), np.isin(questions, held_questions)
-    return Overlap(
+    return Contamination(
         images=len(np.unique(images[same_images])),
         questions=len(np.unique(questions[same_questions])),
         examples_with_images=np.unique(shown[same_images]),

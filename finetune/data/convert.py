@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 
+from finetune.console import Track
 from finetune.data.arrow import ArrowFile, to_batches, write_arrow
 from finetune.data.conversation import Dialogue, Image, RecordError, Remote, Slice
 from finetune.data.image_changes import FILE_SCHEMA, FILES, File, file_digest, file_now
@@ -25,16 +26,15 @@ from finetune.data.parts import (
     DIALOGUES,
     PART_RECORDS,
     Unfinished,
-    account_of,
-    account_text,
     is_whole,
     part_path,
+    stats_of,
+    stats_text,
 )
 from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, dialogue_to_json, image_row
 from finetune.data.records import lost_images, taken, to_dialogue
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.team import Team
-from finetune.data.tracking import Track
 from finetune.data.turns import opening_images, without_images
 from finetune.data.workers import run_all
 from finetune.recipe.schema import Source
@@ -49,15 +49,15 @@ PART_SCHEMAS = {".images": IMAGE_SCHEMA, ".files": FILE_SCHEMA, ".arrow": DIALOG
 
 def convert(
     source: Source, made: Path, *, seed: int, downloads: Path, workers: int, track: Track, team: Team
-) -> Account:
-    """Records -> dialogues.arrow and images.arrow. Returns the account so far: read, not converted, broken off.
+) -> SourceStats:
+    """Records -> dialogues.arrow and images.arrow. Returns the stats so far: read, not converted, broken off.
 
     Every process of the team that takes part reads all records, and converts those of its parts.
     """
     parts = made / "convert"
 
-    def share() -> tuple[int, Account]:
-        whole = Account(source.name)
+    def share() -> tuple[int, SourceStats]:
+        whole = SourceStats(source.name)
         records = track(taken(source, whole), f"convert {source.label}")
         tasks = Unfinished(parts, _in_parts(records), team, schemas=PART_SCHEMAS)
         run_all(tasks, _Convert(source, seed, made, downloads), workers=workers)
@@ -67,7 +67,7 @@ def convert(
         team.on_main("make room for parts", lambda: parts.mkdir(parents=True, exist_ok=True))
         count, whole = team.each(f"convert {source.label}", share)[0]
         team.on_main(f"join {source.label}", lambda: _merge_converted(made, count, whole))
-    return team.on_main("read the account", lambda: account_of(ArrowFile(made / DIALOGUES)))
+    return team.on_main("read the stats", lambda: stats_of(ArrowFile(made / DIALOGUES)))
 
 
 def _are_converted(made: Path) -> bool:
@@ -119,26 +119,30 @@ class _Convert:
 
     def __call__(self, task: tuple[int, list[Record]]) -> None:
         number, records = task
-        account = Account(self.source.name)
-        converted = [(place, _to_dialogue(place, record, self._root, self.seed)) for place, record in records]
+        stats = SourceStats(self.source.name)
+        converted = [
+            (record_id, _to_dialogue(record_id, record, self._root, self.seed)) for record_id, record in records
+        ]
         fetched = self._fetch([dialogue for _, dialogue in converted if isinstance(dialogue, Dialogue)])
         images = _PartImages(self.made, number)
         rows = []
-        for place, dialogue in converted:
-            account.ignore(dialogue.ignored if isinstance(dialogue, Dialogue) else ())
+        for record_id, dialogue in converted:
+            stats.ignore(dialogue.ignored if isinstance(dialogue, Dialogue) else ())
             row = (
-                dialogue if isinstance(dialogue, RecordError) else self._row(place, dialogue, images, fetched, account)
+                dialogue
+                if isinstance(dialogue, RecordError)
+                else self._row(record_id, dialogue, images, fetched, stats)
             )
             if isinstance(row, RecordError):
-                account.reject(place, row)
+                stats.reject(record_id, row)
             else:
                 rows.append(row)
-        account.dialogues = len(rows)
+        stats.dialogues = len(rows)
         images.close()
         part = part_path(self.made / "convert", number)
         write_arrow(part.with_suffix(".images"), IMAGE_SCHEMA, to_batches(images.rows, IMAGE_SCHEMA))
         write_arrow(part.with_suffix(".files"), FILE_SCHEMA, to_batches(images.file_rows, FILE_SCHEMA))
-        write_arrow(part, DIALOGUE_SCHEMA, to_batches(rows, DIALOGUE_SCHEMA), account=account_text(account))
+        write_arrow(part, DIALOGUE_SCHEMA, to_batches(rows, DIALOGUE_SCHEMA), stats=stats_text(stats))
 
     def _fetch(self, dialogues: Sequence[Dialogue]) -> dict[str, Path | RecordError]:
         urls = {
@@ -150,11 +154,11 @@ class _Convert:
 
     def _row(
         self,
-        place: str,
+        record_id: str,
         dialogue: Dialogue,
         images: "_PartImages",
         fetched: dict[str, Path | RecordError],
-        account: Account,
+        stats: SourceStats,
     ) -> dict[str, Any] | RecordError:
         """A row of dialogues.arrow, its images added to `images`; or why one of them cannot be shown.
 
@@ -166,13 +170,13 @@ class _Convert:
         except RecordError as error:
             return error
         for part in lost:
-            account.reject_part(place, part)
+            stats.reject_part(record_id, part)
         gone = [isinstance(one, RecordError) for one in found]
         dialogues = without_images(dialogue, gone) if lost else [dialogue]
         shown = [images.add(*one) for one in found if not isinstance(one, RecordError)]
         opens = opening_images(dialogues[0]) is not None
         lines = "\n".join(map(dialogue_to_json, dialogues))
-        return {"place": place, "dialogues": lines, "images": shown, "opens": opens}
+        return {"record_id": record_id, "dialogues": lines, "images": shown, "opens": opens}
 
     def _find(
         self, image: Image, files: dict[File, bytes | None], fetched: dict[str, Path | RecordError]
@@ -205,10 +209,10 @@ class _Convert:
 
 
 def _to_dialogue(
-    place: str, record: dict[str, Any] | RecordError, root: ImageRoot, seed: int
+    record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, seed: int
 ) -> Dialogue | RecordError:
     try:
-        return to_dialogue(place, record, root, seed=seed)
+        return to_dialogue(record_id, record, root, seed=seed)
     except RecordError as error:
         return error
 
@@ -245,9 +249,9 @@ class _PartImages:
             self._kept.parent.mkdir(exist_ok=True)
             self._file = self._kept.open("wb")
         data = encoded(image)
-        place = Slice(self._kept, self._file.tell(), len(data))
+        inside = Slice(self._kept, self._file.tell(), len(data))
         self._file.write(data)
-        return Image(place)
+        return Image(inside)
 
     @property
     def file_rows(self) -> list[dict[str, Any]]:
@@ -266,7 +270,7 @@ class _PartImages:
             self.files[str(self._kept.relative_to(self._made)), size, time] = file_digest(self._kept)
 
 
-def _merge_converted(made: Path, parts: int, account: Account) -> None:
+def _merge_converted(made: Path, parts: int, stats: SourceStats) -> None:
     """All parts -> dialogues.arrow and images.arrow, the images distinct by content over the whole source."""
     paths = [part_path(made / "convert", number) for number in range(parts)]
     by_part = [ArrowFile(path.with_suffix(".images")).values("digest").astype("S32") for path in paths]
@@ -291,11 +295,11 @@ def _merge_converted(made: Path, parts: int, account: Account) -> None:
                 yield batch.set_column(batch.schema.get_field_index("images"), "images", lists)
 
     for path in paths:
-        account.add(account_of(ArrowFile(path)))
+        stats.add(stats_of(ArrowFile(path)))
     files = [batch for path in paths for batch in ArrowFile(path.with_suffix(".files")).batches]
     write_arrow(made / IMAGES, IMAGE_SCHEMA, images())
     write_arrow(made / FILES, FILE_SCHEMA, _distinct(files))
-    write_arrow(made / DIALOGUES, DIALOGUE_SCHEMA, dialogues(), account=account_text(account))
+    write_arrow(made / DIALOGUES, DIALOGUE_SCHEMA, dialogues(), stats=stats_text(stats))
     shutil.rmtree(made / "convert")
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from finetune.console import log, track
-from finetune.data.contamination import Overlap, find_overlap
+from finetune.data.contamination import Contamination, find_contamination
 from finetune.data.io.files import files_of, fingerprint
 from finetune.data.prepare import prepare, require_examples, split_by_image
 from finetune.data.prepared import Prepared
 from finetune.data.sampling import Mix
 from finetune.data.sources import resolve_source
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.team import ALONE, Team
 from finetune.recipe.schema import Recipe, Source
 from modeling.cores import available_cores
@@ -36,7 +36,7 @@ class Dataset:
     held: Prepared
     mix: Mix
     """How the prepared training sources are drawn."""
-    accounts: list[Account]
+    source_stats: list[SourceStats]
     """Of the training sources, then of the held-out ones."""
     report: dict[str, Any]
     """data.json."""
@@ -45,36 +45,36 @@ class Dataset:
 def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, team: Team = ALONE) -> Dataset:
     """Prepare, or open what is prepared already. `sources`: the recipe's training sources, their formats known."""
     prepared = [source for source in sources if not source.stream]
-    training, accounts = prepare_sources(recipe, prepared, tokenizer, team=team)
+    training, source_stats = prepare_sources(recipe, prepared, tokenizer, team=team)
     apart = [resolve_source(source) for source in recipe.data.eval_sources]
     held, held_accounts = prepare_sources(recipe, apart, tokenizer, team=team)
     if not recipe.data.streams:
-        require_examples(training, accounts)
+        require_examples(training, source_stats)
     if recipe.data.eval_split:
         training, held = split_by_image(training, recipe.data.eval_split, seed=recipe.training.seed)
     if recipe.data.eval_sources:
         require_examples(held, held_accounts)
-    overlap = find_overlap(training, held)
+    overlap = find_contamination(training, held)
     training = _without_overlap(training, overlap, recipe.data.overlap)
     weights = [source.weight for source in recipe.data.sources if not source.stream]
     mix = Mix(training.sizes, weights, training.lengths, recipe.data.weigh)
-    for account, draws, repeats in zip(accounts, mix.draws, mix.repeats, strict=True):
-        account.draws_per_epoch, account.repeats_per_epoch = draws, round(repeats, 4)
+    for stats, draws, repeats in zip(source_stats, mix.draws, mix.repeats, strict=True):
+        stats.draws_per_epoch, stats.repeats_per_epoch = draws, round(repeats, 4)
     report = {
         "training_examples": len(training),
         "held_out_examples": len(held),
         "training_images": hashlib.sha256(training.digests.tobytes()).hexdigest(),
         "held_out_images": hashlib.sha256(held.digests.tobytes()).hexdigest(),
         "overlap": {**overlap.to_json(), "dropped": recipe.data.overlap != "report"},
-        "sources": [account.to_json() for account in accounts],
-        "eval_sources": [account.to_json() for account in held_accounts],
+        "sources": [stats.to_json() for stats in source_stats],
+        "eval_sources": [stats.to_json() for stats in held_accounts],
     }
-    return Dataset(training, held, mix, [*accounts, *held_accounts], report)
+    return Dataset(training, held, mix, [*source_stats, *held_accounts], report)
 
 
 def prepare_sources(
     recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, team: Team = ALONE
-) -> tuple[Prepared, list[Account]]:
+) -> tuple[Prepared, list[SourceStats]]:
     return prepare(
         sources,
         tokenizer,
@@ -127,9 +127,9 @@ def _ends_of(files: Sequence[Path]) -> str:
 
 def tell_losses(dataset: Dataset, report: Path) -> None:
     """Say what was rejected, and what training and held-out data share."""
-    for account in dataset.accounts:
-        if account.loss:
-            log(f"{account.source}: {account.loss}; every reason is in {report}")
+    for stats in dataset.source_stats:
+        if stats.loss:
+            log(f"{stats.source}: {stats.loss}; every reason is in {report}")
     overlap = dataset.report["overlap"]
     if overlap["images"] or overlap["questions"]:
         log(
@@ -140,7 +140,7 @@ def tell_losses(dataset: Dataset, report: Path) -> None:
         )
 
 
-def _without_overlap(training: Prepared, overlap: Overlap, rule: str) -> Prepared:
+def _without_overlap(training: Prepared, overlap: Contamination, rule: str) -> Prepared:
     dropped = {
         "report": np.zeros(0, np.int64),
         "drop_questions": overlap.examples_with_questions,

@@ -10,7 +10,7 @@ import numpy as np
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, RecordError
 from finetune.data.formats import FORMATS
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder, Example, tokenize_all
 from finetune.data.turns import Piece, bound, document_part, document_units, fill, join, opening_images
 from finetune.recipe.schema import Source
@@ -106,11 +106,11 @@ class Fitter:
         return [document_part(document, units, start, stop) for start, stop in parts]
 
 
-class Fates:
+class Outcomes:
     """What became of the dialogues that were fitted together, each by its origin."""
 
-    def __init__(self, account: Account):
-        self.account = account
+    def __init__(self, stats: SourceStats):
+        self.stats = stats
         self._kept: Counter[int] = Counter()
         self._lost: defaultdict[int, list[RecordError]] = defaultdict(list)
         self._documents: Counter[int] = Counter()
@@ -124,20 +124,20 @@ class Fates:
             else:
                 self._kept[origin] += 1
         if isinstance(example, Example):
-            self.account.examples += 1
-            self.account.tokens += len(example)
-            self.account.supervised_tokens += example.supervised
+            self.stats.examples += 1
+            self.stats.tokens += len(example)
+            self.stats.supervised_tokens += example.supervised
 
-    def tell(self, places: Mapping[int, str]) -> None:
-        """Origin -> place: count each as one record, kept or rejected, and the parts that kept ones lost."""
-        for origin, place in places.items():
+    def tell(self, record_ids: Mapping[int, str]) -> None:
+        """Origin -> record_id: count each as one record, kept or rejected, and the parts that kept ones lost."""
+        for origin, record_id in record_ids.items():
             if self._kept[origin]:
-                self.account.documents_cut += self._documents[origin] > 1
-                self.account.kept += 1
+                self.stats.documents_cut += self._documents[origin] > 1
+                self.stats.kept += 1
                 for error in self._lost[origin]:
-                    self.account.reject_part(place, error)
+                    self.stats.reject_part(record_id, error)
             else:
-                self.account.reject(place, self._lost[origin][0])
+                self.stats.reject(record_id, self._lost[origin][0])
 
 
 def fitter(source: Source, encoder: Encoder, limits: Limits, *, seed: int) -> Fitter:

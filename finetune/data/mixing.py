@@ -12,11 +12,11 @@ import numpy as np
 
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image
-from finetune.data.fit import Fates, Fitter
+from finetune.data.fit import Fitter, Outcomes
 from finetune.data.prepared import PreparedSet
 from finetune.data.records import read_dialogues
 from finetune.data.sampling import Unit
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder, Example, tokenize_all
 from finetune.data.turns import Piece, without_images
 from finetune.recipe.schema import Source
@@ -28,7 +28,7 @@ TOKENISED_AT_ONCE = 64
 class Origin:
     """A record of a streamed source."""
 
-    place: str
+    record_id: str
     examples: int
     """Those it gave."""
     encoder: Encoder
@@ -43,7 +43,7 @@ class Drawn:
     source: int
     epoch: int
     """How often its source has been read before."""
-    place: str
+    record_id: str
     """Of its record."""
     origin: Origin | None = None
     """None where the source is prepared, so that its images have been opened before."""
@@ -63,23 +63,23 @@ class Drawn:
         ]
 
 
-Pass = Callable[[int, Account], Iterator[Drawn]]
+Pass = Callable[[int, SourceStats], Iterator[Drawn]]
 """(number of the pass, where records are counted) -> all examples of a source, once."""
 
 
 def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
     """A streamed source."""
 
-    def one_pass(epoch: int, account: Account) -> Iterator[Drawn]:
-        dialogues = read_dialogues(source, account, seed=fitter.seed)
+    def one_pass(epoch: int, stats: SourceStats) -> Iterator[Drawn]:
+        dialogues = read_dialogues(source, stats, seed=fitter.seed)
         for start in count(step=TOKENISED_AT_ONCE):
             chunk = list(islice(dialogues, TOKENISED_AT_ONCE))
             if not chunk:
                 return
-            account.dialogues += len(chunk)
-            for piece, example, origin in fit_records(chunk, fitter, account, start=start):
+            stats.dialogues += len(chunk)
+            for piece, example, origin in fit_records(chunk, fitter, stats, start=start):
                 document = piece.dialogue if piece.dialogue.is_document else None
-                yield Drawn(example, piece.dialogue.images, number, epoch, origin.place, origin, document)
+                yield Drawn(example, piece.dialogue.images, number, epoch, origin.record_id, origin, document)
 
     return one_pass
 
@@ -87,12 +87,12 @@ def read_pass(source: Source, fitter: Fitter, number: int) -> Pass:
 def fit_records(
     chunk: Sequence[tuple[str, Sequence[Dialogue]]],
     fitter: Fitter,
-    account: Account,
+    stats: SourceStats,
     *,
     start: int = 0,
     same: Callable[[Image], object] = lambda image: image,
 ) -> list[tuple[Piece, Example, Origin]]:
-    """The examples of (place, dialogues), the first of which is number `start` of its source; all are counted.
+    """The examples of (record_id, dialogues), the first of which is number `start` of its source; all are counted.
 
     `same` gives equal values for images that count as one.
     """
@@ -101,10 +101,10 @@ def fit_records(
         for index, (_, dialogues) in enumerate(chunk)
     ]
     fitted = list(fitter.fit([piece for pieces in arranged for piece in pieces], same=same))
-    fates = Fates(account)
+    outcomes = Outcomes(stats)
     for piece, example in fitted:
-        fates.take(piece, example)
-    fates.tell({number: place for number, (place, _) in enumerate(chunk)})
+        outcomes.take(piece, example)
+    outcomes.tell({number: record_id for number, (record_id, _) in enumerate(chunk)})
     kept = [(piece, example) for piece, example in fitted if isinstance(example, Example)]
     examples = Counter(piece.origins[0] for piece, _ in kept)
     origins = {number: Origin(chunk[number][0], amount, fitter.encoder) for number, amount in examples.items()}
@@ -114,11 +114,11 @@ def fit_records(
 def prepared_pass(found: PreparedSet, number: int, seed: int) -> Pass:
     """A prepared source among streamed ones."""
 
-    def one_pass(epoch: int, account: Account) -> Iterator[Drawn]:
-        account.add(found.account)
+    def one_pass(epoch: int, stats: SourceStats) -> Iterator[Drawn]:
+        stats.add(found.stats)
         for row in np.random.default_rng([seed, epoch, number]).permutation(len(found)).tolist():
-            place = found.examples.text("place", row)
-            yield Drawn(found.example(row), found.dialogue(row).images, number, epoch, place)
+            record_id = found.examples.text("record_id", row)
+            yield Drawn(found.example(row), found.dialogue(row).images, number, epoch, record_id)
 
     return one_pass
 

@@ -1,4 +1,4 @@
-"""Work in numbered parts, each an Arrow file that is whole or not there, with an account of its records."""
+"""Work in numbered parts, each an Arrow file that is whole or not there, with a source's statistics of its records."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,18 +8,18 @@ from typing import Any
 import pyarrow as pa
 
 from finetune.data.arrow import ArrowFile, DamagedError
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.team import Team
 
 PART_RECORDS = 512
 """Most records of a part."""
 
-ACCOUNT_KEY = b"account"
+STATS_KEY = b"stats"
 """Of a part's metadata."""
 
 DIALOGUES = "dialogues.arrow"
 DIALOGUE_SCHEMA = pa.schema(
-    {"place": pa.string(), "dialogues": pa.string(), "images": pa.list_(pa.int32()), "opens": pa.bool_()}
+    {"record_id": pa.string(), "dialogues": pa.string(), "images": pa.list_(pa.int32()), "opens": pa.bool_()}
 )
 """Between the passes of preparing, a record a row. dialogues: a line each, several where a document was cut at an image
 that is lost; opens: whether it opens with its images, so that its turns can be moved."""
@@ -50,8 +50,8 @@ def is_whole(path: Path, schema: pa.Schema) -> bool:
     """Whether an Arrow file is there as it was written."""
     try:
         found = ArrowFile(path).validate(schema)
-        if ACCOUNT_KEY in (found.schema.metadata or {}):
-            account_of(found)
+        if STATS_KEY in (found.schema.metadata or {}):
+            stats_of(found)
     except DamagedError:
         return False
     return True
@@ -61,13 +61,13 @@ def part_path(parts: Path, number: int) -> Path:
     return parts / f"{number:06}.arrow"
 
 
-def account_text(account: Account) -> str:
-    return json.dumps(account.partial())
+def stats_text(stats: SourceStats) -> str:
+    return json.dumps(stats.partial())
 
 
-def account_of(part: ArrowFile) -> Account:
-    """The account in a file's metadata. Raises DamagedError."""
+def stats_of(part: ArrowFile) -> SourceStats:
+    """The stats in a file's metadata. Raises DamagedError."""
     try:
-        return Account.from_json(json.loads(part.schema.metadata[ACCOUNT_KEY]))
+        return SourceStats.from_json(json.loads(part.schema.metadata[STATS_KEY]))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise DamagedError(part.path, "no account") from error
+        raise DamagedError(part.path, "no stats") from error

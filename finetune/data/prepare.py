@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.console import Track, silently
 from finetune.data.arrow import DamagedError
 from finetune.data.assemble import assemble
 from finetune.data.convert import convert
@@ -28,10 +29,9 @@ from finetune.data.fit import Fitter, Limits, fitter
 from finetune.data.image_changes import Changes, find_changes
 from finetune.data.io.files import fingerprint
 from finetune.data.prepared import Prepared, PreparedSet
-from finetune.data.stats import Account, why_nothing_is_left
+from finetune.data.stats import SourceStats, why_nothing_is_left
 from finetune.data.team import ALONE, Team
 from finetune.data.tokenize import Encoder
-from finetune.data.tracking import Track, silently
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
@@ -47,7 +47,7 @@ def prepare(
     workers: int = 1,
     track: Track = silently,
     team: Team = ALONE,
-) -> tuple[Prepared, list[Account]]:
+) -> tuple[Prepared, list[SourceStats]]:
     """Prepare each source in a folder below `folder`, or open the set that is already there for all that makes it.
 
     A record that cannot be used is counted under its reason, never skipped. `workers`: of each process that takes part.
@@ -55,7 +55,7 @@ def prepare(
     encoder, limits = Encoder(tokenizer), Limits(max_length, max_images)
     options: dict[str, Any] = {"folder": folder, "workers": workers, "track": track, "team": team}
     sets = [prepare_source(source, fitter(source, encoder, limits, seed=seed), **options) for source in sources]
-    return Prepared(sets), [one.account for one in sets]
+    return Prepared(sets), [one.stats for one in sets]
 
 
 def prepare_source(
@@ -74,7 +74,7 @@ def prepare_source(
 
     def name() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        return place(source, fitter, folder)
+        return set_folder(source, fitter, folder)
 
     def look() -> Found:
         found = find_set(first)
@@ -95,8 +95,8 @@ def prepare_source(
         def tracked(items: Iterable[Any], step: str) -> Iterable[Any]:
             return track(items, step + anew)
 
-        account = convert(source, made, seed=fitter.seed, downloads=folder / "downloads", track=tracked, **options)
-        assemble(source, made, fitter, account, track=track, **options)
+        stats = convert(source, made, seed=fitter.seed, downloads=folder / "downloads", track=tracked, **options)
+        assemble(source, made, fitter, stats, track=track, **options)
         found = team.on_main(f"open {source.label}", look)
         if found.set is not None and found.folder == made:
             return found.set
@@ -156,7 +156,7 @@ def _say_missing(source: Source, made: Path, changes: Changes) -> str:
     )
 
 
-def place(source: Source, fitter: Fitter, folder: Path) -> Path:
+def set_folder(source: Source, fitter: Fitter, folder: Path) -> Path:
     """Where the set of a source lies, or would."""
     label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
     return folder / f"{label}-{_key(source, fitter, cache=folder / 'fingerprints.json')}"
@@ -181,10 +181,10 @@ def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[P
     return prepared.select(np.flatnonzero(~mask)), prepared.select(np.flatnonzero(mask))
 
 
-def require_examples(prepared: Prepared, accounts: Sequence[Account]) -> None:
+def require_examples(prepared: Prepared, source_stats: Sequence[SourceStats]) -> None:
     """Raise UserError when no dialogue is left, with the reasons."""
     if not len(prepared):
-        raise UserError(why_nothing_is_left(accounts))
+        raise UserError(why_nothing_is_left(source_stats))
 
 
 def _key(source: Source, fitter: Fitter, *, cache: Path) -> str:

@@ -4,7 +4,7 @@ NAME-KEY/   examples.arrow   an example a row: tokens, what is supervised, image
             images.arrow     the distinct images: where their bytes are
             files.arrow      the files in which images were looked for, as they were
             images/*.bin     images that came inside records, encoded as they came; pixels are never stored
-            account.json     what became of every record; written last, so a set that has it is whole
+            stats.json     what became of every record; written last, so a set that has it is whole
 
 Paths are bytes, as names of files need not be UTF-8; those of images/*.bin are relative to the set's folder.
 """
@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.conversation import Dialogue, Image, RecordError, Slice, Turn
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Example, see_images
 from modeling.errors import UserError
 from modeling.files import read_json
@@ -29,7 +29,7 @@ from modeling.tokens import IGNORED
 
 Item = TypeVar("Item")
 
-EXAMPLES, IMAGES, ACCOUNT = "examples.arrow", "images.arrow", "account.json"
+EXAMPLES, IMAGES, STATS = "examples.arrow", "images.arrow", "stats.json"
 
 EXAMPLE_SCHEMA = pa.schema(
     {
@@ -38,7 +38,7 @@ EXAMPLE_SCHEMA = pa.schema(
         "images": pa.list_(pa.int32()),
         "shown": pa.int32(),
         "questions": pa.list_(pa.uint64()),
-        "place": pa.string(),
+        "record_id": pa.string(),
         "dialogue": pa.string(),
     }
 )
@@ -103,7 +103,7 @@ class PreparedSet:
 
         Raises DamagedError: it is not as it was written.
         """
-        if not (folder / ACCOUNT).exists():
+        if not (folder / STATS).exists():
             return None
         found = cls(folder)
         found.examples.validate(EXAMPLE_SCHEMA)
@@ -111,16 +111,16 @@ class PreparedSet:
         shown = found.examples.values("images")
         if len(shown) and not 0 <= shown.min() <= shown.max() < len(found.images):
             raise DamagedError(folder / EXAMPLES, "an image that is not in images.arrow")
-        if found.account.examples != len(found):
-            raise DamagedError(folder / EXAMPLES, f"{len(found)} examples, {ACCOUNT} has {found.account.examples}")
+        if found.stats.examples != len(found):
+            raise DamagedError(folder / EXAMPLES, f"{len(found)} examples, {STATS} has {found.stats.examples}")
         return found
 
     @property
-    def account(self) -> Account:
+    def stats(self) -> SourceStats:
         try:
-            return Account.from_json(read_json(self.folder / ACCOUNT) or {})
+            return SourceStats.from_json(read_json(self.folder / STATS) or {})
         except (UserError, TypeError, KeyError, ValueError) as error:
-            raise DamagedError(self.folder / ACCOUNT, "not the account of a source") from error
+            raise DamagedError(self.folder / STATS, "not the stats of a source") from error
 
     @property
     def digests(self) -> np.ndarray:
@@ -186,12 +186,12 @@ class Prepared:
         return View(self._dialogue, len(self))
 
     @property
-    def places(self) -> View[str]:
+    def record_ids(self) -> View[str]:
         return View(self._place, len(self))
 
     @property
     def origins(self) -> View[tuple[str, str]]:
-        """(source, place) of each example's record."""
+        """(source, record_id) of each example's record."""
         return View(self._origin, len(self))
 
     @property
@@ -242,14 +242,14 @@ class Prepared:
 
     def _place(self, index: int) -> str:
         which, row = self._locate(index)
-        return self.sets[which].examples.text("place", row)
+        return self.sets[which].examples.text("record_id", row)
 
     def _origin(self, index: int) -> tuple[str, str]:
         return self._names[self.source_of(index)], self._place(index)
 
     @cached_property
     def _names(self) -> list[str]:
-        return [one.account.source for one in self.sets]
+        return [one.stats.source for one in self.sets]
 
     def _images_of(self, index: int) -> tuple[int, ...]:
         which, row = self._locate(index)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from finetune.console import Track, silently
 from finetune.data.conversation import (
     Dialogue,
     Image,
@@ -21,8 +22,7 @@ from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.streams import BrokenFileError, Record
 from finetune.data.leftovers import without
-from finetune.data.stats import Account
-from finetune.data.tracking import Track, silently
+from finetune.data.stats import SourceStats
 from finetune.data.turns import without_images
 from finetune.recipe.schema import Source
 
@@ -30,21 +30,21 @@ Look = Callable[[Image], object]
 """Opens an image. Raises RecordError: it cannot be shown."""
 
 
-def taken(source: Source, account: Account) -> Iterator[Record]:
+def taken(source: Source, stats: SourceStats) -> Iterator[Record]:
     """The records within the limit; after that nothing is read. A file that breaks off is no record, but a loss."""
-    for place, record in FORMATS[source.format].read(source):
+    for record_id, record in FORMATS[source.format].read(source):
         if isinstance(record, BrokenFileError):
-            account.broken.append(as_unicode(f"{record.file} breaks off: {record}"))
+            stats.broken.append(as_unicode(f"{record.file} breaks off: {record}"))
             continue
-        account.read += 1
-        yield as_unicode(place), record
-        if account.read == source.limit:
-            account.limited = True
+        stats.read += 1
+        yield as_unicode(record_id), record
+        if stats.read == source.limit:
+            stats.limited = True
             return
 
 
 def to_dialogue(
-    place: str, record: dict[str, Any] | RecordError, root: ImageRoot, *, prompt: bool = False, seed: int = 0
+    record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, *, prompt: bool = False, seed: int = 0
 ) -> Dialogue:
     """A record of the root's source as a dialogue that can be trained on, or, as a `prompt`, be answered.
 
@@ -52,7 +52,7 @@ def to_dialogue(
     """
     if isinstance(record, RecordError):
         raise record
-    source, root = root.source, root.beside(place)
+    source, root = root.source, root.beside(record_id)
     convert = FORMATS[source.format].convert
     try:
         record = without(record, source.ignore) if source.ignore else record
@@ -68,13 +68,13 @@ def to_dialogue(
     answers = [turn for turn in dialogue.turns if turn.role == "assistant"]
     if not prompt and answers and not any(turn.supervised for turn in answers):
         raise RecordError("nothing supervised", "every answer has a weight of 0")
-    return _asked(dialogue, place, source, seed) if source.prompt else dialogue
+    return _asked(dialogue, record_id, source, seed) if source.prompt else dialogue
 
 
-def _asked(caption: Dialogue, place: str, source: Source, seed: int) -> Dialogue:
-    """A caption as the answer to one of the source's prompts, which the record's place draws."""
+def _asked(caption: Dialogue, record_id: str, source: Source, seed: int) -> Dialogue:
+    """A caption as the answer to one of the source's prompts, which the record's record_id draws."""
     (turn,) = caption.turns
-    drawn = hashlib.blake2b(f"{seed}/{place}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    drawn = hashlib.blake2b(f"{seed}/{record_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     prompt = source.prompt[int.from_bytes(drawn) % len(source.prompt)]
     words = tuple(part for part in turn.parts if isinstance(part, str))
     return replace(caption, turns=(user(*turn.images, prompt), assistant(*words)))
@@ -98,28 +98,28 @@ def look(image: Image) -> None:
 
 
 def read_dialogues(
-    source: Source, account: Account, *, seed: int = 0, look: Look | None = None, track: Track = silently
+    source: Source, stats: SourceStats, *, seed: int = 0, look: Look | None = None, track: Track = silently
 ) -> Iterator[tuple[str, list[Dialogue]]]:
-    """(place, its dialogues) for every record that converts and whose images open, if one is to `look`.
+    """(record_id, its dialogues) for every record that converts and whose images open, if one is to `look`.
 
     A record is one dialogue, but for a document that is cut at an image that does not open. The others are counted.
 
     Raises UserError: the source cannot be read at all.
     """
     root = ImageRoot(source)
-    for place, record in track(taken(source, account), f"read {source.label}"):
+    for record_id, record in track(taken(source, stats), f"read {source.label}"):
         try:
-            dialogue = to_dialogue(place, record, root, seed=seed)
+            dialogue = to_dialogue(record_id, record, root, seed=seed)
             found = [_looked(image, look) for image in dialogue.images] if look else []
             lost = lost_images(dialogue, found)
         except RecordError as error:
-            account.reject(place, error)
+            stats.reject(record_id, error)
             continue
-        account.ignore(dialogue.ignored)
+        stats.ignore(dialogue.ignored)
         for part in lost:
-            account.reject_part(place, part)
+            stats.reject_part(record_id, part)
         gone = [isinstance(one, RecordError) for one in found]
-        yield place, without_images(dialogue, gone) if lost else [dialogue]
+        yield record_id, without_images(dialogue, gone) if lost else [dialogue]
 
 
 def _looked(image: Image, look: Look) -> object:

@@ -14,7 +14,7 @@ _COUNTERS = ("rejected", "parts_rejected", "ignored")
 
 
 @dataclass
-class Account:
+class SourceStats:
     """The records of one source: read = kept + rejected."""
 
     source: str
@@ -28,7 +28,7 @@ class Account:
     rejected: dict[str, int] = field(default_factory=Counter)
     """Reason -> records."""
     first_rejected: dict[str, str] = field(default_factory=dict)
-    """Reason -> place and detail of the first."""
+    """Reason -> record_id and detail of the first."""
     parts_rejected: dict[str, int] = field(default_factory=Counter)
     """Reason -> turns, texts or images of documents, that were left out of records not rejected for it."""
     documents_cut: int = 0
@@ -46,13 +46,13 @@ class Account:
     repeats_per_epoch: float | None = None
     """How often an example of this source comes in an epoch, on average."""
 
-    def reject(self, place: str, error: RecordError) -> None:
+    def reject(self, record_id: str, error: RecordError) -> None:
         self.rejected[error.reason] += 1
-        self._remember(place, error)
+        self._remember(record_id, error)
 
-    def reject_part(self, place: str, error: RecordError, *, parts: int = 1) -> None:
+    def reject_part(self, record_id: str, error: RecordError, *, parts: int = 1) -> None:
         self.parts_rejected[error.reason] += parts
-        self._remember(place, error)
+        self._remember(record_id, error)
 
     def ignore(self, names: Iterable[str]) -> None:
         """Count what a record holds that its dialogue does without."""
@@ -60,10 +60,10 @@ class Account:
             known = as_unicode(name[:80])
             self.ignored[known if known in self.ignored or len(self.ignored) < MOST_NAMES else "other keys"] += 1
 
-    def _remember(self, place: str, error: RecordError) -> None:
-        self.first_rejected.setdefault(error.reason, as_unicode(f"{place}: {error.detail}".removesuffix(": ")))
+    def _remember(self, record_id: str, error: RecordError) -> None:
+        self.first_rejected.setdefault(error.reason, as_unicode(f"{record_id}: {error.detail}".removesuffix(": ")))
 
-    def add(self, other: "Account") -> None:
+    def add(self, other: "SourceStats") -> None:
         """Take in what happened to further records of the same source."""
         for name, value in vars(other).items():
             mine = getattr(self, name)
@@ -95,17 +95,17 @@ class Account:
         return self.partial()
 
     def partial(self) -> dict[str, Any]:
-        """The same of an account that is not complete yet; "ignored" where there is anything."""
+        """The same of a source's statistics that is not complete yet; "ignored" where there is anything."""
         values = {**vars(self), **{name: dict(getattr(self, name)) for name in _COUNTERS}}
         return values if self.ignored else {name: value for name, value in values.items() if name != "ignored"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The account that `to_json` or `partial` wrote. Raises ValueError: it is none."""
+        """The stats that `to_json` or `partial` wrote. Raises ValueError: it is none."""
         empty = vars(cls(""))
         values = {"ignored": {}, **values}
         if values.keys() != empty.keys():
-            raise ValueError("other keys than an account's")
+            raise ValueError("other keys than of a source")
         for name, value in values.items():
             if isinstance(empty[name], dict):
                 kind = str if name == "first_rejected" else int
@@ -128,14 +128,14 @@ def _list(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in counts.items())
 
 
-def why_nothing_is_left(accounts: Sequence[Account]) -> str:
+def why_nothing_is_left(source_stats: Sequence[SourceStats]) -> str:
     """The reasons, a line each."""
     reasons = [
-        f"  {account.source}: {count} x {reason} (first: {account.first_rejected[reason]})"
-        for account in accounts
-        for reason, count in account.rejected.items()
+        f"  {stats.source}: {count} x {reason} (first: {stats.first_rejected[reason]})"
+        for stats in source_stats
+        for reason, count in stats.rejected.items()
     ]
-    reasons += [f"  {broken}" for account in accounts for broken in account.broken]
+    reasons += [f"  {broken}" for stats in source_stats for broken in stats.broken]
     return "\n".join(["no dialogue is left:", *(reasons or ["  the sources are empty"])])
 
 

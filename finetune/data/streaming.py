@@ -20,7 +20,7 @@ from finetune.data.io.download import Downloader
 from finetune.data.mixing import Drawn, Pass, mix, shuffle
 from finetune.data.packing import pack
 from finetune.data.sampling import Unit
-from finetune.data.stats import Account, why_nothing_is_left
+from finetune.data.stats import SourceStats, why_nothing_is_left
 from finetune.recipe.schema import Augment, Source
 from modeling.errors import UserError
 
@@ -36,7 +36,7 @@ class Lost:
     index: int
     """In its row."""
     source: int
-    place: str
+    record_id: str
     of: int
     """Examples of its record."""
     reason: str
@@ -65,7 +65,7 @@ class StreamedRows:
     augment: Augment = field(default_factory=Augment)
     blank_image: bool = False
     skipped: Collection[tuple[str, str]] = frozenset()
-    """(source, place) of records that rows do without."""
+    """(source, record_id) of records that rows do without."""
     remembered: int = 0
     """Rows whose dialogues can be told without reading the stream again."""
 
@@ -80,12 +80,12 @@ class StreamedRows:
         self._begin()
 
     def _begin(self) -> None:
-        self._accounts = [Account(name) for name in self.names]
+        self._accounts = [SourceStats(name) for name in self.names]
         self._coming = self._stream()
         self._next = 0
 
     @property
-    def accounts(self) -> list[Account]:
+    def source_stats(self) -> list[SourceStats]:
         """For each source, what became of its records in the first pass, as far as it has been read.
 
         Of several processes, each knows of images that could not be opened in its own rows, and in restored ones.
@@ -93,20 +93,20 @@ class StreamedRows:
         with self._reading:
             return [self._account(number) for number in range(len(self.names))]
 
-    def _account(self, source: int) -> Account:
-        account = Account(self.names[source])
-        account.add(self._accounts[source])
+    def _account(self, source: int) -> SourceStats:
+        stats = SourceStats(self.names[source])
+        stats.add(self._accounts[source])
         lost = sorted((one for one in self._lost if one.source == source), key=lambda one: (one.row, one.index))
-        left = {one.place: one.of for one in lost}
+        left = {one.record_id: one.of for one in lost}
         for one in lost:
-            left[one.place] -= not one.goes_on
+            left[one.record_id] -= not one.goes_on
             error = RecordError(one.reason, one.detail)
-            if one.goes_on or left[one.place]:
-                account.reject_part(one.place, error)
+            if one.goes_on or left[one.record_id]:
+                stats.reject_part(one.record_id, error)
             else:
-                account.kept -= 1
-                account.reject(one.place, error)
-        return account
+                stats.kept -= 1
+                stats.reject(one.record_id, error)
+        return stats
 
     def state(self, rows: int) -> list[Any]:
         with self._reading:
@@ -142,7 +142,7 @@ class StreamedRows:
         return self._collate([], {})
 
     def _origin(self, drawn: Drawn) -> tuple[str, str]:
-        return self.names[drawn.source], drawn.place
+        return self.names[drawn.source], drawn.record_id
 
     def at(self, number: int) -> Batch:
         with self._reading:
@@ -228,7 +228,7 @@ class StreamedRows:
             raise error
         if not drawn.epoch:
             lost = Lost(
-                row, index, drawn.source, drawn.place, drawn.origin.examples, error.reason, error.detail, goes_on
+                row, index, drawn.source, drawn.record_id, drawn.origin.examples, error.reason, error.detail, goes_on
             )
             with self._reading:
                 self._lost.add(lost)
@@ -253,10 +253,10 @@ class StreamedRows:
         """One pass after the other. Raises UserError after one that gave nothing, or of which nothing could be used."""
         first = self._accounts[number]
         for epoch in count():
-            account = first if epoch == 0 else Account(self.names[number])
+            stats = first if epoch == 0 else SourceStats(self.names[number])
             rng = np.random.default_rng([self.seed, epoch, number, 7])
-            yield from shuffle(self.passes[number](epoch, account), rng, buffer=self.buffer)
-            for one in (account, self._account(number)):
+            yield from shuffle(self.passes[number](epoch, stats), rng, buffer=self.buffer)
+            for one in (stats, self._account(number)):
                 if not one.kept:
                     raise UserError(f"{one.source}: {why_nothing_is_left([one])}")
 

@@ -21,8 +21,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from finetune.console import Track, silently
 from finetune.data.team import Team
-from finetune.data.tracking import Track, silently
 from modeling.errors import UserError
 
 Item = TypeVar("Item")

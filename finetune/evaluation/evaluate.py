@@ -16,11 +16,11 @@ import numpy as np
 import PIL.Image
 import torch
 
+from finetune.console import Track, silently
 from finetune.data.collate import RowCollator
 from finetune.data.conversation import Dialogue, Image
 from finetune.data.images import describe
 from finetune.data.sampling import Row
-from finetune.data.tracking import Track, silently
 from finetune.distributed import collectives
 from finetune.evaluation.generate import Answer, Assistant, generate
 from finetune.evaluation.metrics import is_yes_no, mark, most_common

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import IdeficsForVisionText2Text
 
+from finetune.console import Track, silently
 from finetune.data.chat_template import Rendered, render
 from finetune.data.collate import RowCollator
 from finetune.data.conversation import Dialogue, Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.tokenize import Example, tokenize
-from finetune.data.tracking import Track, silently
 from finetune.distributed import collectives
 from modeling.forward import image_features
 from modeling.generation import greedy

@@ -60,6 +60,6 @@ def _document_rows(recipe: Recipe, base: Base) -> RowCollator | None:
     if not recipe.evaluation or not recipe.evaluation.documents:
         return None
     sources = [resolve_source(source) for source in recipe.evaluation.documents]
-    prepared, accounts = prepare_sources(recipe, sources, base.tokenizer, team=collectives.nodes())
-    require_examples(prepared, accounts)
+    prepared, source_stats = prepare_sources(recipe, sources, base.tokenizer, team=collectives.nodes())
+    require_examples(prepared, source_stats)
     return make_eval_rows(recipe, base, prepared)

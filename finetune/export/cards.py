@@ -78,18 +78,18 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
             ),
             [
                 (
-                    account.source,
-                    account.read,
-                    account.kept,
-                    sum(account.rejected.values()),
-                    "not counted" if account.limited else None,
-                    account.examples,
-                    account.tokens,
-                    account.supervised_tokens,
-                    account.images,
-                    account.repeats_per_epoch,
+                    stats.source,
+                    stats.read,
+                    stats.kept,
+                    sum(stats.rejected.values()),
+                    "not counted" if stats.limited else None,
+                    stats.examples,
+                    stats.tokens,
+                    stats.supervised_tokens,
+                    stats.images,
+                    stats.repeats_per_epoch,
                 )
-                for account in dataset.accounts
+                for stats in dataset.source_stats
             ],
         ),
         "## Rejections",
@@ -108,13 +108,13 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
 
 def _rejections(dataset: Dataset) -> list[tuple[Any, ...]]:
     return [
-        (account.source, reason, records, account.first_rejected[reason])
-        for account in dataset.accounts
-        for reason, records in {**account.rejected, **account.parts_rejected}.items()
+        (stats.source, reason, records, stats.first_rejected[reason])
+        for stats in dataset.source_stats
+        for reason, records in {**stats.rejected, **stats.parts_rejected}.items()
     ] + [
-        (account.source, "file breaks off", "not counted", broken)
-        for account in dataset.accounts
-        for broken in account.broken
+        (stats.source, "file breaks off", "not counted", broken)
+        for stats in dataset.source_stats
+        for broken in stats.broken
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import IdeficsProcessor
 
-from finetune.data.tracking import Track, silently
+from finetune.console import Track, silently
 from finetune.distributed.device import commit
 from finetune.distributed.lock import locked
 from finetune.export.verify import PROVENANCE, compare, folder_digests, require_rounding, weight_digests

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data.tracking import Track, silently
+from finetune.console import Track, silently
 from modeling.adapter_files import ADAPTER_FILES
 from modeling.adapter_weights import AdapterWeights, BasePrecision, weights_of
 from modeling.checkpoint import Rows, Stored, read_checkpoint, require_shapes

@@ -15,7 +15,7 @@ from finetune.data.images import digest
 from finetune.data.mixing import fit_records
 from finetune.data.records import look, read_dialogues
 from finetune.data.sources import resolve_source, say_if_documents
-from finetune.data.stats import Account, loss_lines
+from finetune.data.stats import SourceStats, loss_lines
 from finetune.data.tokenize import Encoder
 from finetune.planning.memory import Setup, count_by_tower
 from finetune.recipe.schema import Recipe, Source
@@ -85,7 +85,7 @@ def _config(recipe: Recipe) -> Config:
 def first_records(source: Source, recipe: Recipe, encoder: Encoder | None) -> tuple[dict[str, Any], Dialogue | None]:
     """Return what becomes of a source's first records, and the first usable dialogue. Downloads no image."""
     first = source.model_copy(update={"limit": min(source.limit or FIRST_RECORDS, FIRST_RECORDS)})
-    account = Account(source.name)
+    account = SourceStats(source.name)
     found = list(read_dialogues(first, account, seed=recipe.training.seed, look=look))
     images = {image for _, dialogues in found for dialogue in dialogues for image in dialogue.images}
     remote = sum(isinstance(image.source, Remote) for image in images)

@@ -244,7 +244,7 @@ def _config(recipe: Recipe) -> Config:
 
 
 def _prepared_lengths(recipe: Recipe) -> "Lengths | None":
-    if not any(Path(recipe.data.prepared).glob("*/account.json")):
+    if not any(Path(recipe.data.prepared).glob("*/stats.json")):
         return None
     from finetune.planning.lengths import prepared_lengths
 

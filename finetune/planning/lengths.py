@@ -9,8 +9,8 @@ import numpy as np
 from finetune.data.dataset import Dataset, make_dataset
 from finetune.data.fit import Limits, fitter
 from finetune.data.formats import hold_dialogues
-from finetune.data.prepare import find_set, place
-from finetune.data.prepared import ACCOUNT, Prepared
+from finetune.data.prepare import find_set, set_folder
+from finetune.data.prepared import STATS, Prepared
 from finetune.data.sampling import build_schedule
 from finetune.data.sources import resolve_source
 from finetune.data.tokenize import Encoder
@@ -43,7 +43,7 @@ def prepared_lengths(recipe: Recipe) -> Lengths | None:
     try:
         sources = [resolve_source(one) for one in data.sources]
         every = [*sources, *(resolve_source(one) for one in data.eval_sources)]
-        prepared = {_source_name(account) for account in Path(data.prepared).glob(f"*/{ACCOUNT}")}
+        prepared = {_source_name(account) for account in Path(data.prepared).glob(f"*/{STATS}")}
         if not {source.name for source in every} <= prepared:
             return None
         from modeling.loading import load_processor
@@ -53,7 +53,7 @@ def prepared_lengths(recipe: Recipe) -> Lengths | None:
         for source in every:
             limits = Limits(data.max_length, training.row_images)
             how = fitter(source, Encoder(tokenizer), limits, seed=training.seed)
-            if find_set(place(source, how, Path(data.prepared))).set is None:
+            if find_set(set_folder(source, how, Path(data.prepared))).set is None:
                 return None
     except UserError:
         return None

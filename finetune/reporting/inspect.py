@@ -24,7 +24,7 @@ from finetune.data.images import open_image
 from finetune.data.mixing import fit_records
 from finetune.data.prepared import Prepared
 from finetune.data.records import look, read_dialogues
-from finetune.data.stats import Account, loss_lines
+from finetune.data.stats import SourceStats, loss_lines
 from finetune.data.tokenize import SPECIALS, Encoder, Example
 from finetune.recipe.schema import Data, Source, Training
 from finetune.reporting.html.chart import Histogram, histogram
@@ -96,12 +96,12 @@ def inspect(
     Streamed sources are not prepared: the first of their examples are read and shown.
     """
     prepared, names = dataset.training, [source.name for source in sources if not source.stream]
-    stats = [one.to_json() for one in dataset.accounts]
+    stats = [one.to_json() for one in dataset.source_stats]
     examples = [
         show_example(
             prepared.examples[index],
             tokenizer,
-            record_id=prepared.places[index],
+            record_id=prepared.record_ids[index],
             source=names[prepared.source_of(index)],
             images=prepared.dialogues[index].images,
             longest=longest,
@@ -111,13 +111,13 @@ def inspect(
     streamed = []
     for source in sources:
         if source.stream:
-            account = Account(source.name)
+            account = SourceStats(source.name)
             how = fitter(source, Encoder(tokenizer), Limits(data.max_length, training.row_images), seed=training.seed)
             records = list(islice(read_dialogues(source, account, seed=training.seed, look=look), STREAMED))
             account.dialogues += len(records)
             streamed += [
                 show_example(
-                    example, tokenizer, record_id=origin.place, source=source.name, images=piece.dialogue.images
+                    example, tokenizer, record_id=origin.record_id, source=source.name, images=piece.dialogue.images
                 )
                 for piece, example, origin in fit_records(records, how, account)
             ]

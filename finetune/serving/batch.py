@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.console import to_json
+from finetune.console import Track, silently, to_json
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, RecordError
 from finetune.data.images import open_image
@@ -18,7 +18,6 @@ from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import to_dialogue
 from finetune.data.sources import messages_at
 from finetune.data.tokenize import tokenize
-from finetune.data.tracking import Track, silently
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate_each
 from finetune.export.adapter_metadata import named_model
@@ -161,8 +160,8 @@ def _write_whole(out: Path, source: Source, found: Mapping[int, dict[str, Any]])
 def _line(place: str, record: dict[str, Any] | RecordError, made: dict[str, Any]) -> str:
     """A record that cannot be written again as JSON is named by its place."""
     if isinstance(record, RecordError):
-        return to_json({"place": place, **made})
+        return to_json({"record_id": place, **made})
     try:
         return to_json({**{key: value for key, value in record.items() if key not in OURS}, **made})
     except (TypeError, ValueError, RecursionError):
-        return to_json({"place": place, **made})
+        return to_json({"record_id": place, **made})

@@ -28,10 +28,9 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import nn
 
-from finetune.console import show_size
+from finetune.console import Track, show_size, silently
 from finetune.data.conversation import Image
 from finetune.data.images import Preprocessing, open_image
-from finetune.data.tracking import Track, silently
 from finetune.distributed import collectives
 from finetune.distributed.device import device
 from finetune.training.cache_holds import holding

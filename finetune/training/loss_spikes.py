@@ -77,7 +77,7 @@ class Seen:
     """A dialogue of an unstable step."""
 
     source: str
-    place: str
+    record_id: str
     loss: float | None
     """Nats a token, by itself; None where it is not finite."""
     blamed: bool
@@ -105,7 +105,7 @@ class Event:
     @property
     def skipped(self) -> frozenset[tuple[str, str]]:
         """(source, place) of what the run goes on without."""
-        return frozenset((one.source, one.place) for one in self.dialogues if one.blamed and self.action == "skip")
+        return frozenset((one.source, one.record_id) for one in self.dialogues if one.blamed and self.action == "skip")
 
 
 def go_back(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], settings: Instability) -> None:
@@ -117,7 +117,7 @@ def go_back(folder: Path, step: int, reason: str, dialogues: Sequence[Seen], set
         "go back", lambda: _write_down(folder, step, reason, dialogues, settings.action)
     )
     blamed = [one for one in dialogues if one.blamed]
-    log(f"step {step}: {reason}; to blame: {', '.join(f'{one.source} {one.place}' for one in blamed[:5])}")
+    log(f"step {step}: {reason}; to blame: {', '.join(f'{one.source} {one.record_id}' for one in blamed[:5])}")
     log(f"  {len(blamed)} of the step's {len(dialogues)} dialogues, see {folder / FILE}")
     if settings.action == "stop" or events > settings.rollbacks:
         allows = f"allows {settings.rollbacks} rollbacks, and that was one more"

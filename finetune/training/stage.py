@@ -177,10 +177,10 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
 def _streamed_stats(rows: Rows, sources: Sequence[Source]) -> list[dict[str, Any]]:
     """What became of the records that were read while training, per streamed source."""
     rows.restore(collectives.gather(rows.state(len(rows))))
-    accounts = rows.accounts if isinstance(rows, StreamedRows) else []
-    for broken in (broken for account in accounts for broken in account.broken):
+    source_stats = rows.source_stats if isinstance(rows, StreamedRows) else []
+    for broken in (broken for stats in source_stats for broken in stats.broken):
         log(broken)
-    return [account.to_json() for account, source in zip(accounts, sources, strict=False) if source.stream]
+    return [stats.to_json() for stats, source in zip(source_stats, sources, strict=False) if source.stream]
 
 
 def _autocast(recipe: Recipe, dtype: Any) -> bool:

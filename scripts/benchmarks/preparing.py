@@ -77,11 +77,11 @@ def measure(kind: str, count: int, folder: Path, workers: int) -> dict[str, Any]
     def run() -> tuple[float, int, int]:
         started = time.perf_counter()
         with Watch() as watch:
-            prepared, (account,) = prepare(
+            prepared, (stats,) = prepare(
                 [source], tokenizer, max_length=512, max_images=4, seed=0, folder=folder / "prepared", workers=workers
             )
-        assert len(prepared) == account.kept == count
-        return time.perf_counter() - started, watch.peak, account.tokens
+        assert len(prepared) == stats.kept == count
+        return time.perf_counter() - started, watch.peak, stats.tokens
 
     seconds, peak, tokens = run()
     again, _, _ = run()

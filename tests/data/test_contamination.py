@@ -7,7 +7,7 @@ import pytest
 from sources import make_source
 
 from finetune.data.assemble import question_key
-from finetune.data.contamination import find_overlap
+from finetune.data.contamination import find_contamination
 from finetune.data.dataset import make_dataset, tell_losses
 from finetune.data.prepare import prepare
 from finetune.data.sources import resolve_source
@@ -51,7 +51,7 @@ def compare(folder, tiny_tokenizer, tmp_path):
             )[0]
             for name, dialogues in (("training.jsonl", training), ("held.jsonl", held))
         ]
-        overlap = find_overlap(*sides)
+        overlap = find_contamination(*sides)
         return (
             overlap.images,
             overlap.questions,
@@ -163,7 +163,7 @@ def test_a_rule_drops_what_is_held_out_from_training_alone(rule, left, dataset, 
     }
     assert (made.report["training_examples"], made.report["held_out_examples"]) == (len(left), 2)
     assert made.mix.sizes == [len(left)]
-    assert [account.examples for account in made.accounts] == [5, 2]
+    assert [stats.examples for stats in made.source_stats] == [5, 2]
     tell_losses(made, tmp_path / "data.json")
     said = " ".join(capsys.readouterr().err.split())
     assert "share 1 images (in 2 training examples) and 2 questions about equal images (in 2)" in said

@@ -11,8 +11,8 @@ from sources import make_source
 
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.fit import Fates, Fitter, Limits, fitter
-from finetune.data.stats import Account
+from finetune.data.fit import Fitter, Limits, Outcomes, fitter
+from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder, Example, tokenize
 from finetune.data.turns import Piece, opening_images
 
@@ -299,28 +299,28 @@ def made(tokens, supervised):
 
 
 def test_a_dialogue_is_kept_if_any_of_its_turns_is():
-    account = Account("x", read=3)
-    fates, dialogue, error = Fates(account), ask("1?", "one"), RecordError("too long", "9 tokens")
-    fates.take(Piece(dialogue, (0, 1, 0)), made(5, 2))
-    fates.take(Piece(dialogue, (0, 2)), error)
-    fates.take(Piece(dialogue, (2,)), RecordError("too long", "8 tokens"))
-    fates.tell({0: "x:1", 1: "x:2", 2: "x:3"})
-    assert (account.kept, account.examples, account.tokens, account.supervised_tokens) == (2, 1, 5, 2)
-    assert account.rejected == {"too long": 1}
-    assert account.parts_rejected == {"too long": 1}
-    assert account.first_rejected == {"too long": "x:1: 9 tokens"}
-    assert account.documents_cut == 0
-    account.to_json()
+    stats = SourceStats("x", read=3)
+    outcomes, dialogue, error = Outcomes(stats), ask("1?", "one"), RecordError("too long", "9 tokens")
+    outcomes.take(Piece(dialogue, (0, 1, 0)), made(5, 2))
+    outcomes.take(Piece(dialogue, (0, 2)), error)
+    outcomes.take(Piece(dialogue, (2,)), RecordError("too long", "8 tokens"))
+    outcomes.tell({0: "x:1", 1: "x:2", 2: "x:3"})
+    assert (stats.kept, stats.examples, stats.tokens, stats.supervised_tokens) == (2, 1, 5, 2)
+    assert stats.rejected == {"too long": 1}
+    assert stats.parts_rejected == {"too long": 1}
+    assert stats.first_rejected == {"too long": "x:1: 9 tokens"}
+    assert stats.documents_cut == 0
+    stats.to_json()
 
 
 def test_documents_that_became_several_are_counted_unless_all_of_it_was_lost():
-    account, text = Account("x", read=3), document("A dog.")
-    fates, error = Fates(account), RecordError("too long", "9 tokens")
+    stats, text = SourceStats("x", read=3), document("A dog.")
+    outcomes, error = Outcomes(stats), RecordError("too long", "9 tokens")
     for origin, example in ((0, made(3, 2)), (1, made(3, 2)), (1, error), (2, error), (2, error)):
-        fates.take(Piece(text, (origin,)), example)
-    fates.tell({0: "x:1", 1: "x:2", 2: "x:3"})
-    assert (account.kept, account.documents_cut) == (2, 1)
-    assert (account.rejected, account.parts_rejected) == ({"too long": 1}, {"too long": 1})
+        outcomes.take(Piece(text, (origin,)), example)
+    outcomes.tell({0: "x:1", 1: "x:2", 2: "x:3"})
+    assert (stats.kept, stats.documents_cut) == (2, 1)
+    assert (stats.rejected, stats.parts_rejected) == ({"too long": 1}, {"too long": 1})
 
 
 @pytest.mark.parametrize(

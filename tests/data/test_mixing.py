@@ -14,7 +14,7 @@ from finetune.data import mixing as passes
 from finetune.data.fit import Limits, fitter
 from finetune.data.mixing import mix, read_pass, shuffle
 from finetune.data.prepare import prepare
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder
 
 SOURCES = st.lists(
@@ -80,15 +80,15 @@ def test_records_become_the_examples_they_become_when_prepared(tmp_path, tiny_to
     PIL.Image.new("RGB", (6, 5), "red").save(tmp_path / "a.png")
     records = [messages("a.png", answer="red " * number) for number in range(1, 70)]
     source = written(tmp_path, *records)
-    prepared, (account,) = prepare(
+    prepared, (stats,) = prepare(
         [source], tiny_tokenizer, max_length=100, max_images=4, seed=0, folder=tmp_path / "prepared"
     )
-    streamed = Account(source.name)
+    streamed = SourceStats(source.name)
     one_pass = read_pass(source, fitter(source, Encoder(tiny_tokenizer), Limits(100, 4), seed=0), 0)
     texts = [one.example.input_ids.tolist() for one in one_pass(0, streamed)]
     assert texts == [example.input_ids.tolist() for example in prepared.examples]
     assert len(texts) < len(records)
-    assert streamed.to_json() == {**account.to_json(), "images": 0}  # which are counted when they are prepared
+    assert streamed.to_json() == {**stats.to_json(), "images": 0}  # which are counted when they are prepared
 
 
 def test_how_many_records_are_tokenised_at_once_changes_nothing(tmp_path, tiny_tokenizer, monkeypatch):
@@ -99,8 +99,8 @@ def test_how_many_records_are_tokenised_at_once_changes_nothing(tmp_path, tiny_t
 
     def examples(at_once):
         monkeypatch.setattr(passes, "TOKENISED_AT_ONCE", at_once)
-        account = Account(source.name)
-        return [one.example.input_ids.tolist() for one in one_pass(0, account)], account.to_json()
+        stats = SourceStats(source.name)
+        return [one.example.input_ids.tolist() for one in one_pass(0, stats)], stats.to_json()
 
     assert examples(2) == examples(9) == examples(64)
     assert len(examples(9)[0]) == 18

@@ -33,7 +33,7 @@ from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
 from finetune.data.prepare import prepare, prepare_source, require_examples, split_by_image
 from finetune.data.prepared import EXAMPLE_SCHEMA, IMAGE_SCHEMA, Prepared, PreparedSet
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder
 from modeling.errors import UserError
 from modeling.tokens import IGNORED
@@ -91,9 +91,9 @@ def parts_of(records):
 
 
 def run(folder, tokenizer, records=None, *, max_length=200, max_images=2, seed=0, workers=1, made=None, **source):
-    """(prepared, its account); sets are kept in `made`, or in a folder beside the data."""
+    """(prepared, its stats); sets are kept in `made`, or in a folder beside the data."""
     path = write(folder, records) if records is not None else folder / "data.jsonl"
-    prepared, (account,) = prepare(
+    prepared, (stats,) = prepare(
         [make_source("messages", (path,), **source)],
         tokenizer,
         max_length=max_length,
@@ -102,7 +102,7 @@ def run(folder, tokenizer, records=None, *, max_length=200, max_images=2, seed=0
         folder=made or folder.parent / "made",
         workers=workers,
     )
-    return prepared, account
+    return prepared, stats
 
 
 def texts(prepared):
@@ -137,12 +137,12 @@ KINDS = {
 def test_each_reason_is_counted_with_the_place_of_the_first(kind, folder, tiny_tokenizer):
     line, reason = KINDS[kind]
     with parts_of(2):
-        prepared, account = run(folder, tiny_tokenizer, [record("a.bmp"), line, line])
-    assert account.read == 3
-    assert account.rejected == ({reason: 2} if reason else {})
-    assert account.kept == len(prepared) == (1 if reason else 3)
-    assert list(account.first_rejected) == list(account.rejected)
-    for place in account.first_rejected.values():
+        prepared, stats = run(folder, tiny_tokenizer, [record("a.bmp"), line, line])
+    assert stats.read == 3
+    assert stats.rejected == ({reason: 2} if reason else {})
+    assert stats.kept == len(prepared) == (1 if reason else 3)
+    assert list(stats.first_rejected) == list(stats.rejected)
+    for place in stats.first_rejected.values():
         assert place.removeprefix(str(folder)).lstrip("/").startswith("data.jsonl:2")
 
 
@@ -162,18 +162,18 @@ def said(messages):
 def test_read_is_kept_and_rejected(pictures, tiny_tokenizer, kinds, limit, turns, ordered):
     lines = [KINDS[kind][0] for kind in kinds]
     with TemporaryDirectory() as made, parts_of(3):
-        prepared, account = run(
+        prepared, stats = run(
             pictures, tiny_tokenizer, lines, limit=limit, turns=turns, ordered=ordered, made=Path(made)
         )
         taken = [KINDS[kind][1] for kind in kinds[:limit]]
-        assert account.read == len(taken)
-        assert account.limited == (limit is not None and limit <= len(kinds))
-        assert account.kept == taken.count(None)
-        assert account.rejected == Counter(reason for reason in taken if reason)
-        assert account.read == account.kept + sum(account.rejected.values())
-        assert account.parts_rejected == {}
-        assert Account.from_json(json.loads(json.dumps(account.to_json()))) == account
-        check_examples(prepared, account, tiny_tokenizer, turns)
+        assert stats.read == len(taken)
+        assert stats.limited == (limit is not None and limit <= len(kinds))
+        assert stats.kept == taken.count(None)
+        assert stats.rejected == Counter(reason for reason in taken if reason)
+        assert stats.read == stats.kept + sum(stats.rejected.values())
+        assert stats.parts_rejected == {}
+        assert SourceStats.from_json(json.loads(json.dumps(stats.to_json()))) == stats
+        check_examples(prepared, stats, tiny_tokenizer, turns)
         asked = [
             pair
             for line, reason in zip(lines[:limit], taken, strict=True)
@@ -188,7 +188,7 @@ def test_read_is_kept_and_rejected(pictures, tiny_tokenizer, kinds, limit, turns
         assert sorted(trained) == sorted(asked)
 
 
-def check_examples(prepared, account, tokenizer, turns):
+def check_examples(prepared, stats, tokenizer, turns):
     image, fake = tokenizer.convert_tokens_to_ids(["<image>", "<fake_token_around_image>"])
     bos, eos = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
     for index, (example, dialogue) in enumerate(zip(prepared.examples, prepared.dialogues, strict=True)):
@@ -200,10 +200,10 @@ def check_examples(prepared, account, tokenizer, turns):
         assert len(set(prepared.image_ids[index])) == prepared.image_counts[index] <= 2
         assert example.supervised > 0
         assert turns is None or len(dialogue.turns) <= 2 * turns
-    assert account.examples == len(prepared)
-    assert account.tokens == prepared.lengths.sum()
-    assert account.supervised_tokens == sum(example.supervised for example in prepared.examples)
-    assert account.images == len({image for ids in prepared.image_ids for image in ids})
+    assert stats.examples == len(prepared)
+    assert stats.tokens == prepared.lengths.sum()
+    assert stats.supervised_tokens == sum(example.supervised for example in prepared.examples)
+    assert stats.images == len({image for ids in prepared.image_ids for image in ids})
 
 
 def specials(dialogue):
@@ -213,53 +213,53 @@ def specials(dialogue):
 def test_what_is_counted_of_what_is_kept(folder, tiny_tokenizer):
     good = [record("a.bmp"), record("same-as-a.bmp", "b.bmp"), record()]
     bad = [record("none.bmp"), "[]", KINDS["too long"][0], record("c.bmp", "none.bmp")]
-    _, account = run(folder, tiny_tokenizer, good + bad, turns=1, ordered=False)
-    assert (account.read, account.kept, account.dialogues, account.examples, account.images) == (7, 3, 4, 3, 2)
-    assert account.loss == "4 of 7 records rejected: missing image 2, not an object 1, too long 1"
-    assert account.first_rejected == {
+    _, stats = run(folder, tiny_tokenizer, good + bad, turns=1, ordered=False)
+    assert (stats.read, stats.kept, stats.dialogues, stats.examples, stats.images) == (7, 3, 4, 3, 2)
+    assert stats.loss == "4 of 7 records rejected: missing image 2, not an object 1, too long 1"
+    assert stats.first_rejected == {
         "missing image": f"data.jsonl:4: {folder / 'none.bmp'}: No such file or directory",
         "not an object": "data.jsonl:5: expected a JSON object, got list",
-        "too long": account.first_rejected["too long"],
+        "too long": stats.first_rejected["too long"],
     }
-    assert account.source == f"{folder / 'data.jsonl'}[train]"
+    assert stats.source == f"{folder / 'data.jsonl'}[train]"
 
 
 def test_the_first_of_a_reason_is_the_earliest_whatever_found_it(folder, tiny_tokenizer):
     """BrokenFileError base64 is found while converting, a broken file when it is opened."""
-    _, account = run(folder, tiny_tokenizer, [record("broken.bmp"), record("data:image/png;base64,!"), record()])
-    assert account.rejected == {"corrupt image": 2}
-    assert account.first_rejected["corrupt image"].startswith("data.jsonl:1: ")
+    _, stats = run(folder, tiny_tokenizer, [record("broken.bmp"), record("data:image/png;base64,!"), record()])
+    assert stats.rejected == {"corrupt image": 2}
+    assert stats.first_rejected["corrupt image"].startswith("data.jsonl:1: ")
 
 
 def test_one_exchange_too_long_is_a_part_of_a_record_that_is_kept(folder, tiny_tokenizer):
     long = talk("a.bmp", count=4, answers={2: "no " * 200})
-    prepared, account = run(folder, tiny_tokenizer, [long], turns=4)
-    assert (account.read, account.kept, account.rejected, account.parts_rejected) == (1, 1, {}, {"too long": 1})
-    assert account.loss == "parts of kept records left out: too long 1"
+    prepared, stats = run(folder, tiny_tokenizer, [long], turns=4)
+    assert (stats.read, stats.kept, stats.rejected, stats.parts_rejected) == (1, 1, {}, {"too long": 1})
+    assert stats.loss == "parts of kept records left out: too long 1"
     assert [turn.text for dialogue in prepared.dialogues for turn in dialogue.turns] == [
         *("0?", "0!", "1?", "1!"),
         *("3?", "3!"),
     ]
     assert list(prepared.image_ids) == [(0,), (0,)]
-    whole, account = run(folder, tiny_tokenizer, [long])
-    assert (len(whole), account.rejected, account.parts_rejected) == (0, {"too long": 1}, {})
+    whole, stats = run(folder, tiny_tokenizer, [long])
+    assert (len(whole), stats.rejected, stats.parts_rejected) == (0, {"too long": 1}, {})
 
 
 def test_weight_of_an_answer_reaches_labels_questions_and_parts(folder, tiny_tokenizer):
     long = talk("a.bmp", count=3)
     long["messages"][1]["weight"] = 0
     long["score"] = 7
-    whole, account = run(folder, tiny_tokenizer, [long])
+    whole, stats = run(folder, tiny_tokenizer, [long])
     (example,), (dialogue,) = whole.examples, whole.dialogues
     trained = tiny_tokenizer.decode(example.input_ids[example.labels != IGNORED])
     assert trained == "1!<end_of_utterance> 2!<end_of_utterance>"
     assert [turn.supervised for turn in dialogue.turns] == [True, False, True, True, True, True]
     assert [references for _, references in dialogue.prompts()] == [("1!",), ("2!",)]
-    assert account.ignored == {"score": 1}
-    assert account.loss == "not used of records: score 1"
-    parts, account = run(folder, tiny_tokenizer, [long], turns=1)
+    assert stats.ignored == {"score": 1}
+    assert stats.loss == "not used of records: score 1"
+    parts, stats = run(folder, tiny_tokenizer, [long], turns=1)
     assert texts(parts) == [text for text in texts(parts) if "0!" not in text]
-    assert (len(parts), account.kept, account.parts_rejected) == (2, 1, {"nothing supervised": 1})
+    assert (len(parts), stats.kept, stats.parts_rejected) == (2, 1, {"nothing supervised": 1})
 
 
 def test_images_of_equal_content_are_one(folder, tiny_tokenizer):
@@ -278,8 +278,8 @@ def test_images_of_equal_content_are_one(folder, tiny_tokenizer):
 def test_the_length_limit_is_exact(folder, tiny_tokenizer):
     (length,) = run(folder, tiny_tokenizer, [record("a.bmp")])[0].lengths
     assert len(run(folder, tiny_tokenizer, max_length=int(length))[0]) == 1
-    _, account = run(folder, tiny_tokenizer, max_length=int(length) - 1)
-    assert account.first_rejected == {"too long": f"data.jsonl:1: {length} tokens, max_length is {length - 1}"}
+    _, stats = run(folder, tiny_tokenizer, max_length=int(length) - 1)
+    assert stats.first_rejected == {"too long": f"data.jsonl:1: {length} tokens, max_length is {length - 1}"}
 
 
 def test_a_file_is_decoded_once(folder, tiny_tokenizer, monkeypatch):
@@ -295,11 +295,11 @@ def test_sources_keep_their_order_and_sizes(folder, tiny_tokenizer, tmp_path):
     first = make_source("messages", (write(folder, [record("a.bmp"), "[]", record("b.bmp")]),))
     nothing, few = first.at(tmp_path / "none.jsonl"), first.model_copy(update={"limit": 1})
     (tmp_path / "none.jsonl").write_text("[]")
-    prepared, accounts = prepare(
+    prepared, source_stats = prepare(
         [first, nothing, few], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=tmp_path / "made"
     )
     assert prepared.sizes == [2, 0, 1]
-    assert [account.kept for account in accounts] == [2, 0, 1]
+    assert [stats.kept for stats in source_stats] == [2, 0, 1]
     a, b = prepared.image_ids[0][0], prepared.image_ids[1][0]
     assert list(prepared.image_ids) == [(a,), (b,), (a,)]
     chosen = prepared.select(np.array([1, 2]))
@@ -325,16 +325,16 @@ def test_questions_about_one_image_become_turns_of_one_dialogue(folder, tiny_tok
         seen = [texts(run(folder, tiny_tokenizer, records, turns=2, ordered=False, seed=seed)[0]) for seed in range(8)]
     assert all(joined in either for joined in seen)
     assert all(joined in seen for joined in either)
-    apart, account = run(folder, tiny_tokenizer, records, turns=1, ordered=False)
+    apart, stats = run(folder, tiny_tokenizer, records, turns=1, ordered=False)
     assert sorted(texts(apart)) == sorted([f"{first}</s>", f"{second}</s>", other])
-    assert (account.kept, account.dialogues) == (3, 3)
+    assert (stats.kept, stats.dialogues) == (3, 3)
 
 
 def test_joined_dialogues_are_of_at_most_so_many_turns_wherever_the_questions_stood(folder, tiny_tokenizer):
     names = ["a.bmp", "b.bmp", "same-as-a.bmp", "c.bmp"]
     records = [record(names[number % 4], question=f"{number}?", answer=f"{number}!") for number in range(24)]
     with parts_of(5):
-        prepared, account = run(folder, tiny_tokenizer, records, turns=5, ordered=False)
+        prepared, stats = run(folder, tiny_tokenizer, records, turns=5, ordered=False)
     asked = {image: [] for image in range(3)}
     for dialogue, images in zip(prepared.dialogues, prepared.image_ids, strict=True):
         assert images == (images[0],)
@@ -345,7 +345,7 @@ def test_joined_dialogues_are_of_at_most_so_many_turns_wherever_the_questions_st
     assert sorted(sorted(map(len, parts)) for parts in asked.values()) == [[1, 5], [1, 5], [2, 5, 5]]
     by_image = sorted(sorted(number for part in parts for number in part) for parts in asked.values())
     assert by_image == [list(range(0, 24, 2)), list(range(1, 24, 4)), list(range(3, 24, 4))]
-    assert (account.kept, account.dialogues, account.examples) == (24, 24, 7)
+    assert (stats.kept, stats.dialogues, stats.examples) == (24, 24, 7)
 
 
 def test_ordered_dialogues_stay_in_order_and_are_divided_one_after_the_other(folder, tiny_tokenizer):
@@ -367,9 +367,9 @@ def test_dialogues_of_another_form_are_not_joined(folder, tiny_tokenizer):
     late["messages"][0]["content"].reverse()
     system = {"messages": [{"role": "system", "content": "Be kind."}, *record("a.bmp")["messages"]]}
     others = [late, system, record(), record("a.bmp", question="")]
-    prepared, account = run(folder, tiny_tokenizer, others * 2, turns=5, ordered=False)
+    prepared, stats = run(folder, tiny_tokenizer, others * 2, turns=5, ordered=False)
     assert [len(dialogue.images) for dialogue in prepared.dialogues] == [1, 1, 0, 1] * 2
-    assert account.examples == 8
+    assert stats.examples == 8
 
 
 def test_questions_about_the_same_two_images_are_joined(folder, tiny_tokenizer):
@@ -385,7 +385,7 @@ def test_documents_are_cut_and_their_parts_counted(folder, tiny_tokenizer):
         {"images": [None], "texts": ["Both run."]},
         {"images": [None, None], "texts": ["No end " * 60, "The end."]},
     ]
-    prepared, accounts = prepare(
+    prepared, source_stats = prepare(
         [make_source("obelics", (write(folder, lines),))],
         tiny_tokenizer,
         max_length=80,
@@ -393,7 +393,7 @@ def test_documents_are_cut_and_their_parts_counted(folder, tiny_tokenizer):
         seed=0,
         folder=folder / "made",
     )
-    (account,) = accounts
+    (stats,) = source_stats
     assert [dialogue.turns[0].text[:8] for dialogue in prepared.dialogues] == [
         "A dog is",
         "A cat is",
@@ -404,8 +404,8 @@ def test_documents_are_cut_and_their_parts_counted(folder, tiny_tokenizer):
     assert [dialogue.goes_on for dialogue in prepared.dialogues] == [True, False, False, False]
     eos = tiny_tokenizer.convert_tokens_to_ids("</s>")
     assert [eos in example.input_ids for example in prepared.examples] == [False, True, True, True]
-    assert (account.kept, account.examples, account.documents_cut) == (3, 4, 2)
-    assert account.parts_rejected == {"too long": 1}
+    assert (stats.kept, stats.examples, stats.documents_cut) == (3, 4, 2)
+    assert stats.parts_rejected == {"too long": 1}
     assert max(prepared.lengths) <= 80
 
 
@@ -417,11 +417,11 @@ def test_a_document_goes_on_without_an_image_that_cannot_be_shown_while_it_has_a
     ]
     source = make_source("obelics", (write(folder, lines),))
     limits = {"max_length": 80, "max_images": 4}
-    prepared, (account,) = prepare([source], tiny_tokenizer, **limits, seed=0, folder=folder / "made")
+    prepared, (stats,) = prepare([source], tiny_tokenizer, **limits, seed=0, folder=folder / "made")
     (turn,), _ = (dialogue.turns for dialogue in prepared.dialogues)
     assert [part if isinstance(part, str) else part.source.name for part in turn.parts] == ["Gone.", "a.bmp", "Here."]
     assert [prepared.images[image].source.name for (image,) in prepared.image_ids] == ["a.bmp", "b.bmp"]
-    assert (account.kept, account.rejected, account.parts_rejected) == (2, {"missing image": 1}, {"missing image": 1})
+    assert (stats.kept, stats.rejected, stats.parts_rejected) == (2, {"missing image": 1}, {"missing image": 1})
 
 
 def test_a_document_is_cut_where_a_lost_image_would_leave_its_text_another(folder, tiny_tokenizer):
@@ -430,14 +430,14 @@ def test_a_document_is_cut_where_a_lost_image_would_leave_its_text_another(folde
     ]
     source = make_source("obelics", (write(folder, lines),))
     limits = {"max_length": 80, "max_images": 4}
-    prepared, (account,) = prepare([source], tiny_tokenizer, **limits, seed=0, folder=folder / "made")
+    prepared, (stats,) = prepare([source], tiny_tokenizer, **limits, seed=0, folder=folder / "made")
     assert [
         [part if isinstance(part, str) else part.source.name for part in dialogue.turns[0].parts]
         for dialogue in prepared.dialogues
     ] == [["a.bmp", "A."], ["Gone.", "b.bmp", "B."]]
     assert [dialogue.goes_on for dialogue in prepared.dialogues] == [True, False]
-    assert (account.kept, account.dialogues, account.examples, account.documents_cut) == (1, 1, 2, 1)
-    assert account.parts_rejected == {"missing image": 1}
+    assert (stats.kept, stats.dialogues, stats.examples, stats.documents_cut) == (1, 1, 2, 1)
+    assert stats.parts_rejected == {"missing image": 1}
 
 
 MIXED = [
@@ -468,7 +468,7 @@ def test_workers_do_not_change_what_is_made(ordered, folder, tiny_tokenizer):
             for workers in (1, 2)
         )
     assert content(one[0].sets[0]) == content(two[0].sets[0])
-    assert set(content(one[0].sets[0])) == {"account.json", "examples.arrow", "files.arrow", "images.arrow"}
+    assert set(content(one[0].sets[0])) == {"stats.json", "examples.arrow", "files.arrow", "images.arrow"}
     assert one[1] == two[1]
 
 
@@ -504,15 +504,15 @@ NUMBERED = [record("abc"[number % 3] + ".bmp", question=f"{number}?") for number
 
 def test_what_is_prepared_is_opened_and_not_made_again(folder, tiny_tokenizer, converted):
     questions, _ = converted
-    first, account = run(folder, tiny_tokenizer, NUMBERED)
+    first, stats = run(folder, tiny_tokenizer, NUMBERED)
     assert len(questions) == 12
     before = {path: path.stat().st_mtime_ns for path in first.sets[0].folder.rglob("*")}
     again, same_account = run(folder, tiny_tokenizer)
     assert len(questions) == 12
     assert again.sets[0].folder == first.sets[0].folder
     assert before == {path: path.stat().st_mtime_ns for path in first.sets[0].folder.rglob("*")}
-    assert same_account == account
-    assert account.kept == 12
+    assert same_account == stats
+    assert stats.kept == 12
 
 
 @pytest.mark.parametrize("stop", ["1?", "4?", "11?"])
@@ -579,7 +579,7 @@ def test_finished_parts_are_not_tokenised_again(folder, tiny_tokenizer, monkeypa
 def test_only_its_account_makes_a_set_whole(folder, tiny_tokenizer, converted, monkeypatch):
     questions, _ = converted
     with monkeypatch.context() as patch:
-        patch.setattr(Account, "to_json", lambda self: (_ for _ in ()).throw(Interrupted()))
+        patch.setattr(SourceStats, "to_json", lambda self: (_ for _ in ()).throw(Interrupted()))
         with pytest.raises(Interrupted):
             run(folder, tiny_tokenizer, NUMBERED)
     (made,) = (path for path in (folder.parent / "made").iterdir() if path.is_dir())
@@ -588,7 +588,7 @@ def test_only_its_account_makes_a_set_whole(folder, tiny_tokenizer, converted, m
     prepared, _ = run(folder, tiny_tokenizer)
     assert (prepared.sets[0].folder, len(questions)) == (made, 12)
     whole = content(prepared.sets[0])
-    (made / "account.json").unlink()
+    (made / "stats.json").unlink()
     prepared, _ = run(folder, tiny_tokenizer)
     assert len(questions) == 24
     assert content(prepared.sets[0]) == whole
@@ -601,14 +601,14 @@ def prepare_at_once(source, fitter, folder, start, results):
     made = prepare_source(
         source, fitter, folder=folder, workers=1, track=lambda items, step: (steps.append(step), items)[1]
     )
-    results.put((steps, made.folder.name, made.account.kept, texts(Prepared([made]))))
+    results.put((steps, made.folder.name, made.stats.kept, texts(Prepared([made]))))
 
 
 def test_an_empty_set_is_whole_and_opened_as_any_other(folder, tiny_tokenizer, converted):
     questions, _ = converted
     for _ in range(2):
-        prepared, account = run(folder, tiny_tokenizer, [record("none.bmp")])
-        assert (len(prepared), account.rejected) == (0, {"missing image": 1})
+        prepared, stats = run(folder, tiny_tokenizer, [record("none.bmp")])
+        assert (len(prepared), stats.rejected) == (0, {"missing image": 1})
     assert len(questions) == 1
 
 
@@ -666,14 +666,14 @@ def test_another_content_tokenizer_or_code_is_another_set(
 ):
     first, _ = run(folder, tiny_tokenizer, NUMBERED)
     tokenizer, _ = run(folder, llama_tokenizer)
-    changed, account = run(folder, tiny_tokenizer, [*NUMBERED[:-1], record(question="x?")])
+    changed, stats = run(folder, tiny_tokenizer, [*NUMBERED[:-1], record(question="x?")])
     shutil.copytree(Path(module.__file__).parent, tmp_path / "code")
     (tmp_path / "code" / "formats" / "more.py").write_text("MORE = 1\n")
     monkeypatch.setattr(module, "__file__", str(tmp_path / "code" / "prepare.py"))
     code, _ = run(folder, tiny_tokenizer, NUMBERED)
     assert len({name(prepared) for prepared in (first, tokenizer, changed, code)}) == 4
     assert [dialogue.turns[0].text for dialogue in changed.dialogues][-1] == "x?"
-    assert account.kept == 12
+    assert stats.kept == 12
 
 
 def touch(path, content=None):
@@ -711,14 +711,14 @@ def test_a_changed_image_makes_another_set_beside_its_own(changed, size, folder,
 
 def test_a_missing_and_a_broken_image_that_were_mended_make_another_set(folder, tiny_tokenizer):
     records = [record("none.bmp"), record("broken.bmp"), record("a.bmp")]
-    first, account = run(folder, tiny_tokenizer, records)
-    assert account.rejected == {"missing image": 1, "corrupt image": 1}
+    first, stats = run(folder, tiny_tokenizer, records)
+    assert stats.rejected == {"missing image": 1, "corrupt image": 1}
     touch(folder / "none.bmp", (folder / "b.bmp").read_bytes())
-    second, account = run(folder, tiny_tokenizer)
-    assert (name(second), account.rejected) == (f"{name(first)}-2", {"corrupt image": 1})
+    second, stats = run(folder, tiny_tokenizer)
+    assert (name(second), stats.rejected) == (f"{name(first)}-2", {"corrupt image": 1})
     touch(folder / "broken.bmp", (folder / "c.bmp").read_bytes())
-    third, account = run(folder, tiny_tokenizer)
-    assert (name(third), account.rejected, account.kept, len(third.images)) == (f"{name(first)}-3", {}, 3, 3)
+    third, stats = run(folder, tiny_tokenizer)
+    assert (name(third), stats.rejected, stats.kept, len(third.images)) == (f"{name(first)}-3", {}, 3, 3)
     (folder / "none.bmp").unlink()
     touch(folder / "broken.bmp", (folder / "a.bmp").read_bytes()[:40])
     assert name(run(folder, tiny_tokenizer)[0]) == name(first)
@@ -758,9 +758,9 @@ def test_why_a_set_is_made_anew_is_shown_with_the_progress(folder, tiny_tokenize
     assert first == "convert data.jsonl"
     assert rest == f"{folder / 'a.bmp'}: has other content, and 2 more"
     assert steps[1:] == ["tokenise data.jsonl"]
-    (found.folder / "account.json").write_text("{}")
+    (found.folder / "stats.json").write_text("{}")
     prepared()
-    assert steps[0] == "convert data.jsonl anew: account.json was damaged"
+    assert steps[0] == "convert data.jsonl anew: stats.json was damaged"
     prepared()
     assert steps == []
 
@@ -845,7 +845,7 @@ def test_an_image_touched_between_two_attempts_is_the_same(folder, tiny_tokenize
 
 @pytest.mark.parametrize("harm", ["empty", "half", "garbage", "missing"])
 @pytest.mark.parametrize(
-    "file", ["examples.arrow", "images.arrow", "files.arrow", "images/000000.bin", "account.json", "fingerprints.json"]
+    "file", ["examples.arrow", "images.arrow", "files.arrow", "images/000000.bin", "stats.json", "fingerprints.json"]
 )
 def test_a_damaged_set_is_made_anew(harm, file, folder, tiny_tokenizer):
     records = [record("a.bmp"), record(inside(folder / "b.bmp")), record("none.bmp")]
@@ -854,8 +854,8 @@ def test_a_damaged_set_is_made_anew(harm, file, folder, tiny_tokenizer):
     if file == "fingerprints.json":
         path = first.sets[0].folder.parent / file
     harmed(path, harm)
-    again, account = run(folder, tiny_tokenizer)
-    assert (name(again), account.kept) == (name(first), 2)
+    again, stats = run(folder, tiny_tokenizer)
+    assert (name(again), stats.kept) == (name(first), 2)
     written = content(again.sets[0])
     assert len(written.pop("files.arrow")) == len(whole.pop("files.arrow"))  # it holds when images/*.bin was written
     assert written == whole
@@ -866,7 +866,7 @@ def test_a_damaged_set_is_made_anew(harm, file, folder, tiny_tokenizer):
 def test_an_account_that_is_none_is_made_anew(text, folder, tiny_tokenizer):
     first, _ = run(folder, tiny_tokenizer, [record("a.bmp")])
     whole = content(first.sets[0])
-    (first.sets[0].folder / "account.json").write_text(text)
+    (first.sets[0].folder / "stats.json").write_text(text)
     assert content(run(folder, tiny_tokenizer)[0].sets[0]) == whole
 
 
@@ -931,14 +931,14 @@ def test_names_that_are_not_utf_8_lose_nothing(tmp_path, tiny_tokenizer):
         made = prepare(
             [make_source("messages", (path,))], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=folder
         )
-        prepared, (account,) = made
+        prepared, (stats,) = made
         assert [open_image(image).getpixel((0, 0)) for image in prepared.dialogues[0].images] == [(255, 0, 0)]
         assert [image.source for image in prepared.dialogues[0].images] == [folder / odd]
-        assert list(prepared.places) == ["l\\udcffnes.jsonl:1", "l\\udcffnes.jsonl:2"]
-        assert account.source == as_unicode(f"{path}[train]")
-        assert account.rejected == {"not an image reference": 1, "text is not Unicode": 1}
-        assert account.first_rejected["text is not Unicode"].startswith("l\\udcffnes.jsonl:4: ")
-    json.dumps(account.to_json(), ensure_ascii=False).encode("utf-8", "backslashreplace")
+        assert list(prepared.record_ids) == ["l\\udcffnes.jsonl:1", "l\\udcffnes.jsonl:2"]
+        assert stats.source == as_unicode(f"{path}[train]")
+        assert stats.rejected == {"not an image reference": 1, "text is not Unicode": 1}
+        assert stats.first_rejected["text is not Unicode"].startswith("l\\udcffnes.jsonl:4: ")
+    json.dumps(stats.to_json(), ensure_ascii=False).encode("utf-8", "backslashreplace")
     (folder / odd).unlink()
     with pytest.raises(UserError, match="the image file is missing"):
         prepare([make_source("messages", (path,))], tiny_tokenizer, max_length=200, max_images=2, seed=0, folder=folder)
@@ -951,9 +951,7 @@ def inside(path):
 def test_images_inside_records_are_kept_as_they_came_once_in_a_part(folder, tiny_tokenizer):
     a, b = inside(folder / "a.bmp"), inside(folder / "b.bmp")
     with parts_of(3):
-        prepared, account = run(
-            folder, tiny_tokenizer, [record(a), record(b), record(a), record("c.bmp"), record(b, a)]
-        )
+        prepared, stats = run(folder, tiny_tokenizer, [record(a), record(b), record(a), record("c.bmp"), record(b, a)])
     kept = prepared.sets[0].folder / "images"
     red, green = (folder / "a.bmp").read_bytes(), (folder / "b.bmp").read_bytes()
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == {
@@ -968,7 +966,7 @@ def test_images_inside_records_are_kept_as_they_came_once_in_a_part(folder, tiny
         Slice(kept / "000000.bin", len(red), len(green)),
         folder / "c.bmp",
     }
-    assert account.images == 3
+    assert stats.images == 3
     assert len(run(folder, tiny_tokenizer)[0].images) == 3
     (kept / "000000.bin").unlink()
     assert [open_image(image).size for image in run(folder, tiny_tokenizer)[0].images] == [(8, 8)] * 3
@@ -980,8 +978,8 @@ def test_pictures_in_memory_are_kept_with_equal_pixels(mode, folder, tiny_tokeni
     picture = PIL.Image.fromarray(noise).convert(mode)
     family = replace(FORMATS["messages"], read=lambda source: iter([("hub:0", record(picture))]))
     monkeypatch.setitem(FORMATS, "messages", family)
-    prepared, account = run(folder, tiny_tokenizer, [])
-    assert (account.kept, account.rejected) == (1, {})
+    prepared, stats = run(folder, tiny_tokenizer, [])
+    assert (stats.kept, stats.rejected) == (1, {})
     expected = np.asarray(open_image(Image(picture)))
     assert (np.asarray(open_image(prepared.images[0])) == expected).all()
 
@@ -1036,7 +1034,7 @@ def made(tmp_path_factory):
 
 
 def sides(prepared, fraction, seed):
-    return [list(side.places) for side in split_by_image(prepared, fraction, seed=seed)]
+    return [list(side.record_ids) for side in split_by_image(prepared, fraction, seed=seed)]
 
 
 @given(
@@ -1088,10 +1086,10 @@ def test_a_split_that_cannot_be_is_told(made):
 
 
 def test_nothing_to_train_on_is_an_error_with_its_reasons(folder, tiny_tokenizer):
-    prepared, account = run(folder, tiny_tokenizer, ["[]", record("none.bmp"), "[]"])
+    prepared, stats = run(folder, tiny_tokenizer, ["[]", record("none.bmp"), "[]"])
     with pytest.raises(UserError) as caught:
-        require_examples(prepared, [account])
-    where, missing = account.source, folder.resolve() / "none.bmp"
+        require_examples(prepared, [stats])
+    where, missing = stats.source, folder.resolve() / "none.bmp"
     assert str(caught.value).splitlines() == [
         "no dialogue is left:",
         f"  {where}: 2 x not an object (first: data.jsonl:1: expected a JSON object, got list)",
@@ -1101,20 +1099,23 @@ def test_nothing_to_train_on_is_an_error_with_its_reasons(folder, tiny_tokenizer
 
 def test_empty_sources_are_an_error_that_says_so(made):
     with pytest.raises(UserError, match="the sources are empty"):
-        require_examples(made(), [Account("x")])
-    require_examples(made(()), [Account("x")])
+        require_examples(made(), [SourceStats("x")])
+    require_examples(made(()), [SourceStats("x")])
 
 
 def test_a_lost_record_is_never_reported():
-    account = Account("x", read=2, kept=1)
+    stats = SourceStats("x", read=2, kept=1)
     with pytest.raises(AssertionError, match="records lost"):
-        account.to_json()
-    account.reject("data.jsonl:1", RecordError("too long"))
-    assert account.to_json()["first_rejected"] == {"too long": "data.jsonl:1"}
+        stats.to_json()
+    stats.reject("data.jsonl:1", RecordError("too long"))
+    assert stats.to_json()["first_rejected"] == {"too long": "data.jsonl:1"}
 
 
 def test_accounts_of_parts_add_up_and_keep_the_first_place():
-    whole, second = Account("x", read=8, limited=True), Account("", kept=2, tokens=7, broken=["f.json breaks off"])
+    whole, second = (
+        SourceStats("x", read=8, limited=True),
+        SourceStats("", kept=2, tokens=7, broken=["f.json breaks off"]),
+    )
     whole.reject("x:1", RecordError("too long", "9 tokens"))
     whole.reject_part("x:2", RecordError("corrupt image"))
     second.reject("x:5", RecordError("missing image", "a.bmp"))
@@ -1146,12 +1147,12 @@ def test_accounts_of_parts_add_up_and_keep_the_first_place():
         "repeats_per_epoch": None,
     }
     assert list(whole.to_json()["first_rejected"]) == ["too long", "corrupt image", "missing image", "too many images"]
-    assert Account.from_json(whole.to_json()) == whole
+    assert SourceStats.from_json(whole.to_json()) == whole
     assert whole.loss == (
         "f.json breaks off; 3 of 8 records rejected: too long 2, missing image 1; "
         "parts of kept records left out: corrupt image 1, too many images 2"
     )
-    assert Account("x", read=1, kept=1).loss is None
+    assert SourceStats("x", read=1, kept=1).loss is None
 
 
 def test_a_file_that_breaks_off_is_prepared_as_far_as_it_goes_where_that_is_asked(folder, tiny_tokenizer, tmp_path):
@@ -1161,11 +1162,11 @@ def test_a_file_that_breaks_off_is_prepared_as_far_as_it_goes_where_that_is_aske
     options = {"max_length": 200, "max_images": 2, "seed": 0, "folder": tmp_path / "made"}
     with pytest.raises(UserError, match=r"data\.json: the file breaks off: not JSON: .*; 3 records were read before, "):
         prepare([make_source("messages", (path,))], tiny_tokenizer, **options)
-    prepared, (account,) = prepare([make_source("messages", (path,), on_broken="keep")], tiny_tokenizer, **options)
+    prepared, (stats,) = prepare([make_source("messages", (path,), on_broken="keep")], tiny_tokenizer, **options)
     assert len(prepared) == 2
-    assert (account.read, account.kept, account.rejected) == (3, 2, {"not an object": 1})
+    assert (stats.read, stats.kept, stats.rejected) == (3, 2, {"not an object": 1})
     size = path.stat().st_size
     lost = f"3 records were read before, 0.9 % of the file was not read, from byte {size - 3} of {size} on"
     told = f"{path} breaks off: not JSON: Expecting value at byte {size - 3}; {lost}"
-    assert account.broken == [told]
-    assert account.loss == f"{told}; 1 of 3 records rejected: not an object 1"
+    assert stats.broken == [told]
+    assert stats.loss == f"{told}; 1 of 3 records rejected: not an object 1"

@@ -158,7 +158,7 @@ def test_examples_know_their_place_and_source(prepare_files):
     prepared = prepare_files("first", "empty", "second")
     assert prepared.sizes == [3, 0, 2]
     assert [prepared.source_of(index) for index in range(5)] == [0, 0, 0, 2, 2]
-    assert [place.rpartition("/")[2] for place in prepared.places] == [
+    assert [place.rpartition("/")[2] for place in prepared.record_ids] == [
         *("first.jsonl:1", "first.jsonl:2", "first.jsonl:3"),
         *("second.jsonl:1", "second.jsonl:2"),
     ]
@@ -175,7 +175,7 @@ def test_selected_examples_are_the_same_examples(prepare_files):
         assert again.image_ids[index] == prepared.image_ids[original]
         assert again.lengths[index] == prepared.lengths[original]
         assert again.image_counts[index] == prepared.image_counts[original]
-        assert again.places[index] == prepared.places[original]
+        assert again.record_ids[index] == prepared.record_ids[original]
         assert again.source_of(index) == prepared.source_of(original)
     assert len(again.images) == 3  # numbered as they were
 
@@ -229,7 +229,7 @@ def test_examples_count_from_the_end_and_stop_there(prepare_files):
     assert prepared.examples[-1].input_ids.tolist() == prepared.examples[2].input_ids.tolist()
     assert prepared.dialogues[-3] == prepared.dialogues[0]
     assert [len(example) for example in prepared.examples[1:]] == prepared.lengths[1:].tolist()
-    for view in (prepared.examples, prepared.dialogues, prepared.places, prepared.image_ids, prepared.images):
+    for view in (prepared.examples, prepared.dialogues, prepared.record_ids, prepared.image_ids, prepared.images):
         for index in (len(view), -len(view) - 1):
             with pytest.raises(IndexError):
                 view[index]
@@ -254,7 +254,7 @@ def test_another_process_sees_the_same(prepare_files):
 
 
 @given(
-    name=st.sampled_from(["examples.arrow", "images.arrow", "files.arrow", "account.json"]),
+    name=st.sampled_from(["examples.arrow", "images.arrow", "files.arrow", "stats.json"]),
     changes=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=4),
     kept=st.floats(0, 1) | st.just(1.0),
 )
@@ -278,6 +278,6 @@ def test_fuzz_of_a_set_that_is_opened_or_named_as_damaged(prepare_files, tmp_pat
 def test_a_set_is_opened_with_its_account(prepare_files):
     (made,) = prepare_files("first").sets
     opened = PreparedSet.open(made.folder)
-    assert (len(opened), opened.account.kept, opened.account.images) == (3, 3, 2)
-    assert opened.account == made.account
+    assert (len(opened), opened.stats.kept, opened.stats.images) == (3, 3, 2)
+    assert opened.stats == made.stats
     assert PreparedSet.open(made.folder / "none") is None

@@ -17,7 +17,7 @@ from finetune.data.io.image_roots import ImageRoot
 from finetune.data.mixing import read_pass
 from finetune.data.prepare import prepare
 from finetune.data.records import to_dialogue
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder, tokenize, tokenize_all
 from finetune.planning.check import _encoder, first_records
 from finetune.recipe.schema import Recipe
@@ -120,24 +120,24 @@ def test_check_counts_of_the_first_records_what_prepare_counts(folder, tiny_toke
     source = make_source(name, paths=(path,), limit=limit, turns=turns, prompt=prompt)
     with TemporaryDirectory() as made:
         settings = {"max_length": MAX_LENGTH, "max_images": MAX_IMAGES, "seed": 0, "folder": Path(made)}
-        _, (account,) = prepare([source], tiny_tokenizer, **settings)
+        _, (stats,) = prepare([source], tiny_tokenizer, **settings)
     report, _ = first_records(source, recipe_of(), Encoder(tiny_tokenizer))
-    assert report["usable"] == account.kept
-    assert {fact: report[fact] for fact in FACTS} == {fact: getattr(account, fact) for fact in FACTS}
+    assert report["usable"] == stats.kept
+    assert {fact: report[fact] for fact in FACTS} == {fact: getattr(stats, fact) for fact in FACTS}
 
 
 def test_streams_reject_what_prepare_rejects_before_images_are_opened(folder, tiny_tokenizer):
     records = [line for line in DIALOGUES if not any(name in json.dumps(line) for name in ("none", "broken", "empty"))]
     path = folder / "stream.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in records))
-    source, counted = make_source("messages", paths=(path,)), Account("x")
+    source, counted = make_source("messages", paths=(path,)), SourceStats("x")
     how = fitter(source, Encoder(tiny_tokenizer), Limits(MAX_LENGTH, MAX_IMAGES + 1), seed=0)
     list(read_pass(source, how, 0)(0, counted))
     with TemporaryDirectory() as made:
         settings = {"max_length": MAX_LENGTH, "max_images": MAX_IMAGES + 1, "seed": 0, "folder": Path(made)}
-        _, (account,) = prepare([source], tiny_tokenizer, **settings)
-    assert counted.rejected == account.rejected
-    assert (counted.read, counted.kept) == (account.read, account.kept) == (16, 5)
+        _, (stats,) = prepare([source], tiny_tokenizer, **settings)
+    assert counted.rejected == stats.rejected
+    assert (counted.read, counted.kept) == (stats.read, stats.kept) == (16, 5)
 
 
 def test_lengths_by_the_tokenizer_s_file_are_those_of_transformers(base_folder):

@@ -40,8 +40,8 @@ def drawn(number, length=1, *, epoch=0, source=0):
 def counting(size, *, source=0, first=0):
     """A pass over `size` examples of one token, which is 1000 x the pass + their number from `first` on."""
 
-    def one_pass(epoch, account):
-        account.kept += size
+    def one_pass(epoch, stats):
+        stats.kept += size
         return (drawn(1000 * epoch + number, epoch=epoch, source=source) for number in range(first, first + size))
 
     return one_pass
@@ -101,8 +101,8 @@ def test_passes_of_a_run_have_their_own_orders(monkeypatch):
 
 
 def test_rows_of_a_window_are_shuffled_not_sorted_by_fill():
-    def one_pass(epoch, account):
-        account.kept += 30
+    def one_pass(epoch, stats):
+        stats.kept += 30
         return (drawn(number, 1 + number % 6) for number in range(30))
 
     fills = [[rows.tokens(number) for number in range(40)] for rows in (rows_of(one_pass, seed=0) for _ in range(2))]
@@ -119,9 +119,9 @@ def test_memory_is_bounded_by_the_buffer_and_a_window(monkeypatch):
         nonlocal alive
         alive -= 1
 
-    def one_pass(epoch, account):
+    def one_pass(epoch, stats):
         nonlocal alive
-        account.kept += 1
+        stats.kept += 1
         for number in count():
             one = drawn(number)
             alive += 1
@@ -215,7 +215,7 @@ def test_a_row_is_the_same_whoever_asks_and_whatever_was_asked_before(reading, d
         zip(tokens, epochs, strict=True)
     )
     assert rows().epoch(ASKED - 1) == epochs[-1] > 0
-    assert asked.accounts[0].to_json() == in_order.accounts[0].to_json()
+    assert asked.source_stats[0].to_json() == in_order.source_stats[0].to_json()
 
 
 def test_augmentation_is_drawn_anew_for_each_row(reading, folder):
@@ -268,7 +268,7 @@ def test_rows_hold_the_examples_of_the_records_and_their_images(reading, folder,
     assert shown == {True: [1, -1, -1], False: [-1, -1, 1]}  # of mean and deviation 0.5: all red, all blue
 
 
-# accounts
+# source_stats
 
 
 KINDS = {
@@ -300,25 +300,25 @@ def test_read_is_kept_and_rejected_at_any_row_and_nothing_is_read_beyond_the_lim
     rows = reading(make_source(source.format, source.paths, stream=True, limit=limit), buffer=buffer, row_images=2)
     for number in range(12):  # enough for every record to have been in a row, and in further passes
         rows.at(number)
-        (account,) = rows.accounts
-        assert account.to_json()["read"] <= len(kinds)
-        assert account.kept >= 0
+        (stats,) = rows.source_stats
+        assert stats.to_json()["read"] <= len(kinds)
+        assert stats.kept >= 0
     reasons = [KINDS[kind][1] for kind in kinds[:limit]]
     assert rows.epoch(11) > 0
-    assert (account.read, account.limited) == (len(reasons), limit is not None and limit <= len(kinds))
-    assert account.kept == reasons.count(None)
-    assert account.rejected == Counter(reason for reason in reasons if reason)
-    assert account.parts_rejected == {}
+    assert (stats.read, stats.limited) == (len(reasons), limit is not None and limit <= len(kinds))
+    assert stats.kept == reasons.count(None)
+    assert stats.rejected == Counter(reason for reason in reasons if reason)
+    assert stats.parts_rejected == {}
 
 
 def test_going_back_counts_nothing_twice(reading, folder):
     rows = reading(written(folder, messages("a.png"), messages("broken.png"), "{broken"))
     for number in (0, 1, 2, 0, 3):
         rows.at(number)
-    (account,) = rows.accounts
-    assert (account.read, account.kept) == (3, 1)
-    assert account.rejected == {"corrupt image": 1, "not JSON": 1}
-    assert account.first_rejected["corrupt image"].startswith("data.jsonl:2: ")
+    (stats,) = rows.source_stats
+    assert (stats.read, stats.kept) == (3, 1)
+    assert stats.rejected == {"corrupt image": 1, "not JSON": 1}
+    assert stats.first_rejected["corrupt image"].startswith("data.jsonl:2: ")
 
 
 def test_an_image_that_cannot_be_opened_takes_its_example_out_of_the_row_in_every_pass(reading, folder, tiny_tokenizer):
@@ -348,16 +348,16 @@ def test_document_goes_on_without_an_image_as_in_preparing(reading, folder, tiny
     assert texts == {f"<s>{image}red", "<s>two</s>", f"<s>no{image}blue</s>"}
     for number in range(1, 6):
         rows.at(number)
-    (account,) = rows.accounts
+    (stats,) = rows.source_stats
     settings = {"max_length": 512, "max_images": 4, "seed": 0, "folder": tmp_path / "made"}
     _, (prepared,) = prepare([make_source("obelics", paths)], tiny_tokenizer, **settings)
     facts = ("read", "kept", "rejected", "parts_rejected")
-    assert {name: getattr(account, name) for name in facts} == {name: getattr(prepared, name) for name in facts}
-    assert (account.kept, account.parts_rejected) == (2, {"corrupt image": 1, "missing image": 1})
+    assert {name: getattr(stats, name) for name in facts} == {name: getattr(prepared, name) for name in facts}
+    assert (stats.kept, stats.parts_rejected) == (2, {"corrupt image": 1, "missing image": 1})
     again = reading(make_source("obelics", paths, stream=True), row_tokens=512)
     again.restore(rows.state(6))
     again.at(0)
-    assert again.accounts == rows.accounts
+    assert again.source_stats == rows.source_stats
 
 
 def test_a_row_of_which_nothing_is_left_is_one_unsupervised_token(reading, folder, monkeypatch):
@@ -377,10 +377,10 @@ def test_a_record_of_several_examples_is_rejected_with_its_last(reading, folder)
     rows = reading(make_source(source.format, source.paths, stream=True, turns=1))
     for number in range(20):
         rows.at(number)
-    (account,) = rows.accounts
-    assert (account.read, account.kept, account.examples) == (2, 1, 8)
-    assert account.rejected == {"corrupt image": 1}
-    assert account.parts_rejected == {"corrupt image": 4}  # one of the first record, three of the second
+    (stats,) = rows.source_stats
+    assert (stats.read, stats.kept, stats.examples) == (2, 1, 8)
+    assert stats.rejected == {"corrupt image": 1}
+    assert stats.parts_rejected == {"corrupt image": 4}  # one of the first record, three of the second
 
 
 def test_a_source_with_nothing_usable_is_an_error_with_the_reasons(reading, folder):
@@ -419,26 +419,26 @@ def test_turns_bound_and_documents_are_cut(reading, encoder, folder):
     source = written(folder, {"messages": turns}, messages())
     rows = reading(make_source(source.format, source.paths, stream=True, turns=2))
     rows.at(0)
-    (account,) = rows.accounts
-    assert (account.read, account.kept, account.dialogues, account.examples) == (2, 2, 2, 3)
+    (stats,) = rows.source_stats
+    assert (stats.read, stats.kept, stats.dialogues, stats.examples) == (2, 2, 2, 3)
 
     (folder / "long.jsonl").write_text(json.dumps({"texts": ["a red ball. " * 4] * 6, "images": [None] * 6}) + "\n")
     rows = reading(make_source("obelics", (folder / "long.jsonl",), stream=True), max_length=64)
     for number in range(6):
         starts = rows.at(number)["layout"].sequence_starts
         assert max(stop - start for start, stop in pairwise(starts)) <= 64
-    (account,) = rows.accounts
-    assert (account.read, account.kept, account.documents_cut) == (1, 1, 1)
-    assert account.examples > 1
+    (stats,) = rows.source_stats
+    assert (stats.read, stats.kept, stats.documents_cut) == (1, 1, 1)
+    assert stats.examples > 1
 
 
 def test_a_stream_is_read_no_further_than_it_must(reading, folder, monkeypatch):
     monkeypatch.setattr(stream, "WINDOW_ROWS", 1)
     rows = reading(written(folder, *[messages()] * 400), row_tokens=64, max_length=64)
     rows.at(0)
-    (account,) = rows.accounts
-    assert account.read == account.kept == TOKENISED_AT_ONCE
-    assert account.examples == account.dialogues == TOKENISED_AT_ONCE
+    (stats,) = rows.source_stats
+    assert stats.read == stats.kept == TOKENISED_AT_ONCE
+    assert stats.examples == stats.dialogues == TOKENISED_AT_ONCE
 
 
 def test_prepared_and_streamed_sources_together(reading, encoder, folder, tiny_tokenizer):
@@ -461,8 +461,8 @@ def test_prepared_and_streamed_sources_together(reading, encoder, folder, tiny_t
     assert answers["red"] == pytest.approx(3 * answers["blu"], abs=12)
     assert answers.keys() == {"red", "blu"}
     assert equal(alone.at(63), batch)
-    assert [account.read for account in first.accounts] == [3, 3]
-    assert first.accounts[1].rejected == {"not JSON": 1}
+    assert [stats.read for stats in first.source_stats] == [3, 3]
+    assert first.source_stats[1].rejected == {"not JSON": 1}
     (folder / "a.png").unlink()
     with pytest.raises(RecordError, match="missing image"):
         read_on(first)
@@ -496,9 +496,9 @@ def test_images_that_are_urls_are_fetched_with_their_row(reading, folder):
     for number in range(1, 8):
         batch = rows.at(number)
         assert len(batch["pixel_values"]) <= 1
-    (account,) = rows.accounts
-    assert (account.read, account.kept, account.rejected) == (2, 1, {"download failed": 1})
-    assert account.first_rejected == {"download failed": "data.jsonl:2: https://example.org/gone.png"}
+    (stats,) = rows.source_stats
+    assert (stats.read, stats.kept, stats.rejected) == (2, 1, {"download failed": 1})
+    assert stats.first_rejected == {"download failed": "data.jsonl:2: https://example.org/gone.png"}
 
 
 def test_sizes_and_accounts_are_known_while_images_are_downloaded(reading, folder):
@@ -516,7 +516,7 @@ def test_sizes_and_accounts_are_known_while_images_are_downloaded(reading, folde
     with ThreadPoolExecutor(2) as pool:
         row = pool.submit(rows.at, 0)
         assert begun.wait(30)
-        asked = pool.submit(lambda: (rows.tokens(0), rows.epoch(0), rows.accounts[0].read, rows.state(9)))
+        asked = pool.submit(lambda: (rows.tokens(0), rows.epoch(0), rows.source_stats[0].read, rows.state(9)))
         try:
             tokens, epoch, read, lost = asked.result(timeout=30)
         finally:
@@ -539,8 +539,8 @@ def test_a_streamed_file_that_breaks_off_ends_the_run_or_is_kept_and_reported_on
     rows = reading(make_source("messages", (path,), stream=True, on_broken="keep"), buffer=2)
     for number in range(8):
         rows.at(number)
-    (account,) = rows.accounts
+    (stats,) = rows.source_stats
     assert rows.epoch(7) > 1
-    assert (account.read, account.kept, dict(account.rejected)) == (3, 3, {})
-    (broken,) = account.broken
+    assert (stats.read, stats.kept, dict(stats.rejected)) == (3, 3, {})
+    (broken,) = stats.broken
     assert broken.startswith(f"{path} breaks off: not JSON: Expecting value at byte ")

@@ -144,7 +144,7 @@ def test_what_two_nodes_prepare_is_what_one_prepares_byte_for_byte(one, two):
     assert mine.name == theirs.name
     names = sorted(path.name for path in mine.iterdir())
     assert names == sorted(path.name for path in theirs.iterdir())
-    assert {"examples.arrow", "images.arrow", "files.arrow", "account.json"} <= set(names)
+    assert {"examples.arrow", "images.arrow", "files.arrow", "stats.json"} <= set(names)
     for name in names:
         assert (mine / name).read_bytes() == (theirs / name).read_bytes(), name
 

@@ -11,7 +11,7 @@ from huggingface_hub import DatasetCard
 from finetune.data.conversation import RecordError
 from finetune.data.dataset import make_dataset
 from finetune.data.sources import resolve_source
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from finetune.export.cards import dataset_card, write_card
 from finetune.recipe.schema import Recipe
 
@@ -63,10 +63,10 @@ def test_the_card_says_what_was_made_of_what(made):
     recipe, sources, dataset, folder = made
     card = dataset_card(recipe, sources, dataset)
     names = [one.folder.name for one in (*dataset.training.sets, *dataset.held.sets)]
-    tokens, one, _ = (account.tokens for account in dataset.accounts)
-    trained, one_trained, _ = (account.supervised_tokens for account in dataset.accounts)
+    tokens, one, _ = (stats.tokens for stats in dataset.source_stats)
+    trained, one_trained, _ = (stats.supervised_tokens for stats in dataset.source_stats)
     path = str(folder).replace("_", "\\_")
-    long = dataset.accounts[0].first_rejected["too long"].partition(": ")[2].replace("_", "\\_")
+    long = dataset.source_stats[0].first_rejected["too long"].partition(": ")[2].replace("_", "\\_")
     missing = [f"data.jsonl:{line}: {path}/" for line in (2, 3)]
     assert (
         card
@@ -145,9 +145,9 @@ def test_no_name_can_break_a_table(made):
     hostile = (
         "a|b\n| c | d |\n# Title <script>x</script> ![i](https://x.org) [l](https://x.org) `code` \\| **b** _i_.jsonl"
     )
-    account = Account(hostile, read=1)
-    account.reject(hostile, RecordError("not JSON", hostile))
-    dataset.accounts.append(account)
+    stats = SourceStats(hostile, read=1)
+    stats.reject(hostile, RecordError("not JSON", hostile))
+    dataset.source_stats.append(stats)
     card = dataset_card(recipe, sources, dataset)
     (line,) = [line for line in card.split("\n") if "not JSON" in line]
     safe = (

@@ -159,7 +159,7 @@ def as_json(value):
 
 
 EVENT = {"step": 7, "reason": "a spike", "action": "skip", "back_to": 5}
-SEEN = {"source": "a.jsonl", "place": "a.jsonl:3", "loss": 9.5, "blamed": True}
+SEEN = {"source": "a.jsonl", "record_id": "a.jsonl:3", "loss": 9.5, "blamed": True}
 HASH = "0" * 64
 OWN = {
     "finetune.json": (as_json(asdict(AdapterMetadata("b", None, True, "nf4", HASH))), AdapterMetadata.read),

@@ -66,7 +66,7 @@ def test_a_file_of_prompts_gets_a_line_for_every_record(base_folder, tmp_path):
     assert found[0].keys() == {"messages", "id", "answer", "stopped"}
     assert found[1]["error"].startswith("missing image")
     assert found[2]["error"].startswith("not a prompt")
-    assert found[3]["place"] == "in.jsonl:4"
+    assert found[3]["record_id"] == "in.jsonl:4"
     assert sorted(path.name for path in (tmp_path / "no" / "such").iterdir()) == ["out.jsonl"]
 
 

@@ -61,7 +61,7 @@ PLACE = f"dialogues.jsonl:{POISONED}"
 def test_a_planted_poison_is_found_by_name_and_the_run_goes_on_without_it(recipe_file, tmp_path):
     result = train(recipe_file)
     (event,) = read_events(tmp_path / "run")
-    assert [one.place for one in event.dialogues if one.blamed] == [PLACE]
+    assert [one.record_id for one in event.dialogues if one.blamed] == [PLACE]
     (poison,) = (one for one in event.dialogues if one.blamed)
     assert poison.source.endswith("dialogues.jsonl[train]")
     assert len(event.dialogues) > 1
@@ -86,7 +86,9 @@ def test_two_processes_find_the_same(recipe_file, tmp_path):
     run_processes(2, lambda: train(recipe_file, *overrides))
     (alone,), (together,) = read_events(tmp_path / "run"), read_events(tmp_path / "two")
     assert (together.step, together.back_to) == (alone.step, alone.back_to)
-    assert {one.place: one.blamed for one in together.dialogues} == {one.place: one.blamed for one in alone.dialogues}
+    assert {one.record_id: one.blamed for one in together.dialogues} == {
+        one.record_id: one.blamed for one in alone.dialogues
+    }
 
 
 def poison_is_not_a_number(monkeypatch, rows_of_poison):
@@ -106,7 +108,7 @@ def holds_poison(recipe_file):
     _, prepared, _ = prepare(load_recipe(recipe_file, [f"output={elsewhere}"]))
     dataset = prepared.training
     ids = [set(dataset.examples[number].input_ids.tolist()) for number in range(len(dataset))]
-    poison = list(dataset.places).index(PLACE)
+    poison = list(dataset.record_ids).index(PLACE)
     (own, *_) = ids[poison] - set().union(*ids[:poison], *ids[poison + 1 :])
     return lambda batch: bool((batch["input_ids"] == own).any())
 
@@ -117,7 +119,7 @@ def test_what_is_not_finite_is_found_by_name_from_the_first_step_on(recipe_file,
     train(recipe_file, "training.instability.spike=null")
     (event,) = read_events(tmp_path / "run")
     assert event.reason == "loss nan"
-    assert [(one.place, one.loss) for one in event.dialogues if one.blamed] == [(PLACE, None)]
+    assert [(one.record_id, one.loss) for one in event.dialogues if one.blamed] == [(PLACE, None)]
     assert all(map(math.isfinite, (line["loss"] for line in metrics(tmp_path / "run"))))
 
 
@@ -142,7 +144,7 @@ def test_a_gradient_that_is_not_finite(recipe_file, tmp_path, monkeypatch):
     (event,) = read_events(tmp_path / "run")
     assert event.reason in ("gradient norm inf", "gradient norm nan")
     assert all(one.blamed for one in event.dialogues)  # by their losses none stands out
-    assert PLACE in [one.place for one in event.dialogues]
+    assert PLACE in [one.record_id for one in event.dialogues]
 
 
 def test_lower_rate_halves_every_rate_from_there_on(recipe_file, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from finetune.data.conversation import RecordError, Turn, assistant, user
 from finetune.data.formats import FORMATS
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import read_dialogues
-from finetune.data.stats import MOST_NAMES, Account, most_frequent
+from finetune.data.stats import MOST_NAMES, SourceStats, most_frequent
 
 PNG = b"\x89PNG\r\n\x1a\n..."
 ASKED = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
@@ -103,10 +103,10 @@ def test_field_that_is_ignored_by_the_source_is_not_looked_at(root, tmp_path):
     records = [{**ASKED, "tools": ["look"], "score": 1}, {"messages": bad}, {**ASKED, "video": "v.mp4"}, ASKED]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
     source = make_source("messages", (tmp_path / "data.jsonl",), ignore=("tools", "tool_calls"))
-    account = Account("x")
-    found = [dialogue.turns for _, dialogues in read_dialogues(source, account) for dialogue in dialogues]
+    stats = SourceStats("x")
+    found = [dialogue.turns for _, dialogues in read_dialogues(source, stats) for dialogue in dialogues]
     assert found == [(user("Who?"), assistant("Me."))] * 3
-    assert (account.rejected, account.ignored) == ({"video": 1}, {"score": 1})
+    assert (stats.rejected, stats.ignored) == ({"video": 1}, {"score": 1})
 
 
 def test_system_and_history_of_a_record_in_the_formats_that_read_them(root):
@@ -123,21 +123,21 @@ def test_system_and_history_of_a_record_in_the_formats_that_read_them(root):
 
 
 def test_ignored_names_are_bounded_and_can_be_written():
-    account = Account("x")
-    account.ignore(f"key{number}" for number in range(MOST_NAMES + 5))
-    account.ignore(["key0", "\ud800", "k" * 1000])
-    assert len(account.ignored) == MOST_NAMES + 1
-    assert (account.ignored["key0"], account.ignored["other keys"]) == (2, 7)
-    alone = Account("x")
+    stats = SourceStats("x")
+    stats.ignore(f"key{number}" for number in range(MOST_NAMES + 5))
+    stats.ignore(["key0", "\ud800", "k" * 1000])
+    assert len(stats.ignored) == MOST_NAMES + 1
+    assert (stats.ignored["key0"], stats.ignored["other keys"]) == (2, 7)
+    alone = SourceStats("x")
     alone.ignore(["\ud800", "k" * 1000])
     assert dict(alone.ignored) == {"\\ud800": 1, "k" * 80: 1}
-    assert Account.from_json(json.loads(json.dumps(alone.to_json()))) == alone
-    assert Account("x").to_json().get("ignored") is None
+    assert SourceStats.from_json(json.loads(json.dumps(alone.to_json()))) == alone
+    assert SourceStats("x").to_json().get("ignored") is None
 
 
 def test_ignored_names_are_told_once_with_the_most_frequent_first():
     counts = {f"k{number}": number for number in range(1, 12)}
     assert most_frequent(counts) == "k11 11, k10 10, k9 9, k8 8, k7 7, k6 6, k5 5, k4 4 and 3 more"
-    account = Account("x")
-    account.ignore(["score", "url", "score"])
-    assert account.loss == "not used of records: score 2, url 1"
+    stats = SourceStats("x")
+    stats.ignore(["score", "url", "score"])
+    assert stats.loss == "not used of records: score 2, url 1"

@@ -12,7 +12,7 @@ from finetune.data.formats import FORMATS
 from finetune.data.formats.placeholders import hide, kinds_in
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import read_dialogues
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 
 PNG = b"\x89PNG\r\n\x1a\n..."
 
@@ -238,12 +238,12 @@ def test_placeholders_kept_as_text_where_the_source_says_so(folder, tmp_path):
         ' {"from": "gpt", "value": "<image> is, and <video>v</video>."}], "image": "a.png"}\n'
     )
     source = make_source("llava", (tmp_path / "data.jsonl",), image_root=(folder,), placeholders="text")
-    account = Account("tags")
-    ((_, (dialogue,)),) = read_dialogues(source, account)
+    stats = SourceStats("tags")
+    ((_, (dialogue,)),) = read_dialogues(source, stats)
     assert named(dialogue) == Dialogue(
         (user(A, "Is <image> or [IMG] a tag?"), assistant("<image> is, and <video>v</video>."))
     )
-    assert (account.rejected, account.ignored) == ({}, {})
+    assert (stats.rejected, stats.ignored) == ({}, {})
 
 
 TOKENS = ("<image>", "<|image|>", "[IMG]", "a", " ", "\n", "<", "<b>", "</p>", "<img>")

@@ -27,7 +27,7 @@ from finetune.data.io import streams
 from finetune.data.io.files import READERS, files_of, fingerprint, read_header, read_items, read_pairs, read_records
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import taken, to_dialogue
-from finetune.data.stats import Account
+from finetune.data.stats import SourceStats
 from modeling.errors import UserError
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC")
@@ -725,14 +725,14 @@ def test_a_broken_file_among_others_keeps_the_others(tmp_path):
 
 
 def test_a_file_that_breaks_off_after_the_limit_is_not_read_so_far(tmp_path):
-    account = Account("x")
+    stats = SourceStats("x")
     path = written(tmp_path / "f.json", '[{"text": "a"}, {"text": "b"}, tru')
-    assert len(list(taken(make_source("text", (path,), limit=2), account))) == 2
-    assert (account.read, account.limited, account.broken) == (2, True, [])
-    account = Account("x")
-    assert len(list(taken(make_source("text", (path,), on_broken="keep"), account))) == 2
-    assert (account.read, account.limited) == (2, False)
-    assert account.loss == (
+    assert len(list(taken(make_source("text", (path,), limit=2), stats))) == 2
+    assert (stats.read, stats.limited, stats.broken) == (2, True, [])
+    stats = SourceStats("x")
+    assert len(list(taken(make_source("text", (path,), on_broken="keep"), stats))) == 2
+    assert (stats.read, stats.limited) == (2, False)
+    assert stats.loss == (
         f"{path} breaks off: not JSON: Expecting value at byte 31; 2 records were read before, 8.8 % of the file "
         "was not read, from byte 31 of 34 on"
     )
@@ -745,20 +745,20 @@ def test_names_that_are_not_utf8_are_counted_and_can_be_written(tmp_path):
     written(folder / "s\udce9.tar", shard([("k\udce9.text", b"text"), ("\udce9", b"")], format=tarfile.GNU_FORMAT))
     written(folder / "z\udce9.json", '[{"text": "last"}, tru')
     source = make_source("text", (folder,), on_broken="keep")
-    account, root, kept = Account(source.name), ImageRoot(source), []
-    for place, record in taken(source, account):
+    stats, root, kept = SourceStats(source.name), ImageRoot(source), []
+    for place, record in taken(source, stats):
         try:
             to_dialogue(place, record, root)
             kept.append(place)
         except RecordError as error:
-            account.reject(place, error)
-    account.kept = len(kept)
+            stats.reject(place, error)
+    stats.kept = len(kept)
     assert kept == ["d\\udce9.jsonl:1", "s\\udce9.tar/k\\udce9", "z\\udce9.json#0"]
-    assert account.rejected == {"missing field": 1, "not an object": 1, "not a sample": 1}
-    assert r"got keys ['\ud800']" in account.first_rejected["missing field"]
-    assert account.first_rejected["not a sample"].startswith("s\\udce9.tar/\\udce9: ")
-    assert account.broken[0].startswith(f"{tmp_path}/caf\\udce9/z\\udce9.json breaks off: ")
-    assert json.dumps(account.to_json(), ensure_ascii=False).encode()
+    assert stats.rejected == {"missing field": 1, "not an object": 1, "not a sample": 1}
+    assert r"got keys ['\ud800']" in stats.first_rejected["missing field"]
+    assert stats.first_rejected["not a sample"].startswith("s\\udce9.tar/\\udce9: ")
+    assert stats.broken[0].startswith(f"{tmp_path}/caf\\udce9/z\\udce9.json breaks off: ")
+    assert json.dumps(stats.to_json(), ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a folder", "a device"])
