@@ -43,9 +43,9 @@ def divided() -> dict[str, object]:
     config = division("fsdp2")["fsdp_config"]
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        auto_wrap_policy=config["auto_wrap_policy"],
-        transformer_cls_names_to_wrap=config["transformer_layer_cls_to_wrap"],
-        reshard_after_forward=config["reshard_after_forward"],
+        auto_wrap_policy=config["fsdp_auto_wrap_policy"],
+        transformer_cls_names_to_wrap=config["fsdp_transformer_layer_cls_to_wrap"].split(","),
+        reshard_after_forward=config["fsdp_reshard_after_forward"],
     )
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True)
     model = fsdp2_prepare_model(accelerator, adapted())

@@ -1,6 +1,6 @@
 """Several processes of one run: accelerate's launcher, which is torchrun, in this process; and how they end.
 
-    finetune run RECIPE --processes 2   -> launch: recipes/accelerate/ddp.yaml -> torchrun -> 2 x finetune run RECIPE
+    finetune run RECIPE --processes 2   -> launch: accelerate/ddp.yaml -> torchrun -> 2 x finetune run RECIPE
     accelerate launch, torchrun         -> the same processes, started by hand
 
 Of several processes that fail, the first one says why and the others are silent. They find out in the folder that
@@ -30,7 +30,8 @@ from finetune.console import log, log_error
 from modeling.cores import available_cores
 from modeling.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
+CONFIGS = Path(__file__).parent / "accelerate"
+"""Configurations of accelerate's launcher, one a way to share the work: ddp.yaml, fsdp2.yaml, single.yaml."""
 
 SECONDS_TO_SAVE = 600
 """What processes that are told to stop have to save their state, before they are killed."""
@@ -49,7 +50,7 @@ def launch(
     `parallel` names the configuration, `restarts` is how often all are started again after one died. Raises UserError
     where they cannot be started.
     """
-    _check(processes, parallel)
+    _check(processes)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -71,16 +72,11 @@ def launch(
     return 0
 
 
-def _check(processes: int, parallel: str) -> None:
+def _check(processes: int) -> None:
     if "RANK" in os.environ:
         raise UserError(
             f"--processes {processes}: this is already one of {os.environ.get('WORLD_SIZE', 'several')} processes that "
             f"a launcher started; expected --processes without a launcher, or a launcher without --processes"
-        )
-    if not (CONFIGS / f"{parallel}.yaml").is_file():
-        raise UserError(
-            f"{CONFIGS / parallel}.yaml: nothing is there; it comes with the repository: install it with pip install "
-            f"--editable, or start accelerate launch with a configuration of your own"
         )
     import torch
 
@@ -267,3 +263,7 @@ def _end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
+
+
+if __name__ == "__main__":  # the path for `accelerate launch --config_file`
+    print(CONFIGS / f"{sys.argv[1]}.yaml")

@@ -52,7 +52,7 @@ GPU_RESERVE = 2**30
 """Bytes of a GPU for its context, the libraries' workspaces, and what the allocator loses to rounding."""
 
 PREFETCHED = 2
-"""Rows that are made ahead of the one that runs (finetune/training/prefetch.py)."""
+"""Rows that a thread makes ahead of the one that runs."""
 
 CHECKPOINTS_KEPT = 2
 """The newest checkpoints; where the run evaluates, the best one is kept as well."""

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers.integrations import get_available_reporting_integrations
-from transformers.models.idefics.modeling_idefics import IdeficsDecoderLayer, IdeficsGatedCrossAttentionLayer
 from trl import SFTConfig
 
 from finetune.console import log
 from finetune.distributed import collectives
+from finetune.distributed.launcher import CONFIGS
+from finetune.planning.estimate import CHECKPOINTS_KEPT
 from finetune.recipe.schema import Training
 from modeling.errors import UserError
 
@@ -71,7 +73,7 @@ def training_arguments(
         log_level_replica="error",  # what transformers has to say, the first process says
         report_to=settings.trackers or "none",
         save_steps=settings.checkpoint_every or settings.evaluate_every or max(1, steps // 10),
-        save_total_limit=2,
+        save_total_limit=CHECKPOINTS_KEPT,
         eval_strategy="steps" if settings.evaluate_every else "no",
         eval_steps=settings.evaluate_every,
         metric_for_best_model="eval_loss" if settings.evaluate_every else None,
@@ -108,15 +110,8 @@ def division(parallel: str) -> dict[str, Any]:
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and collectives.world_size() > 1:
             raise UserError(
                 "the launcher was configured for FSDP, and training.parallel says ddp; "
-                "set training.parallel=fsdp2, or launch with recipes/accelerate/ddp.yaml"
+                f"set training.parallel=fsdp2, or launch with {CONFIGS / 'ddp.yaml'}"
             )
         return {}
-    config = {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": [IdeficsDecoderLayer.__name__, IdeficsGatedCrossAttentionLayer.__name__],
-        "reshard_after_forward": True,
-        "state_dict_type": "FULL_STATE_DICT",
-        "cpu_ram_efficient_loading": True,
-    }
+    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text(encoding="utf-8"))["fsdp_config"]
     return {"fsdp": True, "fsdp_config": config}

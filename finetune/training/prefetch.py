@@ -1,4 +1,4 @@
-"""Rows made in a thread before a trainer asks for them, and how long it had to wait all the same."""
+"""Rows of a trainer that a thread makes before they are asked for, and how long the trainer still waited for them."""
 
 import time
 from collections.abc import Sequence
@@ -8,17 +8,15 @@ from typing import cast
 import torch
 
 from finetune.data.collate import Batch, Rows
+from finetune.planning.estimate import PREFETCHED
 from modeling.device import pin_batch
 from modeling.loading import CPU
 
-PREFETCHED = 2
-"""That are made, or ready, beyond the one that was asked for last."""
-
 
 class PrefetchedRows:
-    """A trainer's rows, as a DataLoader collates them: while one is trained on, the next ones are decoded.
+    """The trainer's data collator: while one row is trained on, the next ones are decoded.
 
-    One thread makes them, in order, as streams must. Rows are asked for in steps of `stride`, the number of processes.
+    One thread makes them, in order, as streams must be read. Rows are asked for in steps of `stride`, the number of processes.
     A row's own errors are raised where it is asked for.
     """
 
@@ -26,7 +24,7 @@ class PrefetchedRows:
         """`depth`: rows made beyond the one that was asked for last; for a GPU `device` they are in pinned memory."""
         self.rows, self.stride, self.depth, self.device = rows, stride, depth, device
         self.waited = 0.0
-        """Seconds that whoever asked has waited, since the beginning."""
+        """Seconds that the trainer has waited for rows, since the beginning."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._coming: dict[int, Future[Batch]] = {}
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -240,16 +239,12 @@ def test_a_launcher_that_is_killed_leaves_nothing_running():
     assert not still_running(pids)
 
 
-def test_what_cannot_be_started_is_told_before(monkeypatch, tmp_path):
+def test_what_cannot_be_started_is_told_before(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "is_available", lambda: True)
         patched.setattr(torch.cuda, "device_count", lambda: 2)
         with pytest.raises(UserError, match=r"--processes 3: each needs a GPU of its own, and this machine has 2; exp"):
             launch(["group"], processes=3)
-    with monkeypatch.context() as patched:
-        patched.setattr(launch_module, "CONFIGS", tmp_path)
-        with pytest.raises(UserError, match=r"ddp\.yaml: nothing is there"):
-            launch(["group"], processes=2)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="--processes 2: this is already one of 4 processes that a launcher started"):
@@ -345,7 +340,6 @@ def slurm(tmp_path):
         (folder / name).chmod(0o755)
     here = Path(sys.executable).parent
     (folder / "activate").write_text(f'export PATH="{folder}:{here}:$PATH"\n')
-    shutil.copytree(CONFIGS, tmp_path / "recipes" / "accelerate")
     variables = {"SLURM_SUBMIT_DIR": tmp_path, "SLURM_NNODES": 2, "SLURM_GPUS_ON_NODE": 2, "SLURM_JOB_ID": os.getpid()}
     variables |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": 8, "OMP_NUM_THREADS": 1}
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
@@ -365,7 +359,7 @@ def test_slurm_s_script_is_bash_and_accelerate_s_parser_takes_its_command(slurm,
     for machine in range(2):
         verb, *options = (tmp_path / f"asked.{machine}").read_text().splitlines()
         assert verb == "launch"
-        options[options.index("--config_file") + 1] = str(CONFIGS / "ddp.yaml")
+        assert options[options.index("--config_file") + 1] == str(CONFIGS / "ddp.yaml")
         arguments = parsed(*options)
         prepare_multi_gpu_env(arguments)
         assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "2", machine)
@@ -395,8 +389,9 @@ sys.exit(143)
 
 
 def test_slurm_s_script_makes_one_group_of_two_machines_saves_before_the_limit_and_queues_again(slurm, tmp_path):
-    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "distributed").mkdir(parents=True)
     (tmp_path / "finetune" / "__init__.py").touch()
+    (tmp_path / "finetune" / "distributed" / "launcher.py").write_text(f"print({str(CONFIGS / 'ddp.yaml')!r})")
     (tmp_path / "finetune" / "__main__.py").write_text(STAND_IN)
     job = slurm(SLURM_GPUS_ON_NODE="1")
     arguments = ["run", "a recipe.yaml", "training.steps=3"]

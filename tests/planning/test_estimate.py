@@ -80,12 +80,10 @@ def test_documents_alone_add_no_end_of_utterance():
 
 
 def test_constants_equal_those_of_training():
-    from finetune.planning import estimate, idefics_graph
-    from finetune.training import prefetch
+    from finetune.planning import idefics_graph
     from modeling import forward
 
     assert idefics_graph.ROWS == forward.ROWS
-    assert estimate.PREFETCHED == prefetch.PREFETCHED
 
 
 def test_notes_name_what_is_not_counted():
