@@ -16,8 +16,8 @@ from modeling.loading import CPU
 class PrefetchedRows:
     """The trainer's data collator: while one row is trained on, the next ones are decoded.
 
-    One thread makes them, in order, as streams must be read. Rows are asked for in steps of `stride`, the number of processes.
-    A row's own errors are raised where it is asked for.
+    One thread makes them, in order, as streams must be read. Rows are asked for in steps of `stride`, the number of
+    processes. A row's own errors are raised where it is asked for.
     """
 
     def __init__(self, rows: Rows, *, stride: int = 1, depth: int = PREFETCHED, device: torch.device = CPU):
