@@ -36,12 +36,13 @@ from trl import SFTTrainer
 from finetune.data.collate import Batch, RowCollator, Rows
 from finetune.data.sampling import Row
 from finetune.distributed import collectives
+from finetune.planning.estimate import PREFETCHED
 from finetune.recipe.schema import Training
 from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import MetricsFile, Stopping
 from finetune.training.checkpoints import mark_complete, remove_incomplete, require_room
 from finetune.training.loss_spikes import WINDOW, Seen, UnstableError, suspects, why_unstable
-from finetune.training.prefetch import PREFETCHED, PrefetchedRows
+from finetune.training.prefetch import PrefetchedRows
 from finetune.training.signals import Heard, listening
 from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter, whole
 from modeling.device import choices, copy_batch

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from finetune.training.prefetch import PREFETCHED, PrefetchedRows
+from finetune.planning.estimate import PREFETCHED
+from finetune.training.prefetch import PrefetchedRows
 from modeling.errors import UserError
 
 
