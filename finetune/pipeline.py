@@ -71,6 +71,8 @@ def run(recipe: Recipe, stages: Sequence[str] | None = None) -> dict[str, Any]:
     user can repair; Interrupted: after SIGTERM or SIGINT, with everything saved.
     """
     stages = stages_of(recipe) if stages is None else stages
+    if "evaluate" in stages and recipe.evaluation is None:
+        raise UserError("evaluation: the recipe has no such section, so there is nothing to ask; add `evaluation: {}`")
     with open_run(recipe) as run_dir:
         run_dir.require_unchanged_data()
         if "train" not in stages:
@@ -175,9 +177,10 @@ def prepare_dataset(recipe: Recipe, sources: Sequence[Source], base: Base, folde
 
 
 def _misses_page(run_dir: RunDir) -> bool:
-    """Whether predictions.html is to be written again, from predictions.jsonl."""
+    """Return whether predictions.html is to be written again, from predictions.jsonl."""
     page = run_dir.folder / "predictions.html"
-    return run_dir.changed is None and run_dir.is_done("evaluate") and not page.is_file()
+    misses = collectives.on_main("look for the page", lambda: not page.is_file())
+    return misses and run_dir.changed is None and run_dir.is_done("evaluate")
 
 
 def _write_page(folder: Path, images: Sequence[Image]) -> None:

@@ -17,14 +17,12 @@ from finetune.evaluation.generate import Assistant, features_by_image
 from finetune.recipe.schema import Recipe
 from finetune.training.stage import make_eval_rows
 from modeling.adapters import open_adapter
-from modeling.errors import UserError
 
 
 def evaluate_adapter(recipe: Recipe, base: Base, dataset: Dataset, folder: Path) -> dict[str, Any]:
     """Ask the base and the tuned model the held-out questions, and the tuned one once more with images exchanged."""
     settings, seed = recipe.evaluation, recipe.training.seed
-    if settings is None:
-        raise UserError("evaluation: the recipe has no such section, and nothing to ask")
+    assert settings, "the recipe has no evaluation"
     held = dataset.held
     rows = make_eval_rows(recipe, base, held)
     questions = draw_questions(held.dialogues, limit=settings.limit, seed=seed)
