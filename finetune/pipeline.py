@@ -132,7 +132,7 @@ def _do_stages(stages: Sequence[str], run_dir: RunDir) -> None:
         figures = merge_adapter(recipe, base, sources, dataset, folder, may_replace=before)
         run_dir.mark_done("merge", figures)
     if dataset and _misses_page(run_dir):
-        collectives.on_main("write the page", lambda: _write_page(folder, dataset.held.images))
+        collectives.on_main("write the page", lambda: _write_page(folder, dataset.eval.images))
 
 
 def resolve_sources(recipe: Recipe) -> list[Source]:
@@ -165,7 +165,7 @@ def prepare_dataset(recipe: Recipe, sources: Sequence[Source], base: Base, folde
     collectives.require_shared("data.prepared", prepared)
     dataset = make_dataset(recipe, sources, base.tokenizer, team=collectives.nodes())
     decides = held_out_decides(recipe)
-    sets = dict.fromkeys(one.folder for one in (*dataset.training.sets, *(dataset.held.sets if decides else ())))
+    sets = dict.fromkeys(one.folder for one in (*dataset.train.sets, *(dataset.eval.sets if decides else ())))
 
     def note() -> None:
         write_report(dataset.report, folder, held_out_decides=decides)

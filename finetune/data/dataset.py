@@ -32,8 +32,8 @@ STREAMED_BYTES = 2**25
 class Dataset:
     """What a recipe trains on and what it holds out; streamed sources are in neither."""
 
-    training: Prepared
-    held: Prepared
+    train: Prepared
+    eval: Prepared
     mix: Mix
     """How the prepared training sources are drawn."""
     source_stats: list[SourceStats]

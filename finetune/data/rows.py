@@ -64,7 +64,7 @@ def train_rows(
         return _streamed_rows(dataset, sources, data, training, preprocessing, tokenizer, **varied)
     rows = build_schedule(
         dataset.mix,
-        dataset.training.image_counts,
+        dataset.train.image_counts,
         row_tokens=training.row_tokens,
         row_images=training.row_images,
         rows_per_step=training.rows_per_step,
@@ -72,7 +72,7 @@ def train_rows(
         epochs=training.epochs,
         steps=training.steps,
     )
-    collator = _collator(dataset.training, rows, preprocessing=preprocessing, tokenizer=tokenizer, features=features)
+    collator = _collator(dataset.train, rows, preprocessing=preprocessing, tokenizer=tokenizer, features=features)
     return replace(collator, **varied)
 
 
@@ -87,7 +87,7 @@ def _streamed_rows(
 ) -> StreamedRows:
     assert training.steps
     limits = Limits(data.max_length, training.row_images)
-    encoder, prepared_sets = Encoder(tokenizer), iter(dataset.training.sets)
+    encoder, prepared_sets = Encoder(tokenizer), iter(dataset.train.sets)
     return StreamedRows(
         passes=[
             read_pass(source, fitter(source, encoder, limits, seed=training.seed), number)

@@ -23,7 +23,7 @@ def evaluate_adapter(recipe: Recipe, base: Base, dataset: Dataset, folder: Path)
     """Ask the base and the tuned model the held-out questions, and the tuned one once more with images exchanged."""
     settings, seed = recipe.evaluation, recipe.training.seed
     assert settings, "the recipe has no evaluation"
-    held = dataset.held
+    held = dataset.eval
     rows = make_eval_rows(recipe, base, held)
     questions = draw_questions(held.dialogues, limit=settings.limit, seed=seed)
     documents = _document_rows(recipe, base)

@@ -99,7 +99,7 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
         f"{overlap['training_examples_with_questions']:,} training examples concerned were "
         f"{'dropped as the recipe says' if overlap['dropped'] else 'kept'}.",
         "## Prepared sets",
-        "\n".join(dict.fromkeys(f"- `{one.folder.name}`" for one in (*dataset.training.sets, *dataset.held.sets))),
+        "\n".join(dict.fromkeys(f"- `{one.folder.name}`" for one in (*dataset.train.sets, *dataset.eval.sets))),
         "## Recipe",
         f"```yaml\n{recipe.to_yaml()}```",
     ]

@@ -42,8 +42,8 @@ def merge_adapter(
 ) -> dict[str, Any]:
     """Merge, verify by weights, and ask the merged model and base + adapter the same, where there is `dataset`."""
     rows: Rows | None = None
-    if dataset and len(dataset.held):
-        rows = make_eval_rows(recipe, base, dataset.held, live=True)
+    if dataset and len(dataset.eval):
+        rows = make_eval_rows(recipe, base, dataset.eval, live=True)
     elif dataset:
         rows = train_rows(
             dataset,
@@ -94,7 +94,7 @@ def _compare_answers(
             f"it is proved tensor by tensor and block by block"
         )
         return {}
-    asked = dataset.held if len(dataset.held) else dataset.training
+    asked = dataset.eval if len(dataset.eval) else dataset.train
     questions = draw_questions(asked.dialogues[:PARITY_DIALOGUES], limit=PARITY_QUESTIONS, seed=seed)
 
     def assistant(model: nn.Module) -> Assistant:

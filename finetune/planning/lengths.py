@@ -76,7 +76,7 @@ def _source_name(account: Path) -> str | None:
 
 
 def _lengths(recipe: Recipe, dataset: Dataset) -> Lengths:
-    training, settings = dataset.training, recipe.training
+    training, settings = dataset.train, recipe.training
     rows = build_schedule(
         dataset.mix,
         training.image_counts,
@@ -89,7 +89,7 @@ def _lengths(recipe: Recipe, dataset: Dataset) -> Lengths:
     sizes = np.stack([training.lengths, supervised_tokens(training), training.image_counts])
     largest = np.max([sizes[:, list(row.examples)].sum(axis=1) for row in rows], axis=0).tolist()
     steps = len(rows) // settings.rows_per_step * (settings.epochs or 1)
-    shown = np.concatenate([prepared.shown_images()[1] for prepared in (training, dataset.held)])
+    shown = np.concatenate([prepared.shown_images()[1] for prepared in (training, dataset.eval)])
     return Lengths(settings.steps or steps, RowSize(*largest), len(np.unique(shown)))
 
 

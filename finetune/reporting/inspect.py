@@ -95,7 +95,7 @@ def inspect(
 
     Streamed sources are not prepared: the first of their examples are read and shown.
     """
-    prepared, names = dataset.training, [source.name for source in sources if not source.stream]
+    prepared, names = dataset.train, [source.name for source in sources if not source.stream]
     stats = [one.to_json() for one in dataset.source_stats]
     examples = [
         show_example(

@@ -44,7 +44,7 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train as often as the run has to go back after a loss spike: each time from what is on the disk."""
     rows_per_process(recipe.training.rows_per_step)  # a step that cannot be shared out is refused before all else
-    features = cache_image_features(recipe, base, dataset.training)
+    features = cache_image_features(recipe, base, dataset.train)
     while True:
         try:
             with explain_out_of_memory(recipe):
@@ -78,7 +78,7 @@ def _train_once(
     )
     model = attach_adapter(recipe, base)
     cuts = [event.back_to for event in events if event.action == "lower_rate"]
-    held_rows = make_eval_rows(recipe, base, dataset.held) if training.evaluate_every else None
+    held_rows = make_eval_rows(recipe, base, dataset.eval) if training.evaluate_every else None
     resume_from = collectives.on_main("look for a checkpoint", lambda: checkpoint_to_resume(folder))
     started, counts = time.perf_counter(), count_trained(model)
     for doubt in recipe.doubts(len(rows) // training.rows_per_step):

@@ -152,8 +152,8 @@ HELD = [ask("1?", "also-a"), ask("4?")]
 )
 def test_a_rule_drops_what_is_held_out_from_training_alone(rule, left, dataset, capsys, tmp_path):
     made = dataset(TRAINING, HELD, overlap=rule)
-    assert [dialogue.turns[0].text for dialogue in made.training.dialogues] == left
-    assert len(made.held) == 2
+    assert [dialogue.turns[0].text for dialogue in made.train.dialogues] == left
+    assert len(made.eval) == 2
     assert made.report["overlap"] == {
         "images": 1,
         "questions": 2,
@@ -177,11 +177,11 @@ def test_nothing_left_to_train_on_is_an_error(dataset):
 
 def test_without_held_out_data_nothing_is_shared(dataset):
     made = dataset(TRAINING, [])
-    assert (len(made.training), len(made.held)) == (5, 0)
+    assert (len(made.train), len(made.eval)) == (5, 0)
     assert made.report["overlap"]["images"] == made.report["overlap"]["questions"] == 0
 
 
 def test_a_split_shares_no_image(dataset):
     made = dataset(TRAINING, [], eval_split=0.4)
-    assert (len(made.training), len(made.held)) == (3, 2)
+    assert (len(made.train), len(made.eval)) == (3, 2)
     assert made.report["overlap"]["images"] == 0

@@ -113,8 +113,8 @@ def test_questions_are_joined_and_long_dialogues_divided_at_seven_turns(prepared
 def test_an_epoch_is_in_the_ratio_to_one_example(prepared, unit, seed, epoch):
     dataset = prepared[unit]
     drawn = dataset.mix.draw(seed=seed, epoch=epoch)
-    sources = np.array([dataset.training.source_of(index) for index in range(len(dataset.training))])
-    sizes = dataset.training.lengths if unit == "tokens" else np.ones(len(sources), np.int64)
+    sources = np.array([dataset.train.source_of(index) for index in range(len(dataset.train))])
+    sizes = dataset.train.lengths if unit == "tokens" else np.ones(len(sources), np.int64)
     total = sizes.sum()
     for source, (_, ratio) in enumerate(RATIOS):
         amount = sizes[drawn[sources[drawn] == source]].sum()

@@ -62,7 +62,7 @@ def made(tmp_path, tiny_tokenizer):
 def test_the_card_says_what_was_made_of_what(made):
     recipe, sources, dataset, folder = made
     card = dataset_card(recipe, sources, dataset)
-    names = [one.folder.name for one in (*dataset.training.sets, *dataset.held.sets)]
+    names = [one.folder.name for one in (*dataset.train.sets, *dataset.eval.sets)]
     tokens, one, _ = (stats.tokens for stats in dataset.source_stats)
     trained, one_trained, _ = (stats.supervised_tokens for stats in dataset.source_stats)
     path = str(folder).replace("_", "\\_")
@@ -170,7 +170,7 @@ def test_no_rejections_are_none_and_a_split_names_its_set_once(made, tiny_tokeni
     dataset = make_dataset(split, sources, tiny_tokenizer)
     card = dataset_card(split, sources, dataset)
     assert "## Rejections\n\nNone.\n" in card
-    assert card.count(f"- `{dataset.training.sets[0].folder.name}`") == 1
+    assert card.count(f"- `{dataset.train.sets[0].folder.name}`") == 1
     assert yaml.safe_load(card.split("---")[1])["license"] == "other"
 
 

@@ -106,7 +106,7 @@ def holds_poison(recipe_file):
     """Whether a batch holds the poison: by a token id that no other dialogue has."""
     elsewhere = recipe_file.parent.with_name("elsewhere")
     _, prepared, _ = prepare(load_recipe(recipe_file, [f"output={elsewhere}"]))
-    dataset = prepared.training
+    dataset = prepared.train
     ids = [set(dataset.examples[number].input_ids.tolist()) for number in range(len(dataset))]
     poison = list(dataset.record_ids).index(PLACE)
     (own, *_) = ids[poison] - set().union(*ids[:poison], *ids[poison + 1 :])
