@@ -233,19 +233,14 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
     def work() -> dict[str, Any]:
         loaded = _load(recipe, overrides)
         quiet()
-        from finetune.console import display, log
-        from finetune.data.dataset import tell_losses
-        from finetune.export.cards import write_card
+        from finetune.console import display
         from finetune.pipeline import prepare
         from finetune.reporting.inspect import stats_table
 
-        sources, dataset, _ = prepare(loaded)
-        folder = write_card(loaded, sources, dataset)
+        report = prepare(loaded)
         if not as_json:
-            display(stats_table(dataset.report["sources"] + dataset.report["eval_sources"]))
-        tell_losses(dataset, folder / "README.md")
-        log(f"the dataset card: {folder / 'README.md'}")
-        return dataset.report
+            display(stats_table(report["sources"] + report["eval_sources"]))
+        return report
 
     finish(guarded(work, interrupted="what is prepared is kept, and the same command goes on"), as_json)
 
@@ -371,13 +366,13 @@ def inspect(
             check_place("--html", html)
         quiet()
         from finetune.console import log
-        from finetune.pipeline import prepare
+        from finetune.pipeline import open_dataset
         from finetune.reporting.html.inspection import inspection_page
         from finetune.reporting.inspect import inspect as inspect_data
         from finetune.reporting.inspect import show_inspection
         from modeling.files import atomic_write
 
-        sources, dataset, tokenizer = prepare(loaded)
+        sources, dataset, tokenizer = open_dataset(loaded)
         inspection = inspect_data(sources, dataset, tokenizer, loaded.data, loaded.training, count=count)
         if html:
             html.parent.mkdir(parents=True, exist_ok=True)
@@ -416,9 +411,9 @@ def chat(
     def work() -> dict[str, Any]:
         quiet()
         from finetune.console import log, print_text
-        from finetune.serving.chat import Conversation, converse, open_assistant
+        from finetune.serving.chat import Conversation, converse, load_assistant
 
-        conversation = Conversation(open_assistant(model, adapter=adapter, quantize=quantize), max_new_tokens)
+        conversation = Conversation(load_assistant(model, adapter=adapter, quantize=quantize), max_new_tokens)
         for path in image or []:
             conversation.show(str(path))
         if question:
@@ -451,10 +446,10 @@ def generate(
         quiet()
         from finetune.console import log, track
         from finetune.serving.batch import answer_file, asked, count_prompts
-        from finetune.serving.chat import open_assistant
+        from finetune.serving.chat import load_assistant
 
         total = count_prompts(prompts, answers)
-        assistant = open_assistant(model, adapter=adapter, quantize=quantize)
+        assistant = load_assistant(model, adapter=adapter, quantize=quantize)
         counts = answer_file(
             assistant,
             prompts,

@@ -30,6 +30,7 @@ from finetune.distributed.device import gpu_memory
 from finetune.distributed.lock import working_in
 from finetune.evaluation.stage import evaluate_adapter
 from finetune.export.adapter_metadata import AdapterMetadata
+from finetune.export.cards import write_card
 from finetune.export.stage import merge_adapter
 from finetune.recipe.schema import Recipe, Source
 from finetune.reporting.html.predictions import predictions_page
@@ -82,6 +83,21 @@ def run(recipe: Recipe, stages: Sequence[str] | None = None) -> dict[str, Any]:
         else:
             log("\n".join(f"{stage}: done before, see {run_dir.folder / FIGURES[stage]}" for stage in stages))
         return collectives.on_main("collect the figures", lambda: collect_figures(run_dir))
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Train the adapter of a recipe, or go on from its last checkpoint; return the figures, as `run` does."""
+    return run(recipe, ("train",))
+
+
+def evaluate(recipe: Recipe) -> dict[str, Any]:
+    """Ask the base and the tuned model the held-out questions; return the figures, as `run` does."""
+    return run(recipe, ("evaluate",))
+
+
+def merge(recipe: Recipe) -> dict[str, Any]:
+    """Write base + adapter as a standalone model, and verify it; return the figures, as `run` does."""
+    return run(recipe, ("merge",))
 
 
 @contextmanager
@@ -142,7 +158,19 @@ def resolve_sources(recipe: Recipe) -> list[Source]:
     return sources
 
 
-def prepare(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
+def prepare(recipe: Recipe) -> dict[str, Any]:
+    """Convert, tokenise and check the data of a recipe; return the figures of each source, as data.json has them.
+
+    Data that is prepared already is opened. The dataset card lies beside it. Raises UserError.
+    """
+    sources, dataset, _ = open_dataset(recipe)
+    card = write_card(recipe, sources, dataset) / "README.md"
+    tell_losses(dataset, card)
+    log(f"the dataset card: {card}")
+    return dataset.report
+
+
+def open_dataset(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
     """Return (training sources, what is prepared, tokenizer), without a run folder or a model."""
     sources = resolve_sources(recipe)
     instruct = hold_dialogues(sources)

@@ -25,8 +25,11 @@ HELP = (
 )
 
 
-def open_assistant(model: str, *, adapter: Path | None = None, quantize: str | None = None) -> Assistant:
-    """An instruct model (folder or hub id), a run, an adapter, or a base and its `adapter`. Raises UserError."""
+def load_assistant(model: str, *, adapter: Path | None = None, quantize: str | None = None) -> Assistant:
+    """Load a model to ask: an instruct model (folder or hub id), a run, an adapter, or a base and its `adapter`.
+
+    `quantize`: "nf4" loads the matrices of both text towers in 4 bits. Raises UserError.
+    """
     named, cache = named_model(model, adapter), Path("runs") / QUANTIZED
     if named.fingerprint and named.fingerprint != fingerprint(
         read_checkpoint(local_base(named.model, revision=named.revision))

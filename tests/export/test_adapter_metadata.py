@@ -126,7 +126,7 @@ def test_what_is_no_model_is_told(run, tmp_path):
 
 
 def test_chat_opens_a_run_and_its_adapter_and_no_other_base(run, base_folder, tmp_path):
-    gates = [chat.open_assistant(str(place)).idefics.model.gated_cross_attn_layers[0].alpha_dense.item()
+    gates = [chat.load_assistant(str(place)).idefics.model.gated_cross_attn_layers[0].alpha_dense.item()
              for place in (run, run / "adapter", base_folder)]  # fmt: skip
     assert gates[0] == gates[1] != gates[2]
     shutil.copytree(base_folder, tmp_path / "other")
@@ -134,4 +134,4 @@ def test_chat_opens_a_run_and_its_adapter_and_no_other_base(run, base_folder, tm
     content[-1] ^= 1
     (tmp_path / "other" / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"adapter: was trained on other weights than those of .*other"):
-        chat.open_assistant(str(tmp_path / "other"), adapter=run / "adapter")
+        chat.load_assistant(str(tmp_path / "other"), adapter=run / "adapter")

@@ -23,7 +23,7 @@ from finetune.pipeline import run as run_stages
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Model
 from finetune.reporting.plots import draw
-from finetune.serving.chat import open_assistant
+from finetune.serving.chat import load_assistant
 from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import gate_openings
 from finetune.training.checkpoints import last_checkpoint
@@ -534,5 +534,5 @@ def test_a_model_and_an_adapter_answer_in_4_bits(bf16_folder, load_nf4, dialogue
     assert outcome.exit_code == 0, outcome.output
     assert outcome.stdout.strip() == answer.strip()
     assert len(list((tmp_path / "runs" / "quantized").glob("*/config.json"))) == 1
-    assistant = open_assistant(str(bf16_folder), adapter=tmp_path / "adapter", quantize="nf4")
+    assistant = load_assistant(str(bf16_folder), adapter=tmp_path / "adapter", quantize="nf4")
     assert {stock_name(f"{name}.weight") for name in quantized_layers(assistant.idefics)} == EXPECTED

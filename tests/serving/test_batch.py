@@ -12,7 +12,7 @@ from finetune.cli import app
 from finetune.evaluation.generate import Answer
 from finetune.serving import batch as answers
 from finetune.serving.batch import answer_file, asked, count_prompts
-from finetune.serving.chat import open_assistant
+from finetune.serving.chat import load_assistant
 from modeling.errors import UserError
 
 MODEL = {"model": "m"}
@@ -60,7 +60,7 @@ def test_a_file_of_prompts_gets_a_line_for_every_record(base_folder, tmp_path):
         "{broken",
     ]
     source = written(tmp_path / "in.jsonl", records)
-    counts = ask(open_assistant(str(base_folder)), source, tmp_path / "no" / "such" / "out.jsonl")
+    counts = ask(load_assistant(str(base_folder)), source, tmp_path / "no" / "such" / "out.jsonl")
     assert counts == {"records": 4, "answered": 1, "errors": 3}
     found = lines(tmp_path / "no" / "such" / "out.jsonl")
     assert found[0].keys() == {"messages", "id", "answer", "stopped"}

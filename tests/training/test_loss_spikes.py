@@ -13,7 +13,7 @@ from processes import run_processes
 from test_pipeline import metrics
 from test_trainer import trained
 
-from finetune.pipeline import prepare, run
+from finetune.pipeline import open_dataset, run
 from finetune.recipe.load import load_recipe
 from finetune.training import trainer as module
 from finetune.training.loss_spikes import (
@@ -105,7 +105,7 @@ def poison_is_not_a_number(monkeypatch, rows_of_poison):
 def holds_poison(recipe_file):
     """Whether a batch holds the poison: by a token id that no other dialogue has."""
     elsewhere = recipe_file.parent.with_name("elsewhere")
-    _, prepared, _ = prepare(load_recipe(recipe_file, [f"output={elsewhere}"]))
+    _, prepared, _ = open_dataset(load_recipe(recipe_file, [f"output={elsewhere}"]))
     dataset = prepared.train
     ids = [set(dataset.examples[number].input_ids.tolist()) for number in range(len(dataset))]
     poison = list(dataset.record_ids).index(PLACE)
