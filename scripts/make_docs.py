@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.formats import FORMATS
-from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +154,7 @@ def show_quickstart() -> str:
     result = json.loads((ROOT / "recipes" / "quickstart.result.json").read_text())
     out = io.StringIO()
     with contextlib.redirect_stdout(out), unittest.mock.patch.dict(os.environ, {"COLUMNS": "100"}):
-        summary.show(load_recipe(ROOT / "recipes" / "quickstart.yaml"), result)
+        summary.show_result(Path("runs/quickstart"), result)
     return _block(out.getvalue())
 
 
