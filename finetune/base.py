@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from finetune.console import track
-from finetune.data.formats import hold_dialogues
 from finetune.data.images import Preprocessing
 from finetune.data.records import read_dialogues
 from finetune.data.stats import SourceStats
 from finetune.distributed import collectives
 from finetune.distributed.device import auto_dtype, device
-from finetune.recipe.schema import Recipe, Source
+from finetune.recipe.schema import Recipe, Source, need_end_of_utterance
 from modeling import loading, tiny
 from modeling.adapter_files import adapter_fingerprint
 from modeling.adapter_weights import AdapterWeights
@@ -84,7 +83,7 @@ def open_base(recipe: Recipe, sources: Sequence[Source], run_folder: Path) -> Ba
     sources: the training sources, their formats known; a fresh base's tokenizer learns from their texts. Of a hub id
     only its processor is downloaded. Every process of a group calls this.
     """
-    model, instruct = recipe.model, hold_dialogues(sources)
+    model, instruct = recipe.model, need_end_of_utterance(sources)
     if model.base:
         name = model.base
     else:

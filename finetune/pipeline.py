@@ -22,7 +22,6 @@ from finetune.base import Base, content_of, learn_tokenizer, open_base, require_
 from finetune.console import log, show_size
 from finetune.data.conversation import Image
 from finetune.data.dataset import Dataset, contents, make_dataset, tell_losses
-from finetune.data.formats import hold_dialogues
 from finetune.data.images import describe, open_image
 from finetune.data.sources import resolve_source, say_if_documents
 from finetune.distributed import collectives
@@ -32,7 +31,7 @@ from finetune.evaluation.stage import evaluate_adapter
 from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.cards import write_card
 from finetune.export.stage import merge_adapter
-from finetune.recipe.schema import Recipe, Source
+from finetune.recipe.schema import Recipe, Source, need_end_of_utterance
 from finetune.reporting.html.predictions import predictions_page
 from finetune.reporting.plots import draw
 from finetune.run_dir import (
@@ -173,7 +172,7 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
 def open_dataset(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
     """Return (training sources, what is prepared, tokenizer), without a run folder or a model."""
     sources = resolve_sources(recipe)
-    instruct = hold_dialogues(sources)
+    instruct = need_end_of_utterance(sources)
     if recipe.model.init:
         # The ids of the fresh base that a run would make; the extension to an instruct vocabulary comes on top.
         tokenizer = learn_tokenizer(SHAPES[recipe.model.init], sources, seed=recipe.training.seed, instruct=instruct)

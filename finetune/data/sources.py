@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.console import log
-from finetune.data.formats import FORMATS, hold_dialogues
+from finetune.data.formats import FORMATS
 from finetune.data.formats.recognise import recognise_source
-from finetune.recipe.schema import CAPTIONS, Source
+from finetune.recipe.schema import CAPTIONS, Source, need_end_of_utterance
 from modeling.errors import UserError
 
 
@@ -46,7 +46,7 @@ def messages_at(*paths: Path) -> Source:
 
 def say_if_documents(sources: Sequence[Source]) -> None:
     """Say that no instruct model comes of documents alone, and what would help."""
-    if not hold_dialogues(sources):
+    if not need_end_of_utterance(sources):
         captions = any(FORMATS[source.format].captions for source in sources)
         hint = '; prompt: "Describe the image." in a source makes dialogues of its captions' if captions else ""
         log(f"the sources hold documents alone: the base learns to continue them, not to answer{hint}")

@@ -10,7 +10,6 @@ from finetune.console import display, panel, table, visible
 from finetune.data.chat_template import Special, render
 from finetune.data.conversation import Dialogue, Remote
 from finetune.data.fit import Limits, fitter
-from finetune.data.formats import hold_dialogues
 from finetune.data.images import digest
 from finetune.data.mixing import fit_records
 from finetune.data.records import look, read_dialogues
@@ -18,7 +17,7 @@ from finetune.data.sources import resolve_source, say_if_documents
 from finetune.data.stats import SourceStats, loss_lines
 from finetune.data.tokenize import Encoder
 from finetune.planning.memory import Setup, count_by_tower
-from finetune.recipe.schema import Recipe, Source
+from finetune.recipe.schema import Recipe, Source, need_end_of_utterance
 from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.shapes import SHAPES, Config
@@ -35,7 +34,7 @@ def check(recipe: Recipe, *, show: bool = False) -> dict[str, Any]:
     config = _config(recipe)
     training = [resolve_source(source) for source in recipe.data.sources]
     say_if_documents(training)
-    if hold_dialogues(training):
+    if need_end_of_utterance(training):
         config = {**config, "additional_vocab_size": 3}
     setup = Setup(config, recipe.model.modes, rank=recipe.adapter.rank)
     towers = {

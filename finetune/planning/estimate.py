@@ -34,7 +34,7 @@ from finetune.planning.memory import (
     weight_bytes,
 )
 from finetune.planning.suggest import Change, apply_change, cheapest_changes
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Recipe, need_end_of_utterance
 from modeling.config import read_config
 from modeling.shapes import SHAPES, Config
 from modeling.towers import LORA_TOWERS
@@ -240,7 +240,7 @@ def _config(recipe: Recipe) -> Config:
     """Return the config of the model that is trained: `<end_of_utterance>` is added where dialogues need it."""
     model = recipe.model
     config = SHAPES[model.init] if model.init else read_config(str(model.base), revision=model.revision)
-    return {**config, "additional_vocab_size": 3} if recipe.data.has_dialogues else config
+    return {**config, "additional_vocab_size": 3} if need_end_of_utterance(recipe.data.sources) else config
 
 
 def _prepared_lengths(recipe: Recipe) -> "Lengths | None":

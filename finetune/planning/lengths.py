@@ -8,14 +8,13 @@ import numpy as np
 
 from finetune.data.dataset import Dataset, make_dataset
 from finetune.data.fit import Limits, fitter
-from finetune.data.formats import hold_dialogues
 from finetune.data.prepare import find_set, set_folder
 from finetune.data.prepared import STATS, Prepared
 from finetune.data.sampling import build_schedule
 from finetune.data.sources import resolve_source
 from finetune.data.tokenize import Encoder
 from finetune.planning.memory import RowSize
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import Recipe, need_end_of_utterance
 from modeling.errors import UserError
 from modeling.files import read_json
 
@@ -48,7 +47,7 @@ def prepared_lengths(recipe: Recipe) -> Lengths | None:
             return None
         from modeling.loading import load_processor
 
-        instruct = hold_dialogues(sources)
+        instruct = need_end_of_utterance(sources)
         tokenizer = load_processor(str(model.base), revision=model.revision, instruct=instruct).tokenizer
         for source in every:
             limits = Limits(data.max_length, training.row_images)

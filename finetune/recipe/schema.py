@@ -3,6 +3,7 @@
 Keys that do not fit together are refused here, with the reason and the repair.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -187,10 +188,14 @@ class Source(Section):
             raise ValueError("subset and revision belong to a dataset on the hub")
         return self
 
-    @property
-    def has_dialogues(self) -> bool:
-        """Whether its records become dialogues; `format: auto`, not recognised yet, counts as if they did."""
-        return self.format not in DOCUMENTS or bool(self.prompt)
+
+def need_end_of_utterance(sources: Iterable[Source]) -> bool:
+    """Whether training on these sources needs `<end_of_utterance>`: dialogues end with it, documents do not.
+
+    A source of `format: auto` counts as one of dialogues until its format is recognised. A base that is trained on
+    documents alone stays a base.
+    """
+    return any(source.format not in DOCUMENTS or source.prompt for source in sources)
 
 
 class HeldOut(Source):
@@ -269,11 +274,6 @@ class Data(Section):
     @property
     def streams(self) -> bool:
         return any(source.stream for source in self.sources)
-
-    @property
-    def has_dialogues(self) -> bool:
-        """Whether training needs `<end_of_utterance>`: dialogues end with it, and documents alone leave it out."""
-        return any(source.has_dialogues for source in self.sources)
 
     def _check_streams(self) -> None:
         if len(self.sources) > 1 and self.sources[0].weight is None:

@@ -17,7 +17,6 @@ from finetune.data.formats import (
 from finetune.data.formats.format import Format
 from finetune.data.io.files import read_records
 from finetune.data.leftovers import SYSTEM
-from finetune.recipe.schema import Source
 
 _SHOWN, _NUMBERED = "image|images", "image_id"
 _BEFORE = ("|".join(SYSTEM), "history")
@@ -132,8 +131,3 @@ _FORMATS = {
 SVIT's turns stay in order, although its conversations could change places: inside one, they build on each other.
 """
 FORMATS = {name: family.checked() for name, family in _FORMATS.items()}
-
-
-def hold_dialogues(sources: Iterable[Source]) -> bool:
-    """Whether these sources need `<end_of_utterance>`; documents alone leave a base a base."""
-    return any(source.prompt or not FORMATS[source.format].documents for source in sources)

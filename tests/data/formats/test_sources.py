@@ -9,10 +9,11 @@ import pytest
 from sources import make_source
 
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.formats import FORMATS, easy_vqa, hold_dialogues, messages
+from finetune.data.formats import FORMATS, easy_vqa, messages
 from finetune.data.formats.recognise import recognise_source
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import to_dialogue
+from finetune.recipe.schema import CAPTIONS, DOCUMENTS, need_end_of_utterance
 from modeling.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n..."
@@ -339,13 +340,13 @@ def test_what_formats_say_of_themselves():
     def those(wanted):
         return {name for name, family in FORMATS.items() if wanted(family)}
 
-    assert those(lambda family: family.documents) == {
-        *("obelics", "pairs", "image_folder", "class_folders", "text", "easy_vqa_captions")
-    }
+    assert those(lambda family: family.documents) == set(DOCUMENTS)
+    assert those(lambda family: family.captions) == set(CAPTIONS)
+    assert set(DOCUMENTS) == {"obelics", "pairs", "image_folder", "class_folders", "text", "easy_vqa_captions"}
     assert those(lambda family: not family.ordered) == {"m3it", "cauldron", "vqa", "lrv", "easy_vqa"}
-    assert hold_dialogues([make_source("text"), make_source("lrv")])
-    assert not hold_dialogues([make_source("text"), make_source("pairs")])
-    assert hold_dialogues([make_source("text"), make_source("pairs", prompt=("What is it?",))])
+    assert need_end_of_utterance([make_source("text"), make_source("lrv")])
+    assert not need_end_of_utterance([make_source("text"), make_source("pairs")])
+    assert need_end_of_utterance([make_source("text"), make_source("pairs", prompt=("What is it?",))])
 
 
 def test_a_surrogate_in_json_reaches_the_dialogue_and_is_refused(root):
