@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planned import recipe_of
 from typer.testing import CliRunner
 
 from finetune.cli import app
@@ -13,31 +14,6 @@ from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, assistant, user
 from finetune.data.tokenize import tokenize
 from finetune.reporting.inspect import LONGEST, choose_shown, picture, show_example, view
-
-RECIPE = """
-model: {{base: {base}, vision: lora}}
-adapter: {{rank: 2}}
-data: {{sources: [{{format: messages, path: dialogues.jsonl, image_root: {root}}}], prepared: {prepared}, workers: 1}}
-training: {{steps: 1}}
-output: {output}
-"""
-
-
-@pytest.fixture
-def recipe_file(dialogue_folder, tmp_path):
-    def write(*lines, base="HuggingFaceM4/idefics-9b"):
-        text = "\n".join(lines) or (dialogue_folder / "dialogues.jsonl").read_text()
-        (tmp_path / "dialogues.jsonl").write_text(text)
-        path = tmp_path / "recipe.yaml"
-        folders = {"prepared": tmp_path / "prepared", "output": tmp_path / "run"}
-        path.write_text(RECIPE.format(base=base, root=dialogue_folder, **folders))
-        return path
-
-    return write
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_choose_shown_draws_apart_from_the_longest():
@@ -60,8 +36,12 @@ def test_choose_shown_takes_none_twice(lengths, drawn, longest):
     assert top == sorted(lengths, reverse=True)[:longest]
 
 
-def test_inspect_prints_examples_and_writes_no_run(recipe_file, base_folder, tmp_path):
-    outcome = invoke("inspect", recipe_file(base=base_folder), "--count", "2", "--ids")
+def test_inspect_prints_examples_and_writes_no_run(dialogue_folder, base_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = [{"format": "messages", "path": str(dialogue_folder / "dialogues.jsonl")}]
+    recipe = recipe_of(model={"base": str(base_folder)}, data={"sources": sources})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    outcome = CliRunner().invoke(app, ["inspect", "recipe.yaml", "--count", "2", "--ids"])
     assert outcome.exit_code == 0, outcome.output
     assert len(re.findall(r"\d+ tokens, \d+ trained on, \d images?", outcome.output)) == 2 + LONGEST
     assert "<end_of_utterance>" in outcome.output

@@ -4,10 +4,12 @@ import re
 
 import pytest
 from pages import (
+    BLUE,
     BLUE_PNG,
     CHAT,
     GONE_PNG,
     IMAGES,
+    RED,
     RED_PNG,
     SHAPES,
     STATS,
@@ -20,6 +22,7 @@ from pages import (
     texts,
 )
 
+from finetune.data.conversation import Image
 from finetune.reporting.html.chart import histogram
 from finetune.reporting.inspect import ShownExample, Token
 
@@ -85,6 +88,13 @@ def test_image_is_embedded_once_and_only_if_shown():
     assert data(page) == {"images": [IMAGES[RED_PNG], IMAGES[BLUE_PNG]]}
     assert page.count("data:image/") == 2
     assert re.findall(r'img data-image="(\d)"', page) == ["0", "1", "1"]
+
+
+def test_images_in_memory_have_thumbnails_of_their_own():
+    images = (Image(RED), Image(BLUE), Image(RED))
+    page = inspection([ShownExample("shapes.arrow:1", SHAPES, (Token("a", 1),), images)], images=None)
+    assert data(page) == {"images": [IMAGES[RED_PNG], IMAGES[BLUE_PNG]]}
+    assert re.findall(r'img data-image="(\d)"', page) == ["0", "1", "0"]
 
 
 def test_image_that_could_not_be_opened():
