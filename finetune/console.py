@@ -97,7 +97,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
     built = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        built.add_column(column, justify="left" if index == 0 else "right")
+        built.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         built.add_row(*map(cell, row))
     return built

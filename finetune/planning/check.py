@@ -144,7 +144,7 @@ def _show(result: dict[str, Any], first: Dialogue | None) -> None:
     columns = ("tower", "mode", "parameters", "trained")
     display(table(f"model: {result['model']}", columns, [*towers, ("total", "", *total)]))
     for report in result["sources"]:
-        counts = f"{report['usable']} of the first {report['read']} usable"
+        counts = f"{report['usable']} of the first {report['read']} records usable"
         display(f"{report['source']} ({report['format']}): {counts}", "green" if report["usable"] else "red")
         for line in _problems(report):
             display(f"  {line}", "yellow")

@@ -57,7 +57,7 @@ def test_check_prints_the_format_of_every_source(recipe_file, named):
     outcome = invoke("check", recipe_file(), f"data.sources.0.format={named}")
     assert outcome.exit_code == 0, outcome.output
     said = "".join(outcome.output.split())
-    assert "dialogues.jsonl[train](messages):12ofthefirst12usable" in said
+    assert "dialogues.jsonl[train](messages):12ofthefirst12recordsusable" in said
     assert ("formatmessages(recognisedfromitsfirstrecords)" in said) == (named == "auto")
     outcome = invoke("check", recipe_file(), f"data.sources.0.format={named}", "--json")
     assert json.loads(outcome.stdout)["sources"][0]["format"] == "messages"
@@ -85,7 +85,7 @@ def test_check_records_that_cannot_be_used(recipe_file):
     good = '{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}'
     outcome = invoke("check", recipe_file(good, "{broken"))
     assert outcome.exit_code == 0
-    assert "1 of the first 2 usable" in outcome.output
+    assert "1 of the first 2 records usable" in outcome.output
     assert "1 x not JSON (first: dialogues.jsonl:2: " in outcome.output
     outcome = invoke("check", recipe_file("{broken", "[]"))
     assert outcome.exit_code == 1
