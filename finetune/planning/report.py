@@ -56,7 +56,7 @@ def _memory_table(plan: Mapping[str, Any]) -> Any:
     rows = [
         (part.replace("_", " "), *(show_size(memory["parts"][part]) for memory in memories.values()))
         for part in plan["memory"]["parts"]
-        if part != "gathered" or any(memory["parts"][part] for memory in memories.values())
+        if any(memory["parts"][part] for memory in memories.values())
     ]
     totals = {"tensors": "all tensors", "gpu": "all tensors and the GPU's reserve", "resident": "resident memory"}
     rows += [
@@ -103,11 +103,12 @@ def draw_plan(plan: Mapping[str, Any], out: Path) -> None:
     bottoms = [0.0] * len(bars)
     for part, color in COLORS.items():
         heights = [parts[part] / GIB for parts in bars.values()]
-        axis.bar(range(len(bars)), heights, 0.6, bottom=bottoms, color=color, label=part.replace("_", " "))
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+        if any(heights):
+            axis.bar(range(len(bars)), heights, 0.6, bottom=bottoms, color=color, label=part.replace("_", " "))
+            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     if plan["gpu"]:
         usable = (plan["gpu"]["bytes"] - plan["gpu"]["reserve"]) / GIB
-        axis.axhline(usable, color="#b3261e", linestyle="--", label="GPU memory")
+        axis.axhline(usable, color="#b3261e", linestyle="--", label="GPU, less its reserve")
     axis.set_xticks(range(len(bars)), list(bars), fontsize=8)
     axis.set(ylabel="GiB at the peak, predicted", title=visible(plan["model"]), xlim=(-0.6, len(bars) - 0.4))
     for text in (axis.title, *axis.get_xticklabels()):
