@@ -84,20 +84,20 @@ def _config(recipe: Recipe) -> Config:
 def first_records(source: Source, recipe: Recipe, encoder: Encoder | None) -> tuple[dict[str, Any], Dialogue | None]:
     """Return what becomes of a source's first records, and the first usable dialogue. Downloads no image."""
     first = source.model_copy(update={"limit": min(source.limit or FIRST_RECORDS, FIRST_RECORDS)})
-    account = SourceStats(source.name)
-    found = list(read_dialogues(first, account, seed=recipe.training.seed, look=look))
+    stats = SourceStats(source.name)
+    found = list(read_dialogues(first, stats, seed=recipe.training.seed, look=look))
     images = {image for _, dialogues in found for dialogue in dialogues for image in dialogue.images}
     remote = sum(isinstance(image.source, Remote) for image in images)
     usable = [dialogue for _, dialogues in found for dialogue in dialogues]
-    kept = account.read - sum(account.rejected.values())
+    kept = stats.read - sum(stats.rejected.values())
     if encoder:
         limits = Limits(recipe.data.max_length, recipe.training.row_images)
         same = {image: image if isinstance(image.source, Remote) else digest(image) for image in images}
         how = fitter(source, encoder, limits, seed=recipe.training.seed)
-        usable = [piece.dialogue for piece, _, _ in fit_records(found, how, account, same=same.__getitem__)]
-        kept = account.kept
+        usable = [piece.dialogue for piece, _, _ in fit_records(found, how, stats, same=same.__getitem__)]
+        kept = stats.kept
     counted = ("read", "rejected", "parts_rejected", "first_rejected", "ignored", "broken")
-    report = {"source": source.name, "format": source.format, **{name: getattr(account, name) for name in counted}}
+    report = {"source": source.name, "format": source.format, **{name: getattr(stats, name) for name in counted}}
     report |= {"usable": kept, "not_downloaded": remote, "length_checked": encoder is not None}
     return report, next(iter(usable), None)
 

@@ -42,7 +42,7 @@ def prepared_lengths(recipe: Recipe) -> Lengths | None:
     try:
         sources = [resolve_source(one) for one in data.sources]
         every = [*sources, *(resolve_source(one) for one in data.eval_sources)]
-        prepared = {_source_name(account) for account in Path(data.prepared).glob(f"*/{STATS}")}
+        prepared = {_source_name(stats) for stats in Path(data.prepared).glob(f"*/{STATS}")}
         if not {source.name for source in every} <= prepared:
             return None
         from modeling.loading import load_processor
@@ -66,10 +66,10 @@ def _is_on_this_machine(base: str, revision: str | None) -> bool:
     return Path(base).is_dir() or isinstance(try_to_load_from_cache(base, "config.json", revision=revision), str)
 
 
-def _source_name(account: Path) -> str | None:
+def _source_name(stats: Path) -> str | None:
     """Return the source of a prepared set; None where the file cannot be read: preparing makes such a set anew."""
     try:
-        return (read_json(account) or {}).get("source")
+        return (read_json(stats) or {}).get("source")
     except UserError:
         return None
 

@@ -111,17 +111,17 @@ def inspect(
     streamed = []
     for source in sources:
         if source.stream:
-            account = SourceStats(source.name)
+            counted = SourceStats(source.name)
             how = fitter(source, Encoder(tokenizer), Limits(data.max_length, training.row_images), seed=training.seed)
-            records = list(islice(read_dialogues(source, account, seed=training.seed, look=look), STREAMED))
-            account.dialogues += len(records)
+            records = list(islice(read_dialogues(source, counted, seed=training.seed, look=look), STREAMED))
+            counted.dialogues += len(records)
             streamed += [
                 show_example(
                     example, tokenizer, record_id=origin.record_id, source=source.name, images=piece.dialogue.images
                 )
-                for piece, example, origin in fit_records(records, how, account)
+                for piece, example, origin in fit_records(records, how, counted)
             ]
-            stats.append(account.to_json())
+            stats.append(counted.to_json())
     return Inspection(stats, _histograms(prepared, names), examples + streamed[:count])
 
 
