@@ -31,7 +31,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     display(table(f"model: {plan['model']}", columns, [*towers, ("total", "", *plan["totals"].values())]))
     display(_memory_table(plan))
     disk = [(name, show_size(value)) for name, value in plan["disk"].items() if value]
-    display(table("disk space that the run takes", ("files", "size"), disk))
+    display(table("disk space", ("files", "size"), disk))
     row, steps, processes = plan["row"], plan["steps"], plan["processes"]
     display(
         f"largest row ({row['from']}): {row['tokens']:,} tokens, {row['supervised']:,} of them supervised, "
