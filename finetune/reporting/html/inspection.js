@@ -6,7 +6,7 @@ let anchor = tip;
 
 for (const image of document.querySelectorAll("img[data-image]")) image.src = images[image.dataset.image];
 
-/** Light what belongs to the token, image or bar that is pointed at, or nothing. */
+/** Mark what belongs to the token, image or bar that is pointed at, or nothing. */
 function pointAt(target) {
   for (const lit of document.querySelectorAll(".lit")) lit.classList.remove("lit");
   tip.hidden = true;
@@ -15,7 +15,7 @@ function pointAt(target) {
   const bar = target.closest("[data-tip]");
   if (token) pointAtToken(token);
   else if (image) pointAtImage(image);
-  else if (bar) say(bar, [bar.dataset.tip]);
+  else if (bar) showTip(bar, [bar.dataset.tip]);
 }
 
 function pointAtToken(token) {
@@ -26,10 +26,10 @@ function pointAtToken(token) {
   const seen = sees === undefined ? "sees no image" : `sees image ${Number(sees) + 1}`;
   token.classList.add("lit");
   if (sees !== undefined) lightImage(article.querySelector(`.image[data-number="${sees}"]`));
-  say(token, [JSON.stringify(token.textContent), `id ${token.dataset.id}`, label, `position ${position}`, seen]);
+  showTip(token, [JSON.stringify(token.textContent), `id ${token.dataset.id}`, label, `position ${position}`, seen]);
 }
 
-/** Light an image, and bring it into view among its dialogue's images, without moving the page. */
+/** Mark an image, and bring it into view among the images of its example, without moving the page. */
 function lightImage(image) {
   image.classList.add("lit");
   image.parentElement.scrollTo({left: image.offsetLeft - 8, top: image.offsetTop - 8});
@@ -42,14 +42,14 @@ function pointAtImage(image) {
   }
 }
 
-function say(element, lines) {
+function showTip(element, lines) {
   tip.replaceChildren(...lines.map((line) => Object.assign(document.createElement("span"), {textContent: line})));
   tip.hidden = false;
   anchor = element;
   placeTip();
 }
 
-/** Under what it speaks of, or above at the window's lower edge. */
+/** Below its anchor; above it where the window ends. */
 function placeTip() {
   const place = anchor.getClientRects()[0] ?? anchor.getBoundingClientRect();
   const below = place.bottom + 6 + tip.offsetHeight < innerHeight;
@@ -63,7 +63,7 @@ for (const event of ["pointerover", "focusin", "click"]) {
 document.documentElement.addEventListener("pointerleave", () => pointAt(document.body));
 document.addEventListener("scroll", placeTip, {passive: true});
 
-/** Arrow keys go from token to token; Tab goes from dialogue to image to dialogue. */
+/** Arrow keys go from token to token; Tab goes from example to image to example. */
 function nextToken(box, key) {
   const tokens = [...box.querySelectorAll(".token")];
   const now = tokens.indexOf(document.activeElement);
