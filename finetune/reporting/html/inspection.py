@@ -109,7 +109,7 @@ def _losses(stats: Mapping[str, Any]) -> list[tuple[int | None, str, str]]:
         *((None, "file breaks off", detail) for detail in stats["broken"]),
         *((records, reason, first.get(reason, "")) for reason, records in stats["rejected"].items()),
         *((count, f"{reason}, in records that are kept", first.get(reason, "")) for reason, count in parts),
-        *((records, "ignored", key) for key, records in stats.get("ignored", {}).items()),
+        *((records, "ignored key", key) for key, records in stats.get("ignored", {}).items()),
     ]
 
 
