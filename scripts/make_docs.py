@@ -128,7 +128,7 @@ def _yaml(value: object) -> str:
 
 def make_fields() -> str:
     """Return the fields that each format reads; of several names of one field, the first that a record has counts."""
-    from finetune.data.field_names import CAPTIONS, IMAGES
+    from finetune.data.formats.fields import CAPTIONS, IMAGES
 
     words = {"IMAGE": "|".join(IMAGES), "CAPTION": "|".join(CAPTIONS)}
     lines = ["| format | fields |", "| --- | --- |"]

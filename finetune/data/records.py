@@ -17,11 +17,11 @@ from finetune.data.conversation import (
     user,
 )
 from finetune.data.formats import FORMATS
-from finetune.data.formats.placeholders import hide, reveal
+from finetune.data.formats.build import hide, reveal
+from finetune.data.formats.leftovers import without
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.streams import BrokenFileError, Record
-from finetune.data.leftovers import without
 from finetune.data.stats import SourceStats
 from finetune.data.turns import without_images
 from finetune.recipe.schema import Source

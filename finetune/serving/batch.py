@@ -12,8 +12,9 @@ from typing import Any
 from finetune.console import Track, silently, to_json
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, RecordError
+from finetune.data.formats.reading import read_records
 from finetune.data.images import open_image
-from finetune.data.io.files import files_of, fingerprint, read_records
+from finetune.data.io.files import files_of, fingerprint
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import to_dialogue
 from finetune.data.sources import messages_at

@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.base import QUANTIZED, load_model, local_base
 from finetune.console import to_json
 from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
-from finetune.data.formats.placeholders import place_images
+from finetune.data.formats.build import place_images
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.sources import messages_at

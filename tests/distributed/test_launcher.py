@@ -30,7 +30,7 @@ from modeling.cores import available_cores
 from modeling.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "COLUMNS": "200"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}", "COLUMNS": "200"}
 BY_HAND = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIGS / "ddp.yaml"))
 
 

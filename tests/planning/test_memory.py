@@ -77,9 +77,15 @@ def test_fixed_parts_80b_sharded_over_eight():
 
 @pytest.mark.slow
 def test_shares_of_a_model_sharded_over_two_processes(tmp_path):
-    script = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2", "tests/shares.py"]
+    torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([*script, tmp_path / "out"], capture_output=True, text=True, cwd=ROOT, env=environment)
+    ran = subprocess.run(
+        [*torchrun, "tests/helpers/shares.py", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
     assert ran.returncode == 0, ran.stderr
     both = json.loads((tmp_path / "out").read_text())
     config = {**stand_in(IDEFICS_9B), "additional_vocab_size": 3}

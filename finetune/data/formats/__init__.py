@@ -1,133 +1,130 @@
-"""Dataset record -> Dialogue: a reader that finds the records of a dataset family, and a function that converts one."""
+"""Dataset families: how the records of each are read, recognised and converted into dialogues. FORMATS is the table.
 
-from collections.abc import Iterable
+To add a format, write a function that converts one record, and one that recognises such a record; then add a row to
+FORMATS, and the format's name to `FormatName` in finetune/recipe/schema.py. For example, for records such as
+{"picture": "cat.jpg", "asked": "Who is this?", "answered": "A cat."}:
 
-from finetune.data.field_names import ANSWERS, CAPTIONS, CONTEXTS, IMAGES, QUESTIONS
-from finetune.data.formats import (
-    conversations,
-    documents,
-    easy_vqa,
-    image_folder,
-    messages,
-    mimic_it,
-    prompts,
-    questions,
-    vqa,
-)
-from finetune.data.formats.format import Format
-from finetune.data.io.files import read_records
-from finetune.data.leftovers import SYSTEM
+    from finetune.data.conversation import Dialogue, assistant, user
+    from finetune.data.formats.build import build
+    from finetune.data.formats.fields import answer_of, has, listed_images, required
 
-_SHOWN, _NUMBERED = "image|images", "image_id"
-_BEFORE = ("|".join(SYSTEM), "history")
-_CHOSEN = "the chosen answers are trained on, the rejected ones not"
+    def convert_riddle(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+        turns = [user(required(record, "asked", str)), assistant(answer_of(record, "answered"))]
+        return build(record, root, turns, listed_images(record, root, ["picture"]))
+
+    def is_riddle(record: dict[str, Any]) -> bool:
+        return has(record, "picture") and has(record, "asked", str)
+
+    FORMATS["riddle"] = Format(convert_riddle, is_riddle, ("picture", "asked", "answered"))
+
+`fields` reads a field or raises a RecordError, under whose reason the record is counted as rejected; `build` puts the
+images at their placeholders. The rest needs no code: files of any kind, `columns`, `format: auto`, and a report of
+content under keys that the format does not read.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.data.conversation import Dialogue
+from finetune.data.formats import conversations, documents, easy_vqa, mimic_it, questions, vqa
+from finetune.data.formats.fields import ANSWERS, CAPTIONS, CONTEXTS, IMAGES, QUESTIONS, SYSTEM, first_name
+from finetune.data.formats.leftovers import leftovers
+from finetune.data.formats.reading import read_records
+from finetune.data.io.image_roots import ImageRoot
+from finetune.data.io.streams import Record
+from finetune.recipe.schema import Source
+
+
+@dataclass(frozen=True)
+class Format:
+    """A dataset family."""
+
+    converter: Callable[[dict[str, Any], ImageRoot], Dialogue]
+    """(record, where its source's images are looked up) -> its dialogue. Raises RecordError."""
+    fits: Callable[[dict[str, Any]], bool] = lambda record: False
+    """Whether a record looks like one of this family, for `format: auto`."""
+    reads: tuple[str, ...] = ()
+    """The fields it reads, each with its names; the first name with a value is read: ("image|jpg", "text|caption")."""
+    read: Callable[[Source], Iterator[Record]] = read_records
+    """Yields the records of a source in a stable order."""
+    documents: bool = False
+    """Whether its records become documents, which do not end with `<end_of_utterance>`."""
+    captions: bool = False
+    """Whether a document is an image and its caption, which a prompt turns into a dialogue."""
+    ordered: bool = True
+    """Whether the turns of a dialogue build on each other; if not, they may be shuffled."""
+    note: str = ""
+    """A fact that a person who trains on it must know."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the fields it reads."""
+        return tuple(name for names in self.reads for name in names.split("|"))
+
+    def convert(self, record: dict[str, Any], root: ImageRoot) -> Dialogue:
+        """Return a record's dialogue, which names the unknown keys of the record that hold a value.
+
+        Raises RecordError: no such record, or content under a key that is not read.
+        """
+        dialogue = self.converter(record, root)
+        if not self.reads:  # the reader of this format makes its records
+            return dialogue
+        read = {first_name(record, names.split("|")) or "" for names in self.reads}
+        unread = leftovers(record, read if self.documents else {*read, *SYSTEM}, shows=bool(dialogue.images))
+        return replace(dialogue, ignored=(*unread, *dialogue.ignored)) if unread else dialogue
 
 
 def _any(names: Iterable[str]) -> str:
     return "|".join(names)
 
 
-_FORMATS = {
-    "messages": Format(messages.convert, read_records, messages.is_messages, ("messages", _SHOWN, _BEFORE[0])),
-    "svit": Format(
-        conversations.convert_svit, read_records, conversations.is_svit, ("conversations", f"{_NUMBERED}|image")
-    ),
-    "llava": Format(conversations.convert, read_records, conversations.is_llava, ("conversations", _SHOWN, _BEFORE[0])),
-    "sharegpt": Format(
-        conversations.convert, read_records, conversations.is_sharegpt, ("conversations", _SHOWN, _BEFORE[0])
-    ),
-    "ultrachat": Format(conversations.convert_ultrachat, read_records, conversations.is_ultrachat, ("data",)),
-    "m3it": Format(
-        questions.convert_m3it,
-        read_records,
-        questions.is_m3it,
-        ("instruction", "inputs", "outputs", "image_base64_str", _SHOWN, *_BEFORE),
-        ordered=False,
-    ),
-    "mimic_it": Format(
-        mimic_it.convert,
-        mimic_it.read,
-        mimic_it.is_mimic_it,
-        ("instruction", "answer", "image_ids|images", "rel_ins_ids", "related"),
-    ),
-    "alpaca": Format(
-        questions.convert_alpaca,
-        read_records,
-        questions.is_alpaca,
-        ("instruction", "input", "output", _SHOWN, *_BEFORE),
-    ),
-    "spot_the_diff": Format(
-        questions.convert_spot_the_diff, read_records, questions.is_spot_the_diff, ("img_id", "sentences")
-    ),
-    "cauldron": Format(
-        questions.convert_cauldron, read_records, questions.is_cauldron, (_SHOWN, "texts"), ordered=False
-    ),
-    "vqa": Format(
-        vqa.convert,
-        vqa.read,
-        vqa.is_vqa,
-        (
-            _any(vqa.ASKED),
-            _any(vqa.ANSWERED),
-            "multiple_choice_answer",
-            _any(IMAGES),
-            _NUMBERED,
-            "question_id",
-            "data_subtype",
-        ),
-        ordered=False,
-    ),
-    "lrv": Format(
-        questions.convert_lrv,
-        read_records,
-        questions.is_lrv,
-        ("question", "answer", _any(IMAGES), _NUMBERED, *_BEFORE),
-        ordered=False,
-    ),
-    "prompt_completion": Format(
-        prompts.convert_prompt_completion,
-        read_records,
-        prompts.is_prompt_completion,
-        ("prompt", "completion", _any(IMAGES), *_BEFORE),
-    ),
-    "preference": Format(
-        prompts.convert_preference,
-        read_records,
-        prompts.is_preference,
-        (_any(prompts.PROMPTS), "input", "chosen", "rejected", _any(IMAGES), *_BEFORE),
-        note=_CHOSEN,
-    ),
-    "qa": Format(
-        prompts.convert_qa,
-        read_records,
-        prompts.is_qa,
-        (_any(QUESTIONS), "input", _any(ANSWERS), _any(CONTEXTS), _any(IMAGES), _NUMBERED, *_BEFORE),
-    ),
-    "obelics": Format(
-        documents.convert_obelics, read_records, documents.is_obelics, ("images", "texts"), documents=True
-    ),
-    "pairs": Format(
-        documents.convert_pair,
-        read_records,
-        documents.is_pair,
-        (_any(documents.PAIR_IMAGES), _NUMBERED, _any(CAPTIONS)),
-        documents=True,
-        captions=True,
-    ),
-    "image_folder": Format(
-        documents.convert_pair,
-        image_folder.read,
-        reads=(_any(image_folder.FILES), _any(CAPTIONS)),
-        documents=True,
-        captions=True,
-    ),
-    "class_folders": Format(documents.convert_pair, image_folder.read_classes, documents=True, captions=True),
-    "text": Format(documents.convert_text, documents.read_texts, documents.is_text, ("text", "title"), documents=True),
-    "easy_vqa": Format(easy_vqa.convert, easy_vqa.read, ordered=False),
-    "easy_vqa_captions": Format(easy_vqa.convert_caption, easy_vqa.read_captions, documents=True, captions=True),
+_IMAGE, _IMAGES, _ID = "image|images", _any(IMAGES), "image_id"
+_SYSTEM, _HISTORY = _any(SYSTEM), "history"
+
+# fmt: off
+FORMATS = {
+    # conversations
+    "messages": Format(conversations.convert_messages, conversations.is_messages, ("messages", _IMAGE, _SYSTEM)),
+    "svit": Format(conversations.convert_svit, conversations.is_svit, ("conversations", f"{_ID}|image")),
+    "llava": Format(conversations.convert_sharegpt, conversations.is_llava, ("conversations", _IMAGE, _SYSTEM)),
+    "sharegpt": Format(conversations.convert_sharegpt, conversations.is_sharegpt, ("conversations", _IMAGE, _SYSTEM)),
+    "ultrachat": Format(conversations.convert_ultrachat, conversations.is_ultrachat, ("data",)),
+    # questions and answers
+    "m3it": Format(questions.convert_m3it, questions.is_m3it,
+                   ("instruction", "inputs", "outputs", "image_base64_str", _IMAGE, _SYSTEM, _HISTORY), ordered=False),
+    "mimic_it": Format(mimic_it.convert, mimic_it.is_mimic_it,
+                       ("instruction", "answer", "image_ids|images", "rel_ins_ids", "related"), mimic_it.read),
+    "alpaca": Format(questions.convert_alpaca, questions.is_alpaca,
+                     ("instruction", "input", "output", _IMAGE, _SYSTEM, _HISTORY)),
+    "spot_the_diff": Format(questions.convert_spot_the_diff, questions.is_spot_the_diff, ("img_id", "sentences")),
+    "cauldron": Format(questions.convert_cauldron, questions.is_cauldron, (_IMAGE, "texts"), ordered=False),
+    "vqa": Format(vqa.convert, vqa.is_vqa,
+                  (_any(vqa.ASKED), _any(vqa.ANSWERED), "multiple_choice_answer", _IMAGES, _ID, "question_id",
+                   "data_subtype"), vqa.read, ordered=False),
+    "lrv": Format(questions.convert_lrv, questions.is_lrv,
+                  ("question", "answer", _IMAGES, _ID, _SYSTEM, _HISTORY), ordered=False),
+    "prompt_completion": Format(questions.convert_prompt_completion, questions.is_prompt_completion,
+                                ("prompt", "completion", _IMAGES, _SYSTEM, _HISTORY)),
+    "preference": Format(questions.convert_preference, questions.is_preference,
+                         (_any(questions.PROMPTS), "input", "chosen", "rejected", _IMAGES, _SYSTEM, _HISTORY),
+                         note="the chosen answers are trained on, the rejected ones not"),
+    "qa": Format(questions.convert_qa, questions.is_qa,
+                 (_any(QUESTIONS), "input", _any(ANSWERS), _any(CONTEXTS), _IMAGES, _ID, _SYSTEM, _HISTORY)),
+    # documents
+    "obelics": Format(documents.convert_obelics, documents.is_obelics, ("images", "texts"), documents=True),
+    "pairs": Format(documents.convert_pair, documents.is_pair, (_any(documents.PAIR_IMAGES), _ID, _any(CAPTIONS)),
+                    documents=True, captions=True),
+    "image_folder": Format(documents.convert_pair, reads=(_any(documents.IMAGE_FILES), _any(CAPTIONS)),
+                           read=documents.read_image_folder, documents=True, captions=True),
+    "class_folders": Format(documents.convert_pair, read=documents.read_class_folders, documents=True, captions=True),
+    "text": Format(documents.convert_text, documents.is_text, ("text", "title"), documents.read_texts, documents=True),
+    # a Python package
+    "easy_vqa": Format(easy_vqa.convert, read=easy_vqa.read, ordered=False),
+    "easy_vqa_captions": Format(easy_vqa.convert_caption, read=easy_vqa.read_captions, documents=True, captions=True),
 }
-"""The more special before the more general: of two that fit equally many records, the first is recognised.
+# fmt: on
+"""Of two formats that fit equally many records, `format: auto` takes the first: the more special one comes first.
 
 SVIT's turns stay in order, although its conversations could change places: inside one, they build on each other.
 """
-FORMATS = {name: family.checked() for name, family in _FORMATS.items()}

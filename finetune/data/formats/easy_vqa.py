@@ -20,7 +20,10 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
 
 def read(source: Source) -> Iterator[Record]:
-    """One record a question of the split, from the installed package. Raises UserError: no package, no such split."""
+    """Yield a record for each question of the split, from the installed package.
+
+    Raises UserError: the package is not installed, or it has no such split.
+    """
     try:
         import easy_vqa
     except ImportError as error:
@@ -35,13 +38,13 @@ def read(source: Source) -> Iterator[Record]:
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """The package names its own files, so the image root plays no part."""
+    """A question and its answer; the package names its own image files, so the image root is not used."""
     image = Image(Path(required(record, "image", str)))
     return Dialogue((user(image, required(record, "question", str)), assistant(required(record, "answer", str))))
 
 
 def read_captions(source: Source) -> Iterator[Record]:
-    """Two records an image, from its questions: one to caption what it shows, one to state what it does not."""
+    """Yield two records for each image, from its questions: one for a caption, one for statements about it."""
     by_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for _, record in read(source):
         assert isinstance(record, dict)
@@ -52,7 +55,7 @@ def read_captions(source: Source) -> Iterator[Record]:
 
 
 def convert_caption(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """A document about an image: no question and no answer, in words chosen by the image's number."""
+    """A document about an image, without a question or an answer; the image's number chooses the words."""
     image, statements = Path(required(record, "image", str)), record.get("kind") == "statements"
     if not image.stem.isdecimal():
         raise RecordError("unknown content", f'"image": expected a file called by its number, got {image.name!r:.80}')
@@ -69,7 +72,7 @@ def convert_caption(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def _facts(question: str, answer: str) -> Iterator[tuple[str, bool]]:
-    """What a question and its answer say is there, or is not.
+    """Yield (shape or color, whether it is in the image), as a question and its answer say.
 
     "what is the red shape?", "circle" -> ("red", True), ("circle", True)
     "is there not a blue shape?", "yes" -> ("blue", False)
@@ -91,7 +94,7 @@ _BOTH = (
 )
 _COLOR = ("the color of the shape is {color}.",)
 _SHAPE = ("the shape is a {shape}.",)
-# The thing is named before it is said to be there or not, so that the image decides every word that can be known.
+# The thing is named before the words that say whether it is there, so that these words depend on the image alone.
 _STATEMENTS = ("a {thing} is{negation} present.", "a {thing} is{negation} in the image.")
 
 
@@ -104,7 +107,7 @@ def _caption(facts: dict[str, bool], rng: np.random.Generator) -> str:
 
 
 def _state(facts: dict[str, bool], rng: np.random.Generator) -> str:
-    """Six statements, half about shapes and half about colors, as far as the facts go: one is there, others are not."""
+    """Return up to six statements, half about shapes and half about colors: one is in the image, the others are not."""
     chosen: list[tuple[str, bool]] = []
     for things in (SHAPES, COLORS):
         present = next((thing for thing in things if facts.get(thing)), None)

@@ -1,9 +1,9 @@
-"""MIMIC-IT: instructions with their images by id, each after the instructions it is related to -> Dialogue.
+"""MIMIC-IT -> Dialogue: instructions with their images by id, each after the instructions that it is related to.
 
     {"meta": {...}, "data": {"DC_INS_2": {"instruction": ..., "answer": ..., "image_ids": ["DC_IMG_1"],
                                           "rel_ins_ids": ["DC_INS_1"]}, ...}}
 
-On the hub a record is {"instruction", "answer", "images"} and has no related ones.
+On the hub a record is {"instruction", "answer", "images"} and has no related instructions.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,28 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.formats.build import build
+from finetune.data.formats.build import build, kinds_in, place_images
 from finetune.data.formats.fields import answer_of, checked, has, listed_images, required, required_list
-from finetune.data.formats.placeholders import kinds_in, place_images
-from finetune.data.io.files import files_of, read_pairs, read_records, refuse_columns
+from finetune.data.formats.leftovers import leftovers
+from finetune.data.formats.reading import read_records, refuse_columns
+from finetune.data.io.files import files_of
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.io.streams import Record, stop_if_broken
-from finetune.data.leftovers import leftovers
+from finetune.data.io.json_files import read_pairs
+from finetune.data.io.streams import OnBroken, Record
 from finetune.recipe.schema import Source
 
 _READ = frozenset({"instruction", "answer", "image_ids", "images", "rel_ins_ids"})
-
-
-def read(source: Source) -> Iterator[Record]:
-    """Every instruction of the JSON files, those it is related to under "related"; other files as they are."""
-    files = files_of(source)
-    official = [file for file in files if ".json" in file.suffixes[-2:] and _holds_instructions(file)]
-    for file in official:
-        refuse_columns(source)
-        yield from stop_if_broken(_read_json(file), source.on_broken)
-    others = tuple(file for file in files if file not in official)
-    if others or source.hub:
-        yield from read_records(source.at(*others))
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
@@ -56,27 +45,42 @@ def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def is_mimic_it(record: dict[str, Any]) -> bool:
-    """An instruction, or a file of them."""
+    """Return whether the record is an instruction with images, or a file of such instructions."""
     data = record.get("data")
     item: Any = next(iter(data.values()), None) if isinstance(data, dict) else record
     asked = isinstance(item, dict) and has(item, "instruction", str) and has(item, "answer")
     return asked and (has(item, "image_ids") or has(item, "images"))
 
 
-def _holds_instructions(path: Path) -> bool:
-    """Whether a file is an official one: an object of instructions under "data"; other files hold records."""
-    return not isinstance(next((item for _, _, item in read_pairs(path, "data")), None), RecordError)
+def read(source: Source) -> Iterator[Record]:
+    """Yield every instruction of the JSON files, with those related to it under "related", and other files' records."""
+    others = []
+    for file in files_of(source):
+        is_json = ".json" in file.suffixes[-2:]
+        first = next((item for _, _, item in read_pairs(file, "data")), None) if is_json else None
+        if is_json and not isinstance(first, RecordError):  # an object of instructions under "data"
+            refuse_columns(source)
+            yield from _read_json(file, source.on_broken)
+        else:
+            others.append(file)
+    if others or source.hub:
+        yield from read_records(source.at(*others))
 
 
-def _read_json(path: Path) -> Iterator[Record]:
-    """Three passes, so that of a large file no more is held than the instructions that others are related to."""
+def _read_json(path: Path, on_broken: OnBroken) -> Iterator[Record]:
+    """Yield the instructions of a file, read three times, so that only those that others relate to are in memory."""
     wanted = {name for _, _, item in read_pairs(path, "data") for name in _related_names(item)}
     known = {name: item for _, name, item in read_pairs(path, "data") if name in wanted} if wanted else {}
-    for place, name, item in read_pairs(path, "data"):
+    for record_id, name, item in read_pairs(path, "data", on_broken):
         try:
-            yield place, _with_related(name, item, known)
+            yield record_id, _with_related(name, item, known)
         except RecordError as error:
-            yield place, error
+            yield record_id, error
+
+
+def _related_names(item: object) -> list[str]:
+    names = item.get("rel_ins_ids") if isinstance(item, dict) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def _with_related(name: str, item: object, known: Mapping[str, object]) -> dict[str, Any]:
@@ -90,8 +94,3 @@ def _with_related(name: str, item: object, known: Mapping[str, object]) -> dict[
         if related not in known:
             raise RecordError("related instruction missing", f"{name} is related to {related}, which is not there")
     return {**item, "related": [known[related] for related in names]}
-
-
-def _related_names(item: object) -> list[str]:
-    names = item.get("rel_ins_ids") if isinstance(item, dict) else None
-    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []

@@ -1,24 +1,42 @@
-"""Questions with their answers -> Dialogue: LRV, M3IT, Alpaca, the Cauldron, Spot-the-Diff."""
+"""Questions with their answers, under the names that datasets give them -> Dialogue.
 
+{"instruction": "What is it?", "input": "", "output": "A cat."}                                              Alpaca
+{"query": "<image>What is it?", "response": "A cat.", "history": [["Hello", "Hello."]], "images": ["cat.jpg"]} ms-swift
+{"prompt": "What is it?", "completion": "A cat.", "images": ["cat.jpg"]}, or both as lists of messages             TRL
+{"prompt": "What is it?", "chosen": "A cat.", "rejected": "A dog."}, trained on the chosen answer only             TRL
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
-from finetune.data.conversation import Dialogue, Image, assistant, user
+from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.formats.build import build, history
+from finetune.data.formats.conversations import turn_of
 from finetune.data.formats.fields import (
+    ANSWERS,
+    CONTEXTS,
+    IMAGES,
+    QUESTIONS,
+    all_answers,
     answer_of,
     first_item,
+    first_name,
     has,
     joined,
     listed_images,
+    name_of,
     optional,
     own_image,
     required,
     required_list,
 )
+from finetune.data.formats.leftovers import leftovers
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.leftovers import leftovers
 
 DIFFERENCES = "What are the differences between the two images?"
+
+PROMPTS = ("prompt", "question", "query", "instruction", "problem")
+"""Names of the question that a preference is about."""
 
 
 def convert_lrv(record: dict[str, Any], root: ImageRoot) -> Dialogue:
@@ -28,22 +46,26 @@ def convert_lrv(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def is_lrv(record: dict[str, Any]) -> bool:
-    return (
-        has(record, "question", str)
-        and isinstance(record.get("answer"), str | int | float)
-        and (has(record, "image_id") or has(record, "image"))
-    )
+    """Return whether the record is {"question", "answer"} with an image or its number."""
+    answered = has(record, "question", str) and isinstance(record.get("answer"), str | int | float)
+    return answered and (has(record, "image_id") or has(record, "image"))
 
 
 def convert_m3it(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """M3IT: {"instruction", "inputs", "outputs", "image_base64_str": [base64, ...]}, on the hub with "image"."""
-    images = (*_base64_images(record, root), *listed_images(record, root))
+    encoded = record.get("image_base64_str")
+    if isinstance(encoded, str) or encoded is None:
+        texts = [encoded] if encoded is not None else []
+    else:
+        texts = required_list(record, "image_base64_str", str)
+    images = (*map(root.base64, texts), *listed_images(record, root))
     question = joined((required(record, "instruction", str), optional(record, "inputs", str)))
     turns = (user(question), assistant(answer_of(record, "outputs")))
     return build(record, root, [*history(record), *turns], images)
 
 
 def is_m3it(record: dict[str, Any]) -> bool:
+    """Return whether the record is {"instruction", "outputs"}."""
     return has(record, "instruction", str) and has(record, "outputs")
 
 
@@ -55,20 +77,21 @@ def convert_alpaca(record: dict[str, Any], root: ImageRoot) -> Dialogue:
 
 
 def is_alpaca(record: dict[str, Any]) -> bool:
+    """Return whether the record is {"instruction", "output"}."""
     return has(record, "instruction", str) and has(record, "output")
 
 
 def convert_cauldron(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     """The Cauldron: {"images": [...], "texts": [{"user", "assistant", "source"}, ...]}, all texts about all images."""
-    texts = required_list(record, "texts", dict)
-    turns = [
-        turn for text in texts for turn in (user(required(text, "user", str)), assistant(answer_of(text, "assistant")))
-    ]
-    ignored = [key for text in texts for key in leftovers(text, {"user", "assistant"}, shows=False, inside="texts[].")]
+    turns, ignored = list[Turn](), list[str]()
+    for text in required_list(record, "texts", dict):
+        turns += [user(required(text, "user", str)), assistant(answer_of(text, "assistant"))]
+        ignored += leftovers(text, {"user", "assistant"}, shows=False, inside="texts[].")
     return build(record, root, turns, listed_images(record, root), ignored=ignored)
 
 
 def is_cauldron(record: dict[str, Any]) -> bool:
+    """Return whether the record is {"texts": [{"user", "assistant"}, ...]}."""
     first = first_item(record, "texts")
     return isinstance(first, dict) and has(first, "user", str) and has(first, "assistant")
 
@@ -81,19 +104,89 @@ def convert_spot_the_diff(record: dict[str, Any], root: ImageRoot) -> Dialogue:
     return build(record, root, (user(DIFFERENCES), assistant(" ".join(sentences))), (first, second))
 
 
+def _sentence(text: str) -> str:
+    """Return a text that begins with a capital letter and ends with a full stop, unless it ends with . ! or ?"""
+    stripped = text.strip()
+    return stripped[0].upper() + stripped[1:] + ("" if stripped.endswith((".", "!", "?")) else ".")
+
+
 def is_spot_the_diff(record: dict[str, Any]) -> bool:
+    """Return whether the record is {"img_id", "sentences": [...]}."""
     return has(record, "img_id") and has(record, "sentences", list)
 
 
-def _base64_images(record: dict[str, Any], root: ImageRoot) -> list[Image]:
-    alone = record.get("image_base64_str")
-    if alone is None:
-        return []
-    texts = [alone] if isinstance(alone, str) else required_list(record, "image_base64_str", str)
-    return [root.base64(text) for text in texts]
+def convert_qa(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """A question and its answer; earlier ones in "history", the text that the question is about in "context"."""
+    question, answer = name_of(record, QUESTIONS), name_of(record, ANSWERS)
+    asks = [name for name in QUESTIONS if has(record, name, str) and record[name].strip()]
+    if len(asks) > 1 and asks != ["instruction", "input"]:
+        detail = f"{' and '.join(asks)}: expected one; `ignore: [{asks[-1]}]` reads another"
+        raise RecordError("several questions", detail)
+    context = first_name(record, CONTEXTS)
+    required(record, question, str)
+    asked = joined((*(record[name] for name in asks), optional(record, context, str) if context else None))
+    answers = all_answers(record, answer)
+    references = tuple(answers) if isinstance(record[answer], list) else ()
+    turns = [*history(record), user(asked), assistant(answers[0], references=references)]
+    return build(record, root, turns, _images(record, root))
 
 
-def _sentence(text: str) -> str:
-    """Its first letter in upper case, a full stop at its end if it has none."""
-    stripped = text.strip()
-    return stripped[0].upper() + stripped[1:] + ("" if stripped.endswith((".", "!", "?")) else ".")
+def is_qa(record: dict[str, Any]) -> bool:
+    """Return whether the record has a question and an answer, under any of their names."""
+    asked, answered = first_name(record, QUESTIONS), first_name(record, ANSWERS)
+    return bool(asked and answered) and isinstance(record[asked or ""], str)
+
+
+def convert_prompt_completion(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """TRL's {"prompt", "completion"}: both are texts, or both are lists of messages."""
+    ignored: list[str] = []
+    turns = [*_turns(record, "prompt", root, ignored), *_turns(record, "completion", root, ignored)]
+    return build(record, root, [*history(record), *turns], _images(record, root), ignored=ignored)
+
+
+def is_prompt_completion(record: dict[str, Any]) -> bool:
+    """Return whether the record is {"prompt", "completion"}."""
+    return _has_turns(record, "prompt") and has(record, "completion")
+
+
+def convert_preference(record: dict[str, Any], root: ImageRoot) -> Dialogue:
+    """TRL's {"prompt", "chosen", "rejected"}, "chosen" also as the whole conversation; others with a question."""
+    ignored: list[str] = []
+    chosen = _turns(record, "chosen", root, ignored)
+    whole = bool(chosen) and chosen[0].role != "assistant"
+    asks = first_name(record, PROMPTS) if whole else name_of(record, PROMPTS)
+    prompt = _turns(record, asks, root, ignored) if asks else []
+    if asks and has(record, "input"):
+        prompt = [user(joined((required(record, asks, str), required(record, "input", str))))]
+    if whole and any(turn not in chosen for turn in prompt):
+        raise RecordError("prompt and chosen do not match", '"chosen" is a whole conversation without the "prompt"')
+    turns = [*history(record), *([] if whole else prompt), *chosen]
+    return build(record, root, turns, _images(record, root), ignored=ignored)
+
+
+def is_preference(record: dict[str, Any]) -> bool:
+    """Return whether the record is {"chosen", "rejected"}, or a question with its "chosen" answer."""
+    return _has_turns(record, "chosen") and (has(record, "rejected") or first_name(record, PROMPTS) is not None)
+
+
+def _turns(record: Mapping[str, Any], name: str, root: ImageRoot, ignored: list[str]) -> list[Turn]:
+    """Return the turns of a list of messages; of a text the assistant's turn if it is an answer, else the user's."""
+    value = record.get(name)
+    if isinstance(value, list):
+        return [turn_of(message, root, ignored) for message in value]
+    answers = name in ("chosen", "completion")
+    return [assistant(all_answers(record, name)[0]) if answers else user(required(record, name, str))]
+
+
+def _has_turns(record: Mapping[str, Any], name: str) -> bool:
+    value = record.get(name)
+    return isinstance(value, str) or (isinstance(value, list) and isinstance(value[0] if value else None, dict))
+
+
+def _images(record: dict[str, Any], root: ImageRoot) -> tuple[Image, ...]:
+    """Return the images that a record lists, under whichever name, or the one whose number it gives."""
+    if any(has(record, name) for name in ("image", "images")):
+        return listed_images(record, root)
+    if name := first_name(record, IMAGES):
+        return listed_images(record, root, (name,))
+    return (root.named(record, "{image_id}.jpg"),) if has(record, "image_id") else ()

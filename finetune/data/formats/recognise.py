@@ -1,4 +1,4 @@
-"""First records of a source -> its format, for `format: auto`; where they do not agree, which of them are what."""
+"""First records of a source -> its format, for `format: auto`; where they differ, the format of each file."""
 
 import os
 from collections import Counter
@@ -9,21 +9,23 @@ from itertools import islice
 from typing import Any
 
 from finetune.data.conversation import RecordError
-from finetune.data.field_names import IMAGE_SUFFIXES
-from finetune.data.formats import FORMATS, image_folder
-from finetune.data.io.files import READERS, files_of, read_first, read_records
+from finetune.data.formats import FORMATS
+from finetune.data.formats.documents import METADATA
+from finetune.data.formats.reading import read_first, read_records
+from finetune.data.io.files import READERS, files_of
+from finetune.data.io.paths import IMAGE_SUFFIXES, files_below
 from finetune.data.io.streams import Record
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
 FIRST_RECORDS = 20
-"""Of each file: by so many a format is recognised."""
+"""Records of each file by which a format is recognised."""
 
 FIRST_FILES = 16
-"""Of a source with more files, so many are looked into, spread over all of them."""
+"""Files of a source that are read for it, spread over all of them."""
 
 NEAREST = 3
-"""Formats that are named where none fits."""
+"""Formats that are named in the message where none fits."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Recognised:
 
     format: str
     notes: tuple[str, ...] = ()
-    """What was seen that is not of this format."""
+    """The records and files that are not of this format, for a person to read."""
 
 
 @dataclass(frozen=True)
@@ -42,78 +44,73 @@ class _Sample:
     name: str
     records: list[dict[str, Any]]
     errors: list[str]
-    """Place and reason of what could not be read."""
-
-    @property
-    def trouble(self) -> str:
-        return self.errors[0] if self.errors else f"{self.name}: no records"
+    """Id and reason of each record that could not be read."""
 
 
 def recognise_source(source: Source) -> Recognised:
-    """The format of a source that does not say.
+    """Return the format of a source whose recipe says `format: auto`.
 
-    Raises UserError: no record can be read, none is of a known format, or several formats fit as well as each other.
+    Raises UserError: no record can be read, none is of a known format, or several formats fit equally well.
     """
     if by_files := _by_files(source):
         return Recognised(by_files)
     samples = _samples(source)
     readable = [sample for sample in samples if sample.records]
-    broken = [f"{sample.name} cannot be read: {sample.trouble}" for sample in samples if not sample.records]
+    broken = [
+        f"{sample.name} cannot be read: {sample.errors[0] if sample.errors else f'{sample.name}: no records'}"
+        for sample in samples
+        if not sample.records
+    ]
     if not readable:
         raise UserError("\n  ".join([f"{source.name}: format: auto: no record can be read", *broken[:NEAREST]]))
     try:
         _require_one_kind(readable)
         records = [record for sample in readable for record in sample.records]
-        found = recognise(records)
+        found, others = recognise(records)
     except UserError as error:
         raise UserError(f"{source.name}: {error}") from error
-    others = Counter(recognise_one(record) for record in records if not _is_of(found, record))
     if others:
         seen = ", ".join(f"{count} like {name or 'no known format'}" for name, count in others.items())
         broken.append(f"of its first {len(records)} records, {seen}; all are read as {found}")
     return Recognised(found, tuple(broken))
 
 
-def recognise(records: Sequence[dict[str, Any]]) -> str:
-    """The format that fits the most records, the more special of equals. Raises UserError: none does, or a tie.
+def recognise(records: Sequence[dict[str, Any]]) -> tuple[str, Counter[str | None]]:
+    """Return (the format that fits the most records, the number of other records by their format or None).
 
-    A tie is between records of two formats; a record that fits several formats is of the more special one.
+    A record that fits several formats is of the more special one. Raises UserError: no format fits, or two formats fit
+    equally many of the records.
     """
     ranking = _ranking(records)
     if not ranking:
         raise UserError(_of_no_format(records))
     found, count = ranking[0]
-    others = Counter(recognise_one(record) for record in records if not _is_of(found, record))
+    converter = FORMATS[found].converter
+    others: Counter[str | None] = Counter()
+    for record in records:
+        fitting = [name for name, family in FORMATS.items() if family.fits(record)]
+        if not any(FORMATS[name].converter == converter for name in fitting):
+            others[next(iter(fitting), None)] += 1
     for other, amount in others.items():
         if other and amount >= count:
             raise UserError(
                 f"format: auto: of the first {len(records)} records {count} are {found} and {amount} are {other}; "
                 f"set format, or give each its own file and source"
             )
-    return found
-
-
-def recognise_one(record: dict[str, Any]) -> str | None:
-    return next((name for name, family in FORMATS.items() if family.fits(record)), None)
+    return found, others
 
 
 def _ranking(records: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
-    """(format, how many records it fits) for all that fit any, the most first."""
+    """Return (format, number of records that it fits) for the formats that fit any, the largest number first."""
     fitting = Counter(name for name, family in FORMATS.items() for record in records if family.fits(record))
     return fitting.most_common()
 
 
-def _is_of(name: str, record: dict[str, Any]) -> bool:
-    """Whether a record fits a format, or one that is converted in the same way."""
-    convert = FORMATS[name].convert
-    return any(family.convert == convert and family.fits(record) for family in FORMATS.values())
-
-
 def _by_files(source: Source) -> str | None:
-    """The format of a source whose files alone say it: texts, and images in folders."""
-    below = [file for path in source.paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    """Return the format of a source that its files' names show: texts, and images in folders."""
+    below = [file for path in source.paths for file in (files_below(path) if path.is_dir() else [path])]
     shown = [file for file in below if file.is_file() and not file.name.startswith(".")]
-    files = [file for file in shown if file.name not in image_folder.METADATA]
+    files = [file for file in shown if file.name not in METADATA]
     if any(file.name.lower().endswith(tuple(READERS)) for file in files):
         return None
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
@@ -146,16 +143,16 @@ def _samples(source: Source) -> list[_Sample]:
 
 
 def _sample(name: str, read: Sequence[Record]) -> _Sample:
-    errors = [f"{place}: {record}" for place, record in read if isinstance(record, RecordError)]
+    errors = [f"{record_id}: {record}" for record_id, record in read if isinstance(record, RecordError)]
     return _Sample(name, [record for _, record in read if isinstance(record, dict)], errors)
 
 
 def _require_one_kind(samples: Sequence[_Sample]) -> None:
-    """Raises UserError: files of different formats, and which are what."""
+    """Raises UserError: the files are of different formats; the message says which file is of which."""
     kinds: dict[str, list[str]] = {}
     for sample in samples:
         name = next((name for name, _ in _ranking(sample.records)), None)
-        alike = next((kind for kind in kinds if name and FORMATS[kind].convert == FORMATS[name].convert), name)
+        alike = next((kind for kind in kinds if name and FORMATS[kind].converter == FORMATS[name].converter), name)
         if alike:
             kinds.setdefault(alike, []).append(sample.name)
     if len(kinds) > 1:
@@ -164,25 +161,21 @@ def _require_one_kind(samples: Sequence[_Sample]) -> None:
 
 
 def _of_no_format(records: Sequence[dict[str, Any]]) -> str:
+    """Return the message for records that fit no format, with what the formats of the most similar fields read."""
     keys = sorted({str(key) for record in records for key in record})
-    shared = {name: sum(_is_named(fields, keys) for fields in family.reads) for name, family in FORMATS.items()}
-    near = sorted((name for name, count in shared.items() if count), key=lambda name: -shared[name])[:NEAREST]
-    reads = [f"\n  {name} reads {', '.join(map(_in_short, FORMATS[name].reads))}" for name in near]
+    shared: Counter[str] = Counter()
+    for name, family in FORMATS.items():
+        for names in (field.split("|") for field in family.reads):  # "promt" counts as "prompt"
+            shared[name] += any(key in names or get_close_matches(key, names, n=1, cutoff=0.8) for key in keys)
+    reads = ""
+    for name, count in shared.most_common(NEAREST):
+        fields = [field.split("|") for field in FORMATS[name].reads]
+        short = ", ".join("|".join(names[:3]) + ("|..." if len(names) > 3 else "") for names in fields)
+        reads += f"\n  {name} reads {short}" if count else ""
     return (
         f"format: auto: {len(records)} records with the keys {_some(keys)} are of no known format; set format, and "
-        f"columns where the names differ{''.join(reads)}\n  formats: {', '.join(FORMATS)}"
+        f"columns where the names differ{reads}\n  formats: {', '.join(FORMATS)}"
     )
-
-
-def _is_named(fields: str, keys: Sequence[str]) -> bool:
-    """Whether a field is there, or nearly: "promt" for "prompt"."""
-    names = fields.split("|")
-    return any(key in names or get_close_matches(key, names, n=1, cutoff=0.8) for key in keys)
-
-
-def _in_short(fields: str) -> str:
-    names = fields.split("|")
-    return "|".join(names[:3]) + ("|..." if len(names) > 3 else "")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,1 +1,1 @@
-"""Files, tables, shards, archives and downloads -> records, whatever format the records have."""
+"""Files, tables, shards, archives and downloads -> records and images; io knows no format of records."""

@@ -28,7 +28,7 @@ MAX_REDIRECTS = 5
 HEADERS = {"User-Agent": "idefics-finetune (fetches the images of a dataset)", "Accept-Encoding": "identity"}
 
 _PUBLIC_V6 = IPv6Network("2000::/3")
-"""Global unicast. The rest is local, reserved, or stands for an IPv4 address as ::ffff:0:0/96 and 64:ff9b::/96 do."""
+"""Global unicast. Other addresses are local, reserved, or contain an IPv4 address (::ffff:0:0/96, 64:ff9b::/96)."""
 
 _NOT_PUBLIC = tuple(
     map(
@@ -48,7 +48,7 @@ _ISATAP = (0x00005EFE, 0x02005EFE)
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to the public internet: it is neither local nor special, nor stands for another."""
+    """Return whether an address belongs to the public internet: not local, not special, no other address inside it."""
     if any(address in network for network in _NOT_PUBLIC) or not address.is_global:
         return False
     if isinstance(address, IPv4Address):
@@ -57,9 +57,10 @@ def is_public(address: Address) -> bool:
 
 
 class Downloader:
-    """Fetches images into a folder: content/ab/<sha256 of the bytes>, and by-url/<sha256 of the URL> -> that digest.
+    """Fetches images into a folder.
 
-    No cookies, no proxies, no credentials. `allow` says which addresses may be connected to.
+    content/ab/<sha256 of the bytes> holds an image, by-url/<sha256 of the URL> the digest of its bytes. No cookies, no
+    proxies, no credentials. `allow` says which addresses may be connected to.
     """
 
     def __init__(
@@ -77,30 +78,31 @@ class Downloader:
         self._tls = ssl.create_default_context()
 
     def fetch_all(self, urls: Iterable[str]) -> dict[str, Path | RecordError]:
-        """Each URL's file, or why there is none."""
+        """Return each URL's file, or the error."""
+
+        def fetch(url: str) -> Path | RecordError:
+            try:
+                return self.fetch(url)
+            except RecordError as error:
+                return error
+
         distinct = list(dict.fromkeys(urls))
         with ThreadPoolExecutor(self._workers) as threads:
-            return dict(zip(distinct, threads.map(self._fetch_or_error, distinct), strict=True))
-
-    def _fetch_or_error(self, url: str) -> Path | RecordError:
-        try:
-            return self.fetch(url)
-        except RecordError as error:
-            return error
+            return dict(zip(distinct, threads.map(fetch, distinct), strict=True))
 
     def fetch(self, url: str) -> Path:
-        """The file that holds what a URL gave. Raises RecordError: not allowed, not there, too large or too slow."""
+        """Return the file with a URL's content. Raises RecordError: not allowed, not found, too large or too slow."""
         known = self._folder / "by-url" / hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
-        if known.is_file() and (path := self._place(known.read_text(encoding="ascii", errors="replace"))).is_file():
+        if known.is_file() and (path := self._content(known.read_text(encoding="ascii", errors="replace"))).is_file():
             return path
         content = self._download(url)
         digest = hashlib.sha256(content).hexdigest()
-        path = self._place(digest)
+        path = self._content(digest)
         _write(path, content)
         _write(known, digest.encode())
         return path
 
-    def _place(self, digest: str) -> Path:
+    def _content(self, digest: str) -> Path:
         return self._folder / "content" / digest[:2] / digest
 
     def _download(self, url: str) -> bytes:
@@ -122,7 +124,7 @@ class Downloader:
         raise _RefusedError(f"over {MAX_REDIRECTS} redirects")
 
     def _request(self, url: str, deadline: float) -> bytes | str:
-        """The body, or the URL that a redirect names."""
+        """Return the body, or the URL of a redirect."""
         from urllib3.connection import HTTPConnection
 
         parsed = self._parse(url)
@@ -130,7 +132,7 @@ class Downloader:
         connected = self._connect(host, port, deadline)
         if parsed.scheme == "https":
             connected = self._tls.wrap_socket(connected, server_hostname=host, do_handshake_on_connect=False)
-        # A timeout of the socket starts anew with every byte; this one does not.
+        # A socket's own timeout starts again with every byte; the timer's does not.
         end = threading.Timer(deadline - time.monotonic(), _cut, (connected,))
         end.start()
         connection = HTTPConnection(host, port, timeout=max(deadline - time.monotonic(), 0.001))
@@ -157,7 +159,7 @@ class Downloader:
         return parsed
 
     def _connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """To an address that was checked, not to a name that may mean another one the next time it is asked for."""
+        """Connect to an address that was checked; the host's name could lead to another one the next time."""
         failure: Exception = _RefusedError(f"{host}: no address")
         for address in self._resolve(host, port, deadline):
             try:
@@ -167,7 +169,7 @@ class Downloader:
         raise failure
 
     def _resolve(self, host: str, port: int, deadline: float) -> list[str]:
-        """The addresses of a host; one that is not allowed condemns them all."""
+        """Return the addresses of a host. Raises _RefusedError: one of them is not allowed."""
         addresses = [str(address[0]) for *_, address in _look_up(host, port, deadline)]
         for address in addresses:
             if not self._allow(ip_address(address)):
@@ -181,7 +183,7 @@ class Downloader:
         if response.status != 200:
             raise _RefusedError(f"HTTP {response.status} {response.reason or ''}".strip())
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise _RefusedError(f"content encoding {response.headers['Content-Encoding']}, which was not asked for")
+            raise _RefusedError(f"content encoding {response.headers['Content-Encoding']}, which was not requested")
         body = bytearray()
         while piece := response.read(2**16):
             body += piece
@@ -200,7 +202,7 @@ class _RefusedError(Exception):
 
 
 def _look_up(host: str, port: int, deadline: float) -> list[Any]:
-    """What getaddrinfo says, which knows no deadline: a thread waits for it, and is left behind where it is late."""
+    """Return the result of getaddrinfo, which has no timeout: a thread waits for it, and is abandoned if it is late."""
     answers: queue.SimpleQueue[list[Any] | Exception] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -220,13 +222,13 @@ def _look_up(host: str, port: int, deadline: float) -> list[Any]:
 
 
 def _cut(connected: socket.socket) -> None:
-    """Ends what another thread waits for, TLS or not."""
+    """End the connection, also while another thread waits for it."""
     with suppress(OSError):
         socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A file that is there whole or not at all."""
+    """Write a file that is there whole or not at all; other processes may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:

@@ -1,4 +1,4 @@
-"""References in records -> images, from where the source keeps them and nowhere else."""
+"""References in records -> images, looked up where the source keeps them and nowhere else."""
 
 import os
 import re
@@ -13,26 +13,31 @@ import PIL.Image
 
 from finetune.data.conversation import Image, RecordError, Remote, Slice
 from finetune.data.images import decode_base64, describe
-from finetune.data.io.archives import Archive, Tar, Zip
 from finetune.data.io.paths import folders_of, locate
 from finetune.data.io.shards import COMPRESSED_TARS
-from finetune.data.io.stores import Folder, Json, Store, Table
+from finetune.data.io.stores import Archive, Folder, JsonImages, ParquetImages, Store, Tar, Zip
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
 
 class ImageRoot:
-    """Where the images of a source are looked up. Raises UserError: a root that is not there, or a bad `image_name`.
+    """Where the images of a source are looked up. Raises UserError: a root that does not exist, or a bad `image_name`.
 
-    Sent to another process, it opens its archives there anew.
+    It can be pickled; archives are opened again in the other process.
     """
 
     def __init__(self, source: Source):
         self.source = source
         folders = [] if source.image_root else _default_folders(source)
-        self._stores = _open_stores(source.image_roots) if source.image_root else _open_folders(folders)
+        if source.image_root:
+            self._stores = _open_stores(source.image_roots)
+        else:
+            resolved = tuple(dict.fromkeys(folder.resolve() for folder in folders))
+            self._stores = tuple(Folder(folder, resolved) for folder in resolved)
         self._common = Path(os.path.commonpath(folders)) if source.paths and folders else None
+        """The folder that record ids are relative to; None with `image_root`."""
         self._own: Folder | None = None
+        """The folder of the record's own file, in a root that `beside` made."""
         self._beside: dict[Path, ImageRoot] = {}
         if source.image_name is not None:
             _check_template(source.image_name)
@@ -41,10 +46,10 @@ class ImageRoot:
         return ImageRoot, (self.source,)
 
     def image(self, reference: object) -> Image:
-        """The image that a record's value stands for. Raises RecordError.
+        """Return the image that a record's value refers to. Raises RecordError.
 
         A path under a root, an id in a MIMIC-IT file, base64 with `data:image/...;base64,` before it or without, an
-        https URL if the source allows it, encoded bytes, {"bytes", "path"}, or what is an image already.
+        https URL if the source allows it, encoded bytes, {"bytes", "path"}, or an image.
         """
         if isinstance(reference, Image):
             return reference
@@ -55,7 +60,10 @@ class ImageRoot:
         if not isinstance(reference, str) or not reference:
             raise RecordError("not an image reference", f"expected a path, got {_short(reference)}")
         if reference[:5].lower() == "data:":
-            return _from_data_url(reference)
+            head, _, content = reference.partition(",")
+            if not re.fullmatch(r"(?i)data:image/.*;base64", head, re.DOTALL):
+                raise RecordError("not an image reference", f"expected data:image/...;base64,... got {head[:80]!a}")
+            return Image(decode_base64(content))
         if local := _FILE_URL.fullmatch(reference):
             return self._stored(unquote(local["path"]))
         if _URL.match(reference):
@@ -64,12 +72,12 @@ class ImageRoot:
             return Image(decode_base64(reference))
         return self._stored(reference)
 
-    def beside(self, place: str) -> "ImageRoot":
-        """The same for a record of that place: without `image_root`, its own file's folder comes first."""
+    def beside(self, record_id: str) -> "ImageRoot":
+        """Return the root for one record: without `image_root`, the folder of its own file comes first."""
         if self._common is None:
             return self
         folder = self._common
-        for part in place.split("/")[:-1]:
+        for part in record_id.split("/")[:-1]:
             if not (folder / part).is_dir():
                 break
             folder /= part
@@ -79,13 +87,13 @@ class ImageRoot:
         return self._beside[folder]
 
     def base64(self, text: object) -> Image:
-        """An image written as base64, white space allowed. Raises RecordError: it is not that."""
+        """Return an image written as base64, white space allowed. Raises RecordError: not base64."""
         if not isinstance(text, str):
             raise RecordError("corrupt image", f"expected base64, got {_short(text)}")
         return Image(decode_base64(text))
 
     def named(self, record: dict[str, Any], default: str) -> Image:
-        """The image whose name `image_name`, or else `default`, makes of a record's own fields.
+        """Return the image whose name `image_name`, or else `default`, makes of a record's fields.
 
         "COCO_train2014_{image_id:012d}.jpg" and {"image_id": 9} -> COCO_train2014_000000000009.jpg
 
@@ -103,6 +111,7 @@ class ImageRoot:
         raise RecordError("image is a URL", f"{url:.200}: expected a path{hint.get(scheme, '')}")
 
     def _stored(self, name: str) -> Image:
+        """Return the image of that name: of the first store of `image_root`, or the only one among default folders."""
         if _NO_PATH.search(name):
             raise RecordError("not an image reference", f"{name[:200]!a}: expected a path")
         if self._own and (image := self._own.find(name)):
@@ -117,45 +126,39 @@ class ImageRoot:
                 continue
             if image is not None:
                 found.append(image)
-                if self.source.image_root:  # a list to be searched in order
+                if self.source.image_root:  # the first of the list that has it
                     break
         first = self._own or next(iter(self._stores), None)
         if not found and not refusal and isinstance(first, Folder):
-            return Image(first.place(name))  # opening it says what is missing; a document goes on without it
+            return Image(first.locate(name))  # opening it reports that it is missing; a document goes on without it
+        if refusal and not found:
+            raise refusal
         if not found:
-            raise refusal or self._missing(name)
+            near = next(filter(None, (store.near(name) for store in self._stores)), None)
+            where = " or ".join(str(store.path) for store in self._stores)
+            hint = f"; did you mean {near:.200}?" if near else ""
+            detail = f"{name:.200}: {f'not in {where}{hint}' if where else 'no image_root'}"
+            raise RecordError("missing image", detail)
         if any(image != found[0] for image in found):
-            places = " and ".join(describe(image) for image in found[:2])
-            detail = f"{name:.200}: {places}; name its folder as image_root, or make two sources of them"
+            both = " and ".join(describe(image) for image in found[:2])
+            detail = f"{name:.200}: {both}; name its folder as image_root, or make two sources of them"
             raise RecordError("ambiguous image", detail)
         return found[0]
-
-    def _missing(self, name: str) -> RecordError:
-        near = next(filter(None, (store.near(name) for store in self._stores)), None)
-        where = " or ".join(str(store.path) for store in self._stores)
-        hint = f"; did you mean {near:.200}?" if near else ""
-        return RecordError("missing image", f"{name:.200}: {f'not in {where}{hint}' if where else 'no image_root'}")
 
 
 _BASE64 = re.compile(r"\s*(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\s]{40,}+={0,2}\s*+")
 """An image's first bytes (JPEG, PNG, GIF, WebP, BMP, TIFF) in base64, which has no dot, as names of files do."""
 _NO_PATH = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")
-r"""\udc80 to \udcff stand for bytes of a file's name that is not UTF-8 (os.fsdecode)."""
+r"""\udc80 to \udcff are allowed: os.fsdecode writes the bytes of a file's name that is not UTF-8 as these."""
 _FILE_URL = re.compile(r"(?i)file:(?://(?:localhost)?)?(?P<path>/[^/].*)", re.DOTALL)
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|https?|ftp):")
 
 
 def _open_stores(paths: Iterable[Path]) -> tuple[Store, ...]:
-    """The stores that paths lead to. Raises UserError: nothing is there, or nothing that images can be looked up in."""
-    places = [place for path in paths for place in locate(path)]
-    folders = tuple(found.resolve() for found, _ in places if found.is_dir())
-    return tuple(Folder(found, folders) if found.is_dir() else _open_file(found, inner) for found, inner in places)
-
-
-def _open_folders(paths: Iterable[Path]) -> tuple[Store, ...]:
-    """A store for each of the folders."""
-    folders = tuple(dict.fromkeys(path.resolve() for path in paths))
-    return tuple(Folder(folder, folders) for folder in folders)
+    """Return the stores that paths lead to. Raises UserError: nothing is there, or no folder or archive of images."""
+    located = [found for path in paths for found in locate(path)]
+    folders = tuple(found.resolve() for found, _ in located if found.is_dir())
+    return tuple(Folder(found, folders) if found.is_dir() else _open_file(found, inner) for found, inner in located)
 
 
 def _open_file(found: Path, inner: str) -> Store:
@@ -173,15 +176,15 @@ def _open_file(found: Path, inner: str) -> Store:
     return kind(found, inner)
 
 
-_KINDS: dict[str, type[Store]] = {".zip": Zip, ".tar": Tar, ".json": Json, ".parquet": Table}
+_KINDS: dict[str, type[Store]] = {".zip": Zip, ".tar": Tar, ".json": JsonImages, ".parquet": ParquetImages}
 
 
 def _default_folders(source: Source) -> list[Path]:
-    """The folders of the paths; of a dataset on the hub, those where its library puts the files."""
+    """Return the folders of the paths; of a dataset on the hub, those into which its library puts the files."""
     if source.paths:
         try:
             return folders_of(source.paths)
-        except UserError:  # raised again by what reads them
+        except UserError:  # the reader of the files raises it again
             return [path.absolute().parent for path in source.paths]
     if not source.hub:
         return []
@@ -192,19 +195,12 @@ def _default_folders(source: Source) -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def _from_data_url(url: str) -> Image:
-    head, _, content = url.partition(",")
-    if not re.fullmatch(r"(?i)data:image/.*;base64", head, re.DOTALL):
-        raise RecordError("not an image reference", f"expected data:image/...;base64,... got {head[:80]!a}")
-    return Image(decode_base64(content))
-
-
 _Part = tuple[str, str | None, str]
-"""(text, name of the field that follows it, format of that field)"""
+"""(text, name of the field after it, format of that field)"""
 
 
 def _check_template(template: str) -> list[_Part]:
-    """The parts of a template. Raises UserError: it is none, or asks for more than a record's own fields."""
+    """Return the parts of a template. Raises UserError: no template, or it asks for more than a record's own fields."""
     try:
         parsed = list(Formatter().parse(template))
         for _, name, spec, conversion in parsed:
@@ -237,7 +233,7 @@ def _fill(text: str, name: str | None, spec: str, record: dict[str, Any]) -> str
 
 
 def _short(value: object) -> str:
-    """What was got, in a few words, whatever it is."""
+    """Return a value in a few words, for a message."""
     if value is None:
         return "nothing"
     return ascii(value[:80]) if isinstance(value, str) else type(value).__name__

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from finetune.data.conversation import RecordError
 from finetune.data.io import streams
-from finetune.data.io.lines import as_record, json_lines, parse_json, too_deep, too_many_values
-from finetune.data.io.streams import BrokenFileError, Record, lost_after, open_text, read_lines, until_broken
+from finetune.data.io.lines import as_record, parse_json, read_json_lines, too_deep, too_many_values
+from finetune.data.io.streams import BrokenFileError, OnBroken, Record, lost_after, open_text, read_lines, until_broken
 
 CONTAINERS = ("data", "records", "samples", "examples", "annotations", "questions")
 """Keys under which an object holds the list of its records; the split's name is another."""
@@ -21,18 +21,21 @@ Scalar = str | int | float | bool | None
 
 
 def read_json(path: Path, split: str) -> Iterator[Record]:
-    """Yield the objects of a list at the top, or under `split` or a key of CONTAINERS; or lines; or one object."""
-    return until_broken(path, _json_records(path, (split, *CONTAINERS)))
+    """Yield the objects of a list, at the top or under `split` or a key of CONTAINERS; of lines; or the only object.
 
-
-def _json_records(path: Path, containers: tuple[str, ...]) -> Iterator[Record]:
+    Raises BrokenFileError.
+    """
     if _holds_lines(path):
-        yield from json_lines(path)
+        yield from read_json_lines(path)
         return
-    key = _find_list(path, containers)
-    values = _whole(path) if key is None else _members(path, key, "[")
-    for number, (_, value) in enumerate(values):
-        yield f"{path.name}#{number}", as_record(value)
+    key = _find_list(path, (split, *CONTAINERS))
+    if key is not None:
+        for number, (_, value) in enumerate(_members(path, key, "[")):
+            yield f"{path.name}#{number}", as_record(value)
+        return
+    with open_scan(path) as scan:
+        yield f"{path.name}#0", as_record(scan.take())
+        scan.end()
 
 
 def _holds_lines(path: Path) -> bool:
@@ -55,12 +58,6 @@ def _find_list(path: Path, keys: tuple[str, ...]) -> str | None:
                     return key
                 scan.skip()
         return "" if opening == "[" else None
-
-
-def _whole(path: Path) -> Iterator[tuple[None, object]]:
-    with open_scan(path) as scan:
-        yield None, scan.take()
-        scan.end()
 
 
 def _members(path: Path, key: str, opening: str) -> Iterator[tuple[str | None, object]]:
@@ -88,16 +85,16 @@ def _members(path: Path, key: str, opening: str) -> Iterator[tuple[str | None, o
         raise BrokenFileError("no records", f"expected {kind} at {key or 'the top'}", "nothing of the file was read")
 
 
-def read_items(path: Path, key: str) -> Iterator[tuple[str, object | RecordError]]:
+def read_items(path: Path, key: str, on_broken: OnBroken = "keep") -> Iterator[tuple[str, object | RecordError]]:
     """Yield (id, item) of the list under a key, or at the top for ""; the last item may be a BrokenFileError."""
     items = ((f"{path.name}#{number}", item) for number, (_, item) in enumerate(_members(path, key, "[")))
-    return until_broken(path, items)
+    return until_broken(path, items, on_broken)
 
 
-def read_pairs(path: Path, key: str) -> Iterator[tuple[str, str, object | RecordError]]:
+def read_pairs(path: Path, key: str, on_broken: OnBroken = "keep") -> Iterator[tuple[str, str, object | RecordError]]:
     """Yield (id, key, value) of the object under a key, or at the top for ""; the last may be a BrokenFileError."""
     pairs = ((f"{path.name}/{name}", (name, value)) for name, value in _members(path, key, "{"))
-    for record_id, pair in until_broken(path, pairs):
+    for record_id, pair in until_broken(path, pairs, on_broken):
         yield (record_id, "", pair) if isinstance(pair, RecordError) else (record_id, str(pair[0]), pair[1])
 
 

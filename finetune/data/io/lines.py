@@ -1,5 +1,6 @@
 """Files of lines -> records: JSON lines, CSV and TSV. A line that is no record is counted, and reading goes on."""
 
+import codecs
 import csv
 import json
 import re
@@ -9,19 +10,14 @@ from typing import Any
 
 from finetune.data.conversation import RecordError
 from finetune.data.io import streams
-from finetune.data.io.streams import BrokenFileError, Record, lost_after, open_text, read_lines, until_broken
+from finetune.data.io.streams import BrokenFileError, Record, lost_after, open_text, read_lines
 
 MAX_DEPTH = 100
 """Lists and objects inside each other; no dataset comes near it, and Python fails at about a thousand."""
 
 
 def read_json_lines(path: Path) -> Iterator[Record]:
-    """Yield the JSON object of each line; blank lines are passed over."""
-    return until_broken(path, json_lines(path))
-
-
-def json_lines(path: Path) -> Iterator[Record]:
-    """Yield as `read_json_lines`. Raises BrokenFileError where the file cannot be read on."""
+    """Yield the JSON object of each line; blank lines are passed over. Raises BrokenFileError."""
     name = path.name
     with open_text(path) as file:
         for number, line in enumerate(read_lines(file), start=1):
@@ -41,7 +37,7 @@ def as_record(value: object) -> dict[str, Any] | RecordError:
 def parse_json(content: bytes) -> object | RecordError:
     """Return the value of a JSON text, or a RecordError: not UTF-8, not JSON, too deep, or too many values."""
     try:
-        text = content.decode("utf-8-sig")
+        text = content.removeprefix(codecs.BOM_UTF8).decode()
         if fault := too_many_values(text):
             return fault
         value = json.loads(text)
@@ -92,12 +88,10 @@ def too_deep(value: object, text: str, start: int, end: int) -> RecordError | No
 
 
 def read_csv(path: Path, delimiter: str) -> Iterator[Record]:
-    """Yield the rows below a header line; every value is text."""
-    return until_broken(path, _csv_rows(path, delimiter))
+    """Yield the rows below a header line; every value is text. Raises BrokenFileError.
 
-
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Record]:
-    """Yield (id, row). Lines that are no row count one by one, so that a stray quote hides none of them."""
+    Lines that are no row are errors one by one, so that a stray quote hides none of them.
+    """
     csv.field_size_limit(streams.MAX_RECORD_BYTES)
     with open_text(path) as file:
         lines = _DecodedLines(read_lines(file))

@@ -22,6 +22,9 @@ COMPRESSIONS = (".gz", ".zst")
 Record = tuple[str, dict[str, Any] | RecordError]
 """(record id, record). An id is "file:line" or the like; what is no record is an error to be counted."""
 
+OnBroken = Literal["stop", "keep"]
+"""A source's `on_broken`: end with an error at a file that breaks off, or keep the records before."""
+
 Read = TypeVar("Read")
 
 
@@ -139,8 +142,13 @@ def read_lines(file: io.BufferedReader) -> Iterator[bytes | RecordError]:
 _LINES = re.compile(rb"[^\r\n]*+(?:\r\n|\r|\n)|[^\r\n]++")
 
 
-def until_broken(path: Path | str, records: Iterable[tuple[str, Read]]) -> Iterator[tuple[str, Read | BrokenFileError]]:
-    """Yield a file's records as far as it can be read, then the error that stops it, with what was read and is lost."""
+def until_broken(
+    path: Path | str, records: Iterable[tuple[str, Read]], on_broken: OnBroken = "keep"
+) -> Iterator[tuple[str, Read | BrokenFileError]]:
+    """Yield a file's records as far as it can be read, then the error that ends it, with what was read and is lost.
+
+    With `on_broken="stop"`, raises UserError instead of yielding that error.
+    """
     count = 0
     try:
         for record_id, record in records:
@@ -148,18 +156,10 @@ def until_broken(path: Path | str, records: Iterable[tuple[str, Read]]) -> Itera
             count += 1
     except BrokenFileError as error:
         read = f"{count:,} record{'s were' if count != 1 else ' was'} read before"
-        record_id = path.name if isinstance(path, Path) else path
-        yield record_id, BrokenFileError(error.reason, f"{error.detail}; {read}, {error.lost}", file=str(path))
-
-
-def stop_if_broken(
-    records: Iterable[tuple[str, Read | RecordError]], on_broken: Literal["stop", "keep"]
-) -> Iterator[tuple[str, Read | RecordError]]:
-    """Yield the records of a source. With `on_broken="stop"`, raises UserError at a file that breaks off."""
-    for record_id, record in records:
-        if isinstance(record, BrokenFileError) and on_broken == "stop":
+        broken = BrokenFileError(error.reason, f"{error.detail}; {read}, {error.lost}", file=str(path))
+        if on_broken == "stop":
             raise UserError(
-                f"{record.file}: the file breaks off: {record}\n"
+                f"{path}: the file breaks off: {broken}\n"
                 "  mend the file, or set `on_broken: keep` on this source to use what can be read"
-            )
-        yield record_id, record
+            ) from error
+        yield path.name if isinstance(path, Path) else path, broken

@@ -1,21 +1,28 @@
 """A record of each dataset family, as its files have it -> the dialogue it is, written out by hand."""
 
 import base64
+import json
+import textwrap
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from data_files import PNG as PICTURE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import make_source
 
+from finetune.data import formats
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.formats import FORMATS
 from finetune.data.formats.questions import DIFFERENCES
 from finetune.data.formats.recognise import recognise
 from finetune.data.io.image_roots import ImageRoot
+from finetune.data.prepare import prepare
+from finetune.data.sources import resolve_source
+from finetune.recipe.schema import CAPTIONS, DOCUMENTS, need_end_of_utterance
 from modeling.errors import UserError
 
 PNG, JPEG = b"\x89PNG\r\n\x1a\n...", b"\xff\xd8\xff..."
@@ -222,18 +229,19 @@ def by_hand(cases):
 
 
 @by_hand(CASES)
-def test_a_record_is_the_dialogue_written_here(name, record, expected, root):
+def test_convert_by_hand(name, record, expected, root):
+    """Each format converts a record into the dialogue written here by hand."""
     dialogue = convert(name, record, root)
     assert dialogue == expected
     assert all(turn.role == "document" for turn in dialogue.turns) == FORMATS[name].documents
 
 
 @by_hand(CASES)
-def test_a_record_is_recognised(name, record, expected):
-    assert recognise([record]) == name
+def test_recognise_by_hand(name, record, expected):
+    assert recognise([record])[0] == name
 
 
-def test_every_format_has_a_case_or_is_read_from_more_than_records():
+def test_every_format_has_a_case():
     assert set(FORMATS) - {name for name, _, _ in CASES} == {
         "image_folder",
         "class_folders",
@@ -242,13 +250,13 @@ def test_every_format_has_a_case_or_is_read_from_more_than_records():
     }
 
 
-def test_what_most_records_are_is_recognised():
+def test_recognise_majority():
     llava, sharegpt = ({"conversations": said(*TALK)} | image for image in ({"image": "cat.jpg"}, {}))
-    assert recognise([sharegpt, llava, llava]) == "llava"
-    assert recognise([sharegpt, sharegpt, llava]) == "sharegpt"
-    assert recognise([llava, {"foo": 1}, {"foo": 1}]) == "llava"
+    assert recognise([sharegpt, llava, llava])[0] == "llava"
+    assert recognise([sharegpt, sharegpt, llava])[0] == "sharegpt"
+    assert recognise([llava, {"foo": 1}, {"foo": 1}]) == ("llava", {None: 2})
     both = {"messages": [{"role": "user", "content": "Who?"}], "text": "Who?"}
-    assert recognise([both]) == "messages"
+    assert recognise([both])[0] == "messages"
 
 
 @pytest.mark.parametrize(
@@ -262,12 +270,12 @@ def test_what_most_records_are_is_recognised():
         ("pairs", {"url": "https://example.org/a.jpg", "caption": "A cat."}),
     ],
 )
-def test_a_line_of_a_file_is_recognised_before_it_is_a_record(name, record):
-    assert recognise([record]) == name
+def test_recognise_official_file(name, record):
+    assert recognise([record])[0] == name
 
 
 @pytest.mark.parametrize("records", [[], [{}], [{"foo": 1, "Bar": 2}], [{"messages": None}, {"text": 7}]])
-def test_records_of_no_format_are_told_with_their_keys(records):
+def test_recognise_unknown_keys(records):
     with pytest.raises(UserError) as caught:
         recognise(records)
     keys = ", ".join(sorted({key for record in records for key in record})) or "(none)"
@@ -287,7 +295,8 @@ REFUSED = [
     ("llava", {"conversations": [None]}, (UNKNOWN, '"conversations[0]": expected an object, got None')),
     ("llava", {"conversations": [{"from": 7, "value": "x"}]}, (UNKNOWN, '"from": expected text, got 7')),
     ("llava", {"conversations": [{"from": "human"}]}, (MISSING, "expected \"value\", got keys ['from']")),
-    ("llava", {"conversations": said("Who?", {"a": 7})}, (UNKNOWN, '"value": expected text, got {')),
+    ("llava", {"conversations": said("Who?", {"a": 7})},
+     (UNKNOWN, '"value": expected text or a list of text and image parts, got {')),
     ("llava", {"conversations": said("Who?", "Me.", speakers=("human", "tool"))}, ("unknown role", "got 'tool'")),
     ("llava", {"conversations": said("Who?", "Me.", speakers=("gpt", "human"))},
      ("roles do not alternate", "assistant, user")),
@@ -350,7 +359,7 @@ REFUSED = [
 
 
 @by_hand(REFUSED)
-def test_a_record_that_cannot_be_used_is_refused_by_name(name, record, expected, root):
+def test_convert_refused_by_hand(name, record, expected, root):
     reason, detail = refusal(name, record, root)
     assert reason == expected[0]
     assert expected[1] in detail
@@ -415,7 +424,8 @@ class Watched:
 @pytest.mark.parametrize("name", FORMATS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_any_json_is_a_dialogue_or_refused_and_no_image_is_lost(name, root, data):
+def test_convert_any_json(name, root, data):
+    """Any JSON is a dialogue or refused, and no image is lost."""
     records = [record for case, record, _ in CASES if case == name] or [record for _, record, _ in CASES]
     record = data.draw(altered(records) | st.dictionaries(st.sampled_from(KEYS), JSON, max_size=5))
     assert all(family.fits(record) in (True, False) for family in FORMATS.values())
@@ -429,3 +439,42 @@ def test_any_json_is_a_dialogue_or_refused_and_no_image_is_lost(name, root, data
         assert set(watched.given) == set(dialogue.images)
     elif not name.startswith("easy_vqa"):  # its package names the files
         assert Counter(watched.given) == Counter(dialogue.images)
+
+
+def test_format_properties():
+    def those(wanted):
+        return {name for name, family in FORMATS.items() if wanted(family)}
+
+    assert those(lambda family: not family.ordered) == {"m3it", "cauldron", "vqa", "lrv", "easy_vqa"}
+    assert those(lambda family: family.documents) == set(DOCUMENTS)
+    assert those(lambda family: family.captions) == set(CAPTIONS)
+    assert set(DOCUMENTS) == {*("obelics", "pairs", "image_folder", "class_folders", "text", "easy_vqa_captions")}
+    assert need_end_of_utterance([make_source("text"), make_source("lrv")])
+    assert not need_end_of_utterance([make_source("text"), make_source("pairs")])
+    assert need_end_of_utterance([make_source("text"), make_source("pairs", prompt=("What is it?",))])
+
+
+def test_add_format(tmp_path, tiny_tokenizer, monkeypatch):
+    """The format in the package's docstring, added as it says there, prepares a dataset."""
+    monkeypatch.setitem(FORMATS, "riddle", None)  # removed again after the test
+    example = "\n".join(line for line in formats.__doc__.splitlines() if not line or line.startswith("    "))
+    exec(textwrap.dedent(example), {**vars(formats)})
+    (tmp_path / "cat.png").write_bytes(PICTURE)
+    records = [
+        {"picture": "cat.png", "asked": "Who is in <image>?", "answered": "A cat."},
+        {"picture": "cat.png", "asked": "How many?", "answered": 1, "who": "nobody reads this"},
+        {"picture": "cat.png", "asked": "Why?"},
+    ]
+    (tmp_path / "riddles.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = resolve_source(make_source("auto", tmp_path / "riddles.jsonl"))
+    assert source.format == "riddle"
+    prepared, (stats,) = prepare(
+        [source], tiny_tokenizer, max_length=100, max_images=2, seed=0, folder=tmp_path / "made"
+    )
+    image = Image((tmp_path / "cat.png").resolve())
+    assert list(prepared.dialogues) == [
+        Dialogue((user("Who is in ", image, "?"), assistant("A cat."))),
+        Dialogue((user(image, "How many?"), assistant("1"))),
+    ]
+    assert stats.rejected == {"missing field": 1}
+    assert stats.ignored == {"who": 1}

@@ -8,7 +8,6 @@ import gzip
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import fuzz_files
 import pytest
@@ -95,6 +94,6 @@ def test_fuzz_image_stores(suffix, folder, data, name):
 
 def test_fuzz_tables(folder):
     """In a process of its own, whose end says more than that of the whole suite."""
-    command = [sys.executable, str(Path(__file__).parents[2] / "fuzz_files.py"), EXAMPLES or "400", str(folder)]
+    command = [sys.executable, fuzz_files.__file__, EXAMPLES or "400", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"ended with {done.returncode}; {folder}/last.* is the file\n{done.stderr[-4000:]}"

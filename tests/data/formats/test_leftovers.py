@@ -56,13 +56,13 @@ def root(tmp_path_factory):
         ("marked as a bad answer", "alpaca", {**TOLD, "kto_tag": False}),
     ],
 )  # fmt: skip
-def test_field_with_content_that_is_not_read(reason, name, record, root):
+def test_leftover_content_rejected(reason, name, record, root):
     with pytest.raises(RecordError) as caught:
         FORMATS[name].convert(record, root)
     assert caught.value.reason == reason
 
 
-def test_field_that_is_not_read_is_named_with_its_repair(root):
+def test_leftover_names_its_repair(root):
     with pytest.raises(RecordError) as caught:
         FORMATS["sharegpt"].convert({**SAID, "image_path": "a.png"}, root)
     assert str(caught.value) == (
@@ -88,17 +88,17 @@ def test_field_that_is_not_read_is_named_with_its_repair(root):
         ("pairs", {"image": "a.png", "text": "A cat.", "similarity": 0.3, "width": 9}, ("similarity",)),
     ],
 )  # fmt: skip
-def test_field_that_is_unknown_is_counted(name, record, ignored, root):
+def test_leftover_unknown_counted(name, record, ignored, root):
     assert FORMATS[name].convert(record, root).ignored == ignored
 
 
-def test_instruction_with_its_input_is_one_question_whatever_the_answer_is_called(root):
+def test_instruction_and_input_are_one_question(root):
     record = {"instruction": "Translate.", "input": "Chat", "response": "Cat", "score": 1}
     dialogue = FORMATS["qa"].convert(record, root)
     assert (dialogue.turns, dialogue.ignored) == ((user("Translate.\nChat"), assistant("Cat")), ("score",))
 
 
-def test_field_that_is_ignored_by_the_source_is_not_looked_at(root, tmp_path):
+def test_leftover_ignored_by_source(root, tmp_path):
     bad = [{**message, "tool_calls": [{"id": 1}]} for message in ASKED["messages"]]
     records = [{**ASKED, "tools": ["look"], "score": 1}, {"messages": bad}, {**ASKED, "video": "v.mp4"}, ASKED]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -109,7 +109,7 @@ def test_field_that_is_ignored_by_the_source_is_not_looked_at(root, tmp_path):
     assert (stats.rejected, stats.ignored) == ({"video": 1}, {"score": 1})
 
 
-def test_system_and_history_of_a_record_in_the_formats_that_read_them(root):
+def test_system_and_history_fields(root):
     before = {"system": "Be kind.", "history": [["Hello.", "Hello."]]}
     opened = (Turn("system", ("Be kind.",)), user("Hello."), assistant("Hello."))
     assert FORMATS["alpaca"].convert({**TOLD, **before}, root).turns == (*opened, user("Who?"), assistant("Me."))
@@ -122,7 +122,7 @@ def test_system_and_history_of_a_record_in_the_formats_that_read_them(root):
         assert turns == (Turn("system", ("Be kind.",)), user("Who?"), assistant("Me."))
 
 
-def test_ignored_names_are_bounded_and_can_be_written():
+def test_ignored_names_bounded():
     stats = SourceStats("x")
     stats.ignore(f"key{number}" for number in range(MOST_NAMES + 5))
     stats.ignore(["key0", "\ud800", "k" * 1000])
@@ -135,7 +135,7 @@ def test_ignored_names_are_bounded_and_can_be_written():
     assert SourceStats("x").to_json().get("ignored") is None
 
 
-def test_ignored_names_are_told_once_with_the_most_frequent_first():
+def test_ignored_names_most_frequent_first():
     counts = {f"k{number}": number for number in range(1, 12)}
     assert most_frequent(counts) == "k11 11, k10 10, k9 9, k8 8, k7 7, k6 6, k5 5, k4 4 and 3 more"
     stats = SourceStats("x")

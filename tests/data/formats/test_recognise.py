@@ -8,6 +8,7 @@ import tarfile
 
 import PIL.Image
 import pytest
+from data_files import write_files
 from sources import make_source
 
 from finetune.data.conversation import Dialogue, RecordError, assistant, user
@@ -74,14 +75,14 @@ def first_dialogue(source):
         (b"\n \n", "d.jsonl: no records"),
     ],
 )
-def test_auto_says_why_no_record_can_be_read(tmp_path, content, why):
+def test_auto_no_readable_record(tmp_path, content, why):
     said = refusal(auto(write(tmp_path, d__jsonl=content) / "d.jsonl"))
     assert said.startswith("format: auto: no record can be read\n  d.jsonl cannot be read: ")
     assert why in said
     assert "of no known format" not in said
 
 
-def test_auto_names_the_files_of_several_formats(tmp_path):
+def test_auto_several_formats(tmp_path):
     write(
         tmp_path, a__jsonl=[MESSAGES] * 3, b__jsonl=[ALPACA], c__jsonl=[MESSAGES], d__csv="file_name,text\na.png,A.\n"
     )
@@ -91,7 +92,7 @@ def test_auto_names_the_files_of_several_formats(tmp_path):
     )
 
 
-def test_auto_tells_a_tie_and_a_mixture(tmp_path):
+def test_auto_tie_and_mixture(tmp_path):
     write(tmp_path, tie__jsonl=[MESSAGES, ALPACA, ALPACA, MESSAGES], most__jsonl=[MESSAGES, MESSAGES, ALPACA, {"a": 1}])
     assert refusal(auto(tmp_path / "tie.jsonl")) == (
         "format: auto: of the first 4 records 2 are messages and 2 are alpaca; set format, or give each its own file "
@@ -101,19 +102,19 @@ def test_auto_tells_a_tie_and_a_mixture(tmp_path):
     assert recognise_source(auto(tmp_path / "most.jsonl")) == Recognised("messages", (note,))
 
 
-def test_auto_reads_on_beside_a_file_that_it_cannot_read(tmp_path):
+def test_auto_unreadable_file_beside_others(tmp_path):
     write(tmp_path, a__jsonl=[ALPACA], b__jsonl="{oops\n", c__jsonl="")
     found = recognise_source(auto(tmp_path))
     assert found.format == "alpaca"
     assert [note.partition(":")[0] for note in found.notes] == ["b.jsonl cannot be read", "c.jsonl cannot be read"]
 
 
-def test_auto_takes_what_is_converted_alike_together(tmp_path):
+def test_auto_equal_converters(tmp_path):
     write(tmp_path, a__jsonl=[{"conversations": SPOKEN, "image": "a.png"}], b__jsonl=[{"conversations": SPOKEN}])
     assert recognise_source(auto(tmp_path)) == Recognised("llava")
 
 
-def test_auto_looks_into_files_all_over_a_source(tmp_path):
+def test_auto_samples_all_files(tmp_path):
     write(tmp_path, **{f"{number:02}__jsonl": [MESSAGES if number < 20 else ALPACA] for number in range(31)})
     assert "30.jsonl: alpaca" in refusal(auto(tmp_path))
 
@@ -130,7 +131,7 @@ def test_auto_looks_into_files_all_over_a_source(tmp_path):
         ("d.jsonl", json.dumps({"image_base64": base64.encodebytes(picture(kind="GIF")).decode(), "text": "A cat."})),
     ],
 )
-def test_captions_in_tables_and_lines(tmp_path, name, content):
+def test_auto_captions_in_tables_and_lines(tmp_path, name, content):
     write(tmp_path, **{name.replace(".", "__"): content}, a__png=picture())
     assert first_dialogue(auto(tmp_path / name)) == ("pairs", [[(255, 0, 0), "A cat."]])
     asked = [[(255, 0, 0), "What?"], ["A cat."]]
@@ -170,11 +171,11 @@ ASKED = [[(255, 0, 0), "\nWho?"], ["Me."]]
         ("pairs", {"png": RED, "json": {"caption": "A cat.", "image": "x/7.png"}}, [[(255, 0, 0), "A cat."]]),
     ],
 )  # fmt: skip
-def test_webdataset_samples_hold_dialogues(tmp_path, name, members, turns):
+def test_webdataset_dialogues(tmp_path, name, members, turns):
     assert first_dialogue(shard(tmp_path / "s.tar", **members)) == (name, turns)
 
 
-def test_webdataset_sample_that_names_other_images_than_it_has(tmp_path):
+def test_webdataset_image_count(tmp_path):
     source = shard(tmp_path / "s.tar", png=RED, json={"images": ["1.png", "2.png"], "conversations": SPOKEN})
     ((_, record),) = FORMATS["llava"].read(make_source("llava", paths=source.paths))
     assert isinstance(record, RecordError)
@@ -189,13 +190,13 @@ def classes(tmp_path):
     return tmp_path / "train"
 
 
-def test_class_folders_need_a_prompt_to_be_recognised(classes):
+def test_auto_class_folders_need_prompt(classes):
     said = refusal(auto(classes))
     assert "images without captions, in folders such as cat; format: class_folders with prompt: " in said
     assert first_dialogue(auto(classes, prompt=("What?",))) == ("class_folders", [[(255, 0, 0), "What?"], ["cat"]])
 
 
-def test_class_folders_with_files_that_are_no_data_beside_them(classes):
+def test_auto_class_folders_with_other_files(classes):
     write(classes, README__md="About.", labels__txt="cat\nwild_dog\n")
     write(classes / "cat", Thumbs__db=b"", _DS_Store=b"")
     (classes / ".hidden.json").write_text("{}")
@@ -204,7 +205,7 @@ def test_class_folders_with_files_that_are_no_data_beside_them(classes):
     assert recognise_source(auto(classes, prompt=("What?",))).format == "image_folder"
 
 
-def test_class_folders_name_their_images(classes):
+def test_class_folders(classes):
     write(classes, b__png=RED)
     records = [record for _, record in FORMATS["class_folders"].read(make_source("class_folders", paths=(classes,)))]
     assert [record.reason if isinstance(record, RecordError) else record["text"] for record in records] == [
@@ -212,11 +213,11 @@ def test_class_folders_name_their_images(classes):
     ]  # fmt: skip
 
 
-def test_an_image_file_alone_is_no_source(tmp_path):
+def test_auto_image_file_alone(tmp_path):
     assert "expected folders of images, got a file" in refusal(auto(write(tmp_path, a__png=RED) / "a.png"))
 
 
-def test_unknown_keys_are_told_with_what_the_nearest_formats_read(tmp_path):
+def test_auto_unknown_keys_name_nearest_formats(tmp_path):
     said = refusal(auto(write(tmp_path, d__jsonl=[{"promt": "Who?", "completions": "Me."}]) / "d.jsonl"))
     assert said.startswith("format: auto: 1 records with the keys completions, promt are of no known format")
     assert "\n  prompt_completion reads prompt, completion, image|images|image_path|..., " in said
@@ -227,7 +228,7 @@ def source_of(path, **options):
     return recipe.Source(path=(str(path),), **options)
 
 
-def test_columns_of_a_name_that_the_format_does_not_read(tmp_path):
+def test_columns_unknown_to_format(tmp_path):
     path = write(tmp_path, d__jsonl=[{"image": "a.png", "alt": "A cat."}]) / "d.jsonl"
     found = resolve_source(source_of(path, format="pairs", columns={"text": "alt"}))
     assert found.columns == {"text": "alt"}
@@ -235,7 +236,7 @@ def test_columns_of_a_name_that_the_format_does_not_read(tmp_path):
         resolve_source(source_of(path, format="pairs", columns={"txt2": "alt"}))
 
 
-def test_content_of_a_source_is_told_apart_whatever_its_format(tmp_path, capsys):
+def test_auto_logs_format(tmp_path, capsys):
     write(tmp_path, d__jsonl=[{"image": "a.png", "alt": "A cat."}])
     source = {"path": str(tmp_path / "d.jsonl"), "columns": {"text": "alt"}, "prompt": ["What?", "Who?"]}
     made = recipe.Recipe.model_validate(
@@ -252,7 +253,7 @@ def test_content_of_a_source_is_told_apart_whatever_its_format(tmp_path, capsys)
     assert capsys.readouterr().err == ""
 
 
-def test_prompt_belongs_to_captions(tmp_path):
+def test_prompt_needs_captions(tmp_path):
     path = write(tmp_path, d__jsonl=[MESSAGES]) / "d.jsonl"
     with pytest.raises(UserError, match=re.escape("prompt makes dialogues of captions (pairs, image_folder")):
         resolve_source(source_of(path, prompt="Who?"))
@@ -264,7 +265,7 @@ def test_prompt_belongs_to_captions(tmp_path):
         source_of(path, prompt="Who?", format="messages")
 
 
-def test_documents_alone_make_no_instruct_model_and_that_is_said(capsys):
+def test_documents_alone_logged(capsys):
     def said(*sources):
         say_if_documents(sources)
         return capsys.readouterr().err
@@ -276,7 +277,7 @@ def test_documents_alone_make_no_instruct_model_and_that_is_said(capsys):
     assert said(asked) == said(captions, make_source("messages")) == ""
 
 
-def test_preferences_are_trained_on_the_chosen_answers_and_that_is_said(tmp_path, capsys):
+def test_preference_logged(tmp_path, capsys):
     records = [{"prompt": "Who?", "chosen": "Me.", "rejected": "You."}]
     path = write(tmp_path, d__jsonl=records) / "d.jsonl"
     assert resolve_source(source_of(path)).format == "preference"
@@ -284,7 +285,7 @@ def test_preferences_are_trained_on_the_chosen_answers_and_that_is_said(tmp_path
     assert first_dialogue(auto(path)) == ("preference", [["Who?"], ["Me."]])
 
 
-def test_chosen_that_does_not_continue_the_prompt(tmp_path):
+def test_preference_chosen_without_prompt(tmp_path):
     said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     root = ImageRoot(make_source("preference", paths=(tmp_path,)))
     with pytest.raises(RecordError, match="prompt and chosen do not match"):
@@ -303,10 +304,26 @@ def test_chosen_that_does_not_continue_the_prompt(tmp_path):
         ("image not read", {"shown": RED, "answer": "Me."}),
     ],
 )
-def test_what_a_question_is_about_is_not_dropped(tmp_path, reason, extra):
+def test_qa_context_not_dropped(tmp_path, reason, extra):
     root = ImageRoot(make_source("qa", paths=(tmp_path,)))
     with pytest.raises(RecordError) as caught:
         to_dialogue("d:1", {"question": "Who?", **extra}, root)
     assert caught.value.reason == reason
     (key,) = extra.keys() - {"answer"}
     assert f"`ignore: [{key}]` does without it" in caught.value.detail
+
+
+def test_recognise_source(tmp_path):
+    def told(path):
+        return recognise_source(make_source("auto", paths=(path,))).format
+
+    mimic = {"meta": {}, "data": {"I1": {"instruction": "Who?", "answer": "Me.", "image_ids": ["X"]}}}
+    paths = write_files(
+        tmp_path,
+        a__txt="A.",
+        b__jsonl={"text": "A."},
+        c__json=[{"data": ["A?", "B."]}],
+        d__json=mimic,
+        e__json={"questions": [{"image_id": 9, "question": "What?", "question_id": 9000}]},
+    )
+    assert list(map(told, paths)) == ["text", "text", "ultrachat", "mimic_it", "vqa"]

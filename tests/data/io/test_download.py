@@ -127,7 +127,8 @@ def failure(downloader, url):
     return caught.value.detail
 
 
-def test_what_is_fetched_lies_under_its_digest_and_is_fetched_once(downloader, server, site, tmp_path):
+def test_download_once(downloader, server, site, tmp_path):
+    """A file lies under its digest, and is fetched once."""
     path = downloader.fetch(f"{site}/image")
     assert path == tmp_path / "content" / DIGEST[:2] / DIGEST
     assert path.read_bytes() == IMAGE
@@ -144,7 +145,7 @@ def test_what_is_fetched_lies_under_its_digest_and_is_fetched_once(downloader, s
     )
 
 
-def test_what_the_server_is_told(downloader, server, site, monkeypatch):
+def test_download_request_headers(downloader, server, site, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     downloader.fetch(f"{site}/image?a=b c")
@@ -157,11 +158,11 @@ def test_what_the_server_is_told(downloader, server, site, monkeypatch):
     }
 
 
-def test_a_body_in_chunks(downloader, site):
+def test_download_chunked_body(downloader, site):
     assert downloader.fetch(f"{site}/chunked").read_bytes() == IMAGE
 
 
-def test_redirects(downloader, server, site):
+def test_download_redirects(downloader, server, site):
     assert downloader.fetch(f"{site}/redirect/5").read_bytes() == IMAGE
     assert len(server.requests) == 6
     assert "over 5 redirects" in failure(
@@ -180,20 +181,21 @@ def test_redirects(downloader, server, site):
         ("/garbage", ""),
     ],
 )
-def test_what_is_no_image_to_be_had(path, detail, downloader, site):
+def test_download_failures(path, detail, downloader, site):
     message = failure(downloader, f"{site}{path}")
     assert message.startswith(f"'{site}{path}': ")
     assert detail in message
 
 
 @pytest.mark.parametrize("path", ["/slow", "/slow-without-length", "/slow-headers"])
-def test_a_server_that_drips_is_cut_off_in_time(path, tmp_path, site):
+def test_download_slow_body(path, tmp_path, site):
+    """A server that sends byte by byte is cut off at the deadline."""
     started = time.monotonic()
     assert "over 0.3 s" in failure(Downloader(tmp_path, http=True, timeout_s=0.3, allow=anyone), f"{site}{path}")
     assert time.monotonic() - started < 3
 
 
-def test_a_server_that_does_not_answer(tmp_path):
+def test_download_no_answer(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         assert "over 0.3 s" in failure(
@@ -216,7 +218,7 @@ def test_a_server_that_does_not_answer(tmp_path):
         "data:,x",
     ],
 )
-def test_https_alone_unless_asked(url, tmp_path):
+def test_download_https_only(url, tmp_path):
     assert "expected https, got" in failure(Downloader(tmp_path, allow=anyone), url)
 
 
@@ -224,16 +226,16 @@ BROKEN = ("a b/c", "a:x/c", "[::1/c", "a:99999/", "\ud800.b/", "a\0b/", "a" * 70
 
 
 @pytest.mark.parametrize("url", [f"https://{rest}" for rest in BROKEN])
-def test_urls_that_are_none(url, tmp_path, monkeypatch):
+def test_download_bad_url(url, tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: host.encode("idna") and [])
     assert failure(Downloader(tmp_path, allow=anyone), url)
 
 
-def test_credentials_are_refused(downloader, site):
+def test_download_credentials_refused(downloader, site):
     assert "credentials" in failure(downloader, site.replace("//", "//me:secret@") + "/image")
 
 
-def test_a_redirect_is_checked_like_the_first_url(server, site, tmp_path):
+def test_download_redirect_checked(server, site, tmp_path):
     server.redirects |= {
         "/a": "ftp://127.0.0.1/x",
         "/b": "http://me:x@127.0.0.1/",
@@ -282,14 +284,14 @@ PRIVATE = [
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_private_addresses(address, tmp_path, monkeypatch):
+def test_download_private_address(address, tmp_path, monkeypatch):
     assert not is_public(ip_address(address))
     host = f"[{address}]" if ":" in address else address
     assert f"is at {address}, which is no public address" in failure(Downloader(tmp_path), f"https://{host}/x")
 
 
 @pytest.mark.parametrize("address", ["2606:4700::1111%1", "fe80::1%eth0", "ff02::1%lo"])
-def test_addresses_with_a_zone_are_not_public(address):
+def test_is_public_zone(address):
     assert not is_public(ip_address(address))
 
 
@@ -309,18 +311,18 @@ def test_addresses_with_a_zone_are_not_public(address):
         *("2606:4700::1111", "2001:4860:4860::8888", "2a00:1450:4001:80b::200e", "2003::1", "3ffe:ffff::1"),
     ],
 )
-def test_public_addresses(address):
+def test_is_public(address):
     assert is_public(ip_address(address))
 
 
 @pytest.mark.parametrize(
     "host", ["2130706433", "0x7f000001", "127.1", "017700000001", "localhost", "[::1]", "[::ffff:7f00:1]"]
 )
-def test_other_ways_to_write_the_loopback_are_not_public(host, tmp_path):
+def test_download_loopback_spellings(host, tmp_path):
     assert "which is no public address" in failure(Downloader(tmp_path), f"https://{host}/x")
 
 
-def test_dns_that_does_not_answer_is_within_the_deadline(tmp_path, monkeypatch):
+def test_dns_no_answer(tmp_path, monkeypatch):
     answer = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer.wait() and [])
     started = time.monotonic()
@@ -329,7 +331,7 @@ def test_dns_that_does_not_answer_is_within_the_deadline(tmp_path, monkeypatch):
     answer.set()
 
 
-def test_dns_after_a_redirect_is_within_the_same_deadline(tmp_path, server, site, monkeypatch):
+def test_dns_after_redirect(tmp_path, server, site, monkeypatch):
     server.redirects["/a"] = "http://slow.example/x"
     answer, original = threading.Event(), socket.getaddrinfo
 
@@ -342,7 +344,7 @@ def test_dns_after_a_redirect_is_within_the_same_deadline(tmp_path, server, site
     answer.set()
 
 
-def test_dns_that_changes_its_mind_is_asked_once(tmp_path, server, monkeypatch):
+def test_dns_rebinding(tmp_path, server, monkeypatch):
     """Rebinding: the name is public when it is checked, and local when it is asked for again."""
     answers = iter([["127.0.0.1"], ["127.0.0.2"]])
     original = socket.getaddrinfo
@@ -359,7 +361,7 @@ def test_dns_that_changes_its_mind_is_asked_once(tmp_path, server, monkeypatch):
     assert "a.example is at 127.0.0.2" in failure(Downloader(tmp_path / "new", http=True), url)
 
 
-def test_tls_that_drips_its_handshake_is_cut_off_in_time(tmp_path):
+def test_tls_slow_handshake(tmp_path):
     listening = socket.create_server(("127.0.0.1", 0))
 
     def drip():
@@ -380,7 +382,7 @@ def test_tls_that_drips_its_handshake_is_cut_off_in_time(tmp_path):
 
 
 @pytest.mark.parametrize("known", [b"", b"\xff\xfe", b"../../../etc/passwd", b"a\0b"])
-def test_what_is_known_of_a_url_may_be_damaged(known, downloader, site, tmp_path):
+def test_download_damaged_index(known, downloader, site, tmp_path):
     path = tmp_path / "by-url" / hashlib.sha256(f"{site}/image".encode()).hexdigest()
     path.parent.mkdir()
     path.write_bytes(known)
@@ -400,12 +402,12 @@ def resolving(monkeypatch, *answers):
     return asked
 
 
-def test_one_private_address_of_a_host_condemns_it(tmp_path, monkeypatch):
+def test_download_one_private_address(tmp_path, monkeypatch):
     resolving(monkeypatch, ["8.8.8.8", "127.0.0.1"])
     assert "a.example is at 127.0.0.1" in failure(Downloader(tmp_path), "https://a.example/x")
 
 
-def test_the_address_that_was_checked_is_the_one_connected_to(tmp_path, server, monkeypatch):
+def test_download_connects_to_checked_address(tmp_path, server, monkeypatch):
     connected = []
     create_connection = socket.create_connection
 
@@ -431,7 +433,7 @@ def test_the_address_that_was_checked_is_the_one_connected_to(tmp_path, server, 
 
 
 @pytest.mark.parametrize(("url", "port"), [("https://a.b/x", 443), ("http://a.b/x", 80), ("https://a.b:8443/x", 8443)])
-def test_a_url_without_a_port_is_asked_at_its_schemes(url, port, tmp_path, monkeypatch):
+def test_download_default_port(url, port, tmp_path, monkeypatch):
     asked = []
 
     def look_up(host, port, deadline):
@@ -443,7 +445,7 @@ def test_a_url_without_a_port_is_asked_at_its_schemes(url, port, tmp_path, monke
     assert asked == [("a.b", port)]
 
 
-def test_the_next_address_is_tried_when_one_does_not_answer(tmp_path, server, monkeypatch):
+def test_download_next_address(tmp_path, server, monkeypatch):
     original = socket.getaddrinfo
 
     def getaddrinfo(host, port, *arguments, **options):
@@ -468,7 +470,7 @@ def certificate(tmp_path_factory):
     return folder
 
 
-def test_https_verifies_the_certificate_by_the_hosts_name(certificate, tmp_path, monkeypatch):
+def test_tls_certificate(certificate, tmp_path, monkeypatch):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
     named = []
@@ -494,7 +496,8 @@ def test_https_verifies_the_certificate_by_the_hosts_name(certificate, tmp_path,
     server.server_close()
 
 
-def test_many_at_once_each_once_and_every_failure_told(downloader, server, site):
+def test_download_many_at_once(downloader, server, site):
+    """Many URLs at once: each is fetched once, and every failure is returned."""
     urls = [f"{site}/image?{number % 20}" for number in range(60)] + [f"{site}/missing", "ftp://x"]
     fetched = downloader.fetch_all(urls)
     assert list(fetched) == list(dict.fromkeys(urls))
@@ -503,7 +506,7 @@ def test_many_at_once_each_once_and_every_failure_told(downloader, server, site)
     assert [error.reason for error in list(fetched.values())[20:]] == ["download failed"] * 2
 
 
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_download_file_whole_or_absent(tmp_path, monkeypatch):
     def full(self, target):
         raise OSError("disk full")
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from sources import make_source
 
+from finetune.data.formats.reading import read_records
 from finetune.data.formats.recognise import recognise_source
-from finetune.data.io.files import files_of, fingerprint, read_records
+from finetune.data.io.files import files_of, fingerprint
 from finetune.data.io.paths import expand, files_below, locate
 from modeling.errors import UserError
 
@@ -44,13 +45,14 @@ def tree(tmp_path):
         ("s/b", ["s/b"]),
     ],
 )
-def test_pattern_in_any_part_of_a_path(pattern, expected, tree, monkeypatch):
+def test_expand_pattern_anywhere(pattern, expected, tree, monkeypatch):
     assert expand(tree / pattern) == [tree / name for name in expected]
     monkeypatch.chdir(tree)
     assert list(map(str, expand(Path(pattern)))) == expected
 
 
-def test_pattern_of_folders_stands_for_the_files_below_them_once(tree):
+def test_expand_folders_once(tree):
+    """A pattern of folders means the files below them, each once."""
     below = [tree / name for name in ("s/b/d.jsonl", "s/b/deep/d.jsonl", "s/b/e.csv")]
     assert files_of(make_source("auto", (tree / "s/b",))) == files_of(make_source("auto", (tree / "s/b/**",))) == below
     assert files_of(make_source("auto", (tree / "s/[b-z]",))) == below
@@ -60,7 +62,7 @@ def test_pattern_of_folders_stands_for_the_files_below_them_once(tree):
     ]
 
 
-def test_fingerprint_follows_a_pattern(tree):
+def test_fingerprint_of_pattern(tree):
     source = make_source("text", (tree / "s/*/d.jsonl",))
     before = fingerprint(source)
     (tree / "s/c").mkdir()
@@ -78,13 +80,13 @@ def test_fingerprint_follows_a_pattern(tree):
         ("s/top.jsonl/d", "s/top.jsonl is no folder"),
     ],
 )
-def test_nothing_fits(pattern, message, tree):
+def test_expand_no_match(pattern, message, tree):
     with pytest.raises(UserError) as caught:
         expand(tree / pattern)
     assert str(caught.value).endswith(message)
 
 
-def test_a_link_that_leads_nowhere_is_named(tree):
+def test_expand_broken_link(tree):
     (tree / "s/c").mkdir()
     (tree / "s/c/d.jsonl").symlink_to("gone.jsonl")
     for pattern in ("s/c/d.jsonl", "s/*/d.jsonl"):
@@ -92,7 +94,8 @@ def test_a_link_that_leads_nowhere_is_named(tree):
             expand(tree / pattern)
 
 
-def test_files_below_follow_links_to_folders_elsewhere_once(tree, tmp_path_factory):
+def test_files_below_follows_links_once(tree, tmp_path_factory):
+    """A link to a folder outside is followed once."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "far.jsonl").write_text("")
     for name, target in (
@@ -115,7 +118,7 @@ def test_files_below_follow_links_to_folders_elsewhere_once(tree, tmp_path_facto
     ]
 
 
-def test_places_inside_files(tree):
+def test_locate_inside_archives(tree):
     archive = tree / "t.zip"
     archive.write_bytes(b"")
     assert locate(archive / "train" / "x") == [(archive, "train/x")]
@@ -123,7 +126,7 @@ def test_places_inside_files(tree):
     assert locate(tree / "s") == [(tree / "s", ".")]
 
 
-def test_a_folder_that_may_not_be_read_is_named(tree):
+def test_unreadable_folder(tree):
     if os.geteuid() == 0:
         pytest.skip("root may read all")
     (tree / "s/a").chmod(0)
@@ -132,14 +135,16 @@ def test_a_folder_that_may_not_be_read_is_named(tree):
 
 
 @pytest.mark.parametrize("key", ["paths", "image_root"])
-def test_fingerprint_waits_for_no_pipe(key, tree):
+def test_fingerprint_of_pipe(key, tree):
+    """A pipe is refused, not waited for."""
     os.mkfifo(tree / "pipe")
     source = make_source("text", **{"paths": (tree / "s/top.jsonl",), key: (tree / "pipe",)})
     with pytest.raises(UserError, match="pipe: a file that cannot be read: expected a file, found a pipe"):
         fingerprint(source)
 
 
-def test_files_of_one_name_and_several_formats_are_told_apart(tree):
+def test_auto_names_files_by_folder(tree):
+    """Files of one name and several formats are distinguished by their folders."""
     (tree / "s/a/d.jsonl").write_text('{"question": "Q", "answer": "A"}\n')
     (tree / "s/b/d.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}]}\n')
     with pytest.raises(UserError, match=r"a/d\.jsonl: \w+; b/d\.jsonl: messages"):

@@ -1,6 +1,7 @@
 """Parquet and Arrow files that are hostile or odd: records, counted rows, or one reason, in bounded memory."""
 
 import datetime
+import random
 import struct
 from contextlib import contextmanager
 from decimal import Decimal
@@ -8,21 +9,62 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_files import PNG, read, written
 from sources import make_source
 
 from finetune.data.conversation import RecordError
+from finetune.data.formats.reading import read_records
 from finetune.data.io import streams
-from finetune.data.io.files import read_records
 from finetune.data.io.image_roots import ImageRoot
 from modeling.errors import UserError
 
+ROWS = [
+    {"image": {"bytes": PNG, "path": f"{number}.png"}, "texts": [{"user": "é"}], "n": number} for number in range(40)
+]
+
+
+def test_parquet_images_as_bytes(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "f.parquet", row_group_size=7)
+    assert read(tmp_path / "f.parquet") == [(f"f.parquet#{number}", row) for number, row in enumerate(ROWS)]
+
+
+def test_parquet_damaged_page(tmp_path):
+    """A damaged page gives the rows before it."""
+    table = pa.table({"n": list(range(3000)), "text": [f"text {number}" for number in range(3000)]})
+    pq.write_table(table, tmp_path / "f.parquet", row_group_size=1000, use_dictionary=False, compression="zstd")
+    start = pq.ParquetFile(tmp_path / "f.parquet").metadata.row_group(1).column(0).data_page_offset
+    content = bytearray((tmp_path / "f.parquet").read_bytes())
+    content[start : start + 200] = b"\xff" * 200
+    *records, last = read(written(tmp_path / "f.parquet", bytes(content)))
+    assert last == ("f.parquet", "corrupt file")
+    assert 900 < len(records) <= 1000
+    assert records[-1][1]["n"] == len(records) - 1
+
+
+def test_arrow_bad_value(tmp_path):
+    """A value that Python cannot represent is an error of its row."""
+    text = pa.array([b"good", b"\xff\xfe", b"fine"]).view(pa.string())
+    with (
+        pa.OSFile(str(tmp_path / "f.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, pa.schema({"text": pa.string()})) as out,
+    ):
+        out.write_batch(pa.record_batch({"text": text}))
+    assert read(tmp_path / "f.arrow") == [
+        ("f.arrow#0", {"text": "good"}),
+        ("f.arrow#1", "not a row"),
+        ("f.arrow#2", {"text": "fine"}),
+    ]
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_arrow_file_and_stream(new, tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(tmp_path / "f.arrow"), "wb") as file, new(file, table.schema) as out:
+        out.write_table(table, max_chunksize=9)
+    assert read(tmp_path / "f.arrow") == [(f"f.arrow#{number}", row) for number, row in enumerate(ROWS)]
+
+
 MB = 2**20
-
-
-def read(path):
-    """Records as they are, errors by their reason."""
-    records = read_records(make_source("auto", (path,), on_broken="keep"))
-    return [(place, got.reason if isinstance(got, RecordError) else got) for place, got in records]
 
 
 def detail(path):
@@ -59,10 +101,20 @@ def offsets(*values, form="i"):
 
 
 WORDS = pa.array(["t" * 33, "u" * 44])
+
+
 PAIRS = pa.array([[("k", 1)] * 33, [("l", 2)] * 44], pa.map_(pa.string(), pa.int8()))
+
+
 LISTS = pa.array([["t"] * 33, ["u"] * 44])
+
+
 DICTIONARY = pa.DictionaryArray.from_arrays(pa.array([77, 33], pa.int32()), pa.array([str(n) for n in range(100)]))
+
+
 VIEW = struct.pack("<i4sii", 50, b"aaaa", 0, 0)
+
+
 HOSTILE = {
     "beyond the data": (WORDS, offsets(0, 33, 77), offsets(0, 33, 2**31 - 1)),
     "beyond by one": (WORDS, offsets(0, 33, 77), offsets(0, 33, 78)),
@@ -102,11 +154,13 @@ def write_hostile(path, name, new=pa.ipc.new_file, before=()):
 
 @pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream], ids=["file", "stream"])
 @pytest.mark.parametrize("name", HOSTILE)
-def test_arrow_offsets_that_lead_outside_end_the_file(name, new, tmp_path):
+def test_arrow_offsets_outside(name, new, tmp_path):
+    """An offset that leads outside the batch ends the file."""
     assert read(write_hostile(tmp_path / "f.arrow", name, new)) == [("f.arrow", "corrupt file")]
 
 
-def test_arrow_keeps_the_batches_before_the_damage(tmp_path):
+def test_arrow_damaged_batch(tmp_path):
+    """The batches before the damage are kept."""
     before = [pa.record_batch({"x": pa.array([word])}) for word in ("one", "two")]
     path = write_hostile(tmp_path / "f.arrow", "falling", before=before)
     assert read(path) == [
@@ -119,7 +173,7 @@ def test_arrow_keeps_the_batches_before_the_damage(tmp_path):
 
 
 @pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream], ids=["file", "stream"])
-def test_arrow_that_was_cut_gives_its_first_batches(new, tmp_path):
+def test_arrow_cut(new, tmp_path):
     """Wherever it was cut; a stream may also end after a batch."""
     words = ["one", "two", "three"]
     path = write_arrow(tmp_path / "f.arrow", [pa.record_batch({"x": pa.array([word])}) for word in words], new)
@@ -140,7 +194,7 @@ def test_arrow_that_was_cut_gives_its_first_batches(new, tmp_path):
 
 @pytest.mark.parametrize("rows", [10**6 + 2**20, 10**12, 2**62])
 @pytest.mark.parametrize("kind", [pa.null(), pa.struct([]), pa.list_(pa.null(), 0)], ids=str)
-def test_arrow_rows_of_nothing_are_refused(rows, kind, tmp_path):
+def test_arrow_rows_of_nothing(rows, kind, tmp_path):
     children = [pa.nulls(0)] if pa.types.is_fixed_size_list(kind) else []
     array = pa.nulls(77) if kind == pa.null() else pa.Array.from_buffers(kind, 77, [None], 0, 0, children)
     path = write_arrow(tmp_path / "f.arrow", [pa.record_batch({"x": array})])
@@ -149,7 +203,7 @@ def test_arrow_rows_of_nothing_are_refused(rows, kind, tmp_path):
     assert read(path) == [("f.arrow", "corrupt file")]
 
 
-def test_arrow_lists_of_nothing_are_too_large(tmp_path):
+def test_arrow_lists_of_nothing(tmp_path):
     """A row of two thousand million nulls, in a kilobyte."""
     bomb = pa.ListArray.from_arrays(pa.array([0, 2, 77, 77], pa.int32()), pa.nulls(77))
     path = write_arrow(tmp_path / "f.arrow", [pa.record_batch({"x": bomb})])
@@ -176,7 +230,7 @@ def shown(path):
 
 @pytest.mark.parametrize("packing", ["zstd", "lz4"])
 @pytest.mark.parametrize("kind", [pa.string(), pa.binary(), pa.large_string(), pa.string_view()], ids=str)
-def test_arrow_cell_that_is_too_large(packing, kind, tmp_path, small):
+def test_arrow_large_cell(packing, kind, tmp_path, small):
     cells = [["a"], ["x" * (32 * MB)]]
     batches = [pa.record_batch({"x": pa.array(cell).cast(kind)}) for cell in cells]
     path = write_arrow(tmp_path / "f.arrow", batches, compression=packing)
@@ -190,7 +244,7 @@ def test_arrow_cell_that_is_too_large(packing, kind, tmp_path, small):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_arrow_dictionary_that_a_row_repeats(nested, tmp_path, small):
+def test_arrow_repeated_dictionary(nested, tmp_path, small):
     """A megabyte once in the file, and a hundred times in a row."""
     words = pa.DictionaryArray.from_arrays(pa.array([0] * 100 + [1], pa.int32()), pa.array(["x" * MB, "y"]))
     if nested:
@@ -202,7 +256,7 @@ def test_arrow_dictionary_that_a_row_repeats(nested, tmp_path, small):
         assert shown(path) == [MB] * 100 + [1]
 
 
-def test_arrow_view_that_a_row_repeats(tmp_path, small):
+def test_arrow_repeated_view(tmp_path, small):
     view = struct.pack("<i4sii", MB, b"xxxx", 0, 0)
     buffers = [None, pa.py_buffer(view * 1000), pa.py_buffer(b"x" * MB)]
     views = pa.Array.from_buffers(pa.string_view(), 1000, buffers, 0)
@@ -213,7 +267,7 @@ def test_arrow_view_that_a_row_repeats(tmp_path, small):
 
 @pytest.mark.parametrize("packing", ["zstd", "snappy", "gzip", "brotli", "lz4"])
 @pytest.mark.parametrize("dictionary", [False, True])
-def test_parquet_cell_that_is_too_large(packing, dictionary, tmp_path, small):
+def test_parquet_large_cell(packing, dictionary, tmp_path, small):
     table = {"x": ["a", "b", "x" * (40 * MB)], "n": [{"y": ["z"]}] * 3}
     path = write_parquet(
         tmp_path / "f.parquet", table, compression=packing, use_dictionary=dictionary, row_group_size=2
@@ -231,7 +285,7 @@ def test_parquet_cell_that_is_too_large(packing, dictionary, tmp_path, small):
 
 
 @pytest.mark.parametrize("nested", ["flat", "list", "struct", "list of structs"])
-def test_parquet_dictionary_that_rows_repeat(nested, tmp_path, monkeypatch):
+def test_parquet_repeated_dictionary(nested, tmp_path, monkeypatch):
     """A megabyte once in the file, in thirty-two rows, or a hundred times in each of them."""
     monkeypatch.setattr(streams, "MAX_RECORD_BYTES", 2 * MB)
     cell = "x" * MB
@@ -252,7 +306,7 @@ def test_parquet_dictionary_that_rows_repeat(nested, tmp_path, monkeypatch):
         assert [len(row["x"] if nested == "flat" else row["x"]["z"]) for row in got] == [MB] * 32
 
 
-def test_parquet_lists_of_millions_are_refused(tmp_path):
+def test_parquet_lists_of_millions(tmp_path):
     values = pa.array([7], pa.int8()).take(pa.array([0] * 20_000_000, pa.int32()))
     array = pa.ListArray.from_arrays(pa.array([0, 20_000_000], pa.int32()), values)
     path = write_parquet(tmp_path / "f.parquet", {"x": array})
@@ -263,7 +317,7 @@ def test_parquet_lists_of_millions_are_refused(tmp_path):
         assert most() < MB
 
 
-def test_parquet_images_in_large_pages_are_read(tmp_path, small):
+def test_parquet_images_in_large_pages(tmp_path, small):
     """Pages of more than a record, of which each value is less, as older writers made them."""
     images = [bytes([number]) * 10 + random_bytes(number) for number in range(20)]
     path = write_parquet(
@@ -273,20 +327,19 @@ def test_parquet_images_in_large_pages_are_read(tmp_path, small):
 
 
 def random_bytes(seed):
-    import random
 
     return random.Random(seed).randbytes(MB)
 
 
 @pytest.mark.parametrize("size", [4, 60, 400])
-def test_parquet_that_was_cut_or_changed(size, tmp_path):
+def test_parquet_cut_or_changed(size, tmp_path):
     path = write_parquet(tmp_path / "f.parquet", {"x": ["text"] * 100})
     content = path.read_bytes()
     path.write_bytes(content[:-size])
     assert read(path) == [("f.parquet", "corrupt file")]
 
 
-def test_tables_with_two_columns_of_one_name(tmp_path):
+def test_table_with_equal_column_names(tmp_path):
     batch = pa.RecordBatch.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
     assert read(write_arrow(tmp_path / "f.arrow", [batch])) == [("f.arrow", "not a table")]
     pq.write_table(pa.Table.from_batches([batch]), tmp_path / "f.parquet")
@@ -294,6 +347,8 @@ def test_tables_with_two_columns_of_one_name(tmp_path):
 
 
 ZONED = pa.timestamp("us", "Nowhere/Atlantis")
+
+
 ODD = [
     (pa.array([datetime.date(2024, 2, 29)]), datetime.date(2024, 2, 29)),
     (pa.array([Decimal("1.50")]), Decimal("1.50")),
@@ -313,7 +368,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("array", "value"), ODD, ids=lambda value: str(getattr(value, "type", ""))[:30])
-def test_tables_with_odd_types(array, value, tmp_path):
+def test_table_odd_types(array, value, tmp_path):
     path = write_arrow(tmp_path / "f.arrow", [pa.record_batch({"x": array})])
     expected = value if value == "not a row" else {"x": value}
     assert read(path) == [("f.arrow#0", expected)]
@@ -329,13 +384,14 @@ def test_tables_with_odd_types(array, value, tmp_path):
     ],
     ids=lambda array: str(array.type)[:20],
 )
-def test_arrow_types_that_stand_for_any_number_of_values_are_refused(array, tmp_path):
+def test_arrow_refused_types(array, tmp_path):
+    """A type with which few bytes mean any number of values is refused."""
     path = write_arrow(tmp_path / "f.arrow", [pa.record_batch({"x": array})])
     assert read(path) == [("f.arrow", "unknown type")]
     assert "column x is of type " in detail(path)
 
 
-def test_parquet_footer_whose_numbers_do_not_fit_ends_the_file_and_not_the_process(tmp_path):
+def test_parquet_contradicting_footer(tmp_path):
     """pyarrow calls abort() where it is asked for a column with counts of levels that it does not have."""
     path = write_parquet(tmp_path / "f.parquet", {"x": [["a"]] * 3}, use_dictionary=False, compression="none")
     content = path.read_bytes()
@@ -345,21 +401,21 @@ def test_parquet_footer_whose_numbers_do_not_fit_ends_the_file_and_not_the_proce
         assert all(isinstance(record, dict | str) for _, record in read(path))
 
 
-def test_encrypted_parquet_is_named(tmp_path):
+def test_parquet_encrypted(tmp_path):
     path = write_parquet(tmp_path / "f.parquet", {"x": ["a"]})
     content = path.read_bytes()
     path.write_bytes(content[:-4] + b"PARE")
     assert read(path) == [("f.parquet", "corrupt file")]
 
 
-def test_a_damaged_table_ends_the_verb(tmp_path):
+def test_damaged_table_is_a_user_error(tmp_path):
     path = write_hostile(tmp_path / "f.arrow", "falling")
     with pytest.raises(UserError, match=r"f\.arrow: the file breaks off: corrupt file: .*\n  mend the file, or set"):
         list(read_records(make_source("auto", (path,))))
 
 
 @pytest.mark.parametrize("packing", ["zstd", "none"])
-def test_parquet_bombs_as_a_store_of_images(packing, tmp_path, small):
+def test_parquet_bomb_as_image_root(packing, tmp_path, small):
     """A cell larger than a record, and a megabyte that a hundred rows repeat, in one row group."""
     cells = ["a" * MB] * 100 + ["b" * (5 * MB)] if packing == "none" else ["c" * (40 * MB)]
     path = write_parquet(

@@ -9,7 +9,7 @@ from sources import make_source
 
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.formats import FORMATS
-from finetune.data.formats.placeholders import hide, kinds_in
+from finetune.data.formats.build import hide, kinds_in
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import read_dialogues
 from finetune.data.stats import SourceStats
@@ -116,7 +116,7 @@ def by_hand(cases):
 
 
 @by_hand(PLACED)
-def test_placeholder_is_the_place_of_its_image(name, record, expected, folder):
+def test_placeholder_places(name, record, expected, folder):
     dialogue = convert(name, record, folder)
     assert dialogue == expected
     assert dialogue.ignored == ()
@@ -133,21 +133,21 @@ def test_placeholder_is_the_place_of_its_image(name, record, expected, folder):
         "<fake_token_around_image><image><fake_token_around_image>",
     ],
 )
-def test_placeholder_spelled_otherwise(written, folder):
+def test_placeholder_spellings(written, folder):
     record = {"messages": asked(f"In {written}?"), "images": ["a.png"]}
     assert convert("messages", record, folder) == talk(("In ", A, "?"))
     with pytest.raises(RecordError, match=r"^image count: 0 images for 1 "):
         convert("messages", {"messages": asked(f"In {written}?")}, folder)
 
 
-def test_placeholder_with_a_number_says_which_image(folder):
+def test_placeholder_numbered(folder):
     record = {"messages": asked("<image_2> or <image_1>?", "And <image_2>?"), "images": BOTH}
     assert convert("messages", record, folder) == talk((B, " or ", A, "?"), ("And ", B, "?"))
     from_zero = {"messages": asked("<image_1> or <image_0>?"), "images": BOTH}
     assert convert("messages", from_zero, folder) == talk((B, " or ", A, "?"))
 
 
-def test_placeholder_that_names_its_image(folder):
+def test_placeholder_with_file_name(folder):
     record = {"messages": asked("Picture 1: <img>a.png</img>\nPicture 2: <img>b.png</img>\nWhich?")}
     assert convert("messages", record, folder) == talk(("Picture 1: ", A, "\nPicture 2: ", B, "\nWhich?"))
     with pytest.raises(RecordError, match=r"^image outside the image root: "):
@@ -191,7 +191,7 @@ def test_placeholder_count(record, detail, folder):
         ("mimic_it", {"instruction": "<image>Which?", "answer": "Yes."}),
     ],
 )
-def test_placeholder_without_image_in_every_format(name, record, folder):
+def test_placeholder_without_image(name, record, folder):
     with pytest.raises(RecordError, match=r"^image count: 0 images for 1 <image>"):
         convert(name, record, folder)
 
@@ -204,14 +204,14 @@ def test_placeholder_without_image_in_every_format(name, record, folder):
         *(("grounding", text) for text in ("<bbox>", "<ref-object>")),
     ],
 )
-def test_placeholder_of_what_cannot_be_shown(reason, written, folder):
+def test_placeholder_of_other_media(reason, written, folder):
     for images in ([], ["a.png"]):
         with pytest.raises(RecordError) as caught:
             convert("messages", {"messages": asked(f"In {written}?"), "images": images}, folder)
         assert (caught.value.reason, caught.value.detail) == (reason, f"{written}: only images can be shown")
 
 
-def test_placeholder_in_an_answer_stays_text_and_is_counted(folder):
+def test_placeholder_in_answer(folder):
     said = [{"role": "system", "content": "No <video>."}, {"role": "user", "content": "Which tag?"}]
     record = {"messages": [*said, {"role": "assistant", "content": "It is <image>."}], "images": ["a.png"]}
     dialogue = convert("messages", record, folder)
@@ -219,7 +219,7 @@ def test_placeholder_in_an_answer_stays_text_and_is_counted(folder):
     assert dialogue.ignored == ("<video> as text", "<image> as text")
 
 
-def test_placeholder_within_the_words_of_a_message_with_its_own_image_is_counted(folder):
+def test_placeholder_beside_own_image(folder):
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Is <image> a tag?"}]
     dialogue = convert("messages", {"messages": asked(parts)}, folder)
     assert dialogue == talk((A, "Is <image> a tag?"))
@@ -227,12 +227,12 @@ def test_placeholder_within_the_words_of_a_message_with_its_own_image_is_counted
 
 
 @pytest.mark.parametrize("text", ['<img src="a.png">', "</image>", "<imagery>", "a < image", "[img]", "<p>", "<<>>"])
-def test_what_is_no_placeholder(text, folder):
+def test_no_placeholder(text, folder):
     assert kinds_in(text) == []
     assert convert("messages", {"messages": asked(text)}, folder) == talk((text,))
 
 
-def test_placeholders_kept_as_text_where_the_source_says_so(folder, tmp_path):
+def test_placeholders_as_text(folder, tmp_path):
     (tmp_path / "data.jsonl").write_text(
         '{"conversations": [{"from": "human", "value": "Is <image> or [IMG] a tag?"},'
         ' {"from": "gpt", "value": "<image> is, and <video>v</video>."}], "image": "a.png"}\n'
@@ -254,7 +254,8 @@ TOKENS = ("<image>", "<|image|>", "[IMG]", "a", " ", "\n", "<", "<b>", "</p>", "
     st.lists(st.sampled_from(("a.png", "b.png", "7.jpg")), max_size=3),
 )
 @settings(max_examples=200, deadline=None)
-def test_placeholders_all_become_images_in_their_order_or_none_does(folder, questions, images):
+def test_placeholders_in_order(folder, questions, images):
+    """All placeholders become images in their order, or the record is rejected."""
     try:
         dialogue = convert("messages", {"messages": asked(*questions), "images": images}, folder)
     except RecordError:
@@ -266,7 +267,7 @@ def test_placeholders_all_become_images_in_their_order_or_none_does(folder, ques
     assert shown == (written if any(written) else [len(images), *[0] * (len(questions) - 1)])
 
 
-def test_placeholder_is_found_in_time_that_grows_with_the_text():
+def test_placeholder_linear_time():
     """A text of a few megabytes that could make a careless pattern search for hours."""
     for text in ("<" * 10**6, "<img>" + " " * 10**6, "<fake_token_around_image>" * 10**5, "<image" + "\n" * 10**6):
         assert len(kinds_in(text)) <= 1

@@ -1,6 +1,6 @@
 """One of two processes: what it holds of a small model that accelerate divides (fsdp2), and what DDP takes besides.
 
-    torchrun --nproc_per_node 2 tests/shares.py OUT
+    torchrun --nproc_per_node 2 tests/helpers/shares.py OUT
 
 Rank 0 writes OUT: figures of both, by rank.
 """

@@ -1,6 +1,6 @@
 """Damage done at random, and always the same: bytes of real files changed, and JSON whose values are others.
 
-`FUZZ=2000 pytest tests/test_fuzz_models.py` tries that many inputs of each kind, drawn anew each time.
+`FUZZ=2000 pytest tests/modeling/test_fuzz_models.py` tries that many inputs of each kind, drawn anew each time.
 """
 
 import copy

@@ -1,7 +1,7 @@
-"""Keys of records that a format does not read: content is never dropped without a word.
+"""Keys of records that a format does not read: no content is dropped without a report.
 
-Such a key carries no content (an id, a source); or what the model should have seen or learned (a video, tools, what was
-said before), and then the record is rejected under that name; or it is unknown, and counted.
+Such a key holds no content (an id, a source), or content that the model should have seen or learned (a video, tools,
+earlier turns), and then the record is rejected under that name; or it is unknown, and counted.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,13 +10,11 @@ from pathlib import PurePath
 from typing import Any
 
 from finetune.data.conversation import RecordError
-from finetune.data.field_names import IMAGE_SUFFIXES, SUFFIX_NAMES
-
-SYSTEM = ("system", "system_prompt")
-"""Names of a system message: every format of dialogues reads them."""
+from finetune.data.formats.fields import SUFFIX_NAMES, SYSTEM
+from finetune.data.io.paths import IMAGE_SUFFIXES
 
 WEIGHTS = ("weight", "loss", "train", "training")
-"""Names of what says whether an answer is trained on."""
+"""Names of the number that says whether an answer is trained on."""
 
 _WITHOUT_CONTENT = frozenset(
     {
@@ -38,9 +36,9 @@ _CONTENT: dict[str, tuple[str, ...]] = {
     "multiple choice": ("choices", "options"),
     "answer trained in part": ("train_detail",),
 }
-_MARKS = {"kto_tag": "marked as a bad answer", **dict.fromkeys(WEIGHTS, "nothing supervised")}
-"""Keys of a record that say, by 0 or false, that it is not to be trained on."""
 _KINDS = {name: kind for kind, names in _CONTENT.items() for name in names}
+_LABELS = {"kto_tag": "marked as a bad answer", **dict.fromkeys(WEIGHTS, "nothing supervised")}
+"""Keys of a record that say, with 0 or false, that it is not to be trained on."""
 
 _IMAGES = frozenset(
     {
@@ -52,18 +50,18 @@ _IMAGES = frozenset(
 
 
 def leftovers(value: Mapping[str, Any], reads: AbstractSet[str], *, shows: bool, inside: str = "") -> list[str]:
-    """The unknown keys of a record, or of a message or part `inside` of it, that hold anything.
+    """Return the unknown keys that hold a value, of a record, or of a message or part `inside` it.
 
-    `shows`: whether images are shown; if not, an image under another name is content, too. Raises RecordError for
-    content that is not read.
+    `shows` says whether its images are read; if not, an image under another name is content, too. Raises RecordError:
+    content under a key that is not read.
     """
     if value.keys() <= reads:
         return []
     unknown = []
     for key, item in value.items():
         name, lower = f"{inside}{key}", str(key).lower()
-        if not inside and lower in _MARKS and item is not None and not item:
-            raise RecordError(_MARKS[lower], f'"{name}" is {item}')
+        if not inside and lower in _LABELS and item is not None and not item:
+            raise RecordError(_LABELS[lower], f'"{name}" is {item}')
         if key in reads or lower in _WITHOUT_CONTENT or _is_empty(item):
             continue
         is_image = not shows and (lower in _IMAGES or _is_image(item))
@@ -76,21 +74,21 @@ def leftovers(value: Mapping[str, Any], reads: AbstractSet[str], *, shows: bool,
 
 
 def _is_image(value: object) -> bool:
-    """Whether a value is an image whatever its name: bytes, {"bytes", "path"}, or an image's file name."""
+    """Return whether a value is an image whatever its key: bytes, {"bytes", "path"}, or an image's file name."""
     if isinstance(value, str):
         return len(value) < 1000 and not value.count("\n") and PurePath(value).suffix.lower() in IMAGE_SUFFIXES
     return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
 
 
 def _is_empty(value: object) -> bool:
-    """Whether nothing is there: null, a blank text, "[]" (an empty list as LLaMA-Factory writes it)."""
+    """Return whether a value is null, a blank text, an empty list or object, or "[]" as LLaMA-Factory writes one."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     return value is None or (isinstance(value, bytes | list | dict | tuple) and not value)
 
 
 def without(value: Any, keys: Collection[str]) -> Any:
-    """A record without these keys, at whatever depth."""
+    """Return a record without these keys, at any depth."""
     if isinstance(value, dict):
         return {key: without(item, keys) for key, item in value.items() if key not in keys}
     return [without(item, keys) for item in value] if isinstance(value, list) else value

@@ -2,7 +2,7 @@
 
 As a program, it changes Parquet and Arrow files in a process of its own, which a crash of pyarrow ends alone:
 
-    python tests/fuzz_files.py EXAMPLES FOLDER
+    python tests/helpers/fuzz_files.py EXAMPLES FOLDER
 """
 
 import gzip

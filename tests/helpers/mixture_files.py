@@ -12,7 +12,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 MIXTURES = ("idefics-9b_mixture_128x80gb.yaml", "idefics-80b_mixture_384x80gb.yaml")
 
 
