@@ -28,7 +28,7 @@ def written(path: Path, content) -> Path:
 def read(*paths, **settings):
     """Records as they are, errors by their reason."""
     source = make_source("auto", paths, **{"on_broken": "keep", **settings})
-    return [(place, got.reason if isinstance(got, RecordError) else got) for place, got in read_records(source)]
+    return [(record_id, got.reason if isinstance(got, RecordError) else got) for record_id, got in read_records(source)]
 
 
 def refusal(function, *arguments):

@@ -141,10 +141,10 @@ def check_reading(path: Path, *, formats=(), **settings) -> None:
     source = make_source("text", (path,), on_broken="keep", **settings)
     root = ImageRoot(make_source("messages", (path,)))
     try:
-        for place, record in taken(source, stats):
-            place.encode()
+        for record_id, record in taken(source, stats):
+            record_id.encode()
             if isinstance(record, RecordError):
-                stats.reject(place, record)
+                stats.reject(record_id, record)
                 continue
             assert isinstance(record, dict)
             stats.kept += 1

@@ -31,7 +31,7 @@ def test_image_folder(tmp_path):
     )
     (tmp_path / "d.txt").write_bytes(b"\xff")
     records = list(FORMATS["image_folder"].read(make_source("image_folder", paths=(tmp_path,))))
-    assert [(place, getattr(record, "reason", record)) for place, record in records] == [
+    assert [(record_id, getattr(record, "reason", record)) for record_id, record in records] == [
         ("metadata.jsonl:3", "two captions"),
         ("metadata.jsonl:5", "missing field"),
         ("a.jpg", {"image": str(tmp_path / "a.jpg"), "text": "An a."}),
@@ -49,8 +49,8 @@ def test_image_folder_columns(tmp_path):
     (tmp_path / "a.jpg").write_bytes(PNG)
     write_files(tmp_path, metadata__csv='file_name,caption\na.jpg,"An a, and more."\n')
     source = make_source("image_folder", paths=(tmp_path,), columns={"text": "caption"})
-    ((place, record),) = FORMATS["image_folder"].read(source)
-    assert place == "a.jpg"
+    ((record_id, record),) = FORMATS["image_folder"].read(source)
+    assert record_id == "a.jpg"
     dialogue = FORMATS["image_folder"].convert(record, ImageRoot(source))
     assert dialogue == Dialogue((Turn("document", (Image((tmp_path / "a.jpg").resolve()), "An a, and more.")),))
 

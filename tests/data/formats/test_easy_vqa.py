@@ -29,8 +29,8 @@ def test_easy_vqa_count(split, count):
 
 
 def first_record(name, split):
-    place, record = next(iter(FORMATS[name].read(make_source(name, split=split))))
-    return place, {**record, "image": "/".join(Path(record["image"]).parts[-3:])}
+    record_id, record = next(iter(FORMATS[name].read(make_source(name, split=split))))
+    return record_id, {**record, "image": "/".join(Path(record["image"]).parts[-3:])}
 
 
 def test_easy_vqa_first_records(root):
@@ -80,15 +80,15 @@ def captions():
 
 def test_easy_vqa_captions_follow_questions(captions, root):
     assert len(captions) == 2 * 4000
-    assert [place for place, _ in captions[:3]] == [
+    assert [record_id for record_id, _ in captions[:3]] == [
         "train/0.png/caption",
         "train/0.png/statements",
         "train/1.png/caption",
     ]
     denied = silent = 0
-    for place, record in captions[:600]:
+    for record_id, record in captions[:600]:
         facts = {fact for asked in record["questions"] for fact in easy_vqa._facts(asked["question"], asked["answer"])}
-        if place.endswith("caption") and not any(there for _, there in facts):
+        if record_id.endswith("caption") and not any(there for _, there in facts):
             assert refusal(easy_vqa.convert_caption, record, root) == "nothing to say"
             silent += 1
             continue
@@ -102,7 +102,7 @@ def test_easy_vqa_captions_follow_questions(captions, root):
             there = " not " not in sentence
             denied += not there
             assert named
-            assert all((thing, True) in facts for thing in named) == there, (place, sentence)
+            assert all((thing, True) in facts for thing in named) == there, (record_id, sentence)
     assert denied > 300
     assert 0 < silent < 10
 

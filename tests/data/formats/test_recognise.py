@@ -56,8 +56,8 @@ def refusal(source):
 def first_dialogue(source):
     """Of the source, its format recognised; images by their colour in the middle."""
     found = source.model_copy(update={"format": recognise_source(source).format})
-    place, record = next(iter(FORMATS[found.format].read(found)))
-    dialogue = to_dialogue(place, record, ImageRoot(found))
+    record_id, record = next(iter(FORMATS[found.format].read(found)))
+    dialogue = to_dialogue(record_id, record, ImageRoot(found))
     turns = [[part if isinstance(part, str) else open_image(part).getpixel((4, 3)) for part in turn.parts]
              for turn in dialogue.turns]  # fmt: skip
     return found.format, turns

@@ -241,8 +241,8 @@ def test_default_image_root_of_record(tmp_path):
     for paths in (["[ab]/d.jsonl"], ["a", "b/d.jsonl"], ["**/d.jsonl"], ["."]):
         source = make_source("lrv", tuple((tmp_path / path) for path in paths))
         root = ImageRoot(source)
-        records = [(place, record) for place, record in read_records(source) if "deep" not in place]
-        images = {place: to_dialogue(place, record, root).images for place, record in records}
+        records = [(record_id, record) for record_id, record in read_records(source) if "deep" not in record_id]
+        images = {record_id: to_dialogue(record_id, record, root).images for record_id, record in records}
         assert images["a/d.jsonl:1"] == (Image(tmp_path / "a/images/x.png"),)
         assert images["b/d.jsonl:1"] == (Image(tmp_path / "b/images/x.png"),)
     lost = root.beside("c/deep/d.jsonl:1")

@@ -95,11 +95,11 @@ def test_json_nan(tmp_path):
 
 def test_json_oddities(tmp_path):
     path = written(tmp_path / "f.json", '[{"a": 1, "a": 2}, {"a": "\\ud800"}, {"a": 1e5, "b": -0.5}]')
-    places = [record for _, record in read(path)]
-    assert places[0] == {"a": 2}
-    assert isinstance(places[1]["a"], str)
-    assert places[2] == {"a": 1e5, "b": -0.5}
-    assert type(places[2]["a"]) is float
+    records = [record for _, record in read(path)]
+    assert records[0] == {"a": 2}
+    assert isinstance(records[1]["a"], str)
+    assert records[2] == {"a": 1e5, "b": -0.5}
+    assert type(records[2]["a"]) is float
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,9 @@ def test_json_items_of_another_shape(tmp_path):
         list(read_items(path, "info")),
         list(read_items(path, "")),
     ):
-        assert [(place, error.reason) for place, error in got] == [("f.json", "no records")]
-    [(place, key, error)] = read_pairs(path, "questions")
-    assert (place, key, error.reason) == ("f.json", "", "no records")
+        assert [(record_id, error.reason) for record_id, error in got] == [("f.json", "no records")]
+    [(record_id, key, error)] = read_pairs(path, "questions")
+    assert (record_id, key, error.reason) == ("f.json", "", "no records")
     assert error.detail.startswith("expected an object at questions")
     broken = written(tmp_path / "g.json", '{"data": {"x": 1, "y": 2, "z')
     assert [(key, getattr(value, "reason", value)) for _, key, value in read_pairs(broken, "data")] == [

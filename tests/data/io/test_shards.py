@@ -25,7 +25,7 @@ def test_shard_images_in_place(tmp_path):
     """The images of a plain shard are read where they lie."""
     path = written(tmp_path / "s.tar", shard(SAMPLES))
     records = read(path)
-    assert [place for place, _ in records] == ["s.tar/a/000", "s.tar/a/001", "s.tar/" + "long" * 60 + "/ü"]
+    assert [record_id for record_id, _ in records] == ["s.tar/a/000", "s.tar/a/001", "s.tar/" + "long" * 60 + "/ü"]
     (_, first), (_, second), (_, third) = records
     assert first == {"__key__": "a/000", "jpg": first["jpg"], "txt": "été"}
     assert second == {"__key__": "a/001", "question": "Who?", "n": [1], "image": second["image"]}
@@ -41,8 +41,8 @@ def test_shard_images_in_place(tmp_path):
 def test_shard_compressed(name, tmp_path):
     pack = zstandard.compress if name.endswith("zst") else gzip.compress
     path = written(tmp_path / name, pack(shard(SAMPLES)))
-    (place, first), (_, second), (_, third) = read(path)
-    assert place == f"{name}/a/000"
+    (record_id, first), (_, second), (_, third) = read(path)
+    assert record_id == f"{name}/a/000"
     assert first == {"__key__": "a/000", "jpg": PNG, "txt": "été"}
     assert second == {"__key__": "a/001", "question": "Who?", "n": [1], "image": PNG + b"\0"}
     assert third["webp"] == PNG

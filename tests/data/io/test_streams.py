@@ -31,7 +31,7 @@ def test_compressed_equals_plain(suffix, packing, tmp_path):
     packed = read(written(tmp_path / f"f{suffix}{packing}", PACK[packing](content.encode())))
     assert plain
     assert [record for _, record in packed] == [record for _, record in plain]
-    assert {place.split(":")[0].split("#")[0] for place, _ in packed} == {f"f{suffix}{packing}"}
+    assert {record_id.split(":")[0].split("#")[0] for record_id, _ in packed} == {f"f{suffix}{packing}"}
 
 
 def test_empty_files(tmp_path):
@@ -50,8 +50,8 @@ def test_utf16_refused(tmp_path):
         for encoding in ("utf-16", "utf-16-be"):
             mark = b"" if encoding == "utf-16" else b"\xfe\xff"
             path = written(tmp_path / name, mark + content.encode(encoding))
-            [(place, error)] = read_records(make_source("auto", (path,), on_broken="keep"))
-            assert (place, error.reason) == (name, "not UTF-8")
+            [(record_id, error)] = read_records(make_source("auto", (path,), on_broken="keep"))
+            assert (record_id, error.reason) == (name, "not UTF-8")
             assert "UTF-16" in error.detail
 
 
@@ -65,8 +65,8 @@ def test_compressed_breaks_off(suffix, packing, tmp_path):
         ".csv": "a\n" + "\n".join(words),
     }[suffix]
     packed = PACK[packing](content.encode())
-    *records, (place, last) = read(written(tmp_path / f"f{suffix}{packing}", packed[: len(packed) * 2 // 3]))
-    assert (place, last) == (f"f{suffix}{packing}", "corrupt file")
+    *records, (record_id, last) = read(written(tmp_path / f"f{suffix}{packing}", packed[: len(packed) * 2 // 3]))
+    assert (record_id, last) == (f"f{suffix}{packing}", "corrupt file")
     assert 3000 < len(records) < 7000
     assert [record["a"] for _, record in records] == words[: len(records)]
 
@@ -101,8 +101,8 @@ def test_broken_json_message(tmp_path):
         "45 % of the file was not read, from byte 221 of 399 on\n"
         "  mend the file, or set `on_broken: keep` on this source to use what can be read"
     )
-    *records, (place, error) = read_records(make_source("auto", (tmp_path,), on_broken="keep"))
-    assert (len(records), place, error.file) == (20, "sub/f.json", str(path))
+    *records, (record_id, error) = read_records(make_source("auto", (tmp_path,), on_broken="keep"))
+    assert (len(records), record_id, error.file) == (20, "sub/f.json", str(path))
     assert str(error) == message.splitlines()[0].removeprefix(f"{path}: the file breaks off: ")
 
 
@@ -163,19 +163,19 @@ def test_broken_file_after_limit(tmp_path):
 
 
 def test_names_not_utf8(tmp_path):
-    """A file's name, a member's and a key's: as escapes, in places and details alike."""
+    """A file's name, a member's and a key's: as escapes, in ids and details alike."""
     folder = tmp_path / "caf\udce9"
     written(folder / "d\udce9.jsonl", '{"text": "good"}\n{"\\ud800": 1}\n["\\udfff"]\n')
     written(folder / "s\udce9.tar", shard([("k\udce9.text", b"text"), ("\udce9", b"")], format=tarfile.GNU_FORMAT))
     written(folder / "z\udce9.json", '[{"text": "last"}, tru')
     source = make_source("text", (folder,), on_broken="keep")
     stats, root, kept = SourceStats(source.name), ImageRoot(source), []
-    for place, record in taken(source, stats):
+    for record_id, record in taken(source, stats):
         try:
-            to_dialogue(place, record, root)
-            kept.append(place)
+            to_dialogue(record_id, record, root)
+            kept.append(record_id)
         except RecordError as error:
-            stats.reject(place, error)
+            stats.reject(record_id, error)
     stats.kept = len(kept)
     assert kept == ["d\\udce9.jsonl:1", "s\\udce9.tar/k\\udce9", "z\\udce9.json#0"]
     assert stats.rejected == {"missing field": 1, "not an object": 1, "not a sample": 1}
@@ -208,8 +208,8 @@ def test_fifo_and_devices_refused(kind, suffix, tmp_path):
 def test_any_bytes(tmp_path_factory, content, suffix):
     """Any bytes give records or errors with a reason."""
     path = written(tmp_path_factory.mktemp("any") / f"f.{suffix}", content)
-    for place, record in read_records(make_source("auto", (path,), on_broken="keep")):
-        assert place.startswith(path.name)
+    for record_id, record in read_records(make_source("auto", (path,), on_broken="keep")):
+        assert record_id.startswith(path.name)
         assert isinstance(record, dict | RecordError)
 
 
