@@ -130,9 +130,12 @@ def _sizes(config_json: str) -> dict[str, tuple[int, int, int]]:
 def fixed_parts(setup: Setup) -> dict[str, int]:
     """Return part -> bytes of what is held before the first row comes."""
     parameters = count_by_tower(setup)
+    factors = sum(one.trained for tower, one in parameters.items() if setup.mode(tower) == "lora")
+    # PEFT trains a copy of the added tokens where there is LoRA.
+    copies = parameters["added_tokens"].trained if "lora" in setup.modes.values() else 0
     parts = {
         "weights": weight_bytes(setup, parameters),
-        "adapters": adapter_bytes(setup, parameters),
+        "adapters": FP32 * (factors + copies),
         "optimizer": optimizer_bytes(setup, parameters),
     }
     if not setup.sharded:
@@ -145,13 +148,6 @@ def weight_bytes(setup: Setup, parameters: Mapping[str, Parameters]) -> int:
     loaded = {tower: one for tower, one in parameters.items() if not (setup.cached and tower in IMAGE_TOWERS)}
     plain = sum(setup.item_of(tower) * (one.total - one.quantized) for tower, one in loaded.items())
     return plain + round(NF4_BYTES * sum(one.quantized for one in parameters.values()))
-
-
-def adapter_bytes(setup: Setup, parameters: Mapping[str, Parameters]) -> int:
-    """Return the bytes of the LoRA factors, and of the copy of the added tokens that PEFT trains beside LoRA."""
-    factors = sum(one.trained for tower, one in parameters.items() if setup.mode(tower) == "lora")
-    copies = parameters["added_tokens"].trained if "lora" in setup.modes.values() else 0
-    return FP32 * (factors + copies)
 
 
 def optimizer_bytes(setup: Setup, parameters: Mapping[str, Parameters]) -> int:
