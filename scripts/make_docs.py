@@ -149,12 +149,12 @@ def _names(field: str) -> str:
 
 def show_quickstart() -> str:
     """Return what the quickstart prints at its end, of the measured run in recipes/quickstart.result.json."""
-    from finetune.reporting import summary
+    from finetune.reporting.summary import show_result
 
     result = json.loads((ROOT / "recipes" / "quickstart.result.json").read_text())
     out = io.StringIO()
     with contextlib.redirect_stdout(out), unittest.mock.patch.dict(os.environ, {"COLUMNS": "100"}):
-        summary.show_result(Path("runs/quickstart"), result)
+        show_result(Path("runs/quickstart"), result)
     return _block(out.getvalue())
 
 

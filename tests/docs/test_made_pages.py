@@ -1,10 +1,12 @@
 """The parts of docs/ that scripts/make_docs.py makes from the code are up to date."""
 
-import tomllib
+import re
 
 import make_docs
 import pytest
 import yaml
+
+import finetune
 
 ROOT = make_docs.ROOT
 PAGES = make_docs.PAGES
@@ -42,11 +44,14 @@ def test_tree_of_a_small_house(tmp_path):
 
 
 def test_community_files_are_valid():
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    version = finetune.__version__
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == version
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     assert [hook["id"] for hook in hooks] == ["ruff-format", "ruff-check", "mypy"]
+    bounds = set(re.findall(r'"([\w-]+>=[\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    oldest = re.findall(r"^([\w-]+)==([\d.]+?)(?:\.0)*$", (ROOT / ".github" / "oldest.txt").read_text(), re.MULTILINE)
+    assert {f"{name.lower()}>={version}" for name, version in oldest if name != "pydantic_core"} <= bounds
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
     assert {"run": "scripts/test.sh"} in jobs["test"]["steps"]
