@@ -34,17 +34,16 @@ def blocks(language):
     return found
 
 
-COMMANDS = sorted(
-    {line for _, block in blocks("sh") for line in block.replace("\\\n", "").splitlines() if line.strip()}
-)
+LINES = (line for _, block in blocks("sh") for line in block.replace("\\\n", "").splitlines())
+COMMANDS = list(dict.fromkeys(line for line in LINES if line.strip()))
 
 NOT_RUN = {
-    "scripts/quickstart.sh": "test_quickstart_script_runs_its_recipe",
+    "finetune run quickstart": "test_quickstart_script_runs_its_recipe",
     "finetune run recipes/own_data.yaml --processes 2": "test_two_processes",
     "scripts/test.sh": "this is running",
     "scripts/test.sh --cov": "the same",
     'scripts/test.sh -m "not slow" -n 0': "the same",
-    "finetune run recipes/idefics-9b_qlora_1x24gb.yaml": "needs the hub and a GPU",
+    "finetune run my9b/my9b.yaml": "needs the hub and a GPU",
     "sbatch scripts/train.slurm RECIPE": "needs Slurm; tests/distributed/test_launcher.py has stand-ins",
 }
 """Line -> why it is not executed here, or which test does it."""
@@ -73,7 +72,7 @@ def invoke(*arguments, status=0):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with recipes/, a file of prompts and a short run of own_data.yaml, as after the lines of README."""
+    """A folder with recipes/, a file of prompts and a short run of own_data.yaml; lines are executed in it in order."""
     folder, here = tmp_path_factory.mktemp("home"), Path.cwd()
     (folder / "recipes").symlink_to(ROOT / "recipes")
     prompt = json.loads((ROOT / "recipes" / "own_data" / "dialogues.jsonl").read_text().splitlines()[0])
@@ -87,8 +86,9 @@ def home(tmp_path_factory):
         invoke("run", "recipes/own_data.yaml", *SHORT)
     finally:
         os.chdir(here)
-    (folder / "runs" / "quickstart").mkdir()
-    (folder / "runs" / "quickstart" / "merged").symlink_to(folder / "runs" / "own_data" / "merged")
+    for name in ("quickstart", "mine"):
+        (folder / "runs" / name).mkdir()
+        (folder / "runs" / name / "merged").symlink_to(folder / "runs" / "own_data" / "merged")
     return folder
 
 
@@ -102,8 +102,9 @@ def test_command(line, home, monkeypatch):
     monkeypatch.chdir(home)
     program, *arguments = shlex.split(line)
     assert program == "finetune"
-    if "recipes/own_data.yaml" in arguments and arguments[0] != "plan":
+    if {"recipes/own_data.yaml", "mine/mine.yaml"} & set(arguments):
         arguments += SHORT
+        arguments += ["output=runs/mine_again"] if "mine/mine.yaml" in arguments else []
     outcome = invoke(*arguments, status=STATUS.get(line, 0))
     assert outcome.stdout or outcome.stderr
     for option in ("--html", "--out", "--picture"):
@@ -220,8 +221,7 @@ def test_run_folder_is_what_a_run_leaves(home):
 
 
 def test_figures_of_the_9b_are_those_of_its_plan():
-    recipe = ROOT / "recipes" / "idefics-9b_qlora_1x24gb.yaml"
-    plan = json.loads(invoke("plan", recipe, "--gpu", "24GiB", "--json").stdout)
+    plan = json.loads(invoke("plan", "idefics-9b_qlora_1x24gb", "--gpu", "24GiB", "--json").stdout)
     text = TEXTS[ROOT / "README.md"]
     assert f"{plan['totals']['total'] / 1e9:.1f} billion parameters" in text
     assert f"{plan['totals']['trained'] / 1e6:.0f} million of them trained" in text
