@@ -11,6 +11,7 @@ a difference was larger than rounding explains; a target that is missed is only 
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -93,10 +94,8 @@ def _in_own_process(stage: Stage, options: argparse.Namespace, limit: float) -> 
     except subprocess.TimeoutExpired:
         return f"ended after its {limit:.0f} s; what it found until then is kept"
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     return "done" if status == 0 else "a difference is too large" if status == 3 else f"failed with status {status}"
 

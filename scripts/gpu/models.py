@@ -32,7 +32,13 @@ TINY: Config = {
     "intermediate_size": 384,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
-    "vision_config": {**MIDDLE["vision_config"], "embed_dim": 128, "intermediate_size": 256, "num_hidden_layers": 2},
+    "vision_config": {
+        **MIDDLE["vision_config"],
+        "embed_dim": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
     "perceiver_config": {**MIDDLE["perceiver_config"], "resampler_n_heads": 2, "resampler_n_latents": 16},
 }
 """The stand-in for a CPU: two gated blocks, heads of 64 as the kernels want them."""
@@ -50,7 +56,7 @@ def dtype_of(device: torch.device) -> torch.dtype:
 def build(
     config: Config, device: torch.device, dtype: torch.dtype, *, packed: bool = True, image_towers: bool = False
 ) -> Any:
-    """An instruct model whose weights were drawn on the device: LoRA has something to learn, and gates are half open."""
+    """An instruct model whose weights are drawn on the device, its gates half open."""
     architecture = IdeficsConfig(**config)
     if not image_towers:  # features are given
         architecture.vision_config.num_hidden_layers = architecture.perceiver_config.resampler_depth = 0

@@ -1,4 +1,4 @@
-"""Stage `works`: a short run from data to merged model and its evaluation, through the command, in LoRA and in QLoRA."""
+"""Stage `works`: `finetune run`, shortened, from data to merged model: in LoRA and in QLoRA."""
 
 import json
 import os
@@ -12,14 +12,16 @@ from gpu.figures import Figures
 ROOT = Path(__file__).parents[2]
 
 RECIPE = """
-model: {{base: {root}/recipes/tiny_base, {quantize}cross_attention: lora, decoder: lora, gates: full, added_tokens: full}}
+model:
+  {{base: {root}/recipes/tiny_base, {quantize}cross_attention: lora, decoder: lora, gates: full, added_tokens: full}}
 adapter: {{rank: 8, alpha: 16}}
 data:
   sources: [{{format: easy_vqa, split: train, turns: 10, limit: {limit}}}]
   eval_sources: [{{format: easy_vqa, split: test, limit: 40}}]
   max_length: 512
   prepared: {folder}/prepared
-training: {{steps: {steps}, row_tokens: 1024, row_images: 32, tokens_per_step: 2048, learning_rate: 3e-3, warmup_steps: 2}}
+training:
+  {{steps: {steps}, row_tokens: 1024, row_images: 32, tokens_per_step: 2048, learning_rate: 3e-3, warmup_steps: 2}}
 evaluation: {{max_new_tokens: 8, batch_size: 32, limit: 32}}
 output: {folder}/run
 """

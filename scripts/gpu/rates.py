@@ -1,4 +1,4 @@
-"""Stage `environment`: what this machine has, and how fast it multiplies and copies; the other stages divide by that."""
+"""Stage `environment`: what this machine has, and how fast it multiplies and copies."""
 
 import importlib.metadata
 import importlib.util
