@@ -79,8 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _in_own_process(stage: Stage, options: argparse.Namespace, limit: float) -> str:
     """Run one stage; return "done", or what went wrong. Its process, and those it started, end with it."""
-    command = [sys.executable, str(HERE / "check_gpu.py"), "--stage", stage.name, "--out", str(options.out)]
-    command += ["--device", options.device] + ["--tiny"] * options.tiny
     path = [str(HERE.parent), str(HERE), str(HERE / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -88,7 +86,7 @@ def _in_own_process(stage: Stage, options: argparse.Namespace, limit: float) -> 
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 - itself
+    process = subprocess.Popen(_command(stage, options), env=environment, start_new_session=True)  # noqa: S603 - itself
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
@@ -98,6 +96,11 @@ def _in_own_process(stage: Stage, options: argparse.Namespace, limit: float) -> 
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return "done" if status == 0 else "a difference is too large" if status == 3 else f"failed with status {status}"
+
+
+def _command(stage: Stage, options: argparse.Namespace) -> list[str]:
+    command = [sys.executable, str(HERE / "check_gpu.py"), "--stage", stage.name, "--out", str(options.out)]
+    return [*command, "--device", options.device, *["--tiny"] * options.tiny]
 
 
 def _run(name: str, options: argparse.Namespace) -> int:
