@@ -57,16 +57,15 @@ def test_all_stages_run_and_hold(tmp_path):
 
 
 FOUND = """
-from pathlib import Path
-from gpu.figures import Figures
-figures = Figures(Path({folder!r}), {name!r})
-figures.add("before", 1.5, "s", most=1.0)
+import json, pathlib
+found = {{"name": "before", "value": 1.5, "unit": "s", "bound": "<= 1", "holds": False, "required": False}}
+pathlib.Path({folder!r}, "{name}.json").write_text(json.dumps([found]))
 """
 
 ENDS = {
     "environment": ("raise ValueError('a fault')", "failed with status 1"),
     "parity": ("raise SystemExit(3)", "a difference is too large"),
-    "works": ("import time; time.sleep(600)", "ended after its 2 s"),
+    "works": ("import time; time.sleep(600)", "ended after its 5 s"),
     "lora": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "failed with status -11"),
     "stock": ("", "done"),
 }
@@ -74,7 +73,7 @@ ENDS = {
 
 def test_stage_that_fails_loses_nothing(tmp_path, monkeypatch):
     """Whatever ends a stage, what it had found is in the summary, and the next stages run."""
-    stages = [Stage(name, "", 2 if name == "works" else 60, f"about {name}") for name in ENDS]
+    stages = [Stage(name, "", 5 if name == "works" else 60, f"about {name}") for name in ENDS]
     monkeypatch.setattr(check_gpu, "STAGES", tuple(stages))
 
     def command(stage, options):
