@@ -21,9 +21,9 @@ from typing import Any
 from finetune.base import Base, content_of, learn_tokenizer, open_base, require_whole
 from finetune.console import log, show_size
 from finetune.data.conversation import Image
-from finetune.data.dataset import Dataset, contents, make_dataset, tell_losses
+from finetune.data.dataset import Dataset, contents, log_losses, make_dataset
 from finetune.data.images import describe, open_image
-from finetune.data.sources import resolve_source, say_if_documents
+from finetune.data.records import resolve_source, say_if_documents
 from finetune.distributed import collectives
 from finetune.distributed.device import gpu_memory
 from finetune.distributed.lock import working_in
@@ -164,7 +164,7 @@ def prepare(recipe: Recipe) -> dict[str, Any]:
     """
     sources, dataset, _ = open_dataset(recipe)
     card = write_card(recipe, sources, dataset) / "README.md"
-    tell_losses(dataset, card)
+    log_losses(dataset, card)
     log(f"the dataset card: {card}")
     return dataset.report
 
@@ -179,7 +179,11 @@ def open_dataset(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
     else:
         revision = recipe.model.revision
         tokenizer = loading.load_processor(str(recipe.model.base), revision=revision, instruct=instruct).tokenizer
-    return sources, make_dataset(recipe, sources, tokenizer), tokenizer
+    return (
+        sources,
+        make_dataset(recipe.data, sources, tokenizer, row_images=recipe.training.row_images, seed=recipe.training.seed),
+        tokenizer,
+    )
 
 
 def prepare_dataset(recipe: Recipe, sources: Sequence[Source], base: Base, folder: Path) -> Dataset:
@@ -190,7 +194,14 @@ def prepare_dataset(recipe: Recipe, sources: Sequence[Source], base: Base, folde
     prepared = Path(recipe.data.prepared)
     collectives.on_main("make the folder of prepared sets", lambda: prepared.mkdir(parents=True, exist_ok=True))
     collectives.require_shared("data.prepared", prepared)
-    dataset = make_dataset(recipe, sources, base.tokenizer, team=collectives.nodes())
+    dataset = make_dataset(
+        recipe.data,
+        sources,
+        base.tokenizer,
+        row_images=recipe.training.row_images,
+        seed=recipe.training.seed,
+        nodes=collectives.nodes(),
+    )
     decides = held_out_decides(recipe)
     sets = dict.fromkeys(one.folder for one in (*dataset.train.sets, *(dataset.eval.sets if decides else ())))
 
@@ -199,7 +210,7 @@ def prepare_dataset(recipe: Recipe, sources: Sequence[Source], base: Base, folde
         note_prepared(folder, list(sets))
 
     collectives.on_main("write data.json", note)
-    tell_losses(dataset, folder / "data.json")
+    log_losses(dataset, folder / "data.json")
     return dataset
 
 
@@ -250,7 +261,8 @@ def _note_base(recipe: Recipe, files: Path, folder: Path) -> str:
 
 
 def _open_run_dir(recipe: Recipe) -> RunDir:
-    made_of, base = contents(recipe), Path(recipe.model.base or "")
+    documents = recipe.evaluation.documents if recipe.evaluation else []
+    made_of, base = contents(recipe.data, documents), Path(recipe.model.base or "")
     stands_on = content_of(base, recipe.model.continue_from) if recipe.model.base and base.is_dir() else None
     return open_run_dir(recipe, made_of, stands_on)
 

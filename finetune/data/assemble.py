@@ -14,12 +14,12 @@ import numpy as np
 from finetune.console import Track
 from finetune.data.arrow import ArrowFile, to_batches, write_arrow
 from finetune.data.conversation import Dialogue, Image
-from finetune.data.fit import Fitter, Outcomes
 from finetune.data.parts import (
     DIALOGUES,
     PART_RECORDS,
     Unfinished,
     part_path,
+    run_all,
     stats_of,
     stats_text,
 )
@@ -32,11 +32,10 @@ from finetune.data.prepared import (
     dialogue_to_json,
     image_from_row,
 )
+from finetune.data.split import Outcomes, Piece, Splitter, by_last_appearance
 from finetune.data.stats import SourceStats
-from finetune.data.team import Team
 from finetune.data.tokenize import Example
-from finetune.data.turns import Piece, by_last_appearance
-from finetune.data.workers import run_all
+from finetune.distributed.nodes import NodeGroup
 from finetune.recipe.schema import Source
 from modeling.files import flush, write_json
 from modeling.tokens import IGNORED, IMAGE
@@ -45,34 +44,34 @@ from modeling.tokens import IGNORED, IMAGE
 def assemble(
     source: Source,
     made: Path,
-    fitter: Fitter,
+    splitter: Splitter,
     stats: SourceStats,
     *,
     workers: int,
     track: Track,
-    team: Team,
+    nodes: NodeGroup,
 ) -> None:
     """dialogues.arrow -> examples.arrow and stats.json."""
     parts = made / "assemble"
 
     def share() -> int:
         groups = _Groups(ArrowFile(made / DIALOGUES), join=source.turns is not None)
-        tasks = Unfinished(parts, track(groups, f"tokenise {source.label}"), team, schemas={".arrow": EXAMPLE_SCHEMA})
-        run_all(tasks, _Assemble(made, fitter), workers=workers)
+        tasks = Unfinished(parts, track(groups, f"tokenise {source.label}"), nodes, schemas={".arrow": EXAMPLE_SCHEMA})
+        run_all(tasks, _Assemble(made, splitter), workers=workers)
         return tasks.count
 
-    team.on_main("make room for parts", lambda: parts.mkdir(exist_ok=True))
-    count = team.each(f"tokenise {source.label}", share)[0]
-    team.on_main(f"finish {source.label}", lambda: _finish(made, parts, count, fitter, stats))
+    nodes.on_main("make room for parts", lambda: parts.mkdir(exist_ok=True))
+    count = nodes.each(f"tokenise {source.label}", share)[0]
+    nodes.on_main(f"finish {source.label}", lambda: _finish(made, parts, count, splitter, stats))
 
 
-def _finish(made: Path, parts: Path, count: int, fitter: Fitter, stats: SourceStats) -> None:
+def _finish(made: Path, parts: Path, count: int, splitter: Splitter, stats: SourceStats) -> None:
     """All parts -> examples.arrow and stats.json."""
     paths = [part_path(parts, number) for number in range(count)]
     for path in paths:
         stats.add(stats_of(ArrowFile(path)))
     batches = (batch for path in paths for batch in ArrowFile(path).batches)
-    write_arrow(made / EXAMPLES, EXAMPLE_SCHEMA, batches, image_token=str(fitter.encoder.specials[IMAGE]))
+    write_arrow(made / EXAMPLES, EXAMPLE_SCHEMA, batches, image_token=str(splitter.encoder.specials[IMAGE]))
     stats.images = len(np.unique(ArrowFile(made / EXAMPLES).values("images")))
     flush(made.parent)
     write_json(made / STATS, stats.to_json())
@@ -127,7 +126,7 @@ class _Assemble:
     """A part's groups of dialogues -> its examples, on disk."""
 
     made: Path
-    fitter: Fitter
+    splitter: Splitter
 
     @cached_property
     def _dialogues(self) -> ArrowFile:
@@ -144,10 +143,10 @@ class _Assemble:
         pieces = [
             piece
             for record_id, group in enumerate(groups, start=first)
-            for piece in self.fitter.arrange(self._read(group, numbers), number=record_id)
+            for piece in self.splitter.arrange(self._read(group, numbers), number=record_id)
         ]
         outcomes, rows = Outcomes(stats), []
-        for piece, example in self.fitter.fit(pieces, same=numbers.__getitem__):
+        for piece, example in self.splitter.fit(pieces, same=numbers.__getitem__):
             outcomes.take(piece, example)
             if isinstance(example, Example):
                 rows.append(self._row(piece, example, [numbers[image] for image in piece.dialogue.images]))

@@ -28,15 +28,15 @@ from finetune.data.parts import (
     Unfinished,
     is_whole,
     part_path,
+    run_all,
     stats_of,
     stats_text,
 )
 from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, dialogue_to_json, image_row
 from finetune.data.records import lost_images, taken, to_dialogue
+from finetune.data.split import opening_images, without_images
 from finetune.data.stats import SourceStats
-from finetune.data.team import Team
-from finetune.data.turns import opening_images, without_images
-from finetune.data.workers import run_all
+from finetune.distributed.nodes import NodeGroup
 from finetune.recipe.schema import Source
 from modeling.files import flush
 
@@ -48,26 +48,26 @@ PART_SCHEMAS = {".images": IMAGE_SCHEMA, ".files": FILE_SCHEMA, ".arrow": DIALOG
 
 
 def convert(
-    source: Source, made: Path, *, seed: int, downloads: Path, workers: int, track: Track, team: Team
+    source: Source, made: Path, *, seed: int, downloads: Path, workers: int, track: Track, nodes: NodeGroup
 ) -> SourceStats:
     """Records -> dialogues.arrow and images.arrow. Returns the stats so far: read, not converted, broken off.
 
-    Every process of the team that takes part reads all records, and converts those of its parts.
+    Every process of the nodes that takes part reads all records, and converts those of its parts.
     """
     parts = made / "convert"
 
     def share() -> tuple[int, SourceStats]:
         whole = SourceStats(source.name)
         records = track(taken(source, whole), f"convert {source.label}")
-        tasks = Unfinished(parts, _in_parts(records), team, schemas=PART_SCHEMAS)
+        tasks = Unfinished(parts, _in_parts(records), nodes, schemas=PART_SCHEMAS)
         run_all(tasks, _Convert(source, seed, made, downloads), workers=workers)
         return tasks.count, whole
 
-    if not team.on_main("look for dialogues", lambda: _are_converted(made)):
-        team.on_main("make room for parts", lambda: parts.mkdir(parents=True, exist_ok=True))
-        count, whole = team.each(f"convert {source.label}", share)[0]
-        team.on_main(f"join {source.label}", lambda: _merge_converted(made, count, whole))
-    return team.on_main("read the stats", lambda: stats_of(ArrowFile(made / DIALOGUES)))
+    if not nodes.on_main("look for dialogues", lambda: _are_converted(made)):
+        nodes.on_main("make room for parts", lambda: parts.mkdir(parents=True, exist_ok=True))
+        count, whole = nodes.each(f"convert {source.label}", share)[0]
+        nodes.on_main(f"join {source.label}", lambda: _merge_converted(made, count, whole))
+    return nodes.on_main("read the stats", lambda: stats_of(ArrowFile(made / DIALOGUES)))
 
 
 def _are_converted(made: Path) -> bool:

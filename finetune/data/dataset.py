@@ -13,11 +13,11 @@ from finetune.data.contamination import Contamination, find_contamination
 from finetune.data.io.files import files_of, fingerprint
 from finetune.data.prepare import prepare, require_examples, split_by_image
 from finetune.data.prepared import Prepared
+from finetune.data.records import resolve_source
 from finetune.data.sampling import Mix
-from finetune.data.sources import resolve_source
 from finetune.data.stats import SourceStats
-from finetune.data.team import ALONE, Team
-from finetune.recipe.schema import Recipe, Source
+from finetune.distributed.nodes import ALONE, NodeGroup
+from finetune.recipe.schema import Data, Source
 from modeling.cores import available_cores
 from modeling.errors import UserError
 
@@ -42,22 +42,31 @@ class Dataset:
     """data.json."""
 
 
-def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, team: Team = ALONE) -> Dataset:
+def make_dataset(
+    data: Data,
+    sources: Sequence[Source],
+    tokenizer: Any,
+    *,
+    row_images: int,
+    seed: int,
+    nodes: NodeGroup = ALONE,
+) -> Dataset:
     """Prepare, or open what is prepared already. `sources`: the recipe's training sources, their formats known."""
+    options: dict[str, Any] = {"row_images": row_images, "seed": seed, "nodes": nodes}
     prepared = [source for source in sources if not source.stream]
-    training, source_stats = prepare_sources(recipe, prepared, tokenizer, team=team)
-    apart = [resolve_source(source) for source in recipe.data.eval_sources]
-    held, held_accounts = prepare_sources(recipe, apart, tokenizer, team=team)
-    if not recipe.data.streams:
+    training, source_stats = prepare_sources(data, prepared, tokenizer, **options)
+    apart = [resolve_source(source) for source in data.eval_sources]
+    held, eval_stats = prepare_sources(data, apart, tokenizer, **options)
+    if not data.streams:
         require_examples(training, source_stats)
-    if recipe.data.eval_split:
-        training, held = split_by_image(training, recipe.data.eval_split, seed=recipe.training.seed)
-    if recipe.data.eval_sources:
-        require_examples(held, held_accounts)
+    if data.eval_split:
+        training, held = split_by_image(training, data.eval_split, seed=seed)
+    if data.eval_sources:
+        require_examples(held, eval_stats)
     overlap = find_contamination(training, held)
-    training = _without_overlap(training, overlap, recipe.data.overlap)
-    weights = [source.weight for source in recipe.data.sources if not source.stream]
-    mix = Mix(training.sizes, weights, training.lengths, recipe.data.weigh)
+    training = _without_overlap(training, overlap, data.overlap)
+    weights = [source.weight for source in data.sources if not source.stream]
+    mix = Mix(training.sizes, weights, training.lengths, data.weigh)
     for stats, draws, repeats in zip(source_stats, mix.draws, mix.repeats, strict=True):
         stats.draws_per_epoch, stats.repeats_per_epoch = draws, round(repeats, 4)
     report = {
@@ -65,41 +74,47 @@ def make_dataset(recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, t
         "held_out_examples": len(held),
         "training_images": hashlib.sha256(training.digests.tobytes()).hexdigest(),
         "held_out_images": hashlib.sha256(held.digests.tobytes()).hexdigest(),
-        "overlap": {**overlap.to_json(), "dropped": recipe.data.overlap != "report"},
+        "overlap": {**overlap.to_json(), "dropped": data.overlap != "report"},
         "sources": [stats.to_json() for stats in source_stats],
-        "eval_sources": [stats.to_json() for stats in held_accounts],
+        "eval_sources": [stats.to_json() for stats in eval_stats],
     }
-    return Dataset(training, held, mix, [*source_stats, *held_accounts], report)
+    return Dataset(training, held, mix, [*source_stats, *eval_stats], report)
 
 
 def prepare_sources(
-    recipe: Recipe, sources: Sequence[Source], tokenizer: Any, *, team: Team = ALONE
+    data: Data,
+    sources: Sequence[Source],
+    tokenizer: Any,
+    *,
+    row_images: int,
+    seed: int,
+    nodes: NodeGroup = ALONE,
 ) -> tuple[Prepared, list[SourceStats]]:
     return prepare(
         sources,
         tokenizer,
-        max_length=recipe.data.max_length,
-        max_images=recipe.training.row_images,
-        seed=recipe.training.seed,
-        folder=Path(recipe.data.prepared),
-        workers=recipe.data.workers or available_cores(),
+        max_length=data.max_length,
+        max_images=row_images,
+        seed=seed,
+        folder=Path(data.prepared),
+        workers=data.workers or available_cores(),
         track=track,
-        team=team,
+        nodes=nodes,
     )
 
 
-def contents(recipe: Recipe) -> Contents:
-    """Return hashes of what the recipe's data is made of.
+def contents(data: Data, documents: Sequence[Source] = ()) -> Contents:
+    """Return hashes of the content of all sources; `documents` are those of the evaluation.
 
     The hash is None where a source is not there, and "" where the hub does not say. Folders of images are not looked
     into, see `fingerprint`.
     """
     kinds: dict[str, Sequence[Source]] = {
-        "sources": recipe.data.sources,
-        "eval_sources": recipe.data.eval_sources,
-        "documents": recipe.evaluation.documents if recipe.evaluation else [],
+        "sources": data.sources,
+        "eval_sources": data.eval_sources,
+        "documents": documents,
     }
-    cache = Path(recipe.data.prepared) / "fingerprints.json"
+    cache = Path(data.prepared) / "fingerprints.json"
     return {kind: [_content(source, cache) for source in sources] for kind, sources in kinds.items()}
 
 
@@ -125,7 +140,7 @@ def _ends_of(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def tell_losses(dataset: Dataset, report: Path) -> None:
+def log_losses(dataset: Dataset, report: Path) -> None:
     """Say what was rejected, and what training and held-out data share."""
     for stats in dataset.source_stats:
         if stats.loss:

@@ -1,15 +1,22 @@
 """Work in numbered parts, each an Arrow file that is whole or not there, with a source's statistics of its records."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.stats import SourceStats
-from finetune.data.team import Team
+from finetune.distributed.nodes import NodeGroup
+from modeling.errors import UserError
 
 PART_RECORDS = 512
 """Most records of a part."""
@@ -26,17 +33,17 @@ that is lost; opens: whether it opens with its images, so that its turns can be 
 
 
 class Unfinished:
-    """Numbered tasks of one share of a team's, without those whose part is there already; counts all."""
+    """Numbered tasks of one share of a nodes's, without those whose part is there already; counts all."""
 
-    def __init__(self, parts: Path, tasks: Iterable[Any], team: Team, *, schemas: Mapping[str, pa.Schema]):
-        self.parts, self.tasks, self.team, self.count = parts, tasks, team, 0
+    def __init__(self, parts: Path, tasks: Iterable[Any], nodes: NodeGroup, *, schemas: Mapping[str, pa.Schema]):
+        self.parts, self.tasks, self.nodes, self.count = parts, tasks, nodes, 0
         self.schemas = schemas
         """Suffix of a file of each part -> its columns."""
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for number, task in enumerate(self.tasks):
             self.count = number + 1
-            if number % self.team.of == self.team.which and not self._is_whole(part_path(self.parts, number)):
+            if number % self.nodes.of == self.nodes.which and not self._is_whole(part_path(self.parts, number)):
                 yield number, task
 
     def _is_whole(self, part: Path) -> bool:
@@ -71,3 +78,53 @@ def stats_of(part: ArrowFile) -> SourceStats:
         return SourceStats.from_json(json.loads(part.schema.metadata[STATS_KEY]))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise DamagedError(part.path, "no stats") from error
+
+
+Task = TypeVar("Task")
+
+
+def run_all(tasks: Iterable[Task], work: Callable[[Task], None], *, workers: int) -> None:
+    """Call work(task) for each; `work` is sent once to each worker. A single task, or one worker, is done right here.
+
+    Workers are spawned, never forked: the caller may have threads.
+    """
+    coming = iter(tasks)
+    first = list(islice(coming, 2))
+    if workers < 2 or len(first) < 2:
+        for task in chain(first, coming):
+            work(task)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(work,))
+    try:
+        for finished in _bounded(pool, chain(first, coming), most=3 * workers):
+            finished.result()
+    except BrokenProcessPool as error:
+        raise UserError("a worker process died, most likely for want of memory; try fewer: data.workers=1") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _bounded(pool: ProcessPoolExecutor, tasks: Iterator[Any], *, most: int) -> Iterator["Future[None]"]:
+    """Futures as they finish, with at most `most` tasks read ahead."""
+    running = {pool.submit(_do, task) for task in islice(tasks, most)}
+    while running:
+        finished, running = wait(running, return_when=FIRST_COMPLETED)
+        yield from finished
+        running |= {pool.submit(_do, task) for task in islice(tasks, len(finished))}
+
+
+_work: Callable[[Any], None] | None = None
+
+
+def _start(work: Callable[[Any], None]) -> None:
+    """In a worker: an interruption is the parent's business, and parallelism is ours."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _do(task: Any) -> None:
+    assert _work is not None
+    _work(task)

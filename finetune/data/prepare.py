@@ -25,13 +25,13 @@ from finetune.console import Track, silently
 from finetune.data.arrow import DamagedError
 from finetune.data.assemble import assemble
 from finetune.data.convert import convert
-from finetune.data.fit import Fitter, Limits, fitter
 from finetune.data.image_changes import Changes, find_changes
 from finetune.data.io.files import fingerprint
 from finetune.data.prepared import Prepared, PreparedSet
+from finetune.data.split import Limits, Splitter, splitter
 from finetune.data.stats import SourceStats, why_nothing_is_left
-from finetune.data.team import ALONE, Team
 from finetune.data.tokenize import Encoder
+from finetune.distributed.nodes import ALONE, NodeGroup
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
@@ -46,26 +46,26 @@ def prepare(
     folder: Path,
     workers: int = 1,
     track: Track = silently,
-    team: Team = ALONE,
+    nodes: NodeGroup = ALONE,
 ) -> tuple[Prepared, list[SourceStats]]:
     """Prepare each source in a folder below `folder`, or open the set that is already there for all that makes it.
 
     A record that cannot be used is counted under its reason, never skipped. `workers`: of each process that takes part.
     """
     encoder, limits = Encoder(tokenizer), Limits(max_length, max_images)
-    options: dict[str, Any] = {"folder": folder, "workers": workers, "track": track, "team": team}
-    sets = [prepare_source(source, fitter(source, encoder, limits, seed=seed), **options) for source in sources]
+    options: dict[str, Any] = {"folder": folder, "workers": workers, "track": track, "nodes": nodes}
+    sets = [prepare_source(source, splitter(source, encoder, limits, seed=seed), **options) for source in sources]
     return Prepared(sets), [one.stats for one in sets]
 
 
 def prepare_source(
     source: Source,
-    fitter: Fitter,
+    splitter: Splitter,
     *,
     folder: Path,
     workers: int,
     track: Track = silently,
-    team: Team = ALONE,
+    nodes: NodeGroup = ALONE,
 ) -> PreparedSet:
     """The set of one source. Its name holds a hash of its content, its settings, the tokenizer and this code.
 
@@ -74,7 +74,7 @@ def prepare_source(
 
     def name() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        return set_folder(source, fitter, folder)
+        return set_folder(source, splitter, folder)
 
     def look() -> Found:
         found = find_set(first)
@@ -84,20 +84,20 @@ def prepare_source(
             shutil.rmtree(found.folder)
         return found
 
-    first = team.on_main(f"name {source.label}", name)
-    with team.lock(first.with_name(f".{first.name}.lock")):
-        found = team.on_main(f"open {source.label}", look)
+    first = nodes.on_main(f"name {source.label}", name)
+    with nodes.lock(first.with_name(f".{first.name}.lock")):
+        found = nodes.on_main(f"open {source.label}", look)
         if found.set is not None:
             return found.set
         made, anew = found.folder, found.anew
-        options: dict[str, Any] = {"workers": workers, "team": team}
+        options: dict[str, Any] = {"workers": workers, "nodes": nodes}
 
         def tracked(items: Iterable[Any], step: str) -> Iterable[Any]:
             return track(items, step + anew)
 
-        stats = convert(source, made, seed=fitter.seed, downloads=folder / "downloads", track=tracked, **options)
-        assemble(source, made, fitter, stats, track=track, **options)
-        found = team.on_main(f"open {source.label}", look)
+        stats = convert(source, made, seed=splitter.seed, downloads=folder / "downloads", track=tracked, **options)
+        assemble(source, made, splitter, stats, track=track, **options)
+        found = nodes.on_main(f"open {source.label}", look)
         if found.set is not None and found.folder == made:
             return found.set
         raise UserError(f"{source.name}: its images changed while they were prepared; start again")
@@ -156,10 +156,10 @@ def _say_missing(source: Source, made: Path, changes: Changes) -> str:
     )
 
 
-def set_folder(source: Source, fitter: Fitter, folder: Path) -> Path:
+def set_folder(source: Source, splitter: Splitter, folder: Path) -> Path:
     """Where the set of a source lies, or would."""
     label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
-    return folder / f"{label}-{_key(source, fitter, cache=folder / 'fingerprints.json')}"
+    return folder / f"{label}-{_key(source, splitter, cache=folder / 'fingerprints.json')}"
 
 
 def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[Prepared, Prepared]:
@@ -187,7 +187,7 @@ def require_examples(prepared: Prepared, source_stats: Sequence[SourceStats]) ->
         raise UserError(why_nothing_is_left(source_stats))
 
 
-def _key(source: Source, fitter: Fitter, *, cache: Path) -> str:
+def _key(source: Source, splitter: Splitter, *, cache: Path) -> str:
     """Of all that decides what the set holds: the data's content, the settings, the tokenizer, this package's code."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
@@ -195,9 +195,9 @@ def _key(source: Source, fitter: Fitter, *, cache: Path) -> str:
     made_of = {
         "source": source.model_dump(mode="json", exclude={"stream", "weight", "license"}),
         "content": fingerprint(source, cache=cache),
-        "tokenizer": fitter.encoder.fingerprint,
-        "limits": asdict(fitter.limits),
-        "seed": fitter.seed if source.turns or len(source.prompt) > 1 else None,
+        "tokenizer": splitter.encoder.fingerprint,
+        "limits": asdict(splitter.limits),
+        "seed": splitter.seed if source.turns or len(source.prompt) > 1 else None,
         "code": code.hexdigest(),
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,13 +7,12 @@ from typing import Any
 
 from finetune.data.collate import Features, Origin, RowCollator, Rows
 from finetune.data.dataset import Dataset
-from finetune.data.fit import Limits, fitter
 from finetune.data.images import Preprocessing
-from finetune.data.mixing import prepared_pass, read_pass
 from finetune.data.packing import pack_in_order
 from finetune.data.prepared import Prepared
 from finetune.data.sampling import Row, build_schedule
-from finetune.data.streaming import StreamedRows, downloads
+from finetune.data.split import Limits, splitter
+from finetune.data.streaming import StreamedRows, downloads, prepared_epochs, streamed_epochs
 from finetune.data.tokenize import Encoder
 from finetune.recipe.schema import Data, Source, Training
 
@@ -89,10 +88,10 @@ def _streamed_rows(
     limits = Limits(data.max_length, training.row_images)
     encoder, prepared_sets = Encoder(tokenizer), iter(dataset.train.sets)
     return StreamedRows(
-        passes=[
-            read_pass(source, fitter(source, encoder, limits, seed=training.seed), number)
+        readers=[
+            streamed_epochs(source, splitter(source, encoder, limits, seed=training.seed), number)
             if source.stream
-            else prepared_pass(next(prepared_sets), number, training.seed)
+            else prepared_epochs(next(prepared_sets), number, training.seed)
             for number, source in enumerate(sources)
         ],
         names=[source.name for source in sources],

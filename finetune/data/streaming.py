@@ -4,28 +4,68 @@ The rows are the same for every rank and worker: each reads all records, and ope
 run that goes on reads the stream again up to its row, without opening an image.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
-from itertools import count
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
 from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
 
+from finetune.data.chat_template import render
 from finetune.data.collate import Batch, collate, stack_pixels
-from finetune.data.conversation import Image, RecordError, Remote
+from finetune.data.conversation import Dialogue, Image, RecordError, Remote
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.io.download import Downloader
-from finetune.data.mixing import Drawn, Pass, mix, shuffle
 from finetune.data.packing import pack
+from finetune.data.prepared import PreparedSet
+from finetune.data.records import read_dialogues
 from finetune.data.sampling import Unit
+from finetune.data.split import Origin, Splitter, fit_records, without_images
 from finetune.data.stats import SourceStats, why_nothing_is_left
+from finetune.data.tokenize import Example, tokenize_all
 from finetune.recipe.schema import Augment, Source
 from modeling.errors import UserError
 
+TOKENISED_AT_ONCE = 64
+"""Records."""
+
 WINDOW_ROWS = 64
 """Rows that are packed together: the more, the fuller, and the more examples are held."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An example on its way into a row."""
+
+    example: Example
+    images: tuple[Image, ...]
+    source: int
+    epoch: int
+    """How often its source has been read before."""
+    record_id: str
+    """Of its record."""
+    origin: Origin | None = None
+    """None where the source is prepared, so that its images have been opened before."""
+    document: Dialogue | None = None
+    """Of a streamed document: itself, which goes on without an image that does not open."""
+
+    def without(self, lost: Sequence[bool]) -> "list[Drawn]":
+        """The examples of a document without those of its images that are lost, by their order."""
+        assert self.document is not None
+        assert self.origin is not None
+        documents = without_images(self.document, lost)
+        examples = tokenize_all([render(document) for document in documents], self.origin.encoder)
+        return [
+            replace(self, example=example, images=document.images, document=document)
+            for document, example in zip(documents, examples, strict=True)
+            if isinstance(example, Example) and document.turns[0].text
+        ]
+
+
+ReadEpoch = Callable[[int, SourceStats], Iterator[Drawn]]
+"""(number of the pass, where records are counted) -> all examples of a source, once."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +88,7 @@ class Lost:
 class StreamedRows:
     """The rows of a run, made on the way: in order; asking for an earlier one begins again."""
 
-    passes: Sequence[Pass]
+    readers: Sequence[ReadEpoch]
     """For each source, how to go through it once."""
     names: Sequence[str]
     weights: Sequence[float | None]
@@ -235,7 +275,7 @@ class StreamedRows:
 
     def _stream(self) -> Iterator[list[Drawn]]:
         """Rows without end: examples mixed by weight, gathered in windows, packed, and the window's rows shuffled."""
-        streams = [self._endless(number) for number in range(len(self.passes))]
+        streams = [self._endless(number) for number in range(len(self.readers))]
         examples = mix(streams, [weight or 1.0 for weight in self.weights], unit=self.unit)
         for window in count():
             gathered: list[Drawn] = []
@@ -255,7 +295,7 @@ class StreamedRows:
         for epoch in count():
             stats = first if epoch == 0 else SourceStats(self.names[number])
             rng = np.random.default_rng([self.seed, epoch, number, 7])
-            yield from shuffle(self.passes[number](epoch, stats), rng, buffer=self.buffer)
+            yield from shuffle(self.readers[number](epoch, stats), rng, buffer=self.buffer)
             for one in (stats, self._account(number)):
                 if not one.kept:
                     raise UserError(f"{one.source}: {why_nothing_is_left([one])}")
@@ -265,3 +305,64 @@ def downloads(folder: Path, sources: Sequence[Source]) -> Downloader | None:
     """What fetches the images of sources that allow it."""
     allowed: list[Any] = [source for source in sources if source.download]
     return Downloader(folder, http=any(source.download == "http" for source in allowed)) if allowed else None
+
+
+def streamed_epochs(source: Source, splitter: Splitter, number: int) -> ReadEpoch:
+    """A streamed source."""
+
+    def one_epoch(epoch: int, stats: SourceStats) -> Iterator[Drawn]:
+        dialogues = read_dialogues(source, stats, seed=splitter.seed)
+        for start in count(step=TOKENISED_AT_ONCE):
+            chunk = list(islice(dialogues, TOKENISED_AT_ONCE))
+            if not chunk:
+                return
+            stats.dialogues += len(chunk)
+            for piece, example, origin in fit_records(chunk, splitter, stats, start=start):
+                document = piece.dialogue if piece.dialogue.is_document else None
+                yield Drawn(example, piece.dialogue.images, number, epoch, origin.record_id, origin, document)
+
+    return one_epoch
+
+
+def prepared_epochs(found: PreparedSet, number: int, seed: int) -> ReadEpoch:
+    """A prepared source among streamed ones."""
+
+    def one_epoch(epoch: int, stats: SourceStats) -> Iterator[Drawn]:
+        stats.add(found.stats)
+        for row in np.random.default_rng([seed, epoch, number]).permutation(len(found)).tolist():
+            record_id = found.examples.text("record_id", row)
+            yield Drawn(found.example(row), found.dialogue(row).images, number, epoch, record_id)
+
+    return one_epoch
+
+
+def shuffle(examples: Iterable[Drawn], rng: np.random.Generator, *, buffer: int) -> Iterator[Drawn]:
+    """Each a random one of those held, at most `buffer`."""
+    held: list[Drawn] = []
+    for drawn in examples:
+        if len(held) < buffer:
+            held.append(drawn)
+        else:
+            place = int(rng.integers(buffer))
+            yield held[place]
+            held[place] = drawn
+    yield from (held[place] for place in rng.permutation(len(held)))
+
+
+def mix(streams: Sequence[Iterator[Drawn]], weights: Sequence[float], *, unit: Unit) -> Iterator[Drawn]:
+    """Endless streams -> one. However many are taken, each stream has its share of them, to one example.
+
+    Of the streams whose next example would not lead them beyond their share, the one that would fall behind first
+    (earliest deadline first, as in proportionate scheduling: Baruah et al. 1996).
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    coming = [next(stream) for stream in streams]
+    given = [0] * len(streams)
+    while True:
+        amounts = [len(drawn.example) if unit == "tokens" else 1 for drawn in coming]
+        total = sum(given)
+        due = [number for number, share in enumerate(shares) if given[number] < share * (total + amounts[number])]
+        chosen = min(due, key=lambda number: (given[number] + amounts[number]) / shares[number])
+        yield coming[chosen]
+        given[chosen] += amounts[chosen]
+        coming[chosen] = next(streams[chosen])

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from finetune.console import Track, silently
-from finetune.data.team import Team
+from finetune.distributed.nodes import NodeGroup
 from modeling.errors import UserError
 
 Item = TypeVar("Item")
@@ -133,16 +133,16 @@ def share_out(
     return [shares[number % ranks][number // ranks] for number in range(len(items))]
 
 
-def nodes() -> Team:
+def nodes() -> NodeGroup:
     """The machines of a run, of each the first process: the others would take its workers' cores."""
     if world_size() == 1:
-        return Team()
+        return NodeGroup()
     first = each("find the nodes", lambda: state().local_process_index == 0)
     leaders = [number for number, leads in enumerate(first) if leads]
     return _Nodes(leaders, leaders.index(rank()) if rank() in leaders else None)
 
 
-class _Nodes(Team):
+class _Nodes(NodeGroup):
     def __init__(self, leaders: list[int], which: int | None):
         super().__init__(which, len(leaders))
         self._leaders = leaders

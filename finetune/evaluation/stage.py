@@ -10,7 +10,7 @@ from finetune.console import track
 from finetune.data.collate import RowCollator
 from finetune.data.dataset import Dataset, prepare_sources
 from finetune.data.prepare import require_examples
-from finetune.data.sources import resolve_source
+from finetune.data.records import resolve_source
 from finetune.distributed import collectives
 from finetune.evaluation.evaluate import draw_questions, eval_loss, evaluate, swap_images
 from finetune.evaluation.generate import Assistant, features_by_image
@@ -58,6 +58,13 @@ def _document_rows(recipe: Recipe, base: Base) -> RowCollator | None:
     if not recipe.evaluation or not recipe.evaluation.documents:
         return None
     sources = [resolve_source(source) for source in recipe.evaluation.documents]
-    prepared, source_stats = prepare_sources(recipe, sources, base.tokenizer, team=collectives.nodes())
+    prepared, source_stats = prepare_sources(
+        recipe.data,
+        sources,
+        base.tokenizer,
+        row_images=recipe.training.row_images,
+        seed=recipe.training.seed,
+        nodes=collectives.nodes(),
+    )
     require_examples(prepared, source_stats)
     return make_eval_rows(recipe, base, prepared)

@@ -9,11 +9,9 @@ from rich.text import Text
 from finetune.console import display, panel, table, visible
 from finetune.data.chat_template import Special, render
 from finetune.data.conversation import Dialogue, Remote
-from finetune.data.fit import Limits, fitter
 from finetune.data.images import digest
-from finetune.data.mixing import fit_records
-from finetune.data.records import look, read_dialogues
-from finetune.data.sources import resolve_source, say_if_documents
+from finetune.data.records import look, read_dialogues, resolve_source, say_if_documents
+from finetune.data.split import Limits, fit_records, splitter
 from finetune.data.stats import SourceStats, loss_lines
 from finetune.data.tokenize import Encoder
 from finetune.planning.memory import Setup, count_by_tower
@@ -93,7 +91,7 @@ def first_records(source: Source, recipe: Recipe, encoder: Encoder | None) -> tu
     if encoder:
         limits = Limits(recipe.data.max_length, recipe.training.row_images)
         same = {image: image if isinstance(image.source, Remote) else digest(image) for image in images}
-        how = fitter(source, encoder, limits, seed=recipe.training.seed)
+        how = splitter(source, encoder, limits, seed=recipe.training.seed)
         usable = [piece.dialogue for piece, _, _ in fit_records(found, how, stats, same=same.__getitem__)]
         kept = stats.kept
     counted = ("read", "rejected", "parts_rejected", "first_rejected", "ignored", "broken")

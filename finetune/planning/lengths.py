@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from finetune.data.dataset import Dataset, make_dataset
-from finetune.data.fit import Limits, fitter
 from finetune.data.prepare import find_set, set_folder
 from finetune.data.prepared import STATS, Prepared
+from finetune.data.records import resolve_source
 from finetune.data.sampling import build_schedule
-from finetune.data.sources import resolve_source
+from finetune.data.split import Limits, splitter
 from finetune.data.tokenize import Encoder
 from finetune.planning.memory import RowSize
 from finetune.recipe.schema import Recipe, need_end_of_utterance
@@ -51,12 +51,12 @@ def prepared_lengths(recipe: Recipe) -> Lengths | None:
         tokenizer = load_processor(str(model.base), revision=model.revision, instruct=instruct).tokenizer
         for source in every:
             limits = Limits(data.max_length, training.row_images)
-            how = fitter(source, Encoder(tokenizer), limits, seed=training.seed)
+            how = splitter(source, Encoder(tokenizer), limits, seed=training.seed)
             if find_set(set_folder(source, how, Path(data.prepared))).set is None:
                 return None
     except UserError:
         return None
-    return _lengths(recipe, make_dataset(recipe, sources, tokenizer))
+    return _lengths(recipe, make_dataset(data, sources, tokenizer, row_images=training.row_images, seed=training.seed))
 
 
 def _is_on_this_machine(base: str, revision: str | None) -> bool:

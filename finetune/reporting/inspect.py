@@ -19,11 +19,10 @@ from rich.text import Text
 from finetune.console import display, panel, table, visible
 from finetune.data.conversation import Image, RecordError
 from finetune.data.dataset import Dataset
-from finetune.data.fit import Limits, fitter
 from finetune.data.images import open_image
-from finetune.data.mixing import fit_records
 from finetune.data.prepared import Prepared
 from finetune.data.records import look, read_dialogues
+from finetune.data.split import Limits, fit_records, splitter
 from finetune.data.stats import SourceStats, loss_lines
 from finetune.data.tokenize import SPECIALS, Encoder, Example
 from finetune.recipe.schema import Data, Source, Training
@@ -112,7 +111,7 @@ def inspect(
     for source in sources:
         if source.stream:
             counted = SourceStats(source.name)
-            how = fitter(source, Encoder(tokenizer), Limits(data.max_length, training.row_images), seed=training.seed)
+            how = splitter(source, Encoder(tokenizer), Limits(data.max_length, training.row_images), seed=training.seed)
             records = list(islice(read_dialogues(source, counted, seed=training.seed, look=look), STREAMED))
             counted.dialogues += len(records)
             streamed += [

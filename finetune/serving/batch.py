@@ -16,8 +16,7 @@ from finetune.data.formats.reading import read_records
 from finetune.data.images import open_image
 from finetune.data.io.files import files_of, fingerprint
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import to_dialogue
-from finetune.data.sources import messages_at
+from finetune.data.records import messages_at, to_dialogue
 from finetune.data.tokenize import tokenize
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate_each

@@ -10,7 +10,7 @@ from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
 from finetune.data.formats.build import place_images
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.sources import messages_at
+from finetune.data.records import messages_at
 from finetune.distributed.device import auto_dtype, device
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate

@@ -8,9 +8,9 @@ from sources import make_source
 
 from finetune.data.assemble import question_key
 from finetune.data.contamination import find_contamination
-from finetune.data.dataset import make_dataset, tell_losses
+from finetune.data.dataset import log_losses, make_dataset
 from finetune.data.prepare import prepare
-from finetune.data.sources import resolve_source
+from finetune.data.records import resolve_source
 from finetune.recipe.schema import Recipe
 from modeling.errors import UserError
 
@@ -133,7 +133,13 @@ def dataset(folder, tiny_tokenizer, tmp_path):
                 "output": str(tmp_path / "run"),
             }
         )
-        return make_dataset(recipe, [resolve_source(source) for source in recipe.data.sources], tiny_tokenizer)
+        return make_dataset(
+            recipe.data,
+            [resolve_source(source) for source in recipe.data.sources],
+            tiny_tokenizer,
+            row_images=recipe.training.row_images,
+            seed=recipe.training.seed,
+        )
 
     return make
 
@@ -164,7 +170,7 @@ def test_a_rule_drops_what_is_held_out_from_training_alone(rule, left, dataset, 
     assert (made.report["training_examples"], made.report["held_out_examples"]) == (len(left), 2)
     assert made.mix.sizes == [len(left)]
     assert [stats.examples for stats in made.source_stats] == [5, 2]
-    tell_losses(made, tmp_path / "data.json")
+    log_losses(made, tmp_path / "data.json")
     said = " ".join(capsys.readouterr().err.split())
     assert "share 1 images (in 2 training examples) and 2 questions about equal images (in 2)" in said
     assert said.endswith("kept" if rule == "report" else "dropped")

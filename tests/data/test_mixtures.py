@@ -12,7 +12,7 @@ from finetune.data.conversation import Image, Remote
 from finetune.data.dataset import make_dataset
 from finetune.data.formats import FORMATS
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.sources import resolve_source
+from finetune.data.records import resolve_source
 from finetune.recipe.load import load_recipe
 
 RATIOS = [
@@ -47,7 +47,13 @@ def prepare(places, tiny_tokenizer, tmp_path_factory):
         common = [f"data.prepared={folder}", "data.workers=1", "data.eval_split=0"]
         common += ["training.evaluate_every=null", "evaluation=null"]
         recipe = load_recipe(places[MIXTURES[0]], [*common, *overrides])
-        return make_dataset(recipe, [resolve_source(source) for source in recipe.data.sources], tiny_tokenizer)
+        return make_dataset(
+            recipe.data,
+            [resolve_source(source) for source in recipe.data.sources],
+            tiny_tokenizer,
+            row_images=recipe.training.row_images,
+            seed=recipe.training.seed,
+        )
 
     return made
 

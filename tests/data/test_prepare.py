@@ -22,17 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import make_source
 
-from finetune.data import assemble, convert, fit
+from finetune.data import assemble, convert, split
 from finetune.data import image_changes as changes
 from finetune.data import prepare as module
 from finetune.data.arrow import ArrowFile, DamagedError, to_batches, write_arrow
 from finetune.data.chat_template import render
 from finetune.data.conversation import Image, RecordError, Slice, as_unicode
-from finetune.data.fit import Limits, fitter
 from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
 from finetune.data.prepare import prepare, prepare_source, require_examples, split_by_image
 from finetune.data.prepared import EXAMPLE_SCHEMA, IMAGE_SCHEMA, Prepared, PreparedSet
+from finetune.data.split import Limits, splitter
 from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder
 from modeling.errors import UserError
@@ -536,7 +536,7 @@ def test_interrupted_while_converting_it_goes_on_at_the_part(stop, folder, tiny_
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_interrupted_while_tokenising_it_goes_on_at_the_part(stop, folder, tiny_tokenizer, converted, monkeypatch):
     questions, _ = converted
-    tokenise, calls = fit.tokenize_all, []
+    tokenise, calls = split.tokenize_all, []
 
     def stopping(rendered, encoder):
         calls.append(len(rendered))
@@ -546,7 +546,7 @@ def test_interrupted_while_tokenising_it_goes_on_at_the_part(stop, folder, tiny_
 
     with parts_of(3):
         whole, _ = run(folder, tiny_tokenizer, NUMBERED, made=folder / "whole")
-        monkeypatch.setattr(fit, "tokenize_all", stopping)
+        monkeypatch.setattr(split, "tokenize_all", stopping)
         with pytest.raises(Interrupted):
             run(folder, tiny_tokenizer)
         questions.clear()
@@ -558,7 +558,7 @@ def test_interrupted_while_tokenising_it_goes_on_at_the_part(stop, folder, tiny_
 
 
 def test_finished_parts_are_not_tokenised_again(folder, tiny_tokenizer, monkeypatch):
-    tokenise, seen = fit.tokenize_all, []
+    tokenise, seen = split.tokenize_all, []
 
     def stopping(rendered, encoder):
         seen.append([one.pieces[-3].text for one in rendered])
@@ -566,7 +566,7 @@ def test_finished_parts_are_not_tokenised_again(folder, tiny_tokenizer, monkeypa
             raise Interrupted
         return tokenise(rendered, encoder)
 
-    monkeypatch.setattr(fit, "tokenize_all", stopping)
+    monkeypatch.setattr(split, "tokenize_all", stopping)
     records = [record(answer=f"{number}!") for number in range(12)]
     with parts_of(3):
         with pytest.raises(Interrupted):
@@ -594,12 +594,12 @@ def test_only_its_account_makes_a_set_whole(folder, tiny_tokenizer, converted, m
     assert content(prepared.sets[0]) == whole
 
 
-def prepare_at_once(source, fitter, folder, start, results):
+def prepare_at_once(source, splitter, folder, start, results):
     """In a process of its own: tell the steps it took and what it got."""
     steps = []
     start.wait(timeout=60)
     made = prepare_source(
-        source, fitter, folder=folder, workers=1, track=lambda items, step: (steps.append(step), items)[1]
+        source, splitter, folder=folder, workers=1, track=lambda items, step: (steps.append(step), items)[1]
     )
     results.put((steps, made.folder.name, made.stats.kept, texts(Prepared([made]))))
 
@@ -614,7 +614,7 @@ def test_an_empty_set_is_whole_and_opened_as_any_other(folder, tiny_tokenizer, c
 
 def test_of_two_processes_one_makes_the_set_and_both_get_it(folder, tiny_tokenizer):
     source = make_source("messages", (write(folder, NUMBERED),))
-    how = fitter(source, Encoder(tiny_tokenizer), Limits(200, 2), seed=0)
+    how = splitter(source, Encoder(tiny_tokenizer), Limits(200, 2), seed=0)
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(2), context.Queue()
     arguments = (source, how, folder / "made", start, results)
@@ -741,7 +741,7 @@ def test_why_a_set_is_made_anew_is_shown_with_the_progress(folder, tiny_tokenize
 
     def prepared():
         source = make_source("messages", (folder / "data.jsonl",))
-        how = fitter(source, Encoder(tiny_tokenizer), Limits(200, 2), seed=0)
+        how = splitter(source, Encoder(tiny_tokenizer), Limits(200, 2), seed=0)
         steps.clear()
         return prepare_source(
             source, how, folder=folder / "made", workers=1, track=lambda items, step: (steps.append(step), items)[1]
@@ -1003,7 +1003,7 @@ def write_set(folder, image_ids):
             "images": ids,
             "shown": len(set(ids)),
             "questions": [],
-            "place": str(row),
+            "record_id": str(row),
             "dialogue": "",
         }
         for row, ids in enumerate(image_ids)

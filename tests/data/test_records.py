@@ -12,12 +12,12 @@ from sources import make_source
 
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, RecordError, assistant, user
-from finetune.data.fit import Limits, fitter
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.mixing import read_pass
 from finetune.data.prepare import prepare
 from finetune.data.records import to_dialogue
+from finetune.data.split import Limits, splitter
 from finetune.data.stats import SourceStats
+from finetune.data.streaming import streamed_epochs
 from finetune.data.tokenize import Encoder, tokenize, tokenize_all
 from finetune.planning.check import _encoder, first_records
 from finetune.recipe.schema import Recipe
@@ -131,8 +131,8 @@ def test_streams_reject_what_prepare_rejects_before_images_are_opened(folder, ti
     path = folder / "stream.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in records))
     source, counted = make_source("messages", paths=(path,)), SourceStats("x")
-    how = fitter(source, Encoder(tiny_tokenizer), Limits(MAX_LENGTH, MAX_IMAGES + 1), seed=0)
-    list(read_pass(source, how, 0)(0, counted))
+    how = splitter(source, Encoder(tiny_tokenizer), Limits(MAX_LENGTH, MAX_IMAGES + 1), seed=0)
+    list(streamed_epochs(source, how, 0)(0, counted))
     with TemporaryDirectory() as made:
         settings = {"max_length": MAX_LENGTH, "max_images": MAX_IMAGES + 1, "seed": 0, "folder": Path(made)}
         _, (stats,) = prepare([source], tiny_tokenizer, **settings)

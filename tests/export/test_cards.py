@@ -10,7 +10,7 @@ from huggingface_hub import DatasetCard
 
 from finetune.data.conversation import RecordError
 from finetune.data.dataset import make_dataset
-from finetune.data.sources import resolve_source
+from finetune.data.records import resolve_source
 from finetune.data.stats import SourceStats
 from finetune.export.cards import dataset_card, write_card
 from finetune.recipe.schema import Recipe
@@ -56,7 +56,12 @@ def made(tmp_path, tiny_tokenizer):
         }
     )
     sources = [resolve_source(source) for source in recipe.data.sources]
-    return recipe, sources, make_dataset(recipe, sources, tiny_tokenizer), folder
+    return (
+        recipe,
+        sources,
+        make_dataset(recipe.data, sources, tiny_tokenizer, row_images=recipe.training.row_images, seed=0),
+        folder,
+    )
 
 
 def test_the_card_says_what_was_made_of_what(made):
@@ -167,7 +172,7 @@ def test_no_rejections_are_none_and_a_split_names_its_set_once(made, tiny_tokeni
     }
     split = recipe.model_copy(update={"data": recipe.data.model_validate({**recipe.data.model_dump(), **data})})
     sources = [resolve_source(source) for source in split.data.sources]
-    dataset = make_dataset(split, sources, tiny_tokenizer)
+    dataset = make_dataset(split.data, sources, tiny_tokenizer, row_images=split.training.row_images, seed=0)
     card = dataset_card(split, sources, dataset)
     assert "## Rejections\n\nNone.\n" in card
     assert card.count(f"- `{dataset.train.sets[0].folder.name}`") == 1

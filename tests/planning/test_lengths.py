@@ -22,7 +22,13 @@ def test_prepared_lengths_equal_those_of_a_run(recipe_file, base_folder, make_ro
     """A recipe whose data is prepared differently finds none of them."""
     recipe = load_recipe(recipe_file)
     source = make_source("messages", paths=tuple(map(Path, recipe.data.sources[0].path)))
-    prepared, _ = prepare_sources(recipe, [source], load_processor(str(base_folder)).tokenizer)
+    prepared, _ = prepare_sources(
+        recipe.data,
+        [source],
+        load_processor(str(base_folder)).tokenizer,
+        row_images=recipe.training.row_images,
+        seed=recipe.training.seed,
+    )
     made = plan(recipe, gpu="1GiB")
     rows = make_rows(rows_per_step=2)
     real = [rows.at(number) for number in range(len(rows))]

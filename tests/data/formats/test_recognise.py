@@ -17,8 +17,7 @@ from finetune.data.formats import FORMATS
 from finetune.data.formats.recognise import Recognised, recognise_source
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import to_dialogue
-from finetune.data.sources import resolve_source, say_if_documents
+from finetune.data.records import resolve_source, say_if_documents, to_dialogue
 from finetune.recipe import schema as recipe
 from modeling.errors import UserError
 
@@ -247,7 +246,7 @@ def test_auto_logs_format(tmp_path, capsys):
             "output": "x",
         }
     )
-    (content,) = contents(made)["sources"]
+    (content,) = contents(made.data)["sources"]
     assert content["source"] == f"{tmp_path / 'd.jsonl'}[train]"
     assert len(content["sha256"]) == 64
     assert capsys.readouterr().err == ""

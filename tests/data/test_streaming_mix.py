@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from sources import make_source
 from test_streaming import drawn, messages, written
 
-from finetune.data import mixing as passes
-from finetune.data.fit import Limits, fitter
-from finetune.data.mixing import mix, read_pass, shuffle
+from finetune.data import streaming as stream
 from finetune.data.prepare import prepare
+from finetune.data.split import Limits, splitter
 from finetune.data.stats import SourceStats
+from finetune.data.streaming import mix, shuffle, streamed_epochs
 from finetune.data.tokenize import Encoder
 
 SOURCES = st.lists(
@@ -84,7 +84,7 @@ def test_records_become_the_examples_they_become_when_prepared(tmp_path, tiny_to
         [source], tiny_tokenizer, max_length=100, max_images=4, seed=0, folder=tmp_path / "prepared"
     )
     streamed = SourceStats(source.name)
-    one_pass = read_pass(source, fitter(source, Encoder(tiny_tokenizer), Limits(100, 4), seed=0), 0)
+    one_pass = streamed_epochs(source, splitter(source, Encoder(tiny_tokenizer), Limits(100, 4), seed=0), 0)
     texts = [one.example.input_ids.tolist() for one in one_pass(0, streamed)]
     assert texts == [example.input_ids.tolist() for example in prepared.examples]
     assert len(texts) < len(records)
@@ -95,10 +95,10 @@ def test_how_many_records_are_tokenised_at_once_changes_nothing(tmp_path, tiny_t
     turns = [turn for answer in "abcdef" for turn in messages(answer=answer)["messages"]]
     made = written(tmp_path, *[{"messages": turns}] * 9)
     source = make_source(made.format, made.paths, turns=3, ordered=False)
-    one_pass = read_pass(source, fitter(source, Encoder(tiny_tokenizer), Limits(256, 4), seed=0), 0)
+    one_pass = streamed_epochs(source, splitter(source, Encoder(tiny_tokenizer), Limits(256, 4), seed=0), 0)
 
     def examples(at_once):
-        monkeypatch.setattr(passes, "TOKENISED_AT_ONCE", at_once)
+        monkeypatch.setattr(stream, "TOKENISED_AT_ONCE", at_once)
         stats = SourceStats(source.name)
         return [one.example.input_ids.tolist() for one in one_pass(0, stats)], stats.to_json()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.conversation import RecordError
-from finetune.data.workers import run_all
+from finetune.data.parts import run_all
 from modeling.errors import UserError
 
 

@@ -11,10 +11,9 @@ from sources import make_source
 
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.fit import Fitter, Limits, Outcomes, fitter
+from finetune.data.split import Limits, Outcomes, Piece, Splitter, opening_images, splitter
 from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder, Example, tokenize
-from finetune.data.turns import Piece, opening_images
 
 A, B, C = IMAGES = tuple(Image(Path(f"{name}.jpg")) for name in "abc")
 SAME_AS_A = Image(Path("same-as-a.jpg"))
@@ -31,15 +30,15 @@ def same(image):
 
 
 def fitting(encoder, *, max_length=1000, max_images=9, turns=None, ordered=True, seed=0):
-    return Fitter(encoder, Limits(max_length, max_images), turns, ordered, seed)
+    return Splitter(encoder, Limits(max_length, max_images), turns, ordered, seed)
 
 
-def examples(fitter, *dialogues, number=0):
+def examples(splitter, *dialogues, number=0):
     """(dialogue of the piece, its example or its reason)."""
-    pieces = fitter.arrange(list(enumerate(dialogues)), number=number)
+    pieces = splitter.arrange(list(enumerate(dialogues)), number=number)
     return [
         (piece.dialogue, example.reason if isinstance(example, RecordError) else example)
-        for piece, example in fitter.fit(pieces, same=same)
+        for piece, example in splitter.fit(pieces, same=same)
     ]
 
 
@@ -333,5 +332,5 @@ def test_documents_that_became_several_are_counted_unless_all_of_it_was_lost():
     ],
 )
 def test_a_source_that_is_silent_about_order_has_that_of_its_format(encoder, source, turns, ordered):
-    made = fitter(source, encoder, Limits(9, 2), seed=4)
-    assert made == Fitter(encoder, Limits(9, 2), turns, ordered, 4)
+    made = splitter(source, encoder, Limits(9, 2), seed=4)
+    assert made == Splitter(encoder, Limits(9, 2), turns, ordered, 4)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
-from finetune.data.turns import (
+from finetune.data.split import (
     Piece,
     bound,
     by_last_appearance,

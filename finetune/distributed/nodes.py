@@ -10,7 +10,7 @@ from filelock import FileLock
 Item = TypeVar("Item")
 
 
-class Team:
+class NodeGroup:
     """One process, which is the whole team. Of several, all come to the same steps in the same order."""
 
     def __init__(self, which: int | None = 0, of: int = 1):
@@ -30,4 +30,4 @@ class Team:
         return FileLock(path) if self.which == 0 else nullcontext()
 
 
-ALONE = Team()
+ALONE = NodeGroup()
