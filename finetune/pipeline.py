@@ -18,10 +18,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.base import Base, content_of, learn_tokenizer, open_base, require_whole
+from finetune.base import Base, learn_tokenizer, open_base, require_whole
 from finetune.console import log, show_size
 from finetune.data.conversation import Image
-from finetune.data.dataset import Dataset, contents, log_losses, make_dataset
+from finetune.data.dataset import Dataset, log_losses, make_dataset
 from finetune.data.images import describe, open_image
 from finetune.data.records import resolve_source, say_if_documents
 from finetune.distributed import collectives
@@ -51,7 +51,7 @@ from finetune.run_dir import (
 from finetune.training.auto_fit import apply_auto_fit
 from finetune.training.stage import train_adapter
 from modeling import loading
-from modeling.checkpoint import fingerprint, read_checkpoint, weight_bytes
+from modeling.checkpoint import read_checkpoint, weight_bytes
 from modeling.config import read_config
 from modeling.errors import UserError
 from modeling.files import atomic_write, read_json, write_json
@@ -106,13 +106,15 @@ def open_run(recipe: Recipe) -> Iterator[RunDir]:
     Of several processes, the main one holds the lock for all. Raises UserError: no such base, another command at work
     in the folder, or something else that is trained there.
     """
-    if recipe.model.base:
-        _require_base(recipe)  # a wrong one leaves no folder behind
-    folder = Path(recipe.output)
+    model, folder = recipe.model, Path(recipe.output)
+    if model.base:  # first of all, so that a wrong one leaves no folder behind
+        read_config(model.base, revision=model.revision)
+        if not (folder / FIGURES["train"]).exists():
+            require_whole(model.base, revision=model.revision, continue_from=model.continue_from)
     with ExitStack() as stack:
         collectives.on_main("lock the run folder", lambda: stack.enter_context(working_in(folder)))
         fitted = apply_auto_fit(recipe)
-        run_dir = collectives.on_main("open the run folder", lambda: _open_run_dir(fitted))
+        run_dir = collectives.on_main("open the run folder", lambda: open_run_dir(fitted))
         collectives.require_shared("output", folder)
         yield run_dir
 
@@ -128,7 +130,7 @@ def _do_stages(stages: Sequence[str], run_dir: RunDir) -> None:
         assert dataset, "data that has changed is not trained on"
         run_dir.require_checkpoint()
         files = base.fetch()
-        fingerprint = collectives.on_main("note the base", lambda: _note_base(recipe, files, folder))
+        fingerprint = collectives.on_main("note the base", lambda: note_base(recipe, files))
         figures = train_adapter(recipe, base, sources, dataset, folder)
         metadata = AdapterMetadata(base.name, base.revision, base.instruct, base.quantize, fingerprint)
         collectives.on_main("write the adapter's metadata", lambda: metadata.write(run_dir.adapter))
@@ -244,27 +246,6 @@ def collect_figures(run_dir: RunDir) -> dict[str, Any]:
                 log(f"{metrics}: not as this toolkit writes it ({error!r:.200}); {CURVES} is not drawn")
     write_json(folder / "result.json", result)
     return result
-
-
-def _require_base(recipe: Recipe) -> None:
-    """The base is an IDEFICS; before training, it is whole, as is the adapter to continue from. Raises UserError."""
-    model = recipe.model
-    read_config(str(model.base), revision=model.revision)
-    if not (Path(recipe.output) / "training.json").exists():
-        require_whole(str(model.base), revision=model.revision, continue_from=model.continue_from)
-
-
-def _note_base(recipe: Recipe, files: Path, folder: Path) -> str:
-    """Write down what training stands on, and return the fingerprint of the base's weights."""
-    note_base(folder, content_of(files, recipe.model.continue_from))
-    return fingerprint(read_checkpoint(files))
-
-
-def _open_run_dir(recipe: Recipe) -> RunDir:
-    documents = recipe.evaluation.documents if recipe.evaluation else []
-    made_of, base = contents(recipe.data, documents), Path(recipe.model.base or "")
-    stands_on = content_of(base, recipe.model.continue_from) if recipe.model.base and base.is_dir() else None
-    return open_run_dir(recipe, made_of, stands_on)
 
 
 def _require_room_to_evaluate(recipe: Recipe, base: Base) -> None:

@@ -18,9 +18,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from finetune.base import content_of
 from finetune.console import log
 from finetune.data.arrow import DamagedError
 from finetune.data.dataset import Contents
+from finetune.data.dataset import contents as source_contents
 from finetune.data.image_changes import find_changes
 from finetune.distributed import collectives
 from finetune.distributed.device import commit, versions
@@ -28,6 +30,7 @@ from finetune.recipe.plain_yaml import parse_yaml
 from finetune.recipe.schema import MAY_CHANGE, Recipe
 from finetune.training.checkpoints import is_trained, last_checkpoint
 from modeling.adapter_files import adapter_fingerprint
+from modeling.checkpoint import fingerprint, read_checkpoint
 from modeling.errors import UserError
 from modeling.files import atomic_write, flush, json_digest, read_json, write_json
 
@@ -127,13 +130,15 @@ class RunDir:
         return json_digest([adapter, settings, self.contents["eval_sources"], self.contents["documents"]])
 
 
-def open_run_dir(recipe: Recipe, contents: Contents, base: str | None) -> RunDir:
+def open_run_dir(recipe: Recipe) -> RunDir:
     """Make the run folder this recipe's, and look at what of its data has changed since it was trained on.
 
-    `base` is a hash of the base's content, None where it is not known yet. Raises UserError where something else was
-    trained here.
+    Raises UserError where something else was trained here.
     """
-    folder = Path(recipe.output)
+    folder, base_folder = Path(recipe.output), Path(recipe.model.base or "")
+    contents = source_contents(recipe)
+    is_local = bool(recipe.model.base) and base_folder.is_dir()  # what lies on the hub is known when it is fetched
+    base = content_of(base_folder, recipe.model.continue_from) if is_local else None
     folder.mkdir(parents=True, exist_ok=True)
     began = _read_inputs(folder)
     now = {"recipe": recipe.model_dump(mode="json"), "data": contents, "base": base}
@@ -211,12 +216,17 @@ def require_same_base(folder: Path, before: str | None, now: str | None) -> None
         )
 
 
-def note_base(folder: Path, base: str | None) -> None:
-    """Write down the base's hash as soon as it is known. Raises UserError as `require_same_base`."""
+def note_base(recipe: Recipe, base: Path) -> str:
+    """Write down what training stands on, and return the fingerprint of the weights of `base`, a folder.
+
+    Raises UserError as `require_same_base`.
+    """
+    folder, content = Path(recipe.output), content_of(base, recipe.model.continue_from)
     inputs = read_json(folder / INPUTS) or {}
     if is_trained(folder):
-        require_same_base(folder, inputs.get("base"), base)
-    write_json(folder / INPUTS, {**inputs, "base": base})
+        require_same_base(folder, inputs.get("base"), content)
+    write_json(folder / INPUTS, {**inputs, "base": content})
+    return fingerprint(read_checkpoint(base))
 
 
 def note_prepared(folder: Path, sets: Sequence[Path]) -> None:
