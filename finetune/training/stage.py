@@ -44,7 +44,8 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train as often as the run has to go back after a loss spike: each time from what is on the disk."""
     rows_per_process(recipe.training.rows_per_step)  # a step that cannot be shared out is refused before all else
-    features = cache_image_features(recipe, base, dataset.train)
+    with explain_out_of_memory(recipe):
+        features = cache_image_features(recipe, base, dataset.train)
     while True:
         try:
             with explain_out_of_memory(recipe):
@@ -76,9 +77,9 @@ def _train_once(
         blank_image=recipe.model.trains_image_towers,
         skipped=frozenset().union(*(event.skipped for event in events)),
     )
+    held_out_rows = make_eval_rows(recipe, base, dataset.eval) if training.evaluate_every else None
     model = attach_adapter(recipe, base)
     cuts = [event.back_to for event in events if event.action == "lower_rate"]
-    held_rows = make_eval_rows(recipe, base, dataset.eval) if training.evaluate_every else None
     resume_from = collectives.on_main("look for a checkpoint", lambda: checkpoint_to_resume(folder))
     started, counts = time.perf_counter(), count_trained(model)
     for doubt in recipe.doubts(len(rows) // training.rows_per_step):
@@ -91,8 +92,9 @@ def _train_once(
             folder,
             training,
             train_rows=rows,
-            eval_rows=held_rows,
-            autocast=_autocast(recipe, base.dtype),
+            eval_rows=held_out_rows,
+            # Towers trained in full are fp32; on a bf16 base they need autocast to meet its hidden states.
+            autocast=base.dtype == torch.bfloat16 and bool(matrices_trained_in_full(recipe.model.modes)),
             unused_parameters=recipe.model.vision == "full",
             rate_cuts=cuts,
             resume_from=resume_from,
@@ -181,8 +183,3 @@ def _streamed_stats(rows: Rows, sources: Sequence[Source]) -> list[dict[str, Any
     for broken in (broken for stats in source_stats for broken in stats.broken):
         log(broken)
     return [stats.to_json() for stats, source in zip(source_stats, sources, strict=False) if source.stream]
-
-
-def _autocast(recipe: Recipe, dtype: Any) -> bool:
-    """Towers trained in full are fp32; on a bf16 base they need autocast to meet its hidden states."""
-    return dtype == torch.bfloat16 and bool(matrices_trained_in_full(recipe.model.modes))
