@@ -120,8 +120,8 @@ def test_a_merged_model_too_large_for_this_machine_is_proved_by_blocks_alone(rec
     assert ("answers" in proof) == asked
     assert proof["weights"]["blocks"] > 0
     shown = invoke("run", recipe_file, "training.steps=1").output
-    assert ("equal answers" in shown) == asked
-    assert "the model:" in shown
+    assert ("answers equal to those of base + adapter" in shown) == asked
+    assert "the merged model:" in shown
 
 
 def metrics(folder):
@@ -212,7 +212,7 @@ def test_where_and_how_fast_data_is_prepared_is_no_part_of_a_run(recipe_file, tm
 def test_the_end_of_a_run_is_tables_answers_and_the_next_line(recipe_file, tmp_path):
     outcome = invoke("run", recipe_file)
     assert outcome.exit_code == 0, outcome.output
-    for shown in ("held out", "loss per supervised token", "merged against base + adapter", "reference: ", "answer: "):
+    for shown in ("eval questions", "the merged model", "answers equal to those of base + adapter", "reference: ", "answer: "):
         assert shown in outcome.output
     assert f"next: finetune chat {tmp_path / 'run' / 'merged'}" in "".join(outcome.output.splitlines())
     with PIL.Image.open(tmp_path / "run" / "curves.png") as curves:
