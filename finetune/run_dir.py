@@ -136,7 +136,7 @@ def open_run_dir(recipe: Recipe) -> RunDir:
     Raises UserError where something else was trained here.
     """
     folder, base_folder = Path(recipe.output), Path(recipe.model.base or "")
-    contents = source_contents(recipe)
+    contents = source_contents(recipe.data, recipe.evaluation.documents if recipe.evaluation else ())
     is_local = bool(recipe.model.base) and base_folder.is_dir()  # what lies on the hub is known when it is fetched
     base = content_of(base_folder, recipe.model.continue_from) if is_local else None
     folder.mkdir(parents=True, exist_ok=True)

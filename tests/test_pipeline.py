@@ -212,7 +212,13 @@ def test_where_and_how_fast_data_is_prepared_is_no_part_of_a_run(recipe_file, tm
 def test_the_end_of_a_run_is_tables_answers_and_the_next_line(recipe_file, tmp_path):
     outcome = invoke("run", recipe_file)
     assert outcome.exit_code == 0, outcome.output
-    for shown in ("eval questions", "the merged model", "answers equal to those of base + adapter", "reference: ", "answer: "):
+    for shown in (
+        "eval questions",
+        "the merged model",
+        "answers equal to those of base + adapter",
+        "reference: ",
+        "answer: ",
+    ):
         assert shown in outcome.output
     assert f"next: finetune chat {tmp_path / 'run' / 'merged'}" in "".join(outcome.output.splitlines())
     with PIL.Image.open(tmp_path / "run" / "curves.png") as curves:
