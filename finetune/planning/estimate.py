@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune.console import parse_size, show_size
 from finetune.planning.graph import GRADIENTS, peak
 from finetune.planning.idefics_graph import forward_operations
+from finetune.planning.lengths import prepared_lengths
 from finetune.planning.memory import (
     FP32,
     GATHERED,
@@ -38,9 +39,6 @@ from finetune.recipe.schema import Recipe, need_end_of_utterance
 from modeling.config import read_config
 from modeling.shapes import SHAPES, Config
 from modeling.towers import LORA_TOWERS
-
-if TYPE_CHECKING:  # it imports torch
-    from finetune.planning.lengths import Lengths
 
 PARTS = ("weights", GATHERED, "adapters", "optimizer", GRADIENTS, *LORA_TOWERS, "head", "batch")
 """Parts of the memory at its peak. A tower's part is what its forward keeps and what its backward needs."""
@@ -177,7 +175,7 @@ class Planner:
         self.recipe, self.on_gpu, self.processes = recipe, on_gpu, processes
         self.config = _config(recipe)
         self.layers: int = self.config["num_hidden_layers"]
-        self.lengths = _prepared_lengths(recipe)
+        self.lengths = prepared_lengths(recipe)
         training = recipe.training
         self.steps = self.lengths.steps if self.lengths else training.steps
         full_row = RowSize(training.row_tokens, training.row_tokens - 1, training.row_images)
@@ -241,14 +239,6 @@ def _config(recipe: Recipe) -> Config:
     model = recipe.model
     config = SHAPES[model.init] if model.init else read_config(str(model.base), revision=model.revision)
     return {**config, "additional_vocab_size": 3} if need_end_of_utterance(recipe.data.sources) else config
-
-
-def _prepared_lengths(recipe: Recipe) -> "Lengths | None":
-    if not any(Path(recipe.data.prepared).glob("*/stats.json")):
-        return None
-    from finetune.planning.lengths import prepared_lengths
-
-    return prepared_lengths(recipe)
 
 
 def _totals(parameters: Mapping[str, Parameters]) -> dict[str, int]:

@@ -37,12 +37,12 @@ def prepared_lengths(recipe: Recipe) -> Lengths | None:
     recipe's sources exist.
     """
     model, data, training = recipe.model, recipe.data, recipe.training
-    if model.init or data.streams or not _is_on_this_machine(str(model.base), model.revision):
+    prepared = {_source_name(stats) for stats in Path(data.prepared).glob(f"*/{STATS}")}
+    if not prepared or model.init or data.streams or not _is_on_this_machine(str(model.base), model.revision):
         return None
     try:
         sources = [resolve_source(one) for one in data.sources]
         every = [*sources, *(resolve_source(one) for one in data.eval_sources)]
-        prepared = {_source_name(stats) for stats in Path(data.prepared).glob(f"*/{STATS}")}
         if not {source.name for source in every} <= prepared:
             return None
         from modeling.loading import load_processor
