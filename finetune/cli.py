@@ -292,21 +292,22 @@ def merge(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write to.", show_default=False)] = None,
     base_precision: Annotated[
-        str | None,
+        Literal["full", "nf4"] | None,
         typer.Option(
             "--base-precision", help="full: the released weights; nf4: as a 4-bit run saw them.", show_default=False
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; else the base's.", show_default=False)
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option("--dtype", help="Of the weights; the base's without it.", show_default=False),
     ] = None,
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", help="Largest weight file: 5GB, 2GiB.", show_default="5GB")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Repeat the proof of a merged folder instead.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Verify a merged folder again instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write base + adapter as a standalone model, and prove that it is the same. Interrupted, it goes on."""
+    """Write base + adapter as a standalone model, and verify that it is the same. Interrupted, it goes on."""
     given = {
         "--base": base,
         "--out": out,
@@ -445,7 +446,7 @@ def generate(
     def work() -> dict[str, Any]:
         quiet()
         from finetune.console import log, track
-        from finetune.serving.batch import answer_file, asked, count_prompts
+        from finetune.serving.batch import answer_file, count_prompts, identify_model
         from finetune.serving.chat import load_assistant
 
         total = count_prompts(prompts, answers)
@@ -454,7 +455,7 @@ def generate(
             assistant,
             prompts,
             answers,
-            model=asked(model, adapter=adapter, quantize=quantize),
+            model=identify_model(model, adapter=adapter, quantize=quantize),
             max_new_tokens=max_new_tokens,
             track=partial(track, total=total),
         )

@@ -1,4 +1,4 @@
-"""The files of an adapter folder: read whole, each fault named with its file and its repair; the hub is never asked.
+"""The files of an adapter folder, read without the hub; a fault is named with its file and its repair.
 
 adapter_config.json          PEFT's LoraConfig
 adapter_model.safetensors    PEFT's tensors (of old versions, adapter_model.bin: a pickle, opened without running it)
@@ -16,7 +16,7 @@ from peft import LoraConfig
 
 from modeling.checkpoint import MAX_NAME, fingerprint, read_header
 from modeling.errors import UserError
-from modeling.files import json_digest, read_json
+from modeling.files import is_text, json_digest, read_json
 from modeling.towers import EXACT_LORA
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -26,11 +26,11 @@ ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE, TRAINED_FILE)
 _FETCH = "fetch or save the adapter again"
 
 MOST_NAMES = 10_000
-"""In one field of a config: the 80B has 1,600 modules."""
+"""Largest number of names in one field of a config; the 80B has 1,600 modules."""
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder looks like an adapter's, whole or not."""
+    """Return whether a folder looks like an adapter's, whole or not."""
     return any((folder / name).is_file() for name in ADAPTER_FILES)
 
 
@@ -39,7 +39,7 @@ def has_peft_tensors(folder: Path) -> bool:
 
 
 def require_adapter(folder: Path) -> None:
-    """Raises UserError: a folder that holds no adapter, or is not there."""
+    """Raise UserError for a folder that holds no adapter, or is not there."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such adapter folder; one of the hub is downloaded first: hf download OWNER/NAME")
     if not is_adapter(folder):
@@ -50,7 +50,7 @@ def require_adapter(folder: Path) -> None:
 
 
 def read_lora_config(folder: Path) -> LoraConfig | None:
-    """PEFT's config, if it is one of LoRA whose merge is a sum of matrices; None where there is none.
+    """Return PEFT's config, if it is LoRA whose merge is a sum of matrices; None where there is no config.
 
     Raises UserError: fields of other types, fields that this PEFT does not know, another kind of adapter.
     """
@@ -88,10 +88,6 @@ def _is_alpha(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e30 and value != 0 and math.isfinite(value)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and "\0" not in value
-
-
 def _is_bool(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
@@ -101,13 +97,13 @@ def _is_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_mapping(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    keys, values = _is_list(_is_text), _is_list(of)
+    keys, values = _is_list(is_text), _is_list(of)
     return lambda value: (
         value is None or (isinstance(value, dict) and keys(list(value)) and values(list(value.values())))
     )
 
 
-_are_texts = _is_list(_is_text)
+_are_texts = _is_list(is_text)
 _are_layers = _is_list(lambda value: type(value) is int)
 
 _EXPECTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
@@ -115,11 +111,11 @@ _EXPECTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_alpha": ("a finite number other than 0", _is_alpha),
     "target_modules": (
         "names of modules, or a pattern",
-        lambda value: _is_text(value) or (_are_texts(value) and value != []),
+        lambda value: is_text(value) or (_are_texts(value) and value != []),
     ),
     "exclude_modules": (
         "names of modules, or a pattern",
-        lambda value: value is None or value == "" or _is_text(value) or _are_texts(value),
+        lambda value: value is None or value == "" or is_text(value) or _are_texts(value),
     ),
     "modules_to_save": ("names of modules", lambda value: value is None or _are_texts(value)),
     "layers_to_transform": (
@@ -128,20 +124,20 @@ _EXPECTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "layers_pattern": (
         "a name of modules, or several",
-        lambda value: value is None or value == "" or _is_text(value) or _are_texts(value),
+        lambda value: value is None or value == "" or is_text(value) or _are_texts(value),
     ),
     "rank_pattern": ("a mapping of patterns to ranks", _is_mapping(_is_rank)),
     "alpha_pattern": ("a mapping of patterns to finite numbers other than 0", _is_mapping(_is_alpha)),
     "use_rslora": ("true or false", _is_bool),
     "use_dora": ("true or false", _is_bool),
 }
-"""Field -> what it must be. Only these reach PEFT: the others say how an adapter was begun, or must have one value."""
+"""Field -> what it must be. Only these reach PEFT: others concern the start of training, or must have one value."""
 
 _REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
 def read_peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """PEFT's tensors by PEFT's names. Raises UserError: none there, or tensors that no training leaves behind."""
+    """Return PEFT's tensors by PEFT's names. Raises UserError: no tensors, or not as training leaves them."""
     for name, read in ((PEFT_WEIGHTS, read_tensors), (PEFT_PICKLE, _read_pickle)):
         if (folder / name).is_file():
             return _checked(folder / name, read(folder / name))
@@ -149,7 +145,7 @@ def read_peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_trained(folder: Path) -> dict[str, torch.Tensor]:
-    """Our own tensors by stock name; empty where there is no such file. Raises UserError."""
+    """Return the tensors of trained.safetensors by stock name; none where there is no such file. Raises UserError."""
     path = folder / TRAINED_FILE
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: expected a file of tensors, found something else; {_FETCH}")
@@ -157,12 +153,12 @@ def read_trained(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one safetensors file, in memory. Raises UserError."""
+    """Return all tensors of one safetensors file, in memory. Raises UserError."""
     return {name: stored.rows() for name, stored in read_header(path).items()}
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """A pickled state dict. torch opens it with a list of what may be in one, and calls nothing else."""
+    """Return a pickled state dict; torch unpickles tensors alone, and calls nothing else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and pickle have no common one for what a damaged file may raise
@@ -184,7 +180,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _checked(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors as training leaves them. Raises UserError."""
+    """Return the tensors, if they are as training leaves them. Raises UserError."""
     if not tensors:
         raise UserError(f"{path}: holds no tensor (saved under ZeRO-3 or FSDP, without gathering?); save it gathered")
     for name, tensor in tensors.items():

@@ -1,16 +1,17 @@
-"""What an adapter changes, and onto what: base tensor in, merged tensor out, in blocks of rows.
+"""What an adapter changes: base tensor in, merged tensor out, a few rows at a time.
 
 Merging, chat, evaluation and continued training take an adapter by one rule, `AdapterWeights.read` and `require_fit`:
 all of it is there, all of it fits, or it is refused by name.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import combinations
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -26,17 +27,17 @@ from modeling.adapter_files import (
 )
 from modeling.checkpoint import Rows, Stored
 from modeling.errors import UserError
+from modeling.patterns import Pattern, matching
 from modeling.quantize import Nf4, quantized_names
 from modeling.shapes import Config
-from modeling.targets import by_pattern, lora_targets, saved_modules
-from modeling.towers import ADDED_WEIGHTS, stock_name
+from modeling.towers import ADDED_WEIGHTS, LORA_TOWERS, lora_pattern, stock_name
 
 BasePrecision = Literal["full", "nf4"]
-"""The released weights, or these as a model in NF4 computes with them."""
+"""The weights of the base as they were released (full), or as a model in NF4 computes with them."""
 
 
 def weights_of(stored: Mapping[str, Stored], config: Config, base_precision: BasePrecision) -> dict[str, Rows]:
-    """Stock name -> tensor of the base that an adapter is added to."""
+    """Return stock name -> tensor of the base that an adapter is added to."""
     names = quantized_names(config) if base_precision == "nf4" else set()
     return {name: Dequantized(one) if name in names else one for name, one in stored.items()}
 
@@ -71,22 +72,13 @@ def _quantized(stored: Stored) -> Nf4:
     return Nf4.of(stored.rows, stored.shape)
 
 
-def rounded(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the tensor `name` in another dtype. Raises UserError: a value too large for fp16."""
-    converted = rows.to(dtype)
-    if dtype == torch.float16 and not torch.equal(converted.isfinite(), rows.isfinite()):
-        largest, most = float(rows.abs().max()), torch.finfo(dtype).max
-        raise UserError(f"{name}: holds {largest:,.0f}, and fp16 ends at {most:,.0f}; merge with --dtype bf16 or fp32")
-    return converted
-
-
 _HEADS = {"lm_head.weight", "model.embed_tokens.weight"}
-"""Each with the added tokens' rows in a module of its own."""
+"""Matrices beside which the added tokens' rows are in a module of their own."""
 
 
 @dataclass
 class AdapterWeights:
-    """An adapter folder's tensors by stock name."""
+    """The tensors of an adapter folder by stock name, and their arithmetic."""
 
     lora: dict[str, dict[str, torch.Tensor]]
     """Stock weight name -> "lora_A" [r, n], "lora_B" [m, r] (, "lora_magnitude_vector" [m]): factors of [m, n]."""
@@ -98,14 +90,14 @@ class AdapterWeights:
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterWeights":
-        """Raises UserError: no adapter folder, a damaged one, or one whose merge would not be exact."""
+        """Read a folder. Raises UserError: no adapter, a damaged one, or one whose merge would not be exact."""
         require_adapter(folder)
         config, replaced = read_lora_config(folder), read_trained(folder)
         lora: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in (read_peft_tensors(folder) if config else {}).items():
-            home, mark, rest = name.partition(".lora_")
-            if mark:
-                lora.setdefault(f"{stock_name(home)}.weight", {})[f"lora_{rest}".removesuffix(".weight")] = tensor
+            module, lora_part, rest = name.partition(".lora_")
+            if lora_part:
+                lora.setdefault(f"{stock_name(module)}.weight", {})[f"lora_{rest}".removesuffix(".weight")] = tensor
                 continue
             stock = stock_name(name)
             if stock in replaced:
@@ -125,20 +117,20 @@ class AdapterWeights:
 
     @property
     def names(self) -> set[str]:
-        """Stock names of all that is changed."""
+        """Stock names of all tensors that change."""
         return {*self.lora, *self.replaced}
 
     @property
     def added_tokens(self) -> int | None:
-        """How many added tokens it has rows for; None where it has none."""
+        """The number of added tokens that it has rows for; None where it has none."""
         rows = [len(tensor) for name, tensor in self.replaced.items() if name in ADDED_WEIGHTS and tensor.ndim]
         return rows[0] if rows else None
 
     def require_fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """The adapter is whole, and made for a model of these `shapes` (by stock name). Raises UserError."""
-        if homeless := sorted(self.names - shapes.keys()):
+        """Raise UserError unless the adapter is whole, and made for a model of these `shapes` (by stock name)."""
+        if foreign := sorted(self.names - shapes.keys()):
             raise UserError(
-                f"{self.folder}: {len(homeless)} tensors of the adapter have no place in the base: {homeless[:3]}; "
+                f"{self.folder}: {len(foreign)} tensors of the adapter have no place in the base: {foreign[:3]}; "
                 f"it was made for another model"
             )
         for name, tensor in self.replaced.items():
@@ -161,14 +153,15 @@ class AdapterWeights:
             )
 
     def _require_all(self, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Every module that the config names has its tensors, of the config's rank, and no other has any."""
+        """Raise UserError unless the modules that the config names, and no others, have tensors, of the right rank."""
         if on_head := sorted(self.lora.keys() & _HEADS):
             raise UserError(
                 f"{self.folder}: LoRA on {on_head[0]}, which in IDEFICS is two matrices, to which PEFT's LoRA does "
                 f"not add: the model would not run; train without it in target_modules"
             )
         where = str(self.folder / PEFT_CONFIG)
-        modules = sorted({name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)})
+        matrices = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1]
+        modules = sorted(name.removesuffix(".weight") for name in matrices)
         targets = {f"{module}.weight" for module in lora_targets(config, modules, where=where)}
         if missing := sorted(targets - self.lora.keys()):
             raise UserError(
@@ -200,20 +193,20 @@ class AdapterWeights:
 
     @cached_property
     def _alphas(self) -> dict[str, float]:
-        """Module -> alpha, of the modules that have LoRA."""
+        """Module with LoRA -> alpha."""
         assert self.config is not None
         modules, where = [name.removesuffix(".weight") for name in self.lora], self.folder / PEFT_CONFIG
         return by_pattern(self.config.alpha_pattern, self.config.lora_alpha, modules, where=f"{where}: alpha_pattern")
 
     def scaling(self, name: str) -> float:
-        """By which the product of a weight's factors is multiplied (LoRA: alpha / r; rsLoRA: alpha / sqrt(r))."""
+        """Return the scale of a weight's factors: alpha / r, or alpha / sqrt(r) in rsLoRA (Kalajdzievski 2023)."""
         assert self.config is not None
         rank = self.lora[name]["lora_A"].shape[0]
         alpha = self._alphas[name.removesuffix(".weight")]
         return float(alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
 
     def merge_rows(self, name: str, weight: torch.Tensor, start: int) -> torch.Tensor:
-        """Rows of a LoRA-adapted matrix, from row `start` on -> fp32 of the same shape: PEFT's own arithmetic."""
+        """Add LoRA to rows of a matrix, from row `start` on: [rows, n] -> fp32 [rows, n], by PEFT's arithmetic."""
         factors, rows = self.lora[name], slice(start, start + len(weight))
         # PEFT's order: the product first, then the scale, then the sum.
         merged = (factors["lora_B"][rows].float() @ factors["lora_A"].float()).mul_(self.scaling(name))
@@ -225,7 +218,7 @@ class AdapterWeights:
 
 
 def _require_factors(folder: Path, name: str, factors: dict[str, torch.Tensor]) -> None:
-    """Two matrices of one rank, and DoRA's magnitudes or nothing else. Raises UserError."""
+    """Raise UserError unless there are two matrices of one rank, and DoRA's magnitudes or nothing else."""
     shapes = {key: tuple(tensor.shape) for key, tensor in factors.items()}
     known = shapes.keys() - {"lora_magnitude_vector"} == {"lora_A", "lora_B"}
     if known and all(tensor.ndim == 2 for key, tensor in factors.items() if key != "lora_magnitude_vector"):
@@ -235,11 +228,72 @@ def _require_factors(folder: Path, name: str, factors: dict[str, torch.Tensor]) 
     raise UserError(f"{folder}: {name}: expected LoRA of a linear layer, lora_A [r, n] and lora_B [m, r], got {shapes}")
 
 
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return name.endswith(".weight") and len(shape) > 1
-
-
 def _paths(name: str) -> list[str]:
-    """The modules that a tensor lies in: of `a.b.weight`, `a` and `a.b`."""
+    """Return the modules that a tensor lies in: of `a.b.weight`, `a` and `a.b`."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+Number = TypeVar("Number", int, float)
+
+OWN = frozenset(
+    lora_pattern(towers) for count in range(1, len(LORA_TOWERS) + 1) for towers in combinations(LORA_TOWERS, count)
+)
+"""Patterns that our own adapters name their targets by: they take no time to match."""
+
+NO_PLAIN_LINEAR = ("embed_tokens", "additional_embedding", "position_embedding", "patch_embedding", "lm_head")
+"""Last names of modules with a matrix that PEFT's `all-linear` leaves out."""
+
+
+def lora_targets(config: LoraConfig, modules: Sequence[str], *, where: str) -> set[str]:
+    """Return those of `modules` that a config puts LoRA on. Raises UserError, which begins with `where`.
+
+    The rules of `peft.tuners.tuners_utils.check_target_module_exists`, of PEFT 0.21: exclude_modules and
+    modules_to_save come first; a name out of a list stands for every module whose path ends with it, unless
+    layers_to_transform leaves its layer out.
+    """
+    excluded = _named(config.exclude_modules or [], modules, where=f"{where}: exclude_modules")
+    whole = [Pattern(name, r"(^|.*\.)", r"($|\..*)") for name in config.modules_to_save or []]
+    for found in matching(whole, modules, where=f"{where}: modules_to_save"):
+        excluded |= found.keys()
+    targets = _named(config.target_modules or [], modules, where=f"{where}: target_modules")
+    chosen = config.layers_to_transform
+    if chosen is not None and chosen != []:
+        patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or [""]
+        around = [
+            Pattern(text, r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.") if text else Pattern("", r".*?\.[^.]*\.(?P<idx>\d+)\.")
+            for text in patterns
+        ]
+        places = matching(around, modules, where=f"{where}: layers_pattern")
+        layer = {module: idx for hits in reversed(places) for module, idx in hits.items()}
+        layers = {chosen} if isinstance(chosen, int) else set(chosen)
+        exact = set(config.target_modules or [])
+        targets = {one for one in targets if one in exact or (one in layer and int(layer[one]) in layers)}
+    return targets - excluded
+
+
+def _named(names: Collection[str], modules: Sequence[str], *, where: str) -> set[str]:
+    """Return the modules that a pattern matches in full, or that end with one of a list of names."""
+    if isinstance(names, str) and names.lower() == "all-linear":
+        return {module for module in modules if module.rpartition(".")[2] not in NO_PLAIN_LINEAR}
+    if isinstance(names, str):
+        return set(matching([Pattern(names, whole=True)], modules, where=where, known=OWN)[0])
+    exact, endings = set(names), tuple(f".{name}" for name in names)
+    return {module for module in modules if module in exact or module.endswith(endings)}
+
+
+def by_pattern(
+    patterns: Mapping[str, Number], default: Number, modules: Sequence[str], *, where: str
+) -> dict[str, Number]:
+    """Return module -> its rank or alpha by a pattern: that of the first key which its path ends with."""
+    keys = list(patterns)
+    values = dict.fromkeys(modules, default)
+    found = matching([Pattern(key, r"(.*\.)?(", r")$") for key in keys], modules, where=where)
+    for key, hits in reversed(list(zip(keys, found, strict=True))):
+        values.update(dict.fromkeys(hits, patterns[key]))
+    return values
+
+
+def saved_modules(names: Collection[str], modules: Collection[str]) -> set[str]:
+    """Return the modules that PEFT saves whole for `modules_to_save`: those whose path ends with these letters."""
+    return {module for module in modules if module.endswith(tuple(names))}

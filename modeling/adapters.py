@@ -1,8 +1,8 @@
-"""Freeze all -> LoRA on the chosen towers -> full where chosen -> assert and report the count; and the adapter folder.
+"""Attach what is trained to a model (LoRA through PEFT, towers in full), count it, save it, and load it again.
 
 An adapter folder holds PEFT's own files (LoRA, and the added tokens through `modules_to_save`) and
-`trained.safetensors` (gates, towers trained in full, in fp32, under stock names). With no LoRA there are no PEFT files
-and everything trained is in `trained.safetensors`.
+`trained.safetensors` (gates and towers trained in full, in fp32, under stock names). Without LoRA there are no PEFT
+files, and everything trained is in `trained.safetensors`.
 """
 
 import math
@@ -36,7 +36,7 @@ Modes = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Counts:
-    """What is trained, by tower: parameters in LoRA factors, and parameters trained in full."""
+    """The numbers of trained parameters by tower: those of LoRA factors, and those trained in full."""
 
     lora: dict[str, int]
     full: dict[str, int]
@@ -47,10 +47,10 @@ class Counts:
 
 
 def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str, Any], base: str) -> nn.Module:
-    """Make `model` trainable as `modes` says and return it, wrapped by PEFT if any tower has LoRA.
+    """Freeze all of `model`, make trainable what `modes` says, and return it, wrapped by PEFT if any tower has LoRA.
 
-    `lora` are `peft.LoraConfig` fields (r, lora_alpha, ...); `base` is what plain PEFT users will load underneath.
-    Every trained parameter is fp32, whatever the dtype of the base.
+    `lora` are `peft.LoraConfig` fields (r, lora_alpha, ...); `base` is the name under which PEFT users load the
+    base. Every trained parameter is fp32, whatever the dtype of the base.
     """
     full = {tower for tower in TOWERS if modes.get(tower) == "full"}
     _refuse_quantized(model, full)
@@ -79,11 +79,11 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
 
 
 def _refuse_quantized(model: IdeficsForVisionText2Text, full: Collection[str]) -> None:
-    """A matrix in 4 bits takes no small steps. Raises UserError."""
-    held = {tower_of(f"{name}.weight") for name in quantized_layers(model)} & set(full)
-    if held:
-        towers = " and ".join(sorted(held))
-        raise UserError(f"{towers}: trained in full, and the model holds it in 4 bits; load the model without quantize")
+    """Raise UserError for a tower trained in full whose matrices are in 4 bits: these cannot be trained."""
+    quantized = {tower_of(f"{name}.weight") for name in quantized_layers(model)} & set(full)
+    if quantized:
+        towers = " and ".join(sorted(quantized))
+        raise UserError(f"{towers}: trained in full, and the model has it in 4 bits; load the model without quantize")
 
 
 def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraConfig | None) -> nn.Module:
@@ -103,7 +103,7 @@ def lora_towers(modes: Modes) -> tuple[str, ...]:
 
 
 def count_trained(model: nn.Module) -> Counts:
-    """Count what requires gradients, by tower. Raises AssertionError for one that is not in fp32."""
+    """Return the numbers of parameters that require gradients. Raises AssertionError for one that is not in fp32."""
     lora: dict[str, int] = {}
     full: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -115,7 +115,7 @@ def count_trained(model: nn.Module) -> Counts:
 
 
 def expected_counts(config: Config, modes: Modes, *, rank: int) -> Counts:
-    """The counts that `modes` must give for a model of this config (plain LoRA, one rank everywhere)."""
+    """Return the counts that `modes` must give for a model of this config (plain LoRA, one rank everywhere)."""
     sizes = count_parameters(config)
     return Counts(
         lora={tower: count_lora(config, (tower,), rank)[1] for tower in lora_towers(modes)},
@@ -124,27 +124,27 @@ def expected_counts(config: Config, modes: Modes, *, rank: int) -> Counts:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Stock name -> every trained parameter that PEFT does not save: gates, towers in full."""
-    owned = ("lora_", ".modules_to_save.")
+    """Return stock name -> trained parameter, of those that PEFT does not save: gates, towers in full."""
+    of_peft = ("lora_", ".modules_to_save.")
     return {
         stock_name(name): parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not any(mark in name for mark in owned)
+        if parameter.requires_grad and not any(part in name for part in of_peft)
     }
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a parameter, detached; of one that is divided over processes, which must all ask, a copy."""
+    """Return all of a parameter, detached. Of one divided over processes, all of them call this, and get a copy."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def gathered_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything trained, by its name in the model, on the CPU. Of divided parameters all processes must ask."""
+    """Return all that is trained, by name, on the CPU. Where parameters are divided, all processes call this."""
     return {name: whole(one).cpu() for name, one in model.named_parameters() if one.requires_grad}
 
 
 def save_adapter(model: nn.Module, folder: Path, *, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write everything trained. `state_dict` is the gathered one where parameters are sharded."""
+    """Write all that is trained to a folder. `state_dict`: the gathered one, where parameters are divided."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
@@ -158,7 +158,7 @@ def save_adapter(model: nn.Module, folder: Path, *, state_dict: Mapping[str, tor
 
 
 def copy_adapter(folder: Path, to: Path) -> None:
-    """The files of an adapter alone, out of a folder that holds others, too."""
+    """Copy the files of an adapter out of a folder that has others beside them."""
     to.mkdir(parents=True, exist_ok=True)
     for name in (PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE):
         if (folder / name).is_file():
@@ -166,9 +166,9 @@ def copy_adapter(folder: Path, to: Path) -> None:
 
 
 def load_adapter_weights(model: nn.Module, folder: Path) -> None:
-    """Fill an attached model from an adapter folder. Every tensor must find its place, every place its tensor.
+    """Fill an attached model from an adapter folder: every tensor has a parameter, and every parameter a tensor.
 
-    Raises UserError: not whole, made for another base, or trained as the model's recipe does not.
+    Raises UserError: the adapter is not whole, was made for another base, or trains other towers.
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     adapter = AdapterWeights.read(folder)
@@ -185,7 +185,7 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
 
 
 def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
-    """Attach what an adapter folder holds to its (extended) base, filled and frozen, ready to be asked.
+    """Attach an adapter folder to its (extended) base, filled and frozen, ready for generation.
 
     What was trained in full is rounded to the base's dtype, as it will be in the merged model. Raises UserError.
     """
@@ -193,7 +193,7 @@ def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
     adapter.require_fit(tensor_shapes(model.config.to_dict()))
     full = {tower_of(name) for name in adapter.replaced}
     _refuse_quantized(model, full)
-    if adapter.config:  # PEFT gets modules by name: patterns of others are not matched again
+    if adapter.config:  # modules by name: patterns out of files are not matched again
         ranks = {name.removesuffix(".weight"): len(one["lora_A"]) for name, one in adapter.lora.items()}
         lora = LoraConfig(
             r=adapter.config.r,
@@ -214,7 +214,7 @@ def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """(stock name of its weight, layer) of each layer with LoRA."""
+    """Yield (stock name of its weight, layer) of each layer with LoRA."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield f"{stock_name(name)}.weight", module
@@ -240,6 +240,6 @@ def _fill(model: nn.Module, adapter: AdapterWeights, places: Mapping[str, nn.Par
 
 
 def _factor(parameter: str) -> str:
-    """What a parameter is of its weight's LoRA: lora_A, lora_B, lora_magnitude_vector; "" for the weight itself."""
+    """Return which factor a parameter is: lora_A, lora_B, lora_magnitude_vector; "" for the weight itself."""
     found = re.search(r"\.(lora_\w+)\.", parameter)
     return found[1] if found else ""

@@ -1,7 +1,7 @@
 """Safetensors checkpoints read and written by offset: a part of a tensor at a time, whatever the size of the model.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes with the length of a JSON header, the header with each
-tensor's dtype, shape and place, then the tensors' bytes.
+tensor's dtype, shape and offsets, then the tensors' bytes.
 """
 
 import hashlib
@@ -37,33 +37,35 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Of a model's weights; eight bits are weights only together with scales, which IDEFICS has no place for."""
+"""The dtypes of a model's weights. Eight bits need scales beside them, for which IDEFICS has no names."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LFS_POINTER = b"version "
-"""How the text begins that git leaves in place of a large file."""
+"""The first bytes of the text that git-lfs leaves in place of a large file."""
 
 MAX_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 
 MAX_SIZE = 2**62
-"""Of one axis of a tensor: above it, torch's arithmetic with sizes could overflow."""
+"""Largest size of one axis of a tensor: above it, torch's arithmetic with sizes could overflow."""
 
 MAX_NAME = 500
-"""Characters of a tensor's name: messages show them."""
+"""Characters of a tensor's name, which messages show."""
 
 FINGERPRINT_BYTES = 4096
-"""Of each tensor that `fingerprint` looks at, at its beginning and at its end."""
+"""Bytes of each tensor that `fingerprint` reads, at its beginning and at its end."""
 
 PIECE_BYTES = 2**18
-"""Written at once: Linux takes larger pieces into its page cache at less than half the speed."""
+"""Bytes written at once: Linux takes larger pieces into its page cache at less than half the speed."""
 
 BLOCK_ELEMENTS = 2**20
-"""Of a tensor that are worked on at once: enough for threads to meet seldom, few megabytes in memory."""
+"""Elements of a tensor in one block of work: a few megabytes, and threads rarely meet."""
 
 ROW_GROUP = 64
-"""Rows of which every block has a whole number: a multiple of the rows that matrix kernels work on together. The rows
-left over go to other kernels, which add in another order, so a block of any height rounds unlike the whole matrix."""
+"""The height of a block is a multiple of this, and this one of the rows that matrix kernels work on together.
+
+Rows left over go to other kernels, which add in another order: a block of any height rounds unlike the whole matrix.
+"""
 
 
 Block = TypeVarTuple("Block")
@@ -83,7 +85,7 @@ class Rows(Protocol):
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive blocks of rows, of about `BLOCK_ELEMENTS`.
+    """Yield (start, stop) of consecutive blocks of rows, of about `BLOCK_ELEMENTS` each.
 
     Each starts at a multiple of `ROW_GROUP`; the last also takes the rows that are no whole group.
     """
@@ -96,10 +98,10 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 def in_threads(
     work: Callable[[*Block], Result], blocks: Iterable[tuple[*Block]], *, threads: int | None = None
 ) -> Iterator[Result]:
-    """`work(*block)` of every block, in order, made a few blocks ahead of whoever uses them.
+    """Yield `work(*block)` of every block, in order, computed by threads a few blocks ahead.
 
-    A block is one thread's from beginning to end: where other programs run, too, threads that share one wait for each
-    other far longer than they work.
+    One thread does the whole of a block: where other programs run, threads that share a block wait for each other far
+    longer than they work.
     """
     threads = threads or available_cores()
     before, waiting = torch.get_num_threads(), deque[Future[Result]]()
@@ -116,7 +118,7 @@ def in_threads(
 
 @dataclass(frozen=True)
 class Extent:
-    """What a tensor is without its values, and the bytes it takes in a file."""
+    """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -127,7 +129,7 @@ class Extent:
 
     @property
     def row_bytes(self) -> int:
-        """Of one index of the first axis (a scalar: of itself)."""
+        """Bytes of one index of the first axis (of a scalar: of itself)."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
@@ -137,10 +139,10 @@ class Stored(Extent):
 
     file: Path
     offset: int
-    """Of its first byte in the file."""
+    """Offset of its first byte in the file."""
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows [start:stop] of its first axis (a scalar: itself), read into memory of their own."""
+        """Read rows [start:stop] of its first axis (of a scalar: itself)."""
         if not self.shape:
             return self._read(0, self.dtype.itemsize).view(())
         start, stop, _ = slice(start, stop).indices(self.shape[0])
@@ -151,26 +153,16 @@ class Stored(Extent):
         content = torch.empty(length, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.offset + start)
-            got = _fill(file, memoryview(content.numpy()))
+            buffer, got = memoryview(content.numpy()), 0
+            while got < length and (count := file.readinto(buffer[got:])):
+                got += count
         if got < length:
             raise UserError(f"{self.file}: ends in the middle of a tensor: {got} of {length} bytes")
         return content.view(self.dtype)
 
 
-def _fill(file: Any, buffer: memoryview) -> int:
-    got = 0
-    while got < len(buffer) and (count := file.readinto(buffer[got:])):
-        got += count
-    return got
-
-
-def _drain(file: Any, content: memoryview) -> None:
-    while content:
-        content = content[file.write(content[:PIECE_BYTES]) :]
-
-
 def read_header(path: Path) -> dict[str, Stored]:
-    """Name -> tensor of one file. Raises UserError: no safetensors, truncated, or tensors that overlap."""
+    """Return name -> tensor of one file. Raises UserError: no safetensors, truncated, or tensors that overlap."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
@@ -206,7 +198,7 @@ def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:
 
 
 def _require_filled(path: Path, tensors: Mapping[str, Stored], *, start: int, size: int) -> None:
-    """Tensors lie one behind the other from `start` to the end of the file. Raises UserError."""
+    """Raise UserError unless tensors lie one behind the other from `start` to the end of the file."""
     place = start
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if stored.offset != place:
@@ -217,7 +209,7 @@ def _require_filled(path: Path, tensors: Mapping[str, Stored], *, start: int, si
 
 
 def read_checkpoint(folder: Path) -> dict[str, Stored]:
-    """Name -> tensor of a model folder, in the order of its files. Raises UserError, saying how to repair it."""
+    """Return name -> tensor of a model folder, in the order of its files. Raises UserError, saying how to repair it."""
     if (folder / INDEX).is_file():
         return _read_indexed(folder)
     if (folder / SINGLE).is_file():
@@ -245,7 +237,7 @@ def _read_indexed(folder: Path) -> dict[str, Stored]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file beside the index. Raises UserError: no index, or one that leads out of its folder."""
+    """Return tensor -> file beside the index. Raises UserError: no index, or one that leads out of its folder."""
     content = read_json(index, repair="fetch it again, or delete it where one file holds all weights") or {}
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -259,7 +251,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def require_shapes(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """A checkpoint holds every tensor that its config implies, as floating-point weights. Raises UserError."""
+    """Raise UserError unless a checkpoint holds every tensor that its config implies, as floating-point weights."""
     if missing := sorted(expected.keys() - stored.keys()):
         raise UserError(f"{folder}: lacks {len(missing)} tensors of its own config: {missing[:3]}")
     if others := [name for name, shape in expected.items() if stored[name].shape != shape]:
@@ -274,12 +266,12 @@ def require_shapes(folder: Path, stored: Mapping[str, Stored], expected: Mapping
 
 
 def weight_bytes(tensors: Mapping[str, Stored], dtype: torch.dtype) -> int:
-    """What they take in memory once they are converted."""
+    """Return the bytes that these tensors take in another dtype."""
     return dtype.itemsize * sum(math.prod(one.shape) for one in tensors.values())
 
 
 def fingerprint(tensors: Mapping[str, Stored]) -> str:
-    """A digest that tells one checkpoint from another without reading all of it: names, shapes, both ends of each."""
+    """Return a hash of a checkpoint that does not read all of it: names, dtypes, shapes, both ends of each tensor."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         stored = tensors[name]
@@ -294,14 +286,14 @@ def fingerprint(tensors: Mapping[str, Stored]) -> str:
 
 @dataclass(frozen=True)
 class Planned(Extent):
-    """A tensor to be written, and how its values come about."""
+    """A tensor to be written, and the function that computes its rows."""
 
     rows: Callable[[int, int], torch.Tensor]
     """rows(start, stop) -> those rows in `dtype` (of a scalar: itself); called from several threads."""
 
 
 def plan_shards(tensors: Mapping[str, Extent], shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensors, in order, of at most `shard_bytes` each (or one tensor)."""
+    """Return file name -> tensors, in order, of at most `shard_bytes` a file (or one tensor)."""
     shards: list[list[str]] = []
     size = shard_bytes + 1
     for name, tensor in tensors.items():
@@ -316,7 +308,7 @@ def plan_shards(tensors: Mapping[str, Extent], shard_bytes: int) -> dict[str, li
 
 
 def write_index(folder: Path, shards: Mapping[str, list[str]], tensors: Mapping[str, Extent]) -> None:
-    """The index that transformers wants beside several files."""
+    """Write the index that transformers reads beside several files."""
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(one.nbytes for one in tensors.values())}, "weight_map": weight_map}
@@ -324,7 +316,7 @@ def write_index(folder: Path, shards: Mapping[str, list[str]], tensors: Mapping[
 
 
 def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
-    """One file, whole or not there. Threads make and write its blocks, each at its own place."""
+    """Write one file, whole or not there. Threads compute and write its blocks, each at its own place."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     size = 0
     for name, planned in tensors.items():
@@ -344,7 +336,9 @@ def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
         assert (rows.dtype, rows.nbytes) == (planned.dtype, (stop - start) * planned.row_bytes), rows.shape
         with partial.open("rb+", buffering=0) as file:
             file.seek(place)
-            _drain(file, memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            content = memoryview(rows.contiguous().reshape(-1).view(torch.uint8).numpy())
+            while content:
+                content = content[file.write(content[:PIECE_BYTES]) :]
 
     for _ in in_threads(write, _blocks(tensors, start)):
         pass
@@ -352,7 +346,7 @@ def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
 
 
 def _blocks(tensors: Mapping[str, Planned], place: int) -> Iterator[tuple[Planned, int, int, int]]:
-    """(tensor, start, stop, place in the file) of each block of rows of tensors that lie one behind the other."""
+    """Yield (tensor, start, stop, place in the file) of each block of rows; tensors lie one behind the other."""
     for planned in tensors.values():
         for start, stop in row_blocks(planned.shape):
             yield planned, start, stop, place + start * planned.row_bytes

@@ -17,14 +17,17 @@ from modeling.shapes import RELEASED, Config
 
 
 def read_config(base: str, *, revision: str | None = None) -> Config:
-    """The config.json of a folder or hub id, complete and verified; released models need no hub. Raises UserError."""
+    """Return the config.json of a folder or hub id, checked and complete. Raises UserError.
+
+    Those of the released models are known without the hub.
+    """
     if is_folder(base):
         path = Path(base) / "config.json"
         if not path.is_file():
             adapter = any((Path(base) / name).is_file() for name in ("adapter_config.json", "trained.safetensors"))
             hint = "; it is an adapter: name its base here, and the adapter beside it" if adapter else ""
             raise UserError(f"{base}: expected a model folder with a config.json, found none{hint}")
-        return verify(_read_json(path), where=str(path))
+        return require_idefics(_read_json(path), where=str(path))
     if base in RELEASED and revision is None:
         return RELEASED[base]
     require_hub_id(base)
@@ -32,11 +35,11 @@ def read_config(base: str, *, revision: str | None = None) -> Config:
 
     with hub_errors(base):
         path = Path(hf_hub_download(base, "config.json", revision=revision))
-    return verify(_read_json(path), where=f"{base} (hub)")
+    return require_idefics(_read_json(path), where=f"{base} (hub)")
 
 
 def is_folder(name: str) -> bool:
-    """Whether a base's name is that of a folder here."""
+    """Return whether a base's name is that of a folder on this machine."""
     try:
         return name != "" and Path(name).is_dir()
     except OSError:  # longer than any name can be
@@ -47,14 +50,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 
 
 def require_hub_id(base: str) -> None:
-    """Raises UserError for what looks like a folder that is not here: there is no use in asking the hub for it."""
+    """Raise UserError for a name that is no OWNER/NAME, or looks like a folder that is not here."""
     if not _HUB_ID.fullmatch(base) or is_folder(str(Path(base).parent)):
         raise UserError(f"{base!r} is neither a folder here nor a hub id (OWNER/NAME)")
 
 
 @contextmanager
 def hub_errors(base: str) -> Iterator[None]:
-    """Whatever way the hub fails in, offline or not, becomes one line. Raises UserError."""
+    """Turn any error of the hub, offline or not, into a UserError of one line."""
     try:
         yield
     except Exception as error:  # of the hub's client, of its transport, of the file system: they have no common one
@@ -63,15 +66,15 @@ def hub_errors(base: str) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> Config:
-    """The object in a file. Raises UserError."""
+    """Return the object in a file. Raises UserError."""
     config = read_json(path, repair="fetch the file again")
     if config is None:
         raise UserError(f"{path}: is gone; fetch the file again")
     return config
 
 
-def verify(config: Config, *, where: str) -> Config:
-    """`config`, complete, if it is that of an IDEFICS this project can train. Raises UserError."""
+def require_idefics(config: Config, *, where: str) -> Config:
+    """Return `config`, complete, if it is that of an IDEFICS this project can train. Raises UserError."""
     model_type = config.get("model_type", "idefics")
     if model_type != "idefics":
         other = {"idefics2": ", another architecture", "idefics3": ", another architecture"}
@@ -126,12 +129,12 @@ DEFAULTS: Mapping[str, Any] = {
         "qk_layer_norms_perceiver": False,
     },
 }
-"""Of `transformers.IdeficsConfig`, in version 5.23: the fields that decide a shape or a token."""
+"""Defaults of `transformers.IdeficsConfig` 5.23, for the fields that decide a shape or a token."""
 
 PARTS = ("vision_config", "perceiver_config")
 
 Test = tuple[str, Callable[[Any], bool]]
-"""What is expected, in words and as a function."""
+"""(what is expected, in words; whether a value is that)"""
 
 
 def _size(most: int) -> Test:
@@ -201,11 +204,11 @@ FIELDS: Mapping[str, Mapping[str, Test]] = {
         "qk_layer_norms_perceiver": _BOOL,
     },
 }
-"""Part of the config -> field -> what it must be, where it is there."""
+"""Part of the config ("": its top) -> field -> what it must be, if it is there."""
 
 
 def complete(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """The config with what transformers would assume. Raises UserError: a field that no IDEFICS has so."""
+    """Return the config with transformers' defaults. Raises UserError: a field has a value that no IDEFICS has."""
     whole = {**DEFAULTS, **config}
     for part in PARTS:
         given = config.get(part)
@@ -224,7 +227,7 @@ def complete(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
 
 def _require_agreement(config: Mapping[str, Any], where: str) -> None:
-    """Fields that only make sense together. Raises UserError."""
+    """Raise UserError where fields contradict each other."""
     vision, hidden, heads = config["vision_config"], config["hidden_size"], config["num_attention_heads"]
     if hidden % heads or (hidden // heads) % 2:
         raise UserError(f"{where}: hidden_size {hidden} does not divide into {heads} heads of an even size")
@@ -242,6 +245,6 @@ def _require_agreement(config: Mapping[str, Any], where: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value of a file, short enough for a message."""
+    """Return a value of a file, short enough for a message."""
     text = f"{value:.6g}" if isinstance(value, float) and math.isfinite(value) else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."

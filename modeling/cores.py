@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """Cores by affinity (taskset, Slurm) and by the quota of the control group (docker --cpus, Kubernetes)."""
+    """Return the number of cores by affinity (taskset, Slurm) and by cgroup quota (docker --cpus, Kubernetes)."""
     allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, min([allowed, *(math.ceil(quota) for quota in _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Cores by each limit on the control group of this process, and on those around it."""
+    """Yield the cores that each limit allows, on the control group of this process and on those around it."""
     for group in _groups(root):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # of version 2, of version 1
             try:
@@ -26,7 +26,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the control groups of this process: where they are mounted, and down to its own."""
+    """Yield the folders of the control groups of this process, from its own up to where they are mounted."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except (OSError, ValueError):

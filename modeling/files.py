@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut; JSON that names itself where it is damaged."""
+"""Files that are there whole or not at all, also after a power cut; JSON whose errors name the file."""
 
 import errno
 import hashlib
@@ -46,7 +46,7 @@ def flush(path: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file is written before it gets its name."""
+    """Return the name under which a file is written before it gets its own."""
     return path.with_name(f"{path.name}.partial")
 
 
@@ -70,7 +70,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def digests(files: Iterable[Path]) -> dict[str, str]:
-    """File name -> SHA-256; of a file that is not there, an empty one."""
+    """Return file name -> SHA-256, which is "" for a file that is not there."""
     found = {}
     for path in files:
         found[path.name] = ""
@@ -102,3 +102,8 @@ def read_json(path: Path, *, repair: str = "delete it, and give the same command
 def json_digest(value: Any) -> str:
     """Return the SHA-256 of a value as JSON, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def is_text(value: Any) -> bool:
+    """Return whether a value out of a file can be a name or a path: a string, not empty, without NUL."""
+    return isinstance(value, str) and value != "" and "\0" not in value

@@ -1,4 +1,4 @@
-"""Batch -> keyword arguments of the stock forward -> sum of token losses, the head on supervised rows only.
+"""A packed row -> arguments of the stock forward -> sum of token losses, with logits of supervised tokens only.
 
 The loss is ours because transformers 5.23 reshapes to `vocab_size` logits where IDEFICS has
 `vocab_size + additional_vocab_size`, and because TRL's fused head leaves the added rows out of the normaliser.
@@ -21,10 +21,10 @@ from modeling.fused import use_fused_modules
 from modeling.tokens import IGNORED
 
 ROWS = 16
-"""Of logits, whose losses are computed at once: those of 32,000 words then fit a processor's cache."""
+"""Rows of logits whose losses are computed at once: with 32,000 words they fit a processor's cache."""
 
 FP16_SCALE = 2.0**12
-"""Of gradients on their way through a head in fp16, which would lose probabilities below 6e-8."""
+"""Scale of gradients inside a head in fp16, which would lose probabilities below 6e-8."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Layout:
 
 
 class PackedIdefics(IdeficsForVisionText2Text):
-    """The stock model with forwards of our own; asked with `targets`, it answers with their loss alone."""
+    """The stock model with fused modules; called with `targets`, it returns their loss alone."""
 
     def __init__(self, config: IdeficsConfig, vision_model: nn.Module | None = None):
         super().__init__(config, vision_model)
@@ -56,7 +56,7 @@ class PackedIdefics(IdeficsForVisionText2Text):
 
 
 def packed_loss(model: nn.Module, batch: Mapping[str, Any], *, config: IdeficsConfig) -> torch.Tensor:
-    """Sum of the token losses of one packed row: fp32 scalar, 0 with gradients when nothing is supervised.
+    """Return the sum of the token losses of one packed row: fp32 scalar, 0 with gradients when nothing is supervised.
 
     `model` is a `PackedIdefics` that PEFT, DDP or FSDP may have wrapped; `config` is the plain model's. `batch` holds
     input_ids, position_ids and image_index int64 [1, T], what `lay_out` makes, and pixel_values [N, 3, H, W] or
@@ -77,7 +77,7 @@ def lay_out(sequence_starts: Sequence[int], image_index: torch.Tensor, labels: t
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions whose next token is supervised, those next tokens), both int64 [K]. The only shift by one.
+    """Return (positions whose next token is supervised, those next tokens), int64 [K] each. The only shift by one.
 
     labels [[-100, -100, 7, 9]] -> ([1, 2], [7, 9]). A sequence's first token is never supervised, so no position
     predicts across a pack's boundary.
@@ -88,10 +88,11 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the token losses of `head(hidden)`: [K, D], [K] -> fp32 scalar. Logits of a few rows exist at once.
+    """Return the sum of the token losses of `head(hidden)`: [K, D], [K] -> fp32 scalar.
 
-    The loss is a sum, so gradients of `hidden` and of what is trained in the head are made on the way, and the backward
-    only scales them. A head that FSDP divides is whole only inside its own forward and backward, and so runs once.
+    Logits of a few rows exist at once. The loss is a sum, so gradients of `hidden` and of what is trained in the head
+    are made on the way, and the backward only scales them. A head that FSDP divides is whole only inside its own
+    forward and backward, and so runs once.
     """
     if any(isinstance(parameter, DTensor) for parameter in head.parameters()):
         return token_losses(head(hidden), targets).sum()
@@ -155,7 +156,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihoods in fp32 over the whole decoupled vocabulary: [K, V + added], [K] -> [K]."""
+    """Return negative log-likelihoods in fp32 over the whole decoupled vocabulary: [K, V + added], [K] -> [K]."""
     return _TokenLosses.apply(logits, targets)
 
 
@@ -182,7 +183,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def forward_arguments(batch: Mapping[str, Any], config: IdeficsConfig) -> dict[str, Any]:
-    """What `IdeficsForVisionText2Text.forward` takes for a packed row, but for `logits_to_keep`."""
+    """Return the arguments of `IdeficsForVisionText2Text.forward` for a packed row, but for `logits_to_keep`."""
     image_index, layout = batch["image_index"], batch["layout"]
     arguments: dict[str, Any] = {
         "input_ids": batch["input_ids"],
@@ -209,7 +210,7 @@ def forward_arguments(batch: Mapping[str, Any], config: IdeficsConfig) -> dict[s
 
 
 def image_runs(image_index: torch.Tensor) -> list[ImageRun]:
-    """Maximal runs of tokens that see the same image: [[-1, 0, 0, 1, -1]] -> [(1, 3, 0), (3, 4, 1)].
+    """Return maximal runs of tokens that see the same image: [[-1, 0, 0, 1, -1]] -> [(1, 3, 0), (3, 4, 1)].
 
     Runs may join neighbouring sequences that share an image: cross-attention has no term between tokens.
     """
@@ -220,6 +221,6 @@ def image_runs(image_index: torch.Tensor) -> list[ImageRun]:
 
 
 def image_features(model: IdeficsForVisionText2Text, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Vision tower and resampler, once per image: [N, 3, H, W] -> [N, latents, D], in the model's dtype."""
+    """Run vision tower and resampler, once per image: [N, 3, H, W] -> [N, latents, D], in the model's dtype."""
     hidden = model.model.vision_model(pixel_values=pixel_values.to(model.dtype)).last_hidden_state
     return model.model.perceiver_resampler(hidden)

@@ -1,4 +1,4 @@
-"""Greedy generation, token for token what transformers' `generate` writes, with nothing done twice.
+"""Greedy generation, token for token what transformers' `generate` writes, with KV caches for text and images.
 
 For each token, transformers 5.23 multiplies the latents of all images by k_proj and v_proj of every gated block again
 (in the 9B five images are 320 rows, where a token is one row for every other matrix), attends to all images to see one,
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig, IdeficsForVisionText2Text
 from transformers.cache_utils import DynamicCache
@@ -29,7 +28,7 @@ ROOM = 64
 def greedy(
     model: IdeficsForVisionText2Text, inputs: Mapping[str, torch.Tensor], config: GenerationConfig
 ) -> list[list[int]]:
-    """What follows B left-padded prompts, each with its end, and filled up with padding to the longest.
+    """Return the tokens that follow B left-padded prompts, each with its end, padded to the longest.
 
     `inputs`, as the stock `generate` takes them: input_ids and attention_mask int64 [B, T], image_attention_mask int64
     [B, T, N], in whose last token each prompt sees one image at most, image_hidden_states [B, N, L, width]. Of
@@ -57,47 +56,75 @@ def greedy(
         logits = decoder.step(written[-1])
 
 
-class _Text:
-    """Keys and values of the text in one layer, [B, H, T, D] each, in memory that has room for more."""
+class _TextCache:
+    """KV cache of the text in one layer: keys and values [B, H, T, D], in memory that has room for more."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         self.length = keys.shape[2]
-        self.both = [self._moved(one) for one in (keys, values)]
+        self.states = [self._with_room(one) for one in (keys, values)]
 
-    def _moved(self, known: torch.Tensor) -> torch.Tensor:
+    def _with_room(self, known: torch.Tensor) -> torch.Tensor:
         roomy = known.new_empty(*known.shape[:2], self.length + ROOM, known.shape[3])
         roomy[:, :, : self.length] = known
         return roomy
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
         """[B, 1, H, D] twice -> all keys and values so far."""
-        if self.length == self.both[0].shape[2]:
-            self.both = [self._moved(one) for one in self.both]
-        for known, new in zip(self.both, (key, value), strict=True):
+        if self.length == self.states[0].shape[2]:
+            self.states = [self._with_room(one) for one in self.states]
+        for known, new in zip(self.states, (key, value), strict=True):
             known[:, :, self.length] = new[:, 0]
         self.length += 1
-        return [one[:, :, : self.length] for one in self.both]
+        return [one[:, :, : self.length] for one in self.states]
 
 
 @dataclass(frozen=True)
-class _Sight:
-    """What the tokens to come see in one gated block."""
+class _ImageCache:
+    """KV cache of the one image that the tokens to come see, in one gated block, and the block's gates."""
 
     key: torch.Tensor
-    """Of one image a prompt: [B, H, L, D]; so is `value`."""
+    """[B, H, L, D]; so is `value`."""
     value: torch.Tensor
     attention_gate: torch.Tensor
-    """What its gate multiplies: [B, 1, 1 or H * D], zero where a prompt sees no image."""
+    """tanh of the gate [B, 1, 1 or H * D], zero where a prompt sees no image."""
     dense_gate: torch.Tensor
+    """tanh of the gate [1], or [1, 1, H * D]."""
+
+    @classmethod
+    def of(cls, block: Any, image: torch.Tensor, sees: torch.Tensor) -> "_ImageCache":
+        """Project image features [B, L, width] once; sees int64 [B]: 1 where a prompt sees its image, else 0."""
+        attention = block.cross_attn
+        key, value = (
+            project(image).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+            for project in (attention.k_proj, attention.v_proj)
+        )
+        if attention.qk_layer_norms:
+            key = attention.k_layer_norm(key)
+        gate, dense = block.act_cross_attn(block.alpha_cross_attn), block.act_dense(block.alpha_dense)
+        return cls(key.contiguous(), value.contiguous(), gate * sees[:, None, None].to(gate.dtype), dense)
+
+    def run_block(self, block: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the gated block for one token of each prompt: [B, 1, H * D] -> the same."""
+        attention, normed = block.cross_attn, block.input_layernorm(hidden)
+        query = attention.q_proj(normed).view(len(hidden), 1, attention.num_heads, attention.head_dim).transpose(1, 2)
+        if attention.qk_layer_norms:
+            query = attention.q_layer_norm(query)
+        found = scaled_dot_product_attention(query, self.key, self.value, scale=attention.scaling)
+        hidden = hidden + self.attention_gate * attention.o_proj(found.transpose(1, 2).flatten(2))
+        return hidden + self.dense_gate * block.mlp(block.post_attention_layernorm(hidden))
 
 
 class _Decoder:
-    """One token after another."""
+    """The model with its KV caches: one token after another."""
 
     def __init__(
-        self, model: IdeficsForVisionText2Text, texts: list[_Text], sights: list[_Sight], attended: torch.Tensor
+        self,
+        model: IdeficsForVisionText2Text,
+        texts: list[_TextCache],
+        images: list[_ImageCache],
+        attended: torch.Tensor,
     ):
-        self.model, self.texts, self.sights = model, texts, sights
+        self.model, self.texts, self.images = model, texts, images
         self.positions = attended.sum(dim=1, keepdim=True)
         padding = attended.shape[1] - self.positions
         self.padding = padding if padding.any() else None
@@ -106,7 +133,7 @@ class _Decoder:
     def read(
         cls, model: IdeficsForVisionText2Text, inputs: Mapping[str, torch.Tensor]
     ) -> tuple["_Decoder", torch.Tensor]:
-        """(what goes on after these prompts, logits [B, V] of their next tokens)"""
+        """Read the prompts by the stock forward -> (a decoder that goes on, logits fp32 [B, V] of the next tokens)."""
         cache, seen = DynamicCache(config=model.config), inputs["image_attention_mask"]
         images, attended = inputs["image_hidden_states"], inputs["attention_mask"]
         output = model(
@@ -120,21 +147,21 @@ class _Decoder:
         )
         sees, image = seen[:, -1].max(dim=1)
         last = images[torch.arange(len(images), device=images.device), image]
-        sights = [_sight(block, last, sees) for block in model.model.gated_cross_attn_layers]
+        image_caches = [_ImageCache.of(block, last, sees) for block in model.model.gated_cross_attn_layers]
         texts = []
         for layer in cache.layers:
-            texts.append(_Text(layer.keys, layer.values))
+            texts.append(_TextCache(layer.keys, layer.values))
             layer.keys = layer.values = None
-        return cls(model, texts, sights, attended), output.logits[:, -1].float()
+        return cls(model, texts, image_caches, attended), output.logits[:, -1].float()
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 [B] -> logits fp32 [B, V] of what follows them."""
+        """Take one token of each prompt, int64 [B], and return the logits fp32 [B, V] of the next ones."""
         inner = self.model.model
         hidden, rotation, mask = inner.embed_tokens(tokens[:, None]), None, self._mask()
         for number, (layer, text) in enumerate(zip(inner.layers, self.texts, strict=True)):
             if number % inner.cross_layer_interval == 0:
                 block = number // inner.cross_layer_interval
-                hidden = _see(inner.gated_cross_attn_layers[block], self.sights[block], hidden)
+                hidden = self.images[block].run_block(inner.gated_cross_attn_layers[block], hidden)
             attention, normed = layer.self_attn, layer.input_layernorm(hidden)
             shape = (len(tokens), 1, attention.num_heads, attention.head_dim)
             query, key, value = (
@@ -151,32 +178,8 @@ class _Decoder:
         return self.model.lm_head(inner.norm(hidden))[:, 0].float()
 
     def _mask(self) -> torch.Tensor | None:
-        """bool [B, 1, 1, T + 1]: the prompt's padding is not attended to."""
+        """bool [B, 1, 1, T + 1]: false at the prompts' padding; None where there is none."""
         if self.padding is None:
             return None
         places = torch.arange(self.texts[0].length + 1, device=self.padding.device)
         return (places >= self.padding)[:, None, None]
-
-
-def _sight(block: nn.Module, image: torch.Tensor, sees: torch.Tensor) -> _Sight:
-    """Of a gated block; image [B, L, width], sees int64 [B], 0 or 1."""
-    attention: Any = block.cross_attn
-    key, value = (
-        project(image).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
-        for project in (attention.k_proj, attention.v_proj)
-    )
-    if attention.qk_layer_norms:
-        key = attention.k_layer_norm(key)
-    gate, dense = block.act_cross_attn(block.alpha_cross_attn), block.act_dense(block.alpha_dense)
-    return _Sight(key.contiguous(), value.contiguous(), gate * sees[:, None, None].to(gate.dtype), dense)
-
-
-def _see(block: Any, sight: _Sight, hidden: torch.Tensor) -> torch.Tensor:
-    """A gated block for one token of each prompt: [B, 1, H * D] -> the same."""
-    attention, normed = block.cross_attn, block.input_layernorm(hidden)
-    query = attention.q_proj(normed).view(len(hidden), 1, attention.num_heads, attention.head_dim).transpose(1, 2)
-    if attention.qk_layer_norms:
-        query = attention.q_layer_norm(query)
-    found = scaled_dot_product_attention(query, sight.key, sight.value, scale=attention.scaling)
-    hidden = hidden + sight.attention_gate * attention.o_proj(found.transpose(1, 2).flatten(2))
-    return hidden + sight.dense_gate * block.mlp(block.post_attention_layernorm(hidden))

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Idefics:
-    """A model ready to be trained or asked, and its processor."""
+    """A model ready for training or generation, and its processor."""
 
     model: PackedIdefics
     processor: IdeficsProcessor
@@ -52,16 +52,16 @@ def load(
     image_towers: bool = True,
     weights: bool = True,
 ) -> Idefics:
-    """Load an IDEFICS with packed attention; to `instruct`, a base gains `<end_of_utterance>`. Raises UserError.
+    """Load an IDEFICS with packed attention; with `instruct`, a base gains `<end_of_utterance>`. Raises UserError.
 
     `quantized` is the base's quantised checkpoint, to load the weights from: what it holds in NF4 stays in NF4, and
     `dtype` is that of the rest. Without `image_towers` (vision tower and resampler), which are then not read, the
-    model takes `image_features` alone. Without `weights` nothing is read, and its parameters are only room for them:
-    for a process that FSDP gives its share of another's.
+    model takes `image_features` alone. Without `weights` nothing is read, and its parameters are memory that is not
+    filled: for a process to which FSDP sends its share of another's.
     """
     folder, config = open_base(base, revision=revision)
     place = quantized or folder
-    architecture = _architecture(place, image_towers=image_towers)
+    architecture = _read_architecture(place, image_towers=image_towers)
     if weights:
         if not quantized:  # transformers fills what a file lacks with random numbers
             require_shapes(folder, read_checkpoint(folder), tensor_shapes(config))
@@ -75,9 +75,10 @@ def load(
             device_map={"": device} if quantized else None,
         )
     else:
+        architecture.dtype = dtype
         with init_empty_weights(include_buffers=False):
-            model = PackedIdefics._from_config(architecture, dtype=dtype, attn_implementation=PACKED)
-        _make_room(model)
+            model = PackedIdefics(architecture)
+        _allocate(model, dtype)
     model.name_or_path = base
     if not image_towers:
         _remove_image_towers(model, config)
@@ -91,24 +92,24 @@ def load(
     return Idefics(model.to(device).eval(), processor)
 
 
-def _make_room(model: nn.Module) -> None:
-    """Parameters of the meta device get memory, which is not written to, and so takes none as yet.
+def _allocate(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give parameters of the meta device memory; it is not written to, and so takes none until it is.
 
     accelerate 1.15 tells parameters apart by their place in memory, of which the meta device has none.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            room = torch.empty_like(parameter, device=CPU)
-            setattr(module, name, nn.Parameter(room, requires_grad=parameter.requires_grad))
+            empty = torch.empty_like(parameter, dtype=dtype, device=CPU)
+            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
-def _architecture(folder: Path, *, image_towers: bool) -> IdeficsConfig:
-    """The folder's configuration, as transformers reads it. Raises UserError.
+def _read_architecture(folder: Path, *, image_towers: bool) -> IdeficsConfig:
+    """Return the folder's configuration as transformers reads it. Raises UserError.
 
-    Without image towers these have no layer: transformers passes over the weights of those there were.
+    Without `image_towers` they have no layers, and transformers skips the weights of those in the file.
     """
     try:
-        config = IdeficsConfig.from_pretrained(str(folder))
+        config = IdeficsConfig.from_pretrained(str(folder), attn_implementation=PACKED)
     except Exception as error:  # transformers checks fields by libraries of its own, each with its own exceptions
         raise UserError(f"{folder / 'config.json'}: transformers refuses it: {_in_one_line(error)}") from error
     if not image_towers:
@@ -121,14 +122,14 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _remove_image_towers(model: IdeficsForVisionText2Text, config: Config) -> None:
-    """What is left of them would make something of pixels; nothing says that it cannot."""
+    """Remove what is left of the image towers: it would compute something from pixels, without an error."""
     model.config.vision_config.num_hidden_layers = config["vision_config"]["num_hidden_layers"]
     model.config.perceiver_config.resampler_depth = config["perceiver_config"]["resampler_depth"]
     model.model.vision_model = model.model.perceiver_resampler = None
 
 
 def local_folder(base: str, *, revision: str | None = None) -> Path:
-    """The base's files on this machine; those of a hub id are fetched first. Raises UserError."""
+    """Return the folder of the base's files; those of a hub id are downloaded first. Raises UserError."""
     if is_folder(base):
         return Path(base)
     require_hub_id(base)
@@ -140,16 +141,16 @@ def local_folder(base: str, *, revision: str | None = None) -> Path:
 
 
 def open_base(base: str, *, revision: str | None = None) -> tuple[Path, Config]:
-    """The base's folder on this machine, and its config. Raises UserError: neither a folder nor a model of the hub."""
+    """Return the base's folder on this machine, and its config. Raises UserError: no such folder, no such hub id."""
     read_config(base, revision=revision)  # of a hub id, before its weights are fetched
     folder = local_folder(base, revision=revision)
     config = read_config(str(folder))
-    _architecture(folder, image_towers=True)
+    _read_architecture(folder, image_towers=True)
     return folder, config
 
 
 def load_processor(base: str, *, revision: str | None = None, instruct: bool = True) -> IdeficsProcessor:
-    """The stock processor, with the PIL image processor that IDEFICS was trained with, whatever is installed.
+    """Load the stock processor, with the PIL image processor that IDEFICS was trained with, whatever is installed.
 
     Raises UserError: files that are missing, damaged, or ask for code of their own.
     """
@@ -171,10 +172,10 @@ def load_processor(base: str, *, revision: str | None = None, instruct: bool = T
 
 
 def extend_vocabulary(model: IdeficsForVisionText2Text) -> None:
-    """A base (2 added tokens) gains `<end_of_utterance>` as the third, its rows copied from `</s>`; others stay.
+    """Give a base (2 added tokens) `<end_of_utterance>` as the third, its rows copied from those of `</s>`.
 
-    Rows 0 and 1 are kept bit for bit. Never `resize_token_embeddings`: it turns the decoupled head into a plain
-    Linear and orphans the added rows.
+    An instruct model stays as it is. Rows 0 and 1 are kept bit for bit. Never `resize_token_embeddings`: it turns the
+    decoupled head into a plain Linear and orphans the added rows.
     """
     if model.config.additional_vocab_size != 2:
         return
@@ -189,7 +190,7 @@ def extend_vocabulary(model: IdeficsForVisionText2Text) -> None:
 
 
 def require_agreement(config: Config, processor: IdeficsProcessor, *, where: str) -> None:
-    """Tokenizer and image processor are those of a model of this config. Raises UserError, beginning with `where`."""
+    """Raise UserError, beginning with `where`, unless tokenizer and image processor fit a model of this config."""
     tokenizer, vocabulary = processor.tokenizer, config["vocab_size"]
     tokens = list(ADDED[: config["additional_vocab_size"]])
     expected = [vocabulary + index for index in range(len(tokens))]
@@ -213,7 +214,7 @@ def require_agreement(config: Config, processor: IdeficsProcessor, *, where: str
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Stops at `<end_of_utterance>`, if there is one, and at `</s>`, the end of a document; writes no image token."""
+    """Return settings that stop at `<end_of_utterance>`, if there is one, and at `</s>`, and write no image token."""
     fake, image, end = tokenizer.convert_tokens_to_ids(list(ADDED))
     ends = [tokenizer.eos_token_id] if end in (None, tokenizer.unk_token_id) else [end, tokenizer.eos_token_id]
     return GenerationConfig(

@@ -1,4 +1,4 @@
-"""Is a merged checkpoint base + adapter? Asked without the code that merged it, and a few rows at a time.
+"""Parity of a merged checkpoint with base + adapter, without the code that merged it and a few rows at a time.
 
 Each tensor: sampled rows against the formula in fp64. Each block of the model that LoRA changes: the same input through
 base + adapter, whose factors stay apart, and through the merged weights.
@@ -36,18 +36,21 @@ POSITIONS = 16
 
 @dataclass(frozen=True)
 class Difference:
-    """Between what was got and what was expected."""
+    """A difference between what was got and what was expected."""
 
     largest: float
-    """Absolute."""
+    """The largest absolute difference."""
     relative: float
-    """A tensor's, to what rounding explains: above 1, something else is wrong. A block's, to its largest output."""
+    """Of a tensor: relative to what rounding explains; above 1, something else is wrong.
+
+    Of a block: relative to its largest output.
+    """
 
 
 def compare_tensor(
     name: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: AdapterWeights
 ) -> Difference:
-    """Of sampled rows of a merged tensor; of all rows, if it is small or was replaced.
+    """Compare sampled rows of a merged tensor with the formula; all rows, if it is small or was replaced.
 
     What rounding explains is known for every element: half a step of the merged dtype, and the sums in fp32.
     """
@@ -72,7 +75,7 @@ def _chosen_rows(name: str, shape: tuple[int, ...], *, every: bool) -> Iterator[
 def _expected(
     name: str, start: int, stop: int, config: Config, base: Mapping[str, Rows], adapter: AdapterWeights
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """fp64 rows of a merged tensor, and how far sums in fp32 may be from them."""
+    """Return fp64 rows of a merged tensor, and how far sums in fp32 may be from them."""
     if name in adapter.replaced:
         return adapter.replaced[name][start:stop].double(), 0.0
     rows = base[name].rows(start, stop).double()
@@ -102,7 +105,7 @@ def _formula(weight: torch.Tensor, adapter: AdapterWeights, name: str, start: in
 
 
 def _step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighbours of a dtype at these values."""
+    """Return the distance between neighbouring numbers of a dtype at these values."""
     kind = torch.finfo(dtype)
     _, exponent = torch.frexp(values.abs().clamp(min=kind.tiny))
     return torch.ldexp(torch.full_like(values, kind.eps), exponent - 1)
@@ -111,9 +114,8 @@ def _step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def compare_block(
     block: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: AdapterWeights
 ) -> Difference:
-    """Of the outputs of a block (`model.layers.7`) for one random input, in fp32; a few rows of a weight in memory."""
-    shape = IdeficsConfig(**config)
-    shape._attn_implementation = shape.vision_config._attn_implementation = "sdpa"
+    """Compare the outputs of a block (`model.layers.7`) for one random input, in fp32; few rows are in memory."""
+    shape = IdeficsConfig(**config, attn_implementation="sdpa")
     got, expected = (
         feed(block, build_block(block, shape, tensors, added), shape)
         for tensors, added in ((merged, None), (base, adapter))
@@ -123,7 +125,7 @@ def compare_block(
 
 
 def changed_blocks(adapter: AdapterWeights) -> list[str]:
-    """Module paths of the blocks that hold LoRA, in their order."""
+    """Return the module paths of the blocks that hold LoRA, in the model's order."""
     found = {match[0] for name in adapter.lora if (match := re.match("|".join(BLOCKS.values()), name))}
     return sorted(found, key=lambda path: [int(part) if part.isdigit() else part for part in path.split(".")])
 
@@ -131,9 +133,9 @@ def changed_blocks(adapter: AdapterWeights) -> list[str]:
 def build_block(
     block: str, config: IdeficsConfig, tensors: Mapping[str, Rows], adapter: AdapterWeights | None = None
 ) -> nn.Module:
-    """A block of the model (`model.layers.7`) in fp32, its adapter apart; large weights are read when they are used."""
+    """Return a block (`model.layers.7`) in fp32, its LoRA not merged; large weights are read when they are used."""
     with init_empty_weights(include_buffers=False):
-        module = _MAKERS[_kind(block)](config)
+        module = _make_block(_kind(block), config)
     for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
             module.set_submodule(path, _Linear(f"{block}.{path}.weight", layer, tensors, adapter))
@@ -144,28 +146,50 @@ def build_block(
 
 @torch.no_grad()
 def feed(block: str, module: nn.Module, config: IdeficsConfig) -> torch.Tensor:
-    """What a block makes of a random input, the same for every module that stands for it: fp32 [1, N, width].
+    """Return what a block makes of a random input, the same for every module that stands for it: fp32 [1, N, width].
 
     N is `POSITIONS`; of the resampler, its latents.
     """
-    return _CALLS[_kind(block)](module, config, torch.Generator().manual_seed(zlib.crc32(block.encode())))
+    rng = torch.Generator().manual_seed(zlib.crc32(block.encode()))
+    kind, image_width = _kind(block), config.vision_config.embed_dim
+    if kind == "decoder":
+        hidden = torch.randn(1, POSITIONS, config.hidden_size, generator=rng)
+        return module(hidden, position_ids=torch.arange(POSITIONS)[None])
+    if kind == "cross_attention":
+        hidden = torch.randn(1, POSITIONS, config.hidden_size, generator=rng)
+        images = torch.randn(1, config.perceiver_config.resampler_n_latents, image_width, generator=rng)
+        return module(hidden, image_hidden_states=images, cross_attention_gate=torch.ones(1, POSITIONS))
+    hidden = torch.randn(1, POSITIONS, image_width, generator=rng)
+    if kind == "resampler":
+        return module(hidden)
+    out = module(hidden, attention_mask=None)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _kind(block: str) -> str:
+    """Return the tower of a block's module path."""
     return next(kind for kind, pattern in BLOCKS.items() if re.fullmatch(pattern, block))
+
+
+def _make_block(kind: str, config: IdeficsConfig) -> nn.Module:
+    if kind == "decoder":
+        return IdeficsDecoderLayer(config, 0)
+    if kind == "cross_attention":
+        return IdeficsGatedCrossAttentionLayer(config, 0)
+    return IdeficsVisionEncoderLayer(config.vision_config) if kind == "vision" else make_resampler(config)
 
 
 def _weight(
     name: str, tensors: Mapping[str, Rows], adapter: AdapterWeights | None, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
-    """Rows in fp32; of what the adapter replaces, in the precision that the merged model has it in."""
+    """Return rows in fp32; what the adapter replaces is rounded as in the merged model."""
     if adapter and name in adapter.replaced:
         return adapter.replaced[name][start:stop].to(tensors[name].dtype).float()
     return tensors[name].rows(start, stop).float()
 
 
 class _Linear(nn.Module):
-    """A linear layer, its LoRA factors apart as they are while training; its weight is read when it is used."""
+    """A linear layer with its LoRA factors not merged, as in training; its weight is read when it is used."""
 
     def __init__(self, name: str, layer: nn.Linear, tensors: Mapping[str, Rows], adapter: AdapterWeights | None):
         super().__init__()
@@ -177,7 +201,7 @@ class _Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def _outputs(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Those that rows start to stop of the weight make."""
+        """Return the outputs [..., stop - start] that these rows of the weight make."""
         weight = _weight(self.name, self.tensors, self.adapter, start, stop)
         if self.adapter is None or self.name not in self.adapter.lora:
             return linear(x, weight)
@@ -188,34 +212,3 @@ class _Linear(nn.Module):
             magnitudes = factors["lora_magnitude_vector"][start:stop].float()
             out = out * (magnitudes / torch.linalg.norm(weight + scaling * lora_B @ lora_A, dim=1))
         return out
-
-
-def _decoder(module: nn.Module, config: IdeficsConfig, rng: torch.Generator) -> torch.Tensor:
-    hidden = torch.randn(1, POSITIONS, config.hidden_size, generator=rng)
-    return module(hidden, position_ids=torch.arange(POSITIONS)[None])
-
-
-def _cross_attention(module: nn.Module, config: IdeficsConfig, rng: torch.Generator) -> torch.Tensor:
-    hidden = torch.randn(1, POSITIONS, config.hidden_size, generator=rng)
-    latents = config.perceiver_config.resampler_n_latents
-    images = torch.randn(1, latents, config.vision_config.embed_dim, generator=rng)
-    return module(hidden, image_hidden_states=images, cross_attention_gate=torch.ones(1, POSITIONS))
-
-
-def _vision(module: nn.Module, config: IdeficsConfig, rng: torch.Generator) -> torch.Tensor:
-    hidden = torch.randn(1, POSITIONS, config.vision_config.embed_dim, generator=rng)
-    out = module(hidden, attention_mask=None)
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _resampler(module: nn.Module, config: IdeficsConfig, rng: torch.Generator) -> torch.Tensor:
-    return module(torch.randn(1, POSITIONS, config.vision_config.embed_dim, generator=rng))
-
-
-_MAKERS = {
-    "decoder": lambda config: IdeficsDecoderLayer(config, 0),
-    "cross_attention": lambda config: IdeficsGatedCrossAttentionLayer(config, 0),
-    "vision": lambda config: IdeficsVisionEncoderLayer(config.vision_config),
-    "resampler": make_resampler,
-}
-_CALLS = {"decoder": _decoder, "cross_attention": _cross_attention, "vision": _vision, "resampler": _resampler}

@@ -16,13 +16,13 @@ from pathlib import Path
 from modeling.errors import UserError
 
 LIMIT_S = 10
-"""Seconds for all patterns of one question; a pattern that people write takes a millisecond."""
+"""Seconds for all patterns of one call; a pattern that people write takes a millisecond."""
 
 MEMORY_BYTES = 2**30
 """Address space of the process that matches."""
 
 FEW = 10**6
-"""Matches that take no time, where none can take long."""
+"""Patterns x names that are matched at once, where no match can take long."""
 
 _LINEAR = re.compile(r"[\w.\\-]*")
 """Patterns without quantifiers and alternatives: they can be matched at once."""
@@ -42,7 +42,7 @@ class Pattern:
 def matching(
     patterns: Sequence[Pattern], names: Sequence[str], *, where: str, known: Collection[str] = ()
 ) -> list[dict[str, str]]:
-    """For each pattern, the names it matches from their beginning, each with what its group `idx` found (or "").
+    """Return, for each pattern, the names that it matches from their beginning -> what its group `idx` found (or "").
 
     `known` patterns are our own. Raises UserError, which begins with `where`: no regular expression, or a match that
     takes longer than `LIMIT_S`.
@@ -93,7 +93,7 @@ def _match_elsewhere(patterns: Sequence[Pattern], names: Sequence[str]) -> list[
 
 
 def _main() -> None:
-    """Patterns and names on stdin -> what they match on stdout, or what is wrong with a pattern."""
+    """Read patterns and names on stdin, write what they match to stdout, or what is wrong with a pattern."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     patterns, names = json.load(sys.stdin)
     try:

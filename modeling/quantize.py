@@ -1,4 +1,4 @@
-"""Checkpoint -> the same checkpoint with the matrices of two towers in NF4, made once and kept on disk.
+"""Checkpoint -> the same with the matrices of two towers in NF4 (4 bits), made once and kept on disk.
 
 NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 64 weights in a row share a scale, and 256 scales one of
 their own. `cross_attention` and `decoder`, nine tenths of the parameters, are held so; vision tower, resampler,
@@ -35,20 +35,20 @@ from modeling.shapes import Config, tensor_shapes
 from modeling.towers import NOT_QUANTIZED, QUANTIZED_TOWERS, lora_pattern
 
 GROUP, NESTED_GROUP = 64, 256
-"""Weights that share a scale; scales that share one."""
+"""Weights that share a scale, and scales that share a scale."""
 
 BLOCK_ELEMENTS = 2 * 2**20
 """Weights quantised at once, in fp32 several times over."""
 
 SHARD_BYTES = 256 * 2**20
-"""Of the checkpoint (or one tensor) that become one file: in memory at once, and lost by an interruption."""
+"""Bytes of the checkpoint (or one tensor) that become one file: in memory at once, lost by an interruption."""
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 """(items, description) -> items, shown as they go by."""
 
 
 def quantized_names(config: Config) -> set[str]:
-    """Stock names of the weights that are held in NF4: of the linear layers of `QUANTIZED_TOWERS`.
+    """Return the stock names of the weights in NF4: of the linear layers of `QUANTIZED_TOWERS`.
 
     Of the released models, all of them. Rows that are no whole number of groups stay as they are: bitsandbytes 0.50
     gives them the scales of other groups on a CPU.
@@ -57,7 +57,7 @@ def quantized_names(config: Config) -> set[str]:
 
 
 def _matrices(config: Config) -> dict[str, tuple[int, ...]]:
-    """Stock name -> shape, of every weight of a linear layer of `QUANTIZED_TOWERS`."""
+    """Return stock name -> shape, of every weight of a linear layer of `QUANTIZED_TOWERS`."""
     pattern = re.compile(rf"({lora_pattern(QUANTIZED_TOWERS)})\.weight")
     return {name: shape for name, shape in tensor_shapes(config).items() if pattern.fullmatch(name)}
 
@@ -72,7 +72,7 @@ class Nf4:
 
     @classmethod
     def of(cls, rows: Callable[[int, int], torch.Tensor], shape: Sequence[int]) -> "Nf4":
-        """Quantise a matrix whose rows `rows(start, stop)` gives, the last ones too: as bitsandbytes would."""
+        """Quantise a matrix that `rows(start, stop)` reads, as bitsandbytes would, a block of rows at a time."""
         count = max(GROUP, BLOCK_ELEMENTS // shape[1] // GROUP * GROUP)  # whole groups, whatever the width
         elements = math.prod(shape)
         # Made first: what is kept between blocks would hold the allocator to the room of every block.
@@ -96,7 +96,7 @@ class Nf4:
         return cls(packed, state)
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """fp32 [stop - start, columns]: what the model multiplies with."""
+        """Return fp32 [stop - start, columns]: what the model multiplies with."""
         count, width = self.state.shape
         stop = count if stop is None else min(stop, count)
         first, last = start * width // GROUP, -(-stop * width // GROUP)  # groups
@@ -115,13 +115,13 @@ class Nf4:
         return flat[offset : offset + (stop - start) * width].view(stop - start, width)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of a weight of this name."""
+        """Return the tensors of a checkpoint for a weight of this name."""
         parts = self.state.as_dict(packed=True)
         return {name: self.packed, **{f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}}
 
 
 def dequantized(weight: torch.Tensor) -> torch.Tensor:
-    """dequant(NF4(weight)): a matrix as the quantised model computes with it, fp32 of the same shape."""
+    """Return dequant(NF4(weight)), a matrix as the quantised model computes with it, fp32 of the same shape."""
     return Nf4.of(lambda start, stop: weight[start:stop], weight.shape).rows()
 
 
@@ -132,7 +132,7 @@ def quantized_checkpoint(
     name: str,
     track: Track = lambda items, description: items,
 ) -> Path:
-    """The checkpoint in `folder` in NF4: one that lies in `cache`, or a new one called by `name` and its fingerprint.
+    """Return the folder of a checkpoint in NF4: one in `cache`, or a new one named by `name` and a fingerprint.
 
     Interrupted, it goes on with the next file. In memory are the tensors of one file. Raises UserError.
     """
@@ -149,7 +149,7 @@ def quantized_checkpoint(
 
 
 def _drop_damaged(made: Path) -> None:
-    """Files that a disk has cut short are made again; a folder without its config.json is not whole."""
+    """Delete files that were cut short, and then config.json, without which a folder is not whole."""
     for path in made.glob("*.safetensors"):
         try:
             read_header(path)
@@ -159,7 +159,7 @@ def _drop_damaged(made: Path) -> None:
 
 
 def _fingerprint(folder: Path, stored: dict[str, Stored]) -> str:
-    """Of the weight files as they lie there, the config, and the library that quantises."""
+    """Return a hash of the weight files' names, sizes and dates, the config, and the version of bitsandbytes."""
     files = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in {one.file for one in stored.values()}
     ]
@@ -192,24 +192,24 @@ def _write(made: Path, stored: dict[str, Stored], config: Config, track: Track) 
 
 
 def _tensors(name: str, stored: Stored, *, quantized: bool) -> dict[str, torch.Tensor]:
-    """What the new checkpoint holds of a stored tensor."""
+    """Return the tensors of the new checkpoint for a stored one."""
     return Nf4.of(stored.rows, stored.shape).tensors(name) if quantized else {name: stored.rows()}
 
 
 def compute_dtype() -> torch.dtype:
-    """In which NF4 matrices are multiplied: bf16 on GPUs that have it, fp16 on others, fp32 on a CPU."""
+    """Return the dtype of products with NF4 matrices: bf16 on GPUs that have it, fp16 on others, fp32 on a CPU."""
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
-    """Module name -> layer, of the layers in NF4."""
+    """Return module name -> layer, of the layers in NF4."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
 def configure_quantized(model: nn.Module, config: Config, *, dtype: torch.dtype) -> None:
-    """What transformers leaves open of a quantised model: kept weights in `dtype`, the others computed in one dtype."""
+    """Set what transformers does not: the dtype of weights that stay, and the one dtype that NF4 layers compute in."""
     layers, expected = quantized_layers(model), quantized_names(config)
     assert {f"{name}.weight" for name in layers} == expected, f"{len(layers)} layers in NF4, expected {len(expected)}"
     for layer in layers.values():

@@ -109,12 +109,12 @@ RELEASED: Mapping[str, Config] = {
 
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Stock name -> shape of every tensor of the model, in no particular order."""
+    """Return stock name -> shape of every tensor of the model, in no particular order."""
     return dict(_tensors(config))
 
 
 def count_parameters(config: Config) -> dict[str, int]:
-    """Tower -> number of parameters."""
+    """Return tower -> number of parameters."""
     counts = dict.fromkeys(TOWERS, 0)
     for name, shape in _tensors(config):
         counts[tower_of(name)] += prod(shape)
@@ -122,7 +122,7 @@ def count_parameters(config: Config) -> dict[str, int]:
 
 
 def count_lora(config: Config, towers: tuple[str, ...], rank: int) -> tuple[int, int]:
-    """(linear layers, LoRA parameters) when every linear layer of `towers` gets factors of one rank."""
+    """Return (linear layers, LoRA parameters) where every linear layer of `towers` has factors of one rank."""
     pattern = lora_pattern(towers)
     matrices = [
         shape

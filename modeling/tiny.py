@@ -1,4 +1,4 @@
-"""Small IDEFICS models, tokenizers and processors made on the spot: for fresh shapes and for tests, offline."""
+"""Fresh IDEFICS models, tokenizers and processors of any size, made offline: for `model.init`, benchmarks, tests."""
 
 import json
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ SMALLEST_VOCABULARY = len(CONTROL) + len(BYTES) + 1
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, added: int = 2) -> LlamaTokenizer:
-    """A LLaMA-style tokenizer (BPE, byte fallback, a space before every piece) of exactly `vocab_size` + `added` ids.
+    """Train a LLaMA-style tokenizer (BPE, byte fallback, a space before words) of exactly `vocab_size` + `added` ids.
 
     Pieces never reach across a space. Ids: unk, bos, eos 0 to 2, bytes from 3, then the learnt pieces.
     """
@@ -41,16 +41,24 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, added: int = 2) ->
     learnt = [piece for piece, _ in sorted(learner.get_vocab().items(), key=lambda item: item[1])][:pieces]
     fill = [f"<unused{index}>" for index in range(pieces - len(learnt))]
     vocab = {piece: index for index, piece in enumerate((*CONTROL, *BYTES, *learnt, *fill))}
-    return _llama(vocab, _merges(learner, vocab), added)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    return LlamaTokenizer(
+        vocab=vocab,
+        merges=[(left, right) for left, right in merges if {left, right, left + right} <= vocab.keys()],
+        legacy=True,
+        pad_token=CONTROL[0],
+        extra_special_tokens=list(ADDED[:added]),
+        padding_side="left",
+    )
 
 
 def build_processor(tokenizer: LlamaTokenizer, *, image_size: int) -> IdeficsProcessor:
-    """The stock processor over our tokenizer, with the PIL image processor that IDEFICS was trained with."""
+    """Return the stock processor of this tokenizer, with the PIL image processor that IDEFICS was trained with."""
     return IdeficsProcessor(IdeficsImageProcessorPil(image_size=image_size), tokenizer)
 
 
 def build_model(config: Config, *, seed: int, packed: bool = False) -> IdeficsForVisionText2Text:
-    """A freshly initialised model, in fp32, stock or for packed rows; the same seed gives the same weights."""
+    """Return a freshly initialised model in fp32, stock or for packed rows; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if packed:
@@ -59,19 +67,3 @@ def build_model(config: Config, *, seed: int, packed: bool = False) -> IdeficsFo
             IdeficsConfig(**config), attn_implementation="sdpa", dtype=torch.float32
         )
         return stock.eval()
-
-
-def _merges(learner: Tokenizer, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    return [(left, right) for left, right in merges if left in vocab and right in vocab and left + right in vocab]
-
-
-def _llama(vocab: dict[str, int], merges: list[tuple[str, str]], added: int) -> LlamaTokenizer:
-    return LlamaTokenizer(
-        vocab=vocab,
-        merges=merges,
-        legacy=True,
-        pad_token=CONTROL[0],
-        extra_special_tokens=list(ADDED[:added]),
-        padding_side="left",
-    )

@@ -18,22 +18,22 @@ LORA_TOWERS = ("vision", "resampler", "cross_attention", "decoder")
 TOWERS = (*LORA_TOWERS, "gates", "added_tokens", "embeddings_and_head")
 
 IMAGE_TOWERS = ("vision", "resampler")
-"""What makes features of an image; where both are frozen, once and for all."""
+"""Towers that compute an image's features; where both are frozen, features can be cached."""
 
 QUANTIZED_TOWERS = ("cross_attention", "decoder")
-"""Whose linear layers `quantize: nf4` holds in 4 bits: nine tenths of the parameters."""
+"""Towers whose linear layers `quantize: nf4` keeps in 4 bits: nine tenths of the parameters."""
 
 NOT_QUANTIZED = ("lm_head", "model.embed_tokens", "model.vision_model", "model.perceiver_resampler")
-"""Modules whose linear layers stay as they are, in the way transformers takes them: by the start of a name."""
+"""Modules whose linear layers are not quantised, as transformers takes them: by the start of a name."""
 
 GATES = ("alpha_cross_attn", "alpha_dense")
 """Attributes of a gated cross-attention block."""
 
 ADDED_ROWS = ("additional_embedding", "additional_fc")
-"""Modules holding the rows of the added tokens: input side, output side."""
+"""Modules with the rows of the added tokens: input side, output side."""
 
 ADDED_WEIGHTS = ("model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight")
-"""Their tensors."""
+"""The tensors of these modules."""
 
 EXACT_LORA: Mapping[str, tuple[object, ...]] = {
     "bias": ("none",),
@@ -78,14 +78,14 @@ BLOCKS = {
     "cross_attention": r"model\.gated_cross_attn_layers\.\d+",
     "decoder": r"model\.layers\.\d+",
 }
-"""Module paths of the parts that a tower is built of."""
+"""Patterns of the module paths of a tower's blocks."""
 
 # What PEFT adds to a stock name: its two outer modules, and the wrappers of LoRA and of modules_to_save.
 _PEFT = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|(modules_to_save|lora_\w+)\.[^.]+)(?=\.)")
 
 
 def stock_name(parameter: str) -> str:
-    """The name a parameter has in the plain model; a LoRA factor has the name of the weight it adapts.
+    """Return a parameter's name in the plain model; a LoRA factor has the name of the weight that it adapts.
 
     `base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight` -> `model.layers.0.mlp.up_proj.weight`
     """
@@ -93,7 +93,7 @@ def stock_name(parameter: str) -> str:
 
 
 def is_computed(tensor: str) -> bool:
-    """Whether a checkpoint's tensor follows from the config: old versions of transformers saved a few such buffers."""
+    """Return whether a tensor follows from the config: old versions of transformers saved a few such buffers."""
     return bool(re.fullmatch(r"model\.(.+\.rotary_emb\.inv_freq|vision_model\.embeddings\.position_ids)", tensor))
 
 
@@ -102,7 +102,7 @@ def is_lora(parameter: str) -> bool:
 
 
 def tower_of(parameter: str) -> str:
-    """The tower of a stock parameter name. Raises KeyError for a name IDEFICS does not have."""
+    """Return the tower of a stock parameter name. Raises KeyError for a name that IDEFICS does not have."""
     for tower, pattern in _PARAMETERS.items():
         if re.fullmatch(pattern, parameter):
             return tower
@@ -110,7 +110,7 @@ def tower_of(parameter: str) -> str:
 
 
 def lora_pattern(towers: Iterable[str]) -> str:
-    """One pattern for PEFT's `target_modules`, which matches a string in full: exactly these towers' linear layers."""
+    """Return one pattern for PEFT's `target_modules`, matched in full: exactly these towers' linear layers."""
     return "|".join(f"({_LINEARS[tower]})" for tower in towers)
 
 
@@ -120,7 +120,7 @@ def matrices_trained_in_full(modes: Mapping[str, str]) -> list[str]:
 
 
 def no_decay(parameter: str) -> bool:
-    """Whether weight decay would pull at a scale or an offset: norms, biases, gates, latents, positions, added rows."""
+    """Return whether weight decay is left out: for norms, biases, gates, latents, positions and added rows."""
     return tower_of(parameter) in ("gates", "added_tokens") or bool(
         re.search(r"norm\w*\.weight$|\.ln\.weight$|\.bias$|\.latents$|class_embedding$|position_embedding", parameter)
     )

@@ -1,4 +1,4 @@
-"""Vision tower and resampler by themselves: what a run with cached image features needs of them, once."""
+"""The image towers alone, vision tower and perceiver resampler: pixels -> features that a run can cache."""
 
 import hashlib
 from pathlib import Path
@@ -33,9 +33,8 @@ class ImageTowers(nn.Module):
 
 
 def load_image_towers(folder: Path, *, dtype: torch.dtype, device: torch.device) -> ImageTowers:
-    """From a checkpoint's folder; nothing else of it is read. Raises UserError."""
-    config = IdeficsConfig(**read_config(str(folder)))
-    config._attn_implementation = config.vision_config._attn_implementation = PACKED
+    """Load the two towers of a checkpoint; none of its other tensors is read. Raises UserError."""
+    config = IdeficsConfig(**read_config(str(folder)), attn_implementation=PACKED)
     with init_empty_weights(include_buffers=False):
         towers = ImageTowers(config)
     weights = {
@@ -46,18 +45,19 @@ def load_image_towers(folder: Path, *, dtype: torch.dtype, device: torch.device)
 
 
 def image_towers_fingerprint(folder: Path) -> str:
-    """Tells towers apart: their weights, and the configuration that computes with them. Raises UserError."""
+    """Return a hash of the two towers: their weights, and the configuration they compute with. Raises UserError."""
     config = read_config(str(folder))
     settings = [sorted(config[part].items()) for part in ("vision_config", "perceiver_config")]
     return hashlib.sha256(f"{fingerprint(_tower_tensors(folder))} {settings}".encode()).hexdigest()
 
 
 def feature_shape(config: Config) -> tuple[int, int]:
-    """(latents, D) of an image."""
+    """Return (latents, D), the shape of one image's features."""
     return config["perceiver_config"]["resampler_n_latents"], config["vision_config"]["embed_dim"]
 
 
 def make_resampler(config: IdeficsConfig) -> IdeficsPerceiverResampler:
+    """Return a perceiver resampler (Alayrac et al. 2022): [N, patches, D] -> [N, latents, D]."""
     perceiver = config.perceiver_config
     return IdeficsPerceiverResampler(
         config,

@@ -1,7 +1,7 @@
-"""Held-out dialogues -> figures: loss per supervised token, marks of answers, stop rate; and the test for blindness.
+"""Eval dialogues -> figures: loss per supervised token, scores of answers, eos rate; and the image-swap ablation.
 
-Of several processes all call `evaluate` or `eval_loss` alike: each does its share, and all get the same figures,
-which are those of one process.
+Several processes all call `evaluate` or `eval_loss` alike: each does its share, and all get the same figures, which are
+those of one process.
 """
 
 import json
@@ -23,17 +23,17 @@ from finetune.data.images import describe
 from finetune.data.sampling import Row
 from finetune.distributed import collectives
 from finetune.evaluation.generate import Answer, Assistant, generate
-from finetune.evaluation.metrics import is_yes_no, mark, most_common
+from finetune.evaluation.metrics import is_yes_no, most_common, score
 from modeling.device import copy_batch
 from modeling.forward import packed_loss
 
 Question = tuple[Dialogue, tuple[str, ...]]
-"""A prompt and its reference answers: one, or all that people gave."""
+"""A prompt, and its reference answers: one, or all that people gave."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of one model on held-out data. Shares are of questions; None where there are none."""
+    """Figures of one model on eval data. Shares are of questions; None where there are none."""
 
     loss: float
     """Nats per supervised token."""
@@ -42,19 +42,19 @@ class Scores:
     exact: float | None
     """Share of answers equal to a reference."""
     exact_open: float | None
-    """Of the questions whose most common reference is not yes or no."""
+    """Share of the questions whose most common reference is not yes or no."""
     exact_yes_no: float | None
-    """Of a subset of the others: for each question as many yes as no, so that its words give nothing away."""
+    """Share of the yes/no questions, balanced: as many yes as no for each wording, so that guessing gets one half."""
     first_word: float | None
     """Share of answers whose first word is a reference's: fair to a model that does not know when to stop."""
     eos_rate: float | None
-    """Share of answers that ended by themselves within the limit."""
+    """Share of answers that ended with an end token within the limit."""
     vqa: float | None
     """Mean VQA accuracy, of the questions that several people answered in a few words."""
     cider: float | None
     """Mean CIDEr-D, of the questions whose references are sentences (four words or more). Papers print it times 100."""
     rouge_l: float | None
-    """Mean ROUGE-L of the same."""
+    """Mean ROUGE-L of the same questions."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,22 +70,22 @@ def evaluate(
     predictions: Path | None = None,
     track: Track = silently,
 ) -> Scores:
-    """Score one model. `predictions` gets a JSON line per question."""
+    """Score one model on the rows (loss) and the questions (answers); `predictions` gets a JSON line per question."""
     loss, supervised = eval_loss(assistant, rows, track=track)
     prompts, references = [prompt for prompt, _ in questions], [given for _, given in questions]
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "track": track}
     answers = generate(assistant, prompts, together=True, **options)
-    marks = mark([answer.text for answer in answers], references)
-    open_ended = [figures for figures, given in zip(marks, references, strict=True) if not is_yes_no(given)]
+    scores = score([answer.text for answer in answers], references)
+    open_ended = [one for one, given in zip(scores, references, strict=True) if not is_yes_no(given)]
     if predictions:
-        collectives.on_main("write predictions", lambda: _write_predictions(predictions, questions, answers, marks))
+        collectives.on_main("write predictions", lambda: _write_predictions(predictions, questions, answers, scores))
     return Scores(
         loss=loss,
         supervised_tokens=supervised,
         questions=len(questions),
-        exact=_mean_mark(marks, "exact"),
-        exact_open=_mean_mark(open_ended, "exact"),
-        exact_yes_no=_mean_mark([marks[index] for index in balanced_yes_no(questions)], "exact"),
+        exact=_mean_score(scores, "exact"),
+        exact_open=_mean_score(open_ended, "exact"),
+        exact_yes_no=_mean_score([scores[index] for index in balanced_yes_no(questions)], "exact"),
         first_word=_mean(
             [
                 _first_word(answer.text) in map(_first_word, given)
@@ -93,16 +93,16 @@ def evaluate(
             ]
         ),
         eos_rate=_mean([answer.stopped for answer in answers]),
-        vqa=_mean_mark(marks, "vqa"),
-        cider=_mean_mark(marks, "cider"),
-        rouge_l=_mean_mark(marks, "rouge_l"),
+        vqa=_mean_score(scores, "vqa"),
+        cider=_mean_score(scores, "cider"),
+        rouge_l=_mean_score(scores, "rouge_l"),
     )
 
 
 def balanced_yes_no(questions: Sequence[Question]) -> list[int]:
-    """Indices of a subset of the yes/no questions that holds, for each wording, as many yes as no: the first ones.
+    """Return the indices of yes/no questions, as many yes as no for each wording: the first ones of each.
 
-    A wording alone then tells nothing: the best guess is right half of the time.
+    A guess from the wording alone is right half of the time.
     """
     by_wording: dict[str, dict[str, list[int]]] = defaultdict(lambda: {"yes": [], "no": []})
     for index, (prompt, references) in enumerate(questions):
@@ -118,9 +118,9 @@ def balanced_yes_no(questions: Sequence[Question]) -> list[int]:
 def swap_images(
     rows: RowCollator, dialogues: Sequence[Dialogue], questions: Sequence[Question], *, seed: int
 ) -> tuple[RowCollator, list[Question]]:
-    """The blindness test's data: every image replaced by another of the held-out ones, everywhere the same way.
+    """Return the data of the image-swap ablation: every image is replaced by another eval image, the same everywhere.
 
-    What a model loses on it, it owes to seeing. Needs two distinct images at least.
+    What a model loses on it comes from the images. There are at least two distinct ones.
     """
     used = sorted({image for images in rows.image_ids for image in images})
     order = np.random.default_rng([seed, 5]).permutation(used)
@@ -134,7 +134,7 @@ def swap_images(
         for image, number in zip(dialogue.images, ids, strict=True)
     }
 
-    def blind(dialogue: Dialogue) -> Dialogue:
+    def swap(dialogue: Dialogue) -> Dialogue:
         turns = [
             replace(turn, parts=tuple(swapped[part] if isinstance(part, Image) else part for part in turn.parts))
             for turn in dialogue.turns
@@ -143,13 +143,13 @@ def swap_images(
 
     features = rows.features and rows.features.exchanged(other)
     return replace(rows, images=images, features=features), [
-        (blind(prompt), references) for prompt, references in questions
+        (swap(prompt), references) for prompt, references in questions
     ]
 
 
 @torch.no_grad()
 def eval_loss(assistant: Assistant, rows: RowCollator, *, track: Track = silently) -> tuple[float, int]:
-    """(mean loss in nats, supervised tokens): every token weighs the same, whatever row it is in."""
+    """Return (mean loss in nats, supervised tokens): every token weighs the same, whatever row it is in."""
     model = assistant.model.eval()
     device = assistant.idefics.device
 
@@ -157,13 +157,13 @@ def eval_loss(assistant: Assistant, rows: RowCollator, *, track: Track = silentl
         batch = copy_batch(rows.batch(row), device)
         return float(packed_loss(model, batch, config=assistant.idefics.config)), len(batch["targets"])
 
-    measured = collectives.share_out("held-out loss", rows.rows, measure, track=track)
+    measured = collectives.share_out("eval loss", rows.rows, measure, track=track)
     supervised = sum(tokens for _, tokens in measured)
     return sum(loss for loss, _ in measured) / max(supervised, 1), supervised
 
 
 def draw_questions(dialogues: Sequence[Dialogue], *, limit: int | None, seed: int) -> list[Question]:
-    """Every assistant turn as a question in its context; with a `limit`, so many drawn by `seed`, in their order."""
+    """Return every assistant turn as a question in its context; with a `limit`, so many of them, drawn by `seed`."""
     questions = [question for dialogue in dialogues for question in dialogue.prompts()]
     if limit is None or limit >= len(questions):
         return questions
@@ -172,37 +172,37 @@ def draw_questions(dialogues: Sequence[Dialogue], *, limit: int | None, seed: in
 
 
 def _write_predictions(
-    path: Path, questions: Sequence[Question], answers: Sequence[Answer], marks: Sequence[dict[str, float]]
+    path: Path, questions: Sequence[Question], answers: Sequence[Answer], scores: Sequence[dict[str, float]]
 ) -> None:
     with path.open("w", encoding="utf-8", errors="backslashreplace") as lines:  # surrogates, as JSON escapes them
-        for (prompt, references), answer, figures in zip(questions, answers, marks, strict=True):
+        for (prompt, references), answer, own in zip(questions, answers, scores, strict=True):
             line = {
-                "images": [_place(image) for image in prompt.images],
+                "images": [_describe(image) for image in prompt.images],
                 "question": prompt.turns[-1].text,
                 "references": references,
                 "answer": answer.text,
                 "stopped": answer.stopped,
-                **figures,
+                **own,
             }
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _place(image: Image) -> str | None:
-    """Where it was read from; None of an image that is in memory alone."""
+def _describe(image: Image) -> str | None:
+    """Return where an image was read from; None for one that is in memory alone."""
     return None if isinstance(image.source, bytes | PIL.Image.Image) else describe(image)
 
 
 def _first_word(text: str) -> str:
-    """In lower case; "" where there is none."""
+    """Return the first word in lower case; "" where there is none."""
     words = re.findall(r"\w+", text.lower())
     return words[0] if words else ""
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
+    """Return the mean, or None of no values."""
     return sum(values) / len(values) if values else None
 
 
-def _mean_mark(marks: Sequence[dict[str, float]], name: str) -> float | None:
-    """Over those that have it."""
-    return _mean([figures[name] for figures in marks if name in figures])
+def _mean_score(scores: Sequence[dict[str, float]], name: str) -> float | None:
+    """Return the mean over those that have such a score; None where none has."""
+    return _mean([one[name] for one in scores if name in one])

@@ -1,6 +1,6 @@
-"""Dialogue in, text out: the same template as in training."""
+"""Dialogue in, answer out: prompts by the template of training, batches of similar length, greedy decoding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -27,25 +27,26 @@ PADDING = 32
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote, and whether it ended by itself within the limit."""
+    """What the model wrote."""
 
     text: str
     stopped: bool
+    """Whether it ended by itself (`<end_of_utterance>` or `</s>`) within the limit."""
 
 
 @dataclass(frozen=True)
 class Assistant:
-    """A model with all it needs to be asked. `model` may be wrapped by PEFT."""
+    """A model with its tokenizer and preprocessing. `model` may be wrapped by PEFT."""
 
     model: nn.Module
     tokenizer: Any
     preprocessing: Preprocessing
     features: Callable[[Sequence[Image]], torch.Tensor] | None = None
-    """Of these images, [N, latents, D]: for a model without its image towers."""
+    """images -> their features [N, latents, D], for a model without its image towers."""
 
     @property
     def idefics(self) -> IdeficsForVisionText2Text:
-        """The plain model; adapters are inside it."""
+        """The plain model, adapters inside it."""
         return self.model if isinstance(self.model, IdeficsForVisionText2Text) else self.model.get_base_model()
 
 
@@ -67,9 +68,9 @@ def generate(
     together: bool = False,
     track: Track = silently,
 ) -> list[Answer]:
-    """Answer each prompt (a dialogue that ends with the user), greedily; answers in the order of the prompts.
+    """Answer each prompt (a dialogue that ends with the user) greedily; answers are in the order of the prompts.
 
-    `together`: all processes ask the same, answer their share of the batches, and get all answers.
+    `together`: all processes call this alike, each answers its share of the batches, and all get all answers.
     """
     batches, answer = _batches(assistant, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if together:
@@ -83,7 +84,7 @@ def generate(
 def generate_each(
     assistant: Assistant, prompts: Sequence[Dialogue], *, max_new_tokens: int, batch_size: int
 ) -> Iterator[tuple[int, Answer]]:
-    """(index of a prompt, its answer), as they are made."""
+    """Yield (index of a prompt, its answer) as soon as it is made."""
     batches, answer = _batches(assistant, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     for batch in batches:
         yield from zip(batch, answer(batch), strict=True)
@@ -92,38 +93,36 @@ def generate_each(
 def _batches(
     assistant: Assistant, prompts: Sequence[Dialogue], *, max_new_tokens: int, batch_size: int
 ) -> tuple[list[list[int]], Callable[[list[int]], list[Answer]]]:
-    """(indices of prompts that are answered together, what answers them)."""
+    """Return batches of prompts (by index), and the function that answers one batch."""
     rendered = [render(prompt) for prompt in prompts]
     examples = [tokenize(text, assistant.tokenizer) for text in rendered]
     # Similar lengths together, so that little is padded; else in order, so that neighbours share an image's features.
     order = sorted(range(len(prompts)), key=lambda index: len(examples[index]) // PADDING)
+    config = generation_config(assistant.tokenizer)
+    config.max_new_tokens = max_new_tokens
 
     def answer(batch: list[int]) -> list[Answer]:
-        inputs = _inputs(assistant, [examples[index] for index in batch], [rendered[index] for index in batch])
-        return [_answer(assistant.tokenizer, ids) for ids in _continue(assistant, inputs, max_new_tokens)]
+        inputs = make_inputs(assistant, [examples[index] for index in batch], [rendered[index] for index in batch])
+        written = greedy(assistant.idefics.eval(), inputs, config)
+        return [_decode(assistant.tokenizer, ids, config.eos_token_id) for ids in written]
 
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)], answer
 
 
-def _continue(assistant: Assistant, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[list[int]]:
-    config = generation_config(assistant.tokenizer)
-    config.max_new_tokens = max_new_tokens
-    return greedy(assistant.idefics.eval(), inputs, config)
-
-
-def _answer(tokenizer: Any, ids: list[int]) -> Answer:
-    ends = set(generation_config(tokenizer).eos_token_id)
+def _decode(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> Answer:
     length = next((index for index, token in enumerate(ids) if token in ends), None)
     text = tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Answer(text.strip(), stopped=length is not None)
 
 
-def _inputs(assistant: Assistant, examples: Sequence[Example], rendered: Sequence[Rendered]) -> dict[str, torch.Tensor]:
-    """Left-padded inputs of the stock `generate` for B prompts of at most T tokens and N images.
+def make_inputs(
+    assistant: Assistant, examples: Sequence[Example], rendered: Sequence[Rendered]
+) -> dict[str, torch.Tensor]:
+    """Return left-padded inputs of `modeling.generation.greedy` for B prompts of at most T tokens and N images.
 
     input_ids, attention_mask int64 [B, T]; image_attention_mask int64 [B, T, N], one-hot: a token sees the last image
-    before it; image_hidden_states [B, N, latents, D], zeros where a prompt has fewer images (or none at all, which
-    the stock model needs to be told by a mask of zeros).
+    before it; image_hidden_states [B, N, latents, D], zeros where a prompt has fewer images. Without
+    any image N is 1, and the mask is zero.
     """
     length = max(len(example) for example in examples)
     images = max(1, *(len(text.images) for text in rendered))
@@ -146,23 +145,20 @@ def _inputs(assistant: Assistant, examples: Sequence[Example], rendered: Sequenc
 
 @torch.no_grad()
 def _features(assistant: Assistant, images: Sequence[Sequence[Image]], width: int) -> torch.Tensor:
-    """[B, width, latents, D]; an image that several prompts show is run once."""
+    """Return image features [B, width, latents, D]; an image that several prompts show is computed once."""
     model = assistant.idefics.eval()
     distinct = {image: index for index, image in enumerate(dict.fromkeys(image for row in images for image in row))}
     config = model.config
     shape = (len(images), width, config.perceiver_config.resampler_n_latents, config.vision_config.embed_dim)
     features = torch.zeros(shape, dtype=model.dtype, device=model.device)
-    if distinct:
-        computed = _compute(assistant, list(distinct)).to(model.device)
-        for row, shown in enumerate(images):
-            for column, image in enumerate(shown):
-                features[row, column] = computed[distinct[image]]
-    return features
-
-
-def _compute(assistant: Assistant, images: Sequence[Image]) -> torch.Tensor:
-    """[N, latents, D]"""
+    if not distinct:
+        return features
     if assistant.features is not None:
-        return assistant.features(images)
-    pixels = np.stack([assistant.preprocessing.pixels(open_image(image)) for image in images])
-    return image_features(assistant.idefics, torch.from_numpy(pixels).to(assistant.idefics.device))
+        computed = assistant.features(list(distinct)).to(model.device)
+    else:
+        pixels = np.stack([assistant.preprocessing.pixels(open_image(image)) for image in distinct])
+        computed = image_features(model, torch.from_numpy(pixels).to(model.device))
+    for row, shown in enumerate(images):
+        for column, image in enumerate(shown):
+            features[row, column] = computed[distinct[image]]
+    return features

@@ -1,4 +1,4 @@
-"""Answers and their references -> figures: exact match, VQA accuracy, CIDEr-D, ROUGE-L. Strings in, numbers out."""
+"""Answers and their references -> scores: exact match, VQA accuracy, CIDEr-D, ROUGE-L. Strings in, numbers out."""
 
 import re
 from collections import Counter, defaultdict
@@ -8,23 +8,23 @@ from itertools import chain, compress
 import numpy as np
 
 
-def mark(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """The figures of each answer that apply to it.
+def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    """Return the scores of each answer, by name: those that apply to it.
 
     Always `exact`; `rouge_l` and `cider` where the references are sentences; else `vqa` where there are several. The
     n-gram weights of CIDEr-D come from all the sentences together.
     """
     described = [_are_sentences(given) for given in references]
     ciders = iter(cider_d(list(compress(answers, described)), list(compress(references, described))))
-    marks: list[dict[str, float]] = []
+    scores: list[dict[str, float]] = []
     for answer, given, sentences in zip(answers, references, described, strict=True):
-        figures: dict[str, float] = {"exact": exact_match(answer, given)}
+        own: dict[str, float] = {"exact": exact_match(answer, given)}
         if sentences:
-            figures |= {"rouge_l": rouge_l(answer, given), "cider": next(ciders)}
+            own |= {"rouge_l": rouge_l(answer, given), "cider": next(ciders)}
         elif len(given) > 1:
-            figures["vqa"] = vqa_accuracy(answer, given)
-        marks.append(figures)
-    return marks
+            own["vqa"] = vqa_accuracy(answer, given)
+        scores.append(own)
+    return scores
 
 
 def _are_sentences(references: Sequence[str]) -> bool:
@@ -34,17 +34,17 @@ def _are_sentences(references: Sequence[str]) -> bool:
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Whether the answer is one of the references, letter by letter."""
+    """Return whether the answer is one of the references, letter by letter."""
     return answer in references
 
 
 def most_common(references: Sequence[str]) -> str:
-    """The reference that most people gave; of equals the first."""
+    """Return the reference that most people gave; of equals the first."""
     return Counter(references).most_common(1)[0][0]
 
 
 def is_yes_no(references: Sequence[str]) -> bool:
-    """Whether the most common reference is yes or no, in any case."""
+    """Return whether the most common reference is yes or no, in any case."""
     return most_common(references).lower() in ("yes", "no")
 
 

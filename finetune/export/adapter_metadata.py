@@ -1,4 +1,4 @@
-"""What an adapter was trained on: a note beside its weights, written with them, and read when it is merged or used."""
+"""What an adapter was trained on: finetune.json beside its weights, written with them, read to merge or use it."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -8,20 +8,20 @@ from modeling.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE, is_a
 from modeling.adapter_weights import BasePrecision
 from modeling.config import is_folder
 from modeling.errors import UserError
-from modeling.files import digests, read_json, write_json
+from modeling.files import digests, is_text, read_json, write_json
 
 NOTE = "finetune.json"
-"""The note's file. An adapter made elsewhere has none."""
+"""The file's name. An adapter that another toolkit trained has none."""
 
 SHA256 = "sha256"
-"""In the note: the hash of each weight file, so that a flipped byte is noticed."""
+"""Its key for the hash of each weight file, by which a flipped byte is noticed."""
 
 _REPAIR = "copy the adapter again; or delete this file, and name the base: --base FOLDER_OR_HUB_ID"
 
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What an adapter was trained on."""
+    """What an adapter was trained on: the content of finetune.json."""
 
     base: str
     """Folder or hub id."""
@@ -35,7 +35,7 @@ class AdapterMetadata:
 
     @property
     def base_precision(self) -> BasePrecision:
-        """What training added to."""
+        """The base that training added to: its released weights, or these in NF4."""
         return "nf4" if self.quantize == "nf4" else "full"
 
     def write(self, adapter: Path) -> None:
@@ -44,9 +44,9 @@ class AdapterMetadata:
 
     @classmethod
     def read(cls, adapter: Path, base: str | None = None) -> "AdapterMetadata":
-        """As the note says; of an adapter made elsewhere, as PEFT's own file says, or `base`. Raises UserError.
+        """Read finetune.json; of an adapter that another toolkit trained, PEFT's own file, else take `base`.
 
-        Also where the adapter's weights are no longer those that the note was written with.
+        Raises UserError: no base is known, or the weights are no longer those that finetune.json was written with.
         """
         if (note := read_json(adapter / NOTE, repair=_REPAIR)) is not None:
             return cls._of_note(adapter, note)
@@ -56,7 +56,7 @@ class AdapterMetadata:
         if named is None:
             raise UserError(f"{adapter}: does not say what base it was made for; name it: --base FOLDER_OR_HUB_ID")
         for key, value in (("base_model_name_or_path", named), ("revision", revision)):
-            if not (_is_text(value) or (key == "revision" and value is None)):
+            if not (is_text(value) or (key == "revision" and value is None)):
                 raise UserError(f"{adapter / PEFT_CONFIG}: {key}: expected a text, got {repr(value)[:80]}")
         return cls(named, revision)
 
@@ -67,7 +67,7 @@ class AdapterMetadata:
             raise UserError(f"{adapter / NOTE}: unknown key {unknown[0][:80]!r}; {_REPAIR}")
         for key in fields(cls):
             value = note.get(key.name, None if key.name == "base" else key.default)
-            right = isinstance(value, bool) if key.name == "instruct" else value is None or _is_text(value)
+            right = isinstance(value, bool) if key.name == "instruct" else value is None or is_text(value)
             if not right or (key.name == "base" and value is None):
                 raise UserError(f"{adapter / NOTE}: {key.name}: unexpected {repr(value)[:80]}; {_REPAIR}")
         if note.get("quantize") not in (None, "nf4"):
@@ -91,13 +91,9 @@ class AdapterMetadata:
         return metadata
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and "\0" not in value
-
-
 @dataclass(frozen=True)
-class Named:
-    """What is to be loaded for a model that a user named."""
+class NamedModel:
+    """The model, and the adapter on it, that a user named."""
 
     model: str
     """Folder or hub id."""
@@ -106,13 +102,13 @@ class Named:
     instruct: bool = False
     """Whether a base gains `<end_of_utterance>`."""
     fingerprint: str | None = None
-    """Of the base that the adapter was trained on, where that is known."""
+    """Fingerprint of the base that the adapter was trained on, where it is known."""
 
 
-def named_model(name: str, adapter: Path | None = None) -> Named:
-    """A model as it was named: a model, a run folder, an adapter folder, or a base and its adapter. Raises UserError.
+def resolve_model(name: str, adapter: Path | None = None) -> NamedModel:
+    """Return what a name stands for: a model, a run folder, an adapter folder, or a base and its adapter.
 
-    A run folder stands for its merged model, or for its base and adapter while nothing is merged.
+    A run folder stands for its merged model, or for its base and adapter while nothing is merged. Raises UserError.
     """
     folder = Path(name)
     is_model = not is_folder(name) or (folder / "config.json").is_file()
@@ -123,10 +119,10 @@ def named_model(name: str, adapter: Path | None = None) -> Named:
             raise UserError(f"{name}: expected the base of {inner}, a model; found none; or name the adapter alone")
         return _on_base(name, inner)
     if is_model:
-        return Named(name)
+        return NamedModel(name)
     if (folder / "recipe.yaml").is_file():
         if (folder / "merged" / "config.json").is_file():
-            return Named(str(folder / "merged"))
+            return NamedModel(str(folder / "merged"))
         if not is_adapter(folder / "adapter"):
             raise UserError(f"{folder}: a run folder in which nothing is trained yet; first: finetune train RECIPE")
         return _on_base(None, folder / "adapter")
@@ -135,9 +131,9 @@ def named_model(name: str, adapter: Path | None = None) -> Named:
     raise UserError(f"{folder}: expected a model (config.json), an adapter or a run folder; found none of them")
 
 
-def _on_base(base: str | None, adapter: Path) -> Named:
-    """An adapter on the base that was named, or on the one that it was trained on."""
+def _on_base(base: str | None, adapter: Path) -> NamedModel:
+    """Return an adapter on the base that was named, or on the one that it was trained on."""
     metadata = AdapterMetadata.read(adapter, base)
     instruct = metadata.instruct if (adapter / NOTE).is_file() else True
     revision = None if base else metadata.revision
-    return Named(base or metadata.base, adapter, revision, instruct, metadata.fingerprint)
+    return NamedModel(base or metadata.base, adapter, revision, instruct, metadata.fingerprint)

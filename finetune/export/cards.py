@@ -1,25 +1,26 @@
-"""The data of a recipe -> a dataset card: markdown with the hub's metadata header."""
+"""README.md of a dataset and of a merged model: markdown with the hub's metadata header."""
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCardData, ModelCardData
 
 from finetune.data.dataset import Dataset
+from finetune.export.verify import PROVENANCE
 from finetune.recipe.plain_yaml import parse_yaml
 from finetune.recipe.schema import Recipe, Source
 from modeling.errors import UserError
-from modeling.files import atomic_write
+from modeling.files import atomic_write, read_json
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 """The hub's size categories."""
 
 
 def write_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> Path:
-    """README.md in a folder of the run's name beside the prepared sets, with the recipe; the folder."""
+    """Write README.md and the recipe to a folder of the run's name beside the prepared sets, and return the folder."""
     output = Path(recipe.output).resolve()
     folder = Path(recipe.data.prepared) / output.name
     if _output_of(folder / "recipe.yaml") not in (None, str(output)):  # a run of the same name in another folder
@@ -31,7 +32,7 @@ def write_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> P
 
 
 def _output_of(path: Path) -> str | None:
-    """The run folder that a card's recipe names; None where there is no card, or none that can be read."""
+    """Return the run folder that a card's recipe names; None where there is no such recipe, or it cannot be read."""
     try:
         return str(parse_yaml(path.read_bytes())["output"])
     except (OSError, UserError, TypeError, KeyError):
@@ -39,7 +40,7 @@ def _output_of(path: Path) -> str | None:
 
 
 def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> str:
-    """Sources, licences, revisions, counts, rejections, and the recipe that made it."""
+    """Return README.md of a dataset: sources, licences, revisions, counts, rejections, and the recipe that made it."""
     name = Path(recipe.output).name
     licences = sorted({source.license for source in sources if source.license})
     count = dataset.report["training_examples"]
@@ -106,6 +107,68 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
     return "\n\n".join(sections) + "\n"
 
 
+def model_card(base: str, out: Path, run: Path | None) -> str:
+    """Return README.md of a merged model: base, data and figures, as far as the run folder has them, and licences."""
+    header = ModelCardData(
+        base_model=None if Path(base).is_dir() else base,
+        library_name="transformers",
+        license="other",
+        pipeline_tag="image-text-to-text",
+        tags=["idefics", "instruction-tuning"],
+    )
+    sections = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {_code((run or out).resolve().name)}",
+        f"IDEFICS, fine-tuned from {_code(base)}, with everything that was trained merged into its weights. "
+        f"{_code(PROVENANCE)} holds what it was made of, hashes, and its parity with base + adapter.",
+    ]
+    if run:
+        sections += [*_described(run / "data.json", _data), *_described(run / "evaluation.json", _figures)]
+        recipe = (run / "recipe.yaml").read_text(encoding="utf-8", errors="backslashreplace")
+        fence = _backticks(recipe, least=3)
+        sections += ["## Recipe", f"{fence}yaml\n{recipe}{fence}"]
+    sections += [
+        "## Licence",
+        "The language model inside IDEFICS is LLaMA, whose weights are for non-commercial research; CLIP's weights, "
+        "and those that IDEFICS added, are MIT. What it was trained on has licences of its own. Merging lifts none.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _described(path: Path, describe: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    """Return the sections made of a file of the run folder. Raises UserError: it is not as this toolkit writes it."""
+    repair = "delete it, and the card does without"
+    values = read_json(path, repair=repair) or {}
+    try:
+        return describe(values)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not as this toolkit writes it ({error!r:.100}); {repair}") from error
+
+
+def _data(data: dict[str, Any]) -> list[str]:
+    lines = [f"- {_code(source['source'])}: {source['examples']:,} examples" for source in data.get("sources", [])]
+    return ["## Data", "\n".join(lines)] if lines else []
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    if not (tuned := figures.get("tuned")):
+        return []
+    before = figures["base"]
+    rows = [f"| {key} | {before[key]} | {value} |" for key, value in tuned.items() if value is not None]
+    return ["## Figures on eval data", "\n".join(["| | base | this model |", "| --- | --- | --- |", *rows])]
+
+
+def _code(text: str) -> str:
+    """Return inline code, whatever characters a file's name has."""
+    fence, line = _backticks(text, least=1), " ".join(text.split())
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def _backticks(text: str, *, least: int) -> str:
+    """Return more backticks than the text has in a row."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
 def _rejections(dataset: Dataset) -> list[tuple[Any, ...]]:
     return [
         (stats.source, reason, records, stats.first_rejected[reason])
@@ -126,7 +189,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Plain text in one cell, whatever a dataset's file may be called."""
+    """Return plain text for one cell, whatever characters a file's name has."""
     if value is None:
         return "-"
     text = f"{value:,}" if isinstance(value, int) else str(value)

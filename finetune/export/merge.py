@@ -1,10 +1,10 @@
-"""base + adapter -> a standalone instruct checkpoint for plain transformers, a few rows at a time; and its proof.
+"""base + adapter -> a standalone instruct checkpoint for plain transformers, a few rows at a time, and its parity.
 
 Everything trained finds its home: LoRA is added to its matrix in fp32, gates and towers trained in full replace the
 base's, the added tokens' rows bring the vocabulary to three. A tensor of the adapter that finds none is an error.
 
     OUT/  *.safetensors (and index) · config.json · tokenizer, processor and generation files · README.md
-          provenance.json: what it was made of, hashes, and the proof
+          provenance.json: what it was made of, hashes, and its parity with base + adapter
 """
 
 import shutil
@@ -21,11 +21,10 @@ from finetune.distributed.device import commit
 from finetune.distributed.lock import locked
 from finetune.export.verify import PROVENANCE, compare, folder_digests, require_rounding, weight_digests
 from modeling.adapter_files import ADAPTER_FILES
-from modeling.adapter_weights import AdapterWeights, BasePrecision, rounded, weights_of
+from modeling.adapter_weights import AdapterWeights, BasePrecision, weights_of
 from modeling.checkpoint import (
     Planned,
     Rows,
-    Stored,
     fingerprint,
     plan_shards,
     read_checkpoint,
@@ -41,13 +40,13 @@ from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
 
 SHARD_BYTES = 5 * 10**9
-"""Largest weight file."""
+"""Bytes of the largest weight file."""
 
 MADE_OF = "made_of.json"
-"""Beside weights that are still being written: what they are made of."""
+"""The file beside weights that are still being written: it says what they are made of."""
 
 SPARE_BYTES = 200_000_000
-"""Of disk, beyond the weights."""
+"""Bytes of disk that stay free beyond the weights."""
 
 
 def merge(
@@ -67,7 +66,7 @@ def merge(
     shard_bytes: int = SHARD_BYTES,
     track: Track = silently,
 ) -> dict[str, Any]:
-    """Write the merged model to `out`, which appears only when it is complete and proved; returns provenance.json.
+    """Write the merged model to `out`, which appears only when it is complete and verified; return provenance.json.
 
     To `instruct`, a base gains `<end_of_utterance>`, as in training. `base_precision` nf4 adds to the matrices as a
     4-bit training saw them, quantised and back; where `trained_on` is another precision, the difference to base +
@@ -96,12 +95,20 @@ def merge(
     }
     left_out = sorted(filter(is_computed, stored))
     stored = {name: one for name, one in stored.items() if not is_computed(name)}
-    _require_base(folder, stored, tensor_shapes(base_config))
+    expected = tensor_shapes(base_config)
+    require_shapes(folder, stored, expected)
+    if strange := sorted(stored.keys() - expected.keys()):
+        raise UserError(f"{stored[strange[0]].file}: {strange[0]} is no tensor of IDEFICS")
     shapes = tensor_shapes(config)
     changes.require_fit(shapes)
     if base_fingerprint and base_fingerprint != made_of["base"]:
         raise UserError(f"{adapter}: was trained on other weights than those of {base}: same shapes, other content")
-    weights = _weights(stored, base_config, changes, base_precision)
+    weights = weights_of(stored, base_config, base_precision)
+    if full := sorted(name for name in changes.replaced if weights[name] is not stored[name]):
+        raise UserError(
+            f"--base-precision {base_precision}: {full[0]} was trained in full, which no 4-bit training does; "
+            f"use --base-precision full"
+        )
     planned = {
         name: _planned(name, shapes[name], changes, dtype or stored[name].dtype, weights, config) for name in weights
     }
@@ -120,8 +127,8 @@ def merge(
         partial = _write_weights(out, made_of, planned, plan_shards(planned, shard_bytes), track)
         _write_rest(partial, config, processor, card)
         merged = read_checkpoint(partial)
-        proof = compare(config, weights, merged, changes, track=track)
-        require_rounding(proof, merged)
+        parity = compare(config, weights, merged, changes, track=track)
+        require_rounding(parity, merged)
         others: set[BasePrecision] = {trained_on, "full"} - {base_precision}
         against = {
             other: asdict(compare(config, weights_of(stored, base_config, other), merged, changes, track=track))
@@ -139,7 +146,7 @@ def merge(
             },
             "made_of": made_of,
             "left_out": left_out,
-            "parity": asdict(proof),
+            "parity": asdict(parity),
             "against": against,
             "sha256": {"base": weight_digests(folder, track), "merged": merged_files},
             "files": {path.name: path.stat().st_size for path in _files_in(partial)},
@@ -152,7 +159,7 @@ def merge(
 
 
 def _merged_config(base_config: Config, instruct: bool, dtype: torch.dtype | None) -> dict[str, Any]:
-    """config.json of the merged model; transformers loads weights in the dtype that it names."""
+    """Return config.json of the merged model; transformers loads weights in the dtype that it names."""
     config = {**base_config, "architectures": ["IdeficsForVisionText2Text"]}
     if instruct:
         config["additional_vocab_size"] = 3
@@ -162,16 +169,11 @@ def _merged_config(base_config: Config, instruct: bool, dtype: torch.dtype | Non
     return config
 
 
-def _require_base(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
-    require_shapes(folder, stored, expected)
-    if strange := sorted(stored.keys() - expected.keys()):
-        raise UserError(f"{stored[strange[0]].file}: {strange[0]} is no tensor of IDEFICS")
-
-
 def _done(out: Path, made_of: Mapping[str, Any], may_replace: Collection[Path]) -> dict[str, Any] | None:
-    """The provenance of the same merge, done before; None where `out` is free. Raises UserError where it is not.
+    """Return provenance.json of the same merge, done before; None where `out` is free.
 
-    Of the same merge, but with files that are missing or cut short, what is whole becomes the beginning of a new one.
+    If files of the same merge are missing or cut short, those that are whole become the beginning of a new one.
+    Raises UserError: something else lies in `out`.
     """
     if out.is_mount():
         raise UserError(f"{out}: is a mount point, and is to appear as a whole; name a folder inside it")
@@ -183,7 +185,7 @@ def _done(out: Path, made_of: Mapping[str, Any], may_replace: Collection[Path]) 
     record = _record_of(out)
     if record and record["made_of"] == made_of and _is_whole(out, record):
         return record
-    if (record or {}).get("made_of") == made_of or _note_of(out) == made_of:
+    if (record or {}).get("made_of") == made_of or _read(out / MADE_OF) == made_of:
         write_json(out / MADE_OF, made_of)
         (out / PROVENANCE).unlink(missing_ok=True)
         shutil.rmtree(_partial(out), ignore_errors=True)
@@ -197,7 +199,7 @@ def _done(out: Path, made_of: Mapping[str, Any], may_replace: Collection[Path]) 
 
 
 def _complete(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Give a merged folder its name where an interrupted merge of the same lacked nothing else; its provenance."""
+    """Finish an interrupted merge of the same that lacks only its name, and return its provenance.json, or None."""
     record = _record_of(_partial(out))
     if record is None or record["made_of"] != made_of or not _is_whole(_partial(out), record):
         return None
@@ -215,23 +217,20 @@ def _put_in_place(out: Path) -> None:
 
 
 def _partial(out: Path) -> Path:
-    """Where a merged folder is made."""
+    """Return the hidden folder beside `out` in which a merged model is made."""
     return out.with_name(f".{out.name}.partial")
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
-    """provenance.json, where it is one."""
-    try:
-        record = read_json(folder / PROVENANCE)
-    except UserError:
-        return None
+    """Return provenance.json; None where there is none that says what the folder was made of."""
+    record = _read(folder / PROVENANCE)
     return record if record and isinstance(record.get("made_of"), dict) else None
 
 
-def _note_of(folder: Path) -> dict[str, Any] | None:
-    """What weights that are being written are made of."""
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None where there is none that can be read."""
     try:
-        return read_json(folder / MADE_OF)
+        return read_json(path)
     except UserError:
         return None
 
@@ -241,23 +240,10 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _is_whole(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether every file is there with the size that it had."""
+    """Return whether every file is there with the size that it had."""
     files = record.get("files")
     there = {path.name: path.stat().st_size for path in _files_in(folder)}
     return isinstance(files, dict) and files.items() <= there.items()
-
-
-def _weights(
-    stored: Mapping[str, Stored], config: Config, adapter: AdapterWeights, base_precision: BasePrecision
-) -> dict[str, Rows]:
-    """What the adapter is added to. Raises UserError: a matrix in 4 bits that was trained in full."""
-    weights = weights_of(stored, config, base_precision)
-    if full := sorted(name for name in adapter.replaced if weights[name] is not stored[name]):
-        raise UserError(
-            f"--base-precision {base_precision}: {full[0]} was trained in full, "
-            f"which no 4-bit training does; use --base-precision full"
-        )
-    return weights
 
 
 def _planned(
@@ -268,7 +254,7 @@ def _planned(
     weights: Mapping[str, Rows],
     config: Config,
 ) -> Planned:
-    """A merged tensor, made of a few rows of the base and the adapter at a time."""
+    """Plan a merged tensor, made of a few rows of the base and the adapter at a time."""
     base = weights[name]
 
     def rows(start: int, stop: int) -> torch.Tensor:
@@ -282,7 +268,16 @@ def _planned(
         owner, end = weights[name.removesuffix(".weight").rpartition(".")[0] + ".weight"], config["eos_token_id"]
         return torch.cat([base.rows(), owner.rows(end, end + 1)])[start:stop]
 
-    return Planned(dtype, shape, lambda start, stop: rounded(name, rows(start, stop), dtype))
+    return Planned(dtype, shape, lambda start, stop: _rounded(name, rows(start, stop), dtype))
+
+
+def _rounded(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of the tensor `name` in another dtype. Raises UserError: a value too large for fp16."""
+    converted = rows.to(dtype)
+    if dtype == torch.float16 and not torch.equal(converted.isfinite(), rows.isfinite()):
+        largest, most = float(rows.abs().max()), torch.finfo(dtype).max
+        raise UserError(f"{name}: holds {largest:,.0f}, and fp16 ends at {most:,.0f}; merge with --dtype bf16 or fp32")
+    return converted
 
 
 def _write_weights(
@@ -292,13 +287,16 @@ def _write_weights(
     shards: Mapping[str, list[str]],
     track: Track,
 ) -> Path:
-    """The folder beside `out` with all weights; shards that an interrupted merge of the same left there are kept."""
+    """Write all weights to the hidden folder, and return it; shards that an interrupted merge left there are kept."""
     partial = _partial(out)
     try:
-        if partial.exists() and _note_of(partial) != made_of:
+        if partial.exists() and _read(partial / MADE_OF) != made_of:
             shutil.rmtree(partial)
         for path in partial.glob("*.safetensors"):
-            _delete_if_cut(path)
+            try:
+                read_header(path)
+            except UserError:  # cut short
+                path.unlink()
         _require_disk(partial, shards, planned)
         partial.mkdir(parents=True, exist_ok=True)
         write_json(partial / MADE_OF, made_of)
@@ -309,13 +307,6 @@ def _write_weights(
             write_shard(partial / file, {name: planned[name] for name in names})
     write_index(partial, shards, planned)
     return partial
-
-
-def _delete_if_cut(weights: Path) -> None:
-    try:
-        read_header(weights)
-    except UserError:
-        weights.unlink()
 
 
 def _require_disk(folder: Path, shards: Mapping[str, list[str]], planned: Mapping[str, Planned]) -> None:

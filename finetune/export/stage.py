@@ -17,9 +17,9 @@ from finetune.distributed.device import device, free_memory, versions
 from finetune.evaluation.evaluate import draw_questions
 from finetune.evaluation.generate import Assistant
 from finetune.export.adapter_metadata import AdapterMetadata
-from finetune.export.answer_parity import compare_answers
+from finetune.export.cards import model_card
 from finetune.export.merge import merge
-from finetune.export.merge_verb import model_card
+from finetune.export.verify import compare_answers
 from finetune.recipe.schema import Recipe, Source
 from finetune.training.stage import make_eval_rows
 from modeling import loading
@@ -91,7 +91,7 @@ def _compare_answers(
     if needed > (free := free_memory()):
         log(
             f"{merged}: not asked as a whole, which takes {show_size(needed)} and {show_size(free)} are free; "
-            f"it is proved tensor by tensor and block by block"
+            f"its weights are verified tensor by tensor and block by block"
         )
         return {}
     asked = dataset.eval if len(dataset.eval) else dataset.train

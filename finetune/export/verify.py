@@ -1,52 +1,59 @@
-"""A merged folder -> what can be proved of it: its files by their hashes, its weights by `modeling.parity`."""
+"""A merged model against base + adapter: files by hashes, weights by `modeling.parity`, answers by asking."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune.console import Track, silently
+from finetune.data.collate import Batch
+from finetune.data.conversation import Dialogue
+from finetune.evaluation.generate import Assistant, generate
 from modeling.adapter_files import ADAPTER_FILES
 from modeling.adapter_weights import AdapterWeights, BasePrecision, weights_of
 from modeling.checkpoint import Rows, Stored, read_checkpoint, require_shapes
 from modeling.config import read_config
+from modeling.device import copy_batch
 from modeling.errors import UserError
-from modeling.files import digests, read_json
+from modeling.files import digests, is_text, read_json
+from modeling.forward import forward_arguments
 from modeling.loading import open_base
 from modeling.parity import changed_blocks, compare_block, compare_tensor
 from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
 
 PROVENANCE = "provenance.json"
-"""In a merged folder: what it was made of, hashes, and the proof."""
+"""The file of a merged folder that says what it was made of, with hashes and its parity."""
 
 NOT_HASHED = (PROVENANCE, "README.md")
-"""Of a merged folder, besides hidden files: the model card is for people, who may write on."""
+"""Files of a merged folder that are not hashed, beside hidden ones: people may edit the model card."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """base + adapter against the merged weights, by `modeling.parity`."""
+    """The parity of merged weights with base + adapter, by `modeling.parity`."""
 
     tensors: int
     largest_tensor_difference: float
-    """Of rows from the formula in fp64, to what rounding to the merged dtype explains: at most 1 in an honest merge."""
+    """Of a row from the formula in fp64 / what rounding to the merged dtype explains: at most 1 in a right merge."""
     worst_tensor: str
     blocks: int
     largest_block_difference: float
-    """Relative to the largest output, for the same input."""
+    """Of a block's outputs for the same input / its largest output."""
     worst_block: str | None
     """None where no block holds LoRA."""
     tensor_differences: dict[str, float]
-    """Of the tensors that differ at all."""
+    """Name -> difference, of the tensors that differ at all."""
     block_differences: dict[str, float]
 
 
 def verify(merged: Path, *, track: Track = silently) -> dict[str, Any]:
-    """Repeat the proof of a merged folder: its files, its base and its adapter are those it was made of, and agree.
+    """Verify a merged folder again: its files, its base and its adapter are those it was made of, and agree.
 
-    Returns the comparison. Raises UserError: one of them is not there any more, or has changed.
+    Returns its parity. Raises UserError: one of them is not there any more, or has changed.
     """
     made = _read_provenance(merged)
     if changed := _changes(made.merged, folder_digests(merged, track)):
@@ -71,7 +78,7 @@ def verify(merged: Path, *, track: Track = silently) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Made:
-    """What a provenance.json says that `verify` relies on."""
+    """The values of a provenance.json that `verify` reads."""
 
     base: str
     revision: str | None
@@ -83,7 +90,7 @@ class _Made:
 
 
 def _read_provenance(merged: Path) -> _Made:
-    """Every value of the kind that is expected: the folder may come from anywhere. Raises UserError."""
+    """Read provenance.json, every value checked: the folder may come from anywhere. Raises UserError."""
     path = merged / PROVENANCE
     record = read_json(path, repair="merge again")
     if record is None:
@@ -98,18 +105,14 @@ def _read_provenance(merged: Path) -> _Made:
         return found
 
     return _Made(
-        base=value("sources", "base", is_right=_is_text),
-        revision=value("sources", "revision", is_right=lambda found: found is None or _is_text(found)),
-        adapter=Path(value("sources", "adapter", is_right=_is_text)),
+        base=value("sources", "base", is_right=is_text),
+        revision=value("sources", "revision", is_right=lambda found: found is None or is_text(found)),
+        adapter=Path(value("sources", "adapter", is_right=is_text)),
         adapter_files=value("made_of", "adapter", is_right=lambda found: _are_hashes(found, ADAPTER_FILES)),
         base_precision=value("made_of", "base_precision", is_right=lambda found: found in ("full", "nf4")),
         base_files=value("sha256", "base", is_right=_are_hashes),
         merged=value("sha256", "merged", is_right=_are_hashes),
     )
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and "\0" not in value
 
 
 def _are_hashes(value: Any, names: Collection[str] | None = None) -> bool:
@@ -119,7 +122,7 @@ def _are_hashes(value: Any, names: Collection[str] | None = None) -> bool:
 
 
 def _changes(expected: Mapping[str, str], got: Mapping[str, str]) -> list[str]:
-    """What is not as it was, in words; weights last, which are many."""
+    """Return what is not as it was, in words; weights come last, because they are many."""
     found = [(name, "is gone") for name in expected.keys() - got.keys()]
     found += [(name, "is new") for name in got.keys() - expected.keys()]
     found += [(name, "is another") for name in expected.keys() & got.keys() if expected[name] != got[name]]
@@ -134,10 +137,11 @@ def compare(
     *,
     track: Track = silently,
 ) -> Comparison:
-    """Tensor by tensor and block by block; `config` is that of the merged model."""
+    """Compare tensor by tensor and block by block; `config` is that of the merged model."""
     tensors = {name: compare_tensor(name, config, base, merged, adapter) for name in track(list(merged), "compare")}
     blocks = {
-        block: compare_block(block, config, base, merged, adapter) for block in track(changed_blocks(adapter), "prove")
+        block: compare_block(block, config, base, merged, adapter)
+        for block in track(changed_blocks(adapter), "run blocks")
     }
     worst_tensor = max(tensors, key=lambda name: tensors[name].relative)
     worst_block = max(blocks, key=lambda name: blocks[name].relative, default=None)
@@ -167,7 +171,7 @@ def require_rounding(comparison: Comparison, merged: Mapping[str, Stored]) -> No
 
 
 def folder_digests(folder: Path, track: Track = silently) -> dict[str, str]:
-    """SHA-256 of each file of a merged folder, by its path in it; not of what only describes it."""
+    """Return the SHA-256 of each file of a merged folder, by its path in it, but for NOT_HASHED."""
     found = {}
     for path in track(sorted(folder.rglob("*")), "hash"):
         name = path.relative_to(folder).as_posix()
@@ -178,5 +182,63 @@ def folder_digests(folder: Path, track: Track = silently) -> dict[str, str]:
 
 
 def weight_digests(folder: Path, track: Track = silently) -> dict[str, str]:
-    """SHA-256 of each weight file of a model."""
+    """Return the SHA-256 of each weight file of a model."""
     return digests(track(sorted(folder.glob("*.safetensors")), "hash"))
+
+
+@dataclass(frozen=True)
+class AnswerParity:
+    """The merged model against base + adapter, asked the same; differences of logits are absolute."""
+
+    tokens: int
+    """Tokens whose logits were compared."""
+    largest_difference: float
+    """Between base + adapter and merged: rounding alone, in fp32."""
+    largest_difference_to_base: float
+    """Between base and merged: what the training changed."""
+    answers: int
+    same_answers: int
+    """How many of the greedy answers are equal."""
+
+
+def compare_answers(
+    *,
+    base: Callable[[], Assistant],
+    tuned: Callable[[], Assistant],
+    merged: Callable[[], Assistant],
+    batches: Sequence[Batch],
+    prompts: Sequence[Dialogue],
+    max_new_tokens: int = 32,
+) -> AnswerParity:
+    """Compare logits on `batches` and greedy answers to `prompts`; one model at a time is in memory."""
+
+    def observe(make: Callable[[], Assistant]) -> tuple[list[torch.Tensor], list[str]]:
+        assistant = make()
+        answers = generate(assistant, prompts, max_new_tokens=max_new_tokens)
+        return _logits(assistant, batches), [answer.text for answer in answers]
+
+    before, _ = observe(base)
+    expected, asked = observe(tuned)
+    got, answered = observe(merged)
+    return AnswerParity(
+        tokens=sum(len(logits) for logits in got),
+        largest_difference=_largest_difference(got, expected),
+        largest_difference_to_base=_largest_difference(got, before),
+        answers=len(answered),
+        same_answers=sum(one == other for one, other in zip(asked, answered, strict=True)),
+    )
+
+
+@torch.no_grad()
+def _logits(assistant: Assistant, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """fp32 [T, V + added] of every batch, on the CPU."""
+    device, config = assistant.idefics.device, assistant.idefics.config
+    logits = []
+    for batch in batches:
+        arguments = forward_arguments(copy_batch(batch, device), config)
+        logits.append(assistant.model.eval()(**arguments).logits[0].float().cpu())
+    return logits
+
+
+def _largest_difference(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))

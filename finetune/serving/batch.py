@@ -1,11 +1,12 @@
-"""A file of prompts -> the same records with their answers, each kept as soon as it is made.
+"""`finetune generate`: a file of prompts -> the same records with their answers, each kept as soon as it is made.
 
-OUT.journal   what is asked of which model, then a line an answer: {"record": 7, "answer": "A cat.", "stopped": true}
-OUT           once all are answered: a line a record, in their order; then there is no journal any more
+OUT.journal   the command and its model, then a line an answer: {"record": 7, "answer": "A cat.", "stopped": true}
+OUT           written when all are answered: a line a record, in their order; then the journal is deleted
 """
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,20 @@ from finetune.data.records import messages_at, to_dialogue
 from finetune.data.tokenize import tokenize
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate_each
-from finetune.export.adapter_metadata import named_model
+from finetune.export.adapter_metadata import resolve_model
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 from modeling.files import partial_of, put_in_place
 
 AT_ONCE = 1024
-"""Prompts among which those of similar length are answered together."""
+"""Prompts that are read together; among them, those of similar length share a batch."""
 
-OURS = ("answer", "stopped", "error")
-"""Keys that are added to a record."""
+ADDED_KEYS = ("answer", "stopped", "error")
+"""Keys that are added to a record, in place of its own of the same name."""
 
 
 def count_prompts(prompts: Path, out: Path) -> int:
-    """The number of records in a file whose answers can be written to `out`. Raises UserError where they cannot."""
+    """Return the number of records in a file. Raises UserError: its answers cannot be written to `out`."""
     check_place("OUT", out)
     source = messages_at(prompts)
     if any(out.exists() and out.samefile(file) for file in files_of(source)):
@@ -41,9 +42,9 @@ def count_prompts(prompts: Path, out: Path) -> int:
     return sum(1 for _ in read_records(source))
 
 
-def asked(model: str, *, adapter: Path | None, quantize: str | None) -> dict[str, Any]:
-    """What tells one model from another, so that a journal holds the answers of one: its name, and its weight files."""
-    named = named_model(model, adapter)
+def identify_model(model: str, *, adapter: Path | None, quantize: str | None) -> dict[str, Any]:
+    """Return what tells one model from another, for the journal: its name, and its weight files by size and date."""
+    named = resolve_model(model, adapter)
     folders = [Path(named.model), *([named.adapter] if named.adapter else [])]
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     stats = [(str(file), file.stat()) for file in files]
@@ -61,9 +62,10 @@ def answer_file(
     batch_size: int = 32,
     track: Track = silently,
 ) -> dict[str, int]:
-    """A line of `out` for every record of `prompts` (`messages`, ending with the user): it, and "answer" or "error".
+    """Write a line of `out` for every record of `prompts`: the record, with "answer" and "stopped", or with "error".
 
-    Interrupted, the same call goes on. `model` is what `asked` says of it.
+    Records are of the format `messages`, and end with the user. Interrupted, the same call goes on where it was.
+    `model` is what `identify_model` returned.
     """
     source = messages_at(prompts)
     command = {**model, "max_new_tokens": max_new_tokens, "prompts": fingerprint(source)}
@@ -84,9 +86,9 @@ def answer_file(
 
 
 def _open_journal(journal: Path, command: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Number of a record -> its answer, as far as the same command came before; a new journal where it did not.
+    """Return number of a record -> its answer, as far as the same command came before; else begin a new journal.
 
-    Raises UserError: the journal is another command's.
+    Raises UserError: the journal is of another command.
     """
     head = to_json(command)
     lines = journal.read_bytes().splitlines(keepends=True) if journal.is_file() else []
@@ -118,7 +120,7 @@ def _open_journal(journal: Path, command: dict[str, Any]) -> dict[int, dict[str,
 def _answers(
     assistant: Assistant, source: Source, found: Mapping[int, dict[str, Any]], **options: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number of a record, what is added to it), in the order in which they are made."""
+    """Yield (number of a record, what is added to it), in the order in which answers are made."""
     waiting: list[tuple[int, Dialogue]] = []
 
     def ask() -> Iterator[tuple[int, dict[str, Any]]]:
@@ -126,12 +128,12 @@ def _answers(
             yield waiting[index][0], {"answer": answer.text, "stopped": answer.stopped}
 
     root = ImageRoot(source)
-    for number, (place, record) in enumerate(read_records(source)):
+    for number, (record_id, record) in enumerate(read_records(source)):
         if number in found:
             yield number, found[number]
             continue
         try:
-            waiting.append((number, _prompt(place, record, root, assistant.tokenizer)))
+            waiting.append((number, _prompt(record_id, record, root, assistant.tokenizer)))
         except RecordError as error:
             yield number, {"error": str(error)}
         if len(waiting) == AT_ONCE:
@@ -140,9 +142,9 @@ def _answers(
     yield from ask()
 
 
-def _prompt(place: str, record: dict[str, Any] | RecordError, root: ImageRoot, tokenizer: Any) -> Dialogue:
-    """Raises RecordError: the record cannot be asked."""
-    dialogue = to_dialogue(place, record, root, prompt=True)
+def _prompt(record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, tokenizer: Any) -> Dialogue:
+    """Return a record as a prompt whose images open and whose text can be tokenised. Raises RecordError."""
+    dialogue = to_dialogue(record_id, record, root, prompt=True)
     for image in dialogue.images:
         open_image(image)
     tokenize(render(dialogue), tokenizer)
@@ -150,18 +152,14 @@ def _prompt(place: str, record: dict[str, Any] | RecordError, root: ImageRoot, t
 
 
 def _write_whole(out: Path, source: Source, found: Mapping[int, dict[str, Any]]) -> None:
+    """Write all records with their answers; one that cannot be written as JSON again is named by its id."""
     partial = partial_of(out)
     with partial.open("w", encoding="utf-8") as lines:
-        for number, (place, record) in enumerate(read_records(source)):
-            lines.write(_line(place, record, found[number]) + "\n")
+        for number, (record_id, record) in enumerate(read_records(source)):
+            line = None
+            if not isinstance(record, RecordError):
+                kept = {key: value for key, value in record.items() if key not in ADDED_KEYS}
+                with suppress(TypeError, ValueError, RecursionError):
+                    line = to_json({**kept, **found[number]})
+            lines.write((line or to_json({"record_id": record_id, **found[number]})) + "\n")
     put_in_place(partial, out)
-
-
-def _line(place: str, record: dict[str, Any] | RecordError, made: dict[str, Any]) -> str:
-    """A record that cannot be written again as JSON is named by its place."""
-    if isinstance(record, RecordError):
-        return to_json({"record_id": place, **made})
-    try:
-        return to_json({**{key: value for key, value in record.items() if key not in OURS}, **made})
-    except (TypeError, ValueError, RecursionError):
-        return to_json({"record_id": place, **made})

@@ -1,4 +1,4 @@
-"""A model -> a conversation."""
+"""`finetune chat`: a model, and a conversation with it on the terminal."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from finetune.data.records import messages_at
 from finetune.distributed.device import auto_dtype, device
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate
-from finetune.export.adapter_metadata import named_model
+from finetune.export.adapter_metadata import resolve_model
 from modeling.adapters import open_adapter
 from modeling.checkpoint import fingerprint, read_checkpoint
 from modeling.errors import UserError
@@ -28,12 +28,11 @@ HELP = (
 def load_assistant(model: str, *, adapter: Path | None = None, quantize: str | None = None) -> Assistant:
     """Load a model to ask: an instruct model (folder or hub id), a run, an adapter, or a base and its `adapter`.
 
-    `quantize`: "nf4" loads the matrices of both text towers in 4 bits. Raises UserError.
+    `quantize`: "nf4" loads the matrices of decoder and gated blocks in 4 bits. Raises UserError.
     """
-    named, cache = named_model(model, adapter), Path("runs") / QUANTIZED
-    if named.fingerprint and named.fingerprint != fingerprint(
-        read_checkpoint(local_base(named.model, revision=named.revision))
-    ):
+    named, cache = resolve_model(model, adapter), Path("runs") / QUANTIZED
+    base = local_base(named.model, revision=named.revision)
+    if named.fingerprint and named.fingerprint != fingerprint(read_checkpoint(base)):
         raise UserError(f"{named.adapter}: was trained on other weights than those of {named.model}")
     loaded = load_model(
         named.model,
@@ -51,7 +50,7 @@ def load_assistant(model: str, *, adapter: Path | None = None, quantize: str | N
 
 @dataclass
 class Conversation:
-    """Turns so far, and the images waiting for the next question."""
+    """The turns so far, and the images that go with the next question."""
 
     assistant: Assistant
     max_new_tokens: int = 256
@@ -65,9 +64,9 @@ class Conversation:
         self.waiting.append(image)
 
     def ask(self, question: str) -> str:
-        """The model's answer, remembered; "<image>" in a question is the place of an image that waits.
+        """Return the model's answer, and keep both turns; "<image>" in a question is the place of a waiting image.
 
-        Raises RecordError for an empty question, or another number of places than of images.
+        Raises RecordError: an empty question, or another number of places than of images.
         """
         asked: tuple[Turn, ...] = (user(question),)
         if self.waiting:
@@ -84,7 +83,7 @@ class Conversation:
 
     def save(self, path: str) -> None:
         """Write the conversation as one `messages` record."""
-        record = {"messages": [{"role": turn.role, "content": _content(turn)} for turn in self.turns]}
+        record = {"messages": [{"role": turn.role, "content": _to_content(turn)} for turn in self.turns]}
         out = Path(path).expanduser()
         check_place("/save", out)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +93,7 @@ class Conversation:
 def converse(
     conversation: Conversation, read: Callable[[], str], write: Callable[[str], None], note: Callable[[str], None]
 ) -> None:
-    """Questions and commands from `read`, until it ends (EOFError) or /quit; answers to `write`, all else to `note`."""
+    """Read questions and commands until /quit or EOFError; answers go to `write`, everything else to `note`."""
     note(HELP)
     while True:
         try:
@@ -122,7 +121,7 @@ def converse(
             note(str(error))
 
 
-def _content(turn: Turn) -> list[dict[str, str]]:
+def _to_content(turn: Turn) -> list[dict[str, str]]:
     return [
         {"type": "image", "image": str(part.source)} if isinstance(part, Image) else {"type": "text", "text": part}
         for part in turn.parts

@@ -137,9 +137,13 @@ def tell_plan(plan: dict[str, Any]) -> None:
     print(f"{'':12}{size / 1e9:.2f} GB of memory, {plan['disk']['total'] / 1e9:.1f} GB of disk, predicted")
 
 
-def tell_proof(proof: dict[str, Any]) -> None:
-    print(f"{'':12}{proof['tensors']} tensors, largest difference {proof['largest_tensor_difference']:.3f} of rounding")
-    print(f"{'':12}{proof['blocks']} blocks, largest difference {proof['largest_block_difference']:.1e} of the output")
+def print_parity(parity: dict[str, Any]) -> None:
+    print(
+        f"{'':12}{parity['tensors']} tensors, largest difference {parity['largest_tensor_difference']:.3f} of rounding"
+    )
+    print(
+        f"{'':12}{parity['blocks']} blocks, largest difference {parity['largest_block_difference']:.1e} of the output"
+    )
 
 
 def whole(out: Path, again: list[str]) -> None:
@@ -166,8 +170,8 @@ def sampled(out: Path, again: list[str]) -> None:
 
 
 def merge_and_verify(out: Path, arguments: list[str], merged: Path) -> None:
-    tell_proof(json.loads(run_stage("merge", [*FINETUNE, "merge", *arguments, "--json"], out))["parity"])
-    tell_proof(json.loads(run_stage("verify", [*FINETUNE, "merge", str(merged), "--verify", "--json"], out)))
+    print_parity(json.loads(run_stage("merge", [*FINETUNE, "merge", *arguments, "--json"], out))["parity"])
+    print_parity(json.loads(run_stage("verify", [*FINETUNE, "merge", str(merged), "--verify", "--json"], out)))
 
 
 def main() -> None:

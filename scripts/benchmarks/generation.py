@@ -25,7 +25,7 @@ from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
 from finetune.data.tokenize import tokenize
-from finetune.evaluation.generate import Assistant, _inputs
+from finetune.evaluation.generate import Assistant, make_inputs
 from modeling import tiny
 from modeling.generation import greedy
 from modeling.loading import generation_config
@@ -101,7 +101,7 @@ def measure(plain: Any, asked: Assistant, dialogues: list[Dialogue], tokens: int
 
     def ours() -> list[list[int]]:
         rendered = [render(dialogue) for dialogue in dialogues]
-        inputs = _inputs(asked, [tokenize(text, asked.tokenizer) for text in rendered], rendered)
+        inputs = make_inputs(asked, [tokenize(text, asked.tokenizer) for text in rendered], rendered)
         return greedy(asked.idefics, inputs, config)
 
     sides: dict[str, Callable[[], list[list[int]]]] = {"stock": stock, "ours": ours}

@@ -81,14 +81,14 @@ def merge_here(folder: Path) -> dict[str, Any]:
         warm(folder)
         rounds.append({**stages.seconds, "everything": seconds, "copy": copy(folder)})
         peaks = {stage: max(peak, peaks.get(stage, 0)) for stage, peak in stages.peaks.items()}
-    proof = record["parity"]
+    parity = record["parity"]
     return {
         "imported": imported,
         "peaks": peaks,
         "rounds": rounds,
         "seconds": {stage: statistics.median(one[stage] for one in rounds) for stage in rounds[0]},
-        "largest_tensor_difference": proof["largest_tensor_difference"],
-        "largest_block_difference": proof["largest_block_difference"],
+        "largest_tensor_difference": parity["largest_tensor_difference"],
+        "largest_block_difference": parity["largest_block_difference"],
     }
 
 
@@ -118,7 +118,7 @@ def show(size: int, merged: dict[str, Any]) -> None:
     speeds = [size / seconds[stage] / 1e9 for stage in ("merge", "copy")]
     print(f"weights                          {size / 1e9:8.2f} GB")
     print(f"RssAnon of importing alone       {merged['imported'] / 1e6:8.0f} MB")
-    for stage, what in (("merge", "merging"), ("compare", "rows"), ("prove", "blocks"), ("hash", "hashing")):
+    for stage, what in (("merge", "merging"), ("compare", "rows"), ("run blocks", "blocks"), ("hash", "hashing")):
         print(f"peak RssAnon, {what:<19}{merged['peaks'].get(stage, 0) / 1e6:8.0f} MB {seconds[stage]:8.1f} s")
     print(
         f"peak RssAnon, all                {max(merged['peaks'].values()) / 1e6:8.0f} MB {seconds['everything']:8.1f} s"

@@ -11,10 +11,11 @@ from finetune.data.conversation import Dialogue, Image, assistant, user
 from finetune.data.images import Preprocessing
 from finetune.data.tokenize import tokenize
 from finetune.evaluation.evaluate import draw_questions, eval_loss, swap_images
-from finetune.evaluation.generate import Answer, Assistant, _answer, _continue, _inputs, features_by_image, generate
+from finetune.evaluation.generate import Answer, Assistant, features_by_image, generate, make_inputs
 from modeling import loading
 from modeling.adapters import attach, open_adapter, save_adapter
 from modeling.forward import packed_loss
+from modeling.generation import greedy
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_batch_is_answered_as_the_stock_generate_does_with_images_projected_on
         asked = Assistant(wrapped.eval(), asked.tokenizer, asked.preprocessing)
     rendered = [render(prompt) for prompt in prompts]
     assert {len(text.images) for text in rendered} == {0, 1, 2}
-    inputs = _inputs(asked, [tokenize(text, asked.tokenizer) for text in rendered], rendered)
+    inputs = make_inputs(asked, [tokenize(text, asked.tokenizer) for text in rendered], rendered)
     config = loading.generation_config(asked.tokenizer)
     config.max_new_tokens = 10
     expected = asked.idefics.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :].tolist()
@@ -76,21 +77,18 @@ def test_a_batch_is_answered_as_the_stock_generate_does_with_images_projected_on
     for block in blocks:
         block.cross_attn.k_proj.register_forward_hook(lambda *_: calls.append("k"))
         block.cross_attn.v_proj.register_forward_hook(lambda *_: calls.append("v"))
-    assert _continue(asked, inputs, 10) == expected
+    assert greedy(asked.idefics, inputs, config) == expected
     assert sorted(calls) == ["k", "k"] * len(blocks) + ["v", "v"] * len(blocks)  # all with the prompt, then the last
     assert list(asked.model.named_modules()) == modules
     assert [answer.text for answer in generate(asked, prompts, max_new_tokens=10)] == [
-        _answer(asked.tokenizer, ids).text for ids in expected
+        asked.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected
     ]
 
 
 def test_an_answer_that_stops_is_cut_there_and_one_that_does_not_says_so(asked, prompts, monkeypatch):
     end, dog = asked.tokenizer.convert_tokens_to_ids("<end_of_utterance>"), asked.tokenizer("dog")["input_ids"][1:]
 
-    def scripted(assistant, inputs, max_new_tokens):
-        return [[*dog, end, *dog], dog]
-
-    monkeypatch.setattr("finetune.evaluation.generate._continue", scripted)
+    monkeypatch.setattr("finetune.evaluation.generate.greedy", lambda *_: [[*dog, end, *dog], dog])
     assert generate(asked, prompts[1:3], max_new_tokens=3) == [Answer("dog", True), Answer("dog", False)]
 
 

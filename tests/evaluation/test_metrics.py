@@ -12,10 +12,10 @@ from finetune.evaluation.metrics import (
     cider_d,
     exact_match,
     is_yes_no,
-    mark,
     most_common,
     normalise_vqa,
     rouge_l,
+    score,
     tokenise_caption,
     vqa_accuracy,
 )
@@ -288,11 +288,11 @@ def test_each_answer_gets_the_figures_that_apply_to_it():
     ten = ("dog",) * 3 + ("cat",) * 7
     captions = ("a dog runs on grass", "a brown dog is running")
     sign = ("welcome to the jungle",) * 7 + ("the jungle welcomes you", "welcome to jungle town", "the jungle is here")
-    marks = mark(
+    scores = score(
         ["dog", "dog", "a dog runs on grass", "welcome to the jungle", "a red bus", "a", "red"],
         [("dog",), ten, captions, sign, ("a bus stands there",), ("a red bus",), ("red", "blue")],
     )
-    assert [set(figures) for figures in marks] == [
+    assert [set(figures) for figures in scores] == [
         {"exact"},  # one short reference
         {"exact", "vqa"},  # several short ones
         {"exact", "rouge_l", "cider"},  # sentences
@@ -301,13 +301,13 @@ def test_each_answer_gets_the_figures_that_apply_to_it():
         {"exact"},  # three words are none
         {"exact", "vqa"},
     ]
-    assert marks[1]["vqa"] == pytest.approx(0.9)
-    assert [figures["exact"] for figures in marks] == [True, True, True, True, False, False, True]
+    assert scores[1]["vqa"] == pytest.approx(0.9)
+    assert [figures["exact"] for figures in scores] == [True, True, True, True, False, False, True]
     expected = cider_d(["a dog runs on grass", "a red bus"], [captions, ("a bus stands there",)])
-    assert [marks[2]["cider"], marks[4]["cider"]] == expected
+    assert [scores[2]["cider"], scores[4]["cider"]] == expected
     assert expected[0] > 5 > expected[1] > 0
-    assert marks[4]["rouge_l"] == pytest.approx(rouge_l("a red bus", ["a bus stands there"]))
+    assert scores[4]["rouge_l"] == pytest.approx(rouge_l("a red bus", ["a bus stands there"]))
 
 
 def test_figures_of_nothing():
-    assert mark([], []) == []
+    assert score([], []) == []

@@ -16,11 +16,10 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from finetune.export.merge import merge
 from modeling import loading, patterns
-from modeling.adapter_weights import AdapterWeights
+from modeling.adapter_weights import AdapterWeights, by_pattern, lora_targets, saved_modules
 from modeling.adapters import attach, load_adapter_weights, open_adapter
 from modeling.errors import UserError
 from modeling.shapes import IDEFICS_9B, tensor_shapes
-from modeling.targets import by_pattern, lora_targets, saved_modules
 
 SHAPES = tensor_shapes({**stand_in(IDEFICS_9B), "additional_vocab_size": 3})
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from merging import adapter_for
 
-from finetune.export.adapter_metadata import NOTE, AdapterMetadata, Named, named_model
+from finetune.export.adapter_metadata import NOTE, AdapterMetadata, NamedModel, resolve_model
 from finetune.serving import chat
 from modeling.checkpoint import fingerprint, read_checkpoint
 from modeling.errors import UserError
@@ -88,41 +88,41 @@ def run(trained, tmp_path):
 
 def test_a_model_is_what_was_named(run, base_folder):
     base, known = str(base_folder), fingerprint(read_checkpoint(base_folder))
-    on_base = Named(base, run / "adapter", None, True, known)
-    assert named_model(base) == Named(base)
-    assert named_model("owner/name") == Named("owner/name")
-    assert named_model(str(run / "adapter")) == on_base
-    assert named_model(str(run)) == on_base
-    assert named_model(base, run / "adapter") == on_base
-    assert named_model(base, run) == on_base
+    on_base = NamedModel(base, run / "adapter", None, True, known)
+    assert resolve_model(base) == NamedModel(base)
+    assert resolve_model("owner/name") == NamedModel("owner/name")
+    assert resolve_model(str(run / "adapter")) == on_base
+    assert resolve_model(str(run)) == on_base
+    assert resolve_model(base, run / "adapter") == on_base
+    assert resolve_model(base, run) == on_base
     shutil.copytree(base_folder, run / "merged")
-    assert named_model(str(run)) == Named(str(run / "merged"))
-    assert named_model(str(run / "adapter")) == on_base
+    assert resolve_model(str(run)) == NamedModel(str(run / "merged"))
+    assert resolve_model(str(run / "adapter")) == on_base
 
 
 def test_the_base_of_a_run_that_has_moved_is_found_beside_its_adapter(run, base_folder, tmp_path):
     AdapterMetadata("runs/elsewhere/base", None, True).write(run / "adapter")
     shutil.copytree(base_folder, run / "base")
-    assert named_model(str(run)).model == str(run / "base")
+    assert resolve_model(str(run)).model == str(run / "base")
 
 
 def test_an_adapter_of_others_is_put_on_the_base_that_it_names(run):
     (run / "adapter" / NOTE).unlink()
     (run / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name", "revision": "v1"}')
-    assert named_model(str(run / "adapter")) == Named("owner/name", run / "adapter", "v1", True)
+    assert resolve_model(str(run / "adapter")) == NamedModel("owner/name", run / "adapter", "v1", True)
 
 
 def test_what_is_no_model_is_told(run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: expected a model \(config.json\), an adapter or a run folder"):
-        named_model(str(tmp_path / "empty"))
+        resolve_model(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="empty: expected an adapter folder"):
-        named_model("owner/name", tmp_path / "empty")
+        resolve_model("owner/name", tmp_path / "empty")
     with pytest.raises(UserError, match=r"mine: expected the base of .*adapter, a model; found none"):
-        named_model(str(run), run / "adapter")
+        resolve_model(str(run), run / "adapter")
     shutil.rmtree(run / "adapter")
     with pytest.raises(UserError, match="a run folder in which nothing is trained yet; first: finetune train"):
-        named_model(str(run))
+        resolve_model(str(run))
 
 
 def test_chat_opens_a_run_and_its_adapter_and_no_other_base(run, base_folder, tmp_path):

@@ -17,9 +17,8 @@ from finetune.data.images import Preprocessing
 from finetune.evaluation.generate import Assistant
 from finetune.export import merge as merging_module
 from finetune.export.adapter_metadata import AdapterMetadata
-from finetune.export.answer_parity import compare_answers
 from finetune.export.merge import merge
-from finetune.export.verify import verify
+from finetune.export.verify import compare_answers, verify
 from modeling import checkpoint, loading
 from modeling.adapter_weights import AdapterWeights
 from modeling.adapters import open_adapter
@@ -602,7 +601,7 @@ def test_a_shard_that_was_spoilt_is_found_and_named(base_folder, adapter, tmp_pa
     merge(adapter, str(base_folder), tmp_path / "out", shard_bytes=SHARDS)
 
 
-def test_infinite_outputs_are_no_proof(base_folder, adapter, tmp_path):
+def test_infinite_outputs_are_refused(base_folder, adapter, tmp_path):
     shutil.copytree(base_folder, tmp_path / "base")
     name = "model.layers.0.input_layernorm.weight"
     spoil(tmp_path / "base" / "model.safetensors", lambda tensors: tensors[name].fill_(1e38))
@@ -657,7 +656,7 @@ def test_a_tower_trained_in_full_was_never_in_4_bits(base_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_the_proof_tells_a_right_merge_from_a_wrong_one(base_folder, make_rows, tmp_path):
+def test_answers_tell_a_right_merge_from_a_wrong_one(base_folder, make_rows, tmp_path):
     adapter_for(base_folder, tmp_path / "adapter", EVERYTHING, {})
     merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged")
     processor, rows = loading.load_processor(str(base_folder)), make_rows()
@@ -665,7 +664,7 @@ def test_the_proof_tells_a_right_merge_from_a_wrong_one(base_folder, make_rows, 
     def assistant(model):
         return Assistant(model, processor.tokenizer, Preprocessing.of(processor.image_processor))
 
-    def proof(merged):
+    def compared(merged):
         return compare_answers(
             base=lambda: assistant(loading.load(str(base_folder)).model),
             tuned=lambda: assistant(open_adapter(loading.load(str(base_folder)).model, tmp_path / "adapter")),
@@ -674,7 +673,7 @@ def test_the_proof_tells_a_right_merge_from_a_wrong_one(base_folder, make_rows, 
             prompts=[],
         )
 
-    right, wrong = proof(str(tmp_path / "merged")), proof(str(base_folder))
+    right, wrong = compared(str(tmp_path / "merged")), compared(str(base_folder))
     assert right.largest_difference < 1e-4  # fp32 rounding of logits of about 10
     assert wrong.largest_difference > 1e-2
     assert wrong.largest_difference == pytest.approx(right.largest_difference_to_base, abs=1e-4)

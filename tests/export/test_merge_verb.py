@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from finetune.cli import app
 from finetune.export.adapter_metadata import AdapterMetadata
-from finetune.export.merge_verb import merge_folder, model_card
+from finetune.export.cards import model_card
+from finetune.export.merge_verb import merge_folder
 from modeling.checkpoint import fingerprint, read_checkpoint
 
 RECIPE = "model:\n  base: some/base\n# ```\n# not the end of the recipe\n"
@@ -205,7 +206,7 @@ def test_the_card_says_what_the_model_is_made_of_and_the_truth_about_licences(tr
         "# `mine`",
         "",
         "IDEFICS, fine-tuned from `HuggingFaceM4/idefics-9b`, with everything that was trained merged into its "
-        "weights. `provenance.json` holds what it was made of, hashes, and the proof that it is base + adapter.",
+        "weights. `provenance.json` holds what it was made of, hashes, and its parity with base + adapter.",
         "",
         "## Data",
         "",

@@ -1,4 +1,4 @@
-"""The proof finds what is wrong with a merge, in every precision, and nothing in an honest one."""
+"""Parity finds what is wrong with a merge, in every precision, and nothing in a right one."""
 
 import math
 import shutil
@@ -14,8 +14,7 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from finetune.export.merge import merge
 from finetune.export.verify import Comparison, compare
-from modeling import checkpoint
-from modeling import parity as proof
+from modeling import checkpoint, parity
 from modeling.adapter_weights import AdapterWeights, weights_of
 from modeling.checkpoint import read_checkpoint, read_header
 from modeling.config import read_config
@@ -65,7 +64,7 @@ def merges(base_folder, adapters, tmp_path_factory):
 
 @pytest.fixture
 def compared(base_folder, adapters, merges, tmp_path):
-    """compared(change, ...) -> what the proof says of a merge whose weights were changed."""
+    """compared(change, ...) -> what parity says of a merge whose weights were changed."""
 
     def comparison(change=lambda tensors: None, *, adapter="lora", dtype="fp32", against=None) -> Comparison:
         merged = tmp_path / "merged"
@@ -120,7 +119,7 @@ def rows_found(base_folder, adapter, merged, name, tmp_path):
 def test_of_a_large_tensor_four_rows_are_looked_at_and_of_a_replaced_one_all(
     base_folder, adapters, merges, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(proof, "SMALL", 0)
+    monkeypatch.setattr(parity, "SMALL", 0)
     adapter, merged = AdapterWeights.read(adapters / "everything"), merges("everything")
     found = {
         name: list(rows_found(base_folder, adapter, merged, name, tmp_path))

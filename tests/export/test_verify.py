@@ -1,4 +1,4 @@
-"""A merged folder is proved again years later, and what has changed meanwhile is named."""
+"""A merged folder is verified again years later, and what has changed meanwhile is named."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def adapter(base_folder, tmp_path):
     return tmp_path / "adapter"
 
 
-def test_verify_repeats_the_proof(base_folder, adapter, tmp_path, monkeypatch):
+def test_verify_again(base_folder, adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(base_folder.parent)  # a base named from where we are must be found from elsewhere
     record = merge(adapter, base_folder.name, tmp_path / "merged", shard_bytes=600_000)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Adapters to merge, and merged folders to spoil, for the tests of merging and of its proof."""
+"""Adapters to merge, and merged folders to spoil, for the tests of merging and of parity."""
 
 from pathlib import Path
 

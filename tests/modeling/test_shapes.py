@@ -9,7 +9,7 @@ import torch
 from small_models import stand_in
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
-from modeling.config import read_config, verify
+from modeling.config import read_config, require_idefics
 from modeling.errors import UserError
 from modeling.shapes import IDEFICS_9B, IDEFICS_80B, TINY, count_lora, count_parameters, tensor_shapes
 
@@ -178,8 +178,8 @@ def test_a_config_without_these_fields_is_refused():
     config = dict(TINY)
     del config["use_resampler"]
     with pytest.raises(UserError, match="without a perceiver resampler"):
-        verify(config, where="here")
+        require_idefics(config, where="here")
     config = dict(TINY)
     del config["additional_vocab_size"]
     with pytest.raises(UserError, match="got 0"):
-        verify(config, where="here")
+        require_idefics(config, where="here")

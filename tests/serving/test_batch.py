@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from finetune.cli import app
 from finetune.evaluation.generate import Answer
 from finetune.serving import batch as answers
-from finetune.serving.batch import answer_file, asked, count_prompts
+from finetune.serving.batch import answer_file, count_prompts, identify_model
 from finetune.serving.chat import load_assistant
 from modeling.errors import UserError
 
@@ -169,15 +169,17 @@ def test_a_journal_that_is_none_is_named(scripted, tmp_path, line):
 def test_another_model_in_the_same_folder_is_another_model(base_folder, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
-    before = asked(str(tmp_path), adapter=None, quantize=None)
-    assert asked(str(tmp_path), adapter=None, quantize=None) == before
+    before = identify_model(str(tmp_path), adapter=None, quantize=None)
+    assert identify_model(str(tmp_path), adapter=None, quantize=None) == before
     os.utime(tmp_path / "model.safetensors", ns=(1, 1))
-    assert asked(str(tmp_path), adapter=None, quantize=None) != before
+    assert identify_model(str(tmp_path), adapter=None, quantize=None) != before
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "trained.safetensors").write_bytes(b"1")
     os.utime(adapter / "trained.safetensors", ns=(1, 1))
-    assert asked(str(base_folder), adapter=adapter, quantize=None)["weights"][-1].endswith("trained.safetensors 1 1")
+    assert identify_model(str(base_folder), adapter=adapter, quantize=None)["weights"][-1].endswith(
+        "trained.safetensors 1 1"
+    )
 
 
 @pytest.mark.parametrize("out", ["in.jsonl", "link.jsonl", "hard.jsonl", "./below/../in.jsonl"])
