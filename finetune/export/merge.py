@@ -1,7 +1,7 @@
 """base + adapter -> a standalone instruct checkpoint for plain transformers, a few rows at a time, and its parity.
 
-Everything trained finds its home: LoRA is added to its matrix in fp32, gates and towers trained in full replace the
-base's, the added tokens' rows bring the vocabulary to three. A tensor of the adapter that finds none is an error.
+LoRA is added to its matrix in fp32; gates and towers trained in full replace the base's; the rows of the added tokens
+bring their number to three. A tensor of the adapter that has no place in the base is an error.
 
     OUT/  *.safetensors (and index) · config.json · tokenizer, processor and generation files · README.md
           provenance.json: what it was made of, hashes, and its parity with base + adapter
@@ -68,14 +68,18 @@ def merge(
 ) -> dict[str, Any]:
     """Write the merged model to `out`, which appears only when it is complete and verified; return provenance.json.
 
-    To `instruct`, a base gains `<end_of_utterance>`, as in training. `base_precision` nf4 adds to the matrices as a
-    4-bit training saw them, quantised and back; where `trained_on` is another precision, the difference to base +
-    adapter in that one is reported, too. `base_fingerprint`: of the weights it was trained on, to tell another base of
-    the same shapes.
-    `may_replace`: files in `out` that an earlier merge left. `provenance`: more to put down; `card`: the model's
-    README.md; `dtype`: of the merged weights, as the base's if None. In memory are the adapter and a few blocks of one
-    matrix. Interrupted, it goes on with the first shard that is not complete. Raises UserError: another base, not
-    enough disk, something else in `out`.
+    adapter, base: an adapter folder, and the folder or hub id (`revision`) of its base. `instruct`: a base gains
+    `<end_of_utterance>`, as in training. `base_fingerprint`: of the weights that the adapter was trained on, to tell
+    another base of the same shapes.
+
+    `base_precision`: nf4 adds to the matrices as a 4-bit training saw them, quantised and back. Where the adapter was
+    `trained_on` another precision, the difference to base + adapter in that one is reported, too.
+
+    `may_replace`: files in `out` that an earlier merge left. `provenance`: more to write down. `card`: the model's
+    README.md. `dtype`: of the merged weights; None: as the base's.
+
+    In memory are the adapter and a few blocks of one matrix. Interrupted, it goes on with the first shard that is not
+    complete. Raises UserError: another base, not enough disk, something else in `out`.
     """
     out = out.resolve()
     folder, base_config = open_base(base, revision=revision)
@@ -114,13 +118,7 @@ def merge(
     }
     processor = load_processor(base, revision=revision, instruct=instruct)
     require_agreement(config, processor, where=base)
-    try:
-        str(out).encode()  # tokenizers and safetensors take no other names
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except UnicodeEncodeError as error:
-        raise UserError(f"{out}: the name is not UTF-8, and a model cannot be written there; choose --out") from error
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
+    _make_parent(out)
     with locked(out.with_name(f".{out.name}.lock"), what=f"{out}", instead="--out FOLDER"):
         if record := _done(out, made_of, may_replace) or _complete(out, made_of):
             return record
@@ -130,10 +128,8 @@ def merge(
         parity = compare(config, weights, merged, changes, track=track)
         require_rounding(parity, merged)
         others: set[BasePrecision] = {trained_on, "full"} - {base_precision}
-        against = {
-            other: asdict(compare(config, weights_of(stored, base_config, other), merged, changes, track=track))
-            for other in others
-        }
+        bases = {other: weights_of(stored, base_config, other) for other in others}
+        against = {other: asdict(compare(config, bases[other], merged, changes, track=track)) for other in others}
         merged_files = folder_digests(partial, track)
         del merged_files[MADE_OF]
         record = {
@@ -156,6 +152,17 @@ def merge(
         write_json(partial / PROVENANCE, record)
         _put_in_place(out)
         return record
+
+
+def _make_parent(out: Path) -> None:
+    """Make the folder around `out`. Raises UserError: it cannot be made, or no model can be written under the name."""
+    try:
+        str(out).encode()  # tokenizers and safetensors take no other names
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{out}: the name is not UTF-8, and a model cannot be written there; choose --out") from error
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror} ({error.filename})") from error
 
 
 def _merged_config(base_config: Config, instruct: bool, dtype: torch.dtype | None) -> dict[str, Any]:
