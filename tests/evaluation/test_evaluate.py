@@ -28,7 +28,8 @@ def scores_of(monkeypatch):
     return scores
 
 
-def test_scores_count_exact_open_balanced_first_word_and_eos_rate(scores_of):
+def test_scores(scores_of):
+    """Scores count exact open balanced first word and eos rate."""
     table = [
         ("is it red?", ("yes",), "yes", True),
         ("is it red?", ("no",), "yes", True),
@@ -45,7 +46,8 @@ def test_scores_count_exact_open_balanced_first_word_and_eos_rate(scores_of):
     assert (scores.vqa, scores.cider, scores.rouge_l) == (None, None, None)  # one short reference each
 
 
-def test_of_several_references_any_counts_and_the_most_common_says_whether_it_is_yes_or_no(scores_of):
+def test_scores_of_several_references(scores_of):
+    """Of several references any counts and the most common says whether it is yes or no."""
     table = [
         ("is it red?", ("maybe", "yes", "yes"), "maybe", True),
         ("is it red?", ("yes", "No", "No"), "no idea", True),
@@ -59,7 +61,8 @@ def test_of_several_references_any_counts_and_the_most_common_says_whether_it_is
     assert (scores.cider, scores.rouge_l) == (None, None)
 
 
-def test_sentences_get_their_own_figures_and_leave_those_of_short_answers_alone(scores_of):
+def test_scores_of_sentences(scores_of):
+    """Sentences get their own figures and leave those of short answers alone."""
     scores = scores_of(
         [
             ("describe it", ("one two three four five",), "one two three four five", True),
@@ -73,7 +76,8 @@ def test_sentences_get_their_own_figures_and_leave_those_of_short_answers_alone(
     assert scores.exact == 2 / 3
 
 
-def test_without_questions_there_is_the_loss_alone(scores_of):
+def test_scores_without_questions(scores_of):
+    """Without questions there is the loss alone."""
     assert scores_of([]).to_json() == {
         "loss": 1.5,
         "supervised_tokens": 7,
@@ -89,7 +93,8 @@ def test_without_questions_there_is_the_loss_alone(scores_of):
     }
 
 
-def test_predictions_hold_each_question_with_its_references_answer_and_figures(scores_of, tmp_path):
+def test_predictions(scores_of, tmp_path):
+    """Predictions hold each question with its references answer and figures."""
     file = tmp_path / "predictions.jsonl"
     table = [
         ("what?", ("dög",), "dög", False),
@@ -116,7 +121,8 @@ def test_predictions_hold_each_question_with_its_references_answer_and_figures(s
     }
 
 
-def test_predictions_say_where_images_are(monkeypatch, tmp_path):
+def test_predictions_images(monkeypatch, tmp_path):
+    """Predictions say where images are."""
     images = (
         Image(Path("photos/dog.jpg")),
         Image(Path("photos/d\udcf6g.jpg")),  # a name that is not UTF-8
@@ -138,7 +144,8 @@ def test_predictions_say_where_images_are(monkeypatch, tmp_path):
     ]
 
 
-def test_the_balanced_subset_of_easy_vqa_is_the_published_one():
+def test_balanced_yes_no_of_easy_vqa():
+    """The balanced subset of easy VQA is the published one."""
     records = [record for _, record in easy_vqa.read(make_source("easy_vqa", split="test"))]
     questions = [question for record in records for question in easy_vqa.convert(record, root=None).prompts()]
     assert sum(references in (("yes",), ("no",)) for _, references in questions) == 7_136
@@ -146,7 +153,8 @@ def test_the_balanced_subset_of_easy_vqa_is_the_published_one():
     assert (chosen.count(("yes",)), chosen.count(("no",))) == (1_246, 1_246)
 
 
-def test_the_balanced_subset_keeps_a_wording_with_all_its_references_apart():
+def test_balanced_yes_no_by_wording():
+    """The balanced subset keeps a wording with all its references apart."""
     asked = [
         (Dialogue((user("red?"), assistant("a"), user("sure?"))), ("yes", "no", "yes")),
         (Dialogue((user("sure?"),)), ("no", "no", "yes")),

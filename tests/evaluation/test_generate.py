@@ -34,14 +34,15 @@ def prompts():
     ]
 
 
-def test_a_batch_with_padding_answers_as_one_by_one(asked, prompts):
+def test_generate_padded_equals_one_by_one(asked, prompts):
+    """A batch with padding answers as one by one."""
     together = generate(asked, prompts, max_new_tokens=8, batch_size=4)
     alone = [generate(asked, [prompt], max_new_tokens=8)[0] for prompt in prompts]
     assert together == alone
     assert len({answer.text for answer in together}) > 1
 
 
-def test_it_is_the_stock_processor_and_model(asked, idefics, prompts):
+def test_generate_equals_stock_processor(asked, idefics, prompts):
     """The same prompt through transformers' own processor, pixel values and generate."""
     image = prompts[0].images[0].source
     segments = ["User:", image, "what color is it?<end_of_utterance>", "\nAssistant:"]
@@ -55,7 +56,8 @@ def test_it_is_the_stock_processor_and_model(asked, idefics, prompts):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_batch_is_answered_as_the_stock_generate_does_with_images_projected_once(asked, prompts, lora):
+def test_generate_equals_stock_generate(asked, prompts, lora):
+    """A batch is answered as the stock generate does with images projected once."""
     torch.manual_seed(0)  # with others the two best tokens may be one rounding apart
     with torch.no_grad():  # a copy of `</s>`'s row, it would be as good as that at every step
         asked.model.lm_head.additional_fc.weight[2].normal_(std=0.1)
@@ -85,14 +87,16 @@ def test_a_batch_is_answered_as_the_stock_generate_does_with_images_projected_on
     ]
 
 
-def test_an_answer_that_stops_is_cut_there_and_one_that_does_not_says_so(asked, prompts, monkeypatch):
+def test_generate_stopped(asked, prompts, monkeypatch):
+    """An answer that stops is cut there and one that does not says so."""
     end, dog = asked.tokenizer.convert_tokens_to_ids("<end_of_utterance>"), asked.tokenizer("dog")["input_ids"][1:]
 
     monkeypatch.setattr("finetune.evaluation.generate.greedy", lambda *_: [[*dog, end, *dog], dog])
     assert generate(asked, prompts[1:3], max_new_tokens=3) == [Answer("dog", True), Answer("dog", False)]
 
 
-def test_image_tokens_are_never_written(asked, prompts):
+def test_generate_writes_no_image_token(asked, prompts):
+    """Image tokens are never written."""
     head = asked.model.lm_head.additional_fc.weight
     with torch.no_grad():
         head[:2] = 50 * torch.sign(head[:2])  # the image tokens would win every time
@@ -101,7 +105,8 @@ def test_image_tokens_are_never_written(asked, prompts):
         assert "fake_token" not in answer.text
 
 
-def test_questions_are_every_answered_turn_in_its_context(prompts):
+def test_draw_questions(prompts):
+    """Questions are every answered turn in its context."""
     dialogue = Dialogue((user("a?"), assistant("A"), user("b?"), assistant("B", references=("C", "B"))))
     questions = draw_questions([dialogue], limit=None, seed=0)
     assert [(len(prompt.turns), references) for prompt, references in questions] == [(1, ("A",)), (3, ("C", "B"))]
@@ -112,7 +117,8 @@ def test_questions_are_every_answered_turn_in_its_context(prompts):
     assert drawn != [references for _, references in draw_questions(many, limit=5, seed=1)]
 
 
-def test_every_image_is_exchanged_for_another_everywhere_the_same_way(make_rows):
+def test_swap_images(make_rows):
+    """Every image is exchanged for another everywhere the same way."""
     rows = make_rows()
     order = sorted({index for row in rows.rows for index in row.examples})
     dialogues = [
@@ -142,7 +148,8 @@ class Numbered:
         return Numbered(tuple(self.numbers[other.get(image, image)] for image in range(len(self.numbers))))
 
 
-def test_cached_features_are_exchanged_with_their_images(make_rows):
+def test_swap_images_cached_features(make_rows):
+    """Cached features are exchanged with their images."""
     rows = make_rows()
     rows = replace(rows, features=Numbered(tuple(range(len(rows.images)))))
     dialogues = [Dialogue((user(*[rows.images[image] for image in ids], "which?"),)) for ids in rows.image_ids]
@@ -156,7 +163,8 @@ def test_cached_features_are_exchanged_with_their_images(make_rows):
     assert looked_up.tolist() == shown
 
 
-def test_the_held_out_loss_weighs_every_token_the_same_however_rows_are_packed(asked, make_rows):
+def test_eval_loss_however_packed(asked, make_rows):
+    """The held out loss weighs every token the same however rows are packed."""
     loss, supervised = eval_loss(asked, make_rows(row_tokens=160))
     other, same = eval_loss(asked, make_rows(row_tokens=512))
     assert supervised == same
@@ -171,7 +179,8 @@ def test_the_held_out_loss_weighs_every_token_the_same_however_rows_are_packed(a
 
 
 @pytest.mark.parametrize("tower", ["vision", "resampler", "decoder", "embeddings_and_head"])
-def test_a_bf16_base_whose_tower_was_trained_in_full_can_be_asked(base_folder, make_rows, prompts, tmp_path, tower):
+def test_generate_full_tower_on_bf16_base(base_folder, make_rows, prompts, tmp_path, tower):
+    """A bf16 base whose tower was trained in full can be asked."""
     modes = {tower: "full", "gates": "full", "added_tokens": "full", "cross_attention": "lora"}
     model = loading.load(str(base_folder), dtype=torch.bfloat16)
     attached = attach(model.model, modes, lora={"r": 2}, base="")

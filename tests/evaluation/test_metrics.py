@@ -23,13 +23,15 @@ from finetune.evaluation.metrics import (
 # ---------------------------------------------------------------- exact, most common
 
 
-def test_an_exact_match_is_any_reference_letter_by_letter():
+def test_exact_match():
+    """An exact match is any reference letter by letter."""
     assert exact_match("dog", ("cat", "dog"))
     assert not exact_match("Dog", ("cat", "dog"))
     assert not exact_match("do", ("dog",))
 
 
-def test_the_most_common_reference_and_whether_it_is_yes_or_no():
+def test_most_common_and_is_yes_no():
+    """The most common reference and whether it is yes or no."""
     assert most_common(("no", "yes", "yes")) == "yes"
     assert most_common(("b", "a", "a", "b")) == "b"  # of equals the first
     assert is_yes_no(("maybe", "Yes", "Yes"))
@@ -64,7 +66,8 @@ def test_the_most_common_reference_and_whether_it_is_yes_or_no():
         ("", ""),
     ],
 )
-def test_the_rules_of_vqa_s_normalisation(text, normalised):
+def test_normalise_vqa_rules(text, normalised):
+    """The rules of VQA's normalisation."""
     assert normalise_vqa(text) == normalised
 
 
@@ -90,7 +93,8 @@ y'all'dve>y'all'd've youd>you'd youd've>you'd've you'dve>you'd've youll>you'll y
 CONTRACTIONS = dict(pair.split(">") for pair in PUBLISHED.split())
 
 
-def test_the_contractions_are_the_published_ones():
+def test_normalise_vqa_contractions():
+    """The contractions are the published ones."""
     assert len(CONTRACTIONS) == 116
     for written, meant in CONTRACTIONS.items():
         assert normalise_vqa(written) == meant
@@ -153,7 +157,8 @@ SHORT = st.lists(
 
 @given(SHORT)
 @settings(max_examples=300, deadline=None)
-def test_normalisation_equals_the_rules_taken_literally(text):
+def test_normalise_vqa_literally(text):
+    """Normalisation equals the rules taken literally."""
     assert normalise_vqa(text) == naive_normal(text)
 
 
@@ -169,7 +174,8 @@ def asked_of_ten(draw):
 @example(("Red.", ["red"] * 10))
 @example(("Red.", ["red"] * 9 + ["blue"]))
 @example(("dog", ["dog"]))
-def test_vqa_accuracy_equals_leaving_each_human_out(case):
+def test_vqa_accuracy_leaves_each_out(case):
+    """VQA accuracy equals leaving each human out."""
     answer, references = case
     assert vqa_accuracy(answer, references) == pytest.approx(naive_vqa(answer, references), abs=1e-12)
 
@@ -177,19 +183,22 @@ def test_vqa_accuracy_equals_leaving_each_human_out(case):
 @pytest.mark.parametrize(
     ("said_so", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (5, 1.0), (9, 1.0), (10, 1.0)]
 )
-def test_vqa_accuracy_by_how_many_of_ten_said_so(said_so, accuracy):
+def test_vqa_accuracy_of_ten(said_so, accuracy):
+    """VQA accuracy by how many of ten said so."""
     references = ["dog"] * said_so + ["cat", "cow", "hen", "fox", "owl", "ant", "bee", "rat", "bat", "elk"][said_so:]
     assert vqa_accuracy("dog", references) == pytest.approx(accuracy)
 
 
-def test_both_sides_are_normalised_unless_all_humans_said_the_same():
+def test_vqa_accuracy_unanimous():
+    """Both sides are normalised unless all humans said the same."""
     assert vqa_accuracy("Two Dogs.", ["the 2 dogs"] * 9 + ["cats"]) == 1
     assert vqa_accuracy("Two Dogs.", ["2 dogs"] * 10) == 0
     assert vqa_accuracy(" Two\tDogs\n", ["Two Dogs"] * 10) == 1
     assert vqa_accuracy("Yes", ["yes", "yes\n", " yes"] * 3) == 0  # the same, apart from white space at the ends
 
 
-def test_vqa_accuracy_of_fewer_than_ten():
+def test_vqa_accuracy_fewer_than_ten():
+    """VQA accuracy of fewer than ten."""
     assert vqa_accuracy("dog", ["dog"]) == 0
     assert vqa_accuracy("dog", ["dog"] * 3) == pytest.approx(2 / 3)
     assert vqa_accuracy("dog", ["dog", "dog", "cat"]) == pytest.approx((1 / 3 + 1 / 3 + 2 / 3) / 3)
@@ -210,7 +219,8 @@ def test_vqa_accuracy_of_fewer_than_ten():
         ("?! ...", []),
     ],
 )
-def test_captions_are_words_in_lower_case_without_punctuation(text, tokens):
+def test_tokenise_caption(text, tokens):
+    """Captions are words in lower case without punctuation."""
     assert tokenise_caption(text) == tokens
 
 
@@ -239,12 +249,13 @@ def published_cider(items):
 @settings(max_examples=150, deadline=None)
 @example(HAND_WRITTEN)
 @example(HAND_WRITTEN[:1])
-def test_cider_d_is_the_published_one(items):
+def test_cider_d_published(items):
+    """CIDEr-D is the published one."""
     answers, references = zip(*items, strict=True)
     assert cider_d(answers, references) == pytest.approx(published_cider(items), abs=1e-9)
 
 
-def test_cider_d_of_known_captions():
+def test_cider_d_known_captions():
     """Two items whose references share no word: each n-gram weighs log 2, and equal captions have cosine 1."""
     references = [["one two three four five"], ["six seven eight nine zero"]]
     assert cider_d(["one two three four five", "one"], references) == pytest.approx([10, 0])
@@ -256,7 +267,8 @@ def test_cider_d_of_known_captions():
     assert cider_d(["one one", ""], references) == pytest.approx([10 * cosine * math.exp(-9 / 72), 0])
 
 
-def test_cider_d_at_its_edges():
+def test_cider_d_edges():
+    """CIDEr-D at its edges."""
     assert cider_d([], []) == []
     assert cider_d(["a dog", "..."], [["?"], ["a cat"]]) == [0, 0]
     assert cider_d(["a dog"], [["a dog"]]) == [0]  # alone in its set, no n-gram tells it apart
@@ -267,11 +279,13 @@ def test_cider_d_at_its_edges():
 @example(*HAND_WRITTEN[0])
 @example(*HAND_WRITTEN[1])
 @example(*HAND_WRITTEN[3])
-def test_rouge_l_is_the_published_one(answer, references):
+def test_rouge_l_published(answer, references):
+    """ROUGE-L is the published one."""
     assert rouge_l(answer, references) == pytest.approx(Rouge().calc_score([answer], references), abs=1e-9)
 
 
-def test_rouge_l_of_known_captions():
+def test_rouge_l_known_captions():
+    """ROUGE-L of known captions."""
     assert rouge_l("A dog runs.", ["a dog runs"]) == pytest.approx(1)
     # "a dog" of 2 words in 4: precision 1, recall 1/2
     assert rouge_l("a dog", ["a big dog runs"]) == pytest.approx(2.44 * 0.5 / (0.5 + 1.44))
@@ -284,7 +298,8 @@ def test_rouge_l_of_known_captions():
 # ---------------------------------------------------------------- which figures apply
 
 
-def test_each_answer_gets_the_figures_that_apply_to_it():
+def test_score_by_kind_of_references():
+    """Each answer gets the figures that apply to it."""
     ten = ("dog",) * 3 + ("cat",) * 7
     captions = ("a dog runs on grass", "a brown dog is running")
     sign = ("welcome to the jungle",) * 7 + ("the jungle welcomes you", "welcome to jungle town", "the jungle is here")
@@ -309,5 +324,6 @@ def test_each_answer_gets_the_figures_that_apply_to_it():
     assert scores[4]["rouge_l"] == pytest.approx(rouge_l("a red bus", ["a bus stands there"]))
 
 
-def test_figures_of_nothing():
+def test_score_of_nothing():
+    """Figures of nothing."""
     assert score([], []) == []

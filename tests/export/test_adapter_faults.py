@@ -49,7 +49,8 @@ def configure(folder, **changes):
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
-def test_a_whole_adapter_fits(folder):
+def test_whole_adapter_fits(folder):
+    """A whole adapter fits."""
     check(folder)
 
 
@@ -67,7 +68,8 @@ def test_a_whole_adapter_fits(folder):
         (b'{"peft_type":"LORA"}', r"adapter_config\.json: r: expected a rank, .*, got nothing"),
     ],
 )
-def test_an_adapter_config_that_is_none_is_named(folder, content, message):
+def test_adapter_config_not_one(folder, content, message):
+    """An adapter config that is none is named."""
     (folder / "adapter_config.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         check(folder)
@@ -103,13 +105,15 @@ def test_an_adapter_config_that_is_none_is_named(folder, content, message):
         ({"bias": ["all"]}, "cannot be merged exactly: bias"),
     ],
 )
-def test_an_adapter_config_s_field_is_named(folder, changes, message):
+def test_adapter_config_field(folder, changes, message):
+    """An adapter config's field is named."""
     configure(folder, **changes)
     with pytest.raises(UserError, match=rf"adapter_config\.json: {message}"):
         check(folder)
 
 
-def test_fields_of_other_versions_without_a_value_do_no_harm(folder):
+def test_adapter_config_unknown_empty_fields(folder):
+    """Fields of other versions without a value do no harm."""
     configure(folder, new_in_the_next_version=None, and_another=False, peft_version="9.9", rank_pattern=None)
     configure(folder, layer_replication=[], trainable_token_indices={}, loftq_config={})
     check(folder)
@@ -204,14 +208,16 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_an_adapter_s_weights_that_are_damaged_are_named(folder, kind):
+def test_adapter_weights_damaged(folder, kind):
+    """An adapter's weights that are damaged are named."""
     damage, message = WEIGHTS[kind]
     damage(folder)
     with pytest.raises(UserError, match=message):
         check(folder)
 
 
-def test_an_adapter_s_pickle_is_opened_without_running_it(folder, tmp_path):
+def test_adapter_pickle_not_run(folder, tmp_path):
+    """An adapter's pickle is opened without running it."""
     rename_to_pickle(folder, pickle.dumps({"x": Touch(tmp_path / "made")}))
     with pytest.raises(UserError, match=r"adapter_model\.bin: cannot be read as a pickle of tensors alone"):
         check(folder)
@@ -268,26 +274,30 @@ HALVES = {
 
 
 @pytest.mark.parametrize("kind", HALVES)
-def test_half_an_adapter_is_refused(folder, kind):
+def test_half_an_adapter(folder, kind):
+    """Half an adapter is refused."""
     change, message = HALVES[kind]
     spoil(folder / "adapter_model.safetensors", change)
     with pytest.raises(UserError, match=message):
         check(folder)
 
 
-def test_a_saved_module_that_the_base_does_not_have_is_refused(folder):
+def test_saved_module_not_in_base(folder):
+    """A saved module that the base does not have is refused."""
     configure(folder, modules_to_save=["additional_embedding", "additional_fc", "classifier"])
     with pytest.raises(UserError, match="modules_to_save names 'classifier', which the base does not have"):
         check(folder)
 
 
-def test_dora_without_a_magnitude_is_refused(folder):
+def test_dora_without_magnitude(folder):
+    """DoRA without a magnitude is refused."""
     configure(folder, use_dora=True)
     with pytest.raises(UserError, match=r"has no magnitude, and .* says use_dora True"):
         check(folder)
 
 
-def test_lora_on_the_head_beside_its_saved_base_layer_is_refused(folder):
+def test_lora_on_head_refused(folder):
+    """LoRA on the head beside its saved base layer is refused."""
     configure(folder, target_modules=["up_proj", "lm_head"], modules_to_save=None)
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors = {name: one for name, one in tensors.items() if ".layers." in name and "up_proj" in name}
@@ -299,20 +309,23 @@ def test_lora_on_the_head_beside_its_saved_base_layer_is_refused(folder):
         check(folder)
 
 
-def test_a_tensor_in_both_files_is_refused(folder):
+def test_tensor_in_both_files(folder):
+    """A tensor in both files is refused."""
     spoil(folder / "trained.safetensors", lambda t: t.update({"lm_head.additional_fc.weight": torch.ones(3, 64)}))
     with pytest.raises(UserError, match=r"lm_head\.additional_fc\.weight is there twice"):
         check(folder)
 
 
-def test_a_matrix_that_is_there_whole_and_has_lora_is_refused(folder):
+def test_whole_matrix_with_lora(folder):
+    """A matrix that is there whole and has LoRA is refused."""
     spoil(folder / "trained.safetensors", lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(96, 64)}))
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight is there whole, and has LoRA as well"):
         check(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn], ids=str)
-def test_an_adapter_in_another_precision_is_read(folder, dtype):
+def test_adapter_in_other_dtype(folder, dtype):
+    """An adapter in another precision is read."""
     spoil(
         folder / "adapter_model.safetensors",
         lambda t: t.update({name: one.to(dtype) for name, one in list(t.items())}),
@@ -321,7 +334,7 @@ def test_an_adapter_in_another_precision_is_read(folder, dtype):
     assert AdapterWeights.read(folder).lora["model.layers.1.mlp.up_proj.weight"]["lora_A"].dtype == dtype
 
 
-def test_every_door_has_the_same_rule(folder, base_folder, tmp_path):
+def test_same_rule_at_every_door(folder, base_folder, tmp_path):
     """merge, chat and evaluation (`open_adapter`), resuming and continue_from (`load_adapter_weights`)."""
     model = loading.load(str(base_folder)).model
     spoil(folder / "adapter_model.safetensors", without("v_proj"))
@@ -337,7 +350,8 @@ def test_every_door_has_the_same_rule(folder, base_folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_continued_training_at_another_scale_is_refused(folder, base_folder):
+def test_continue_at_other_scale(folder, base_folder):
+    """Continued training at another scale is refused."""
     model = loading.load(str(base_folder)).model
     modes = {"decoder": "lora", "added_tokens": "full", "gates": "full"}
     attached = attach(model, modes, lora={"r": 4, "lora_alpha": 16}, base="base")
@@ -369,7 +383,8 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_lora_targets_ranks_and_alphas_are_those_of_peft(kind):
+def test_lora_targets_equal_peft(kind):
+    """LoRA targets ranks and alphas are those of PEFT."""
     shapes, config = tensor_shapes(stand_in(IDEFICS_9B)), peft.LoraConfig(r=4, lora_alpha=6, **CONFIGS[kind])
     modules = [n.removesuffix(".weight") for n, shape in shapes.items() if n.endswith(".weight") and len(shape) > 1]
     targets = lora_targets(config, modules, where="x")
@@ -402,7 +417,8 @@ HOSTILE = r"(\w+\.?)+!"
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_adapter_pattern_that_backtracks_without_end_is_ended(folder, changes, monkeypatch):
+def test_adapter_pattern_backtracks(folder, changes, monkeypatch):
+    """Adapter pattern that backtracks without end is ended."""
     monkeypatch.setattr(patterns, "LIMIT_S", 0.2)
     configure(folder, **changes)
     if "modules_to_save" in changes:  # else its tensors are refused first
@@ -414,7 +430,8 @@ def test_adapter_pattern_that_backtracks_without_end_is_ended(folder, changes, m
 
 
 @pytest.mark.parametrize("pattern", ["(", "*", "a{2,1}", "(?P<x>a)(?P<x>b)", "[z-a]", "x\\", "(" * 5000 + ")" * 5000])
-def test_adapter_pattern_that_is_none_is_named(folder, pattern):
+def test_adapter_pattern_invalid(folder, pattern):
+    """Adapter pattern that is none is named."""
     configure(folder, target_modules=pattern)
     with pytest.raises(UserError, match=r"target_modules: .* is no regular expression: ") as error:
         check(folder)

@@ -13,7 +13,8 @@ from modeling.checkpoint import fingerprint, read_checkpoint
 from modeling.errors import UserError
 
 
-def test_an_origin_is_read_as_it_was_written(tmp_path):
+def test_metadata_round_trip(tmp_path):
+    """An origin is read as it was written."""
     metadata = AdapterMetadata("bases/mine", "main", True, "nf4", "0123")
     metadata.write(tmp_path)
     assert AdapterMetadata.read(tmp_path) == metadata
@@ -46,20 +47,23 @@ def test_an_origin_is_read_as_it_was_written(tmp_path):
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_a_note_that_is_odd_is_named(tmp_path, note, message):
+def test_metadata_odd(tmp_path, note, message):
+    """A note that is odd is named."""
     (tmp_path / NOTE).write_text(note)
     with pytest.raises(UserError, match=rf"finetune\.json: {message}"):
         AdapterMetadata.read(tmp_path)
 
 
 @pytest.mark.parametrize("config", ['{"base_model_name_or_path": 3}', '{"base_model_name_or_path": ["a/b"]}'])
-def test_a_base_that_peft_s_file_names_oddly_is_told(tmp_path, config):
+def test_metadata_peft_base_odd(tmp_path, config):
+    """A base that PEFT's file names oddly is told."""
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(UserError, match=r"adapter_config\.json: base_model_name_or_path: expected a text"):
         AdapterMetadata.read(tmp_path)
 
 
-def test_a_flipped_byte_of_an_adapter_is_noticed(tmp_path):
+def test_metadata_flipped_byte(tmp_path):
+    """A flipped byte of an adapter is noticed."""
     (tmp_path / "adapter_model.safetensors").write_bytes(b"abc")
     (tmp_path / "trained.safetensors").write_bytes(b"def")
     AdapterMetadata("a/b").write(tmp_path)
@@ -86,7 +90,8 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "mine")
 
 
-def test_a_model_is_what_was_named(run, base_folder):
+def test_resolve_model(run, base_folder):
+    """A model is what was named."""
     base, known = str(base_folder), fingerprint(read_checkpoint(base_folder))
     on_base = NamedModel(base, run / "adapter", None, True, known)
     assert resolve_model(base) == NamedModel(base)
@@ -100,19 +105,22 @@ def test_a_model_is_what_was_named(run, base_folder):
     assert resolve_model(str(run / "adapter")) == on_base
 
 
-def test_the_base_of_a_run_that_has_moved_is_found_beside_its_adapter(run, base_folder, tmp_path):
+def test_resolve_moved_base(run, base_folder, tmp_path):
+    """The base of a run that has moved is found beside its adapter."""
     AdapterMetadata("runs/elsewhere/base", None, True).write(run / "adapter")
     shutil.copytree(base_folder, run / "base")
     assert resolve_model(str(run)).model == str(run / "base")
 
 
-def test_an_adapter_of_others_is_put_on_the_base_that_it_names(run):
+def test_resolve_foreign_adapter(run):
+    """An adapter of others is put on the base that it names."""
     (run / "adapter" / NOTE).unlink()
     (run / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name", "revision": "v1"}')
     assert resolve_model(str(run / "adapter")) == NamedModel("owner/name", run / "adapter", "v1", True)
 
 
-def test_what_is_no_model_is_told(run, tmp_path):
+def test_resolve_no_model(run, tmp_path):
+    """What is no model is told."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: expected a model \(config.json\), an adapter or a run folder"):
         resolve_model(str(tmp_path / "empty"))
@@ -125,7 +133,8 @@ def test_what_is_no_model_is_told(run, tmp_path):
         resolve_model(str(run))
 
 
-def test_chat_opens_a_run_and_its_adapter_and_no_other_base(run, base_folder, tmp_path):
+def test_chat_opens_run_and_adapter(run, base_folder, tmp_path):
+    """Chat opens a run and its adapter and no other base."""
     gates = [chat.load_assistant(str(place)).idefics.model.gated_cross_attn_layers[0].alpha_dense.item()
              for place in (run, run / "adapter", base_folder)]  # fmt: skip
     assert gates[0] == gates[1] != gates[2]

@@ -64,7 +64,8 @@ def made(tmp_path, tiny_tokenizer):
     )
 
 
-def test_the_card_says_what_was_made_of_what(made):
+def test_dataset_card_content(made):
+    """The card says what was made of what."""
     recipe, sources, dataset, folder = made
     card = dataset_card(recipe, sources, dataset)
     names = [one.folder.name for one in (*dataset.train.sets, *dataset.eval.sets)]
@@ -132,7 +133,8 @@ were kept.
     )
 
 
-def test_the_header_is_read_by_the_hubs_own_library(made):
+def test_dataset_card_header(made):
+    """The header is read by the hubs own library."""
     recipe, sources, dataset, _ = made
     card = DatasetCard(dataset_card(recipe, sources, dataset))
     assert card.data.to_dict() == {
@@ -145,7 +147,8 @@ def test_the_header_is_read_by_the_hubs_own_library(made):
     assert card.text.strip().startswith("# mine")
 
 
-def test_no_name_can_break_a_table(made):
+def test_dataset_card_names_escaped(made):
+    """No name can break a table."""
     recipe, sources, dataset, _ = made
     hostile = (
         "a|b\n| c | d |\n# Title <script>x</script> ![i](https://x.org) [l](https://x.org) `code` \\| **b** _i_.jsonl"
@@ -162,7 +165,8 @@ def test_no_name_can_break_a_table(made):
     assert line == f"| {safe} | not JSON | 1 | {safe}: {safe} |"
 
 
-def test_no_rejections_are_none_and_a_split_names_its_set_once(made, tiny_tokenizer):
+def test_dataset_card_no_rejections(made, tiny_tokenizer):
+    """No rejections are none and a split names its set once."""
     recipe, _, _, folder = made
     (folder / "data.jsonl").write_text("".join(json.dumps(ask(f"{number}?")) + "\n" for number in range(4)))
     data = {
@@ -183,13 +187,15 @@ def test_no_rejections_are_none_and_a_split_names_its_set_once(made, tiny_tokeni
     ("count", "label"),
     [(999, "n<1K"), (1_000, "1K<n<10K"), (99_999, "10K<n<100K"), (100_000, "100K<n<1M"), (1_000_000, "n>1M")],
 )
-def test_the_size_is_one_of_the_hubs_categories(count, label, made):
+def test_dataset_card_size(count, label, made):
+    """The size is one of the hubs categories."""
     recipe, sources, dataset, _ = made
     dataset.report["training_examples"] = count
     assert DatasetCard(dataset_card(recipe, sources, dataset)).data.size_categories == [label]
 
 
-def test_the_card_lies_beside_the_sets_with_its_recipe(made, tmp_path):
+def test_dataset_card_beside_sets(made, tmp_path):
+    """The card lies beside the sets with its recipe."""
     recipe, sources, dataset, _ = made
     folder = write_card(recipe, sources, dataset)
     assert folder == tmp_path / "prepared" / "mine"
@@ -199,7 +205,8 @@ def test_the_card_lies_beside_the_sets_with_its_recipe(made, tmp_path):
     assert written == recipe.model_copy(update={"output": output})
 
 
-def test_cards_of_runs_of_one_name_in_two_folders_lie_side_by_side(made, tmp_path):
+def test_dataset_cards_of_one_name(made, tmp_path):
+    """Cards of runs of one name in two folders lie side by side."""
     recipe, sources, dataset, _ = made
     first, second = (recipe.model_copy(update={"output": str(tmp_path / name / "mine")}) for name in "ab")
     folders = [write_card(one, sources, dataset) for one in (first, second, first, second)]

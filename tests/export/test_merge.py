@@ -68,7 +68,8 @@ def logits(model, rows):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_is_base_plus_adapter_to_1e_5_and_not_the_base(base_folder, make_rows, tmp_path, variant):
+def test_merge_equals_base_plus_adapter(base_folder, make_rows, tmp_path, variant):
+    """Merged is base plus adapter to 1e 5 and not the base."""
     modes, lora = VARIANTS[variant]
     tuned = adapter_for(base_folder, tmp_path / "adapter", modes, lora)
     merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged")
@@ -130,7 +131,8 @@ def merged_by_peft(base_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant", PEFT_VARIANTS)
-def test_whole_matrices_are_merged_as_peft_does_bit_for_bit(base_folder, tmp_path, variant, merged_by_peft):
+def test_merge_whole_equals_peft(base_folder, tmp_path, variant, merged_by_peft):
+    """Whole matrices are merged as PEFT does bit for bit."""
     adapter, theirs = merged_by_peft[variant]
     merge(adapter, str(base_folder), tmp_path / "merged")
     assert different(weights(tmp_path / "merged"), theirs) == []
@@ -138,16 +140,16 @@ def test_whole_matrices_are_merged_as_peft_does_bit_for_bit(base_folder, tmp_pat
 
 @pytest.mark.parametrize("group", IN_BLOCKS.values(), ids=IN_BLOCKS)
 @pytest.mark.parametrize("variant", PEFT_VARIANTS)
-def test_blocks_of_rows_are_merged_as_peft_does_up_to_the_order_of_sums(
-    base_folder, tmp_path, variant, merged_by_peft, group, monkeypatch
-):
+def test_merge_blocks_equal_peft(base_folder, tmp_path, variant, merged_by_peft, group, monkeypatch):
+    """Blocks of rows are merged as PEFT does up to the order of sums."""
     in_blocks_of(monkeypatch, group)
     adapter, theirs = merged_by_peft[variant]
     merge(adapter, str(base_folder), tmp_path / "merged")
     assert unlike_rounding(weights(tmp_path / "merged"), theirs, weights(base_folder), adapter) == []
 
 
-def test_plain_transformers_loads_it_and_writes_the_same_tokens(base_folder, make_rows, tmp_path):
+def test_merged_in_plain_transformers(base_folder, make_rows, tmp_path):
+    """Plain transformers loads it and writes the same tokens."""
     tuned = adapter_for(base_folder, tmp_path / "adapter", EVERYTHING, {})
     merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged", provenance={"base": "stand-in"})
     model = IdeficsForVisionText2Text.from_pretrained(tmp_path / "merged").eval()
@@ -164,7 +166,8 @@ def test_plain_transformers_loads_it_and_writes_the_same_tokens(base_folder, mak
     assert plain.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_generation_stops_at_the_end_of_utterance_and_writes_no_image_token(base_folder, tmp_path):
+def test_merged_generation_stops(base_folder, tmp_path):
+    """Generation stops at the end of utterance and writes no image token."""
     adapter_for(base_folder, tmp_path / "adapter", {"decoder": "lora"}, {})
     merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
@@ -172,7 +175,8 @@ def test_generation_stops_at_the_end_of_utterance_and_writes_no_image_token(base
     assert config["suppress_tokens"] == [300, 301]
 
 
-def test_provenance_and_shards(base_folder, make_rows, tmp_path):
+def test_merge_provenance_and_shards(base_folder, make_rows, tmp_path):
+    """Provenance and shards."""
     tuned = adapter_for(base_folder, tmp_path / "adapter", {"decoder": "lora"}, {})
     provenance = {"base": "stand-in", "revision": None}
     merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged", provenance=provenance, shard_bytes=400_000)
@@ -209,7 +213,8 @@ def test_provenance_and_shards(base_folder, make_rows, tmp_path):
 
 @pytest.mark.parametrize("asked", [None, *DTYPES])
 @pytest.mark.parametrize("base_dtype", ["fp32", "bf16"])
-def test_weights_are_in_the_base_s_dtype_or_the_one_asked_for(base_folder, tmp_path, base_dtype, asked):
+def test_merge_dtype(base_folder, tmp_path, base_dtype, asked):
+    """Weights are in the base's dtype or the one asked for."""
     base = copy_base(base_folder, tmp_path / "base", DTYPES[base_dtype])
     adapter_for(base, tmp_path / "adapter", EVERYTHING)
     dtype = DTYPES[asked or base_dtype]
@@ -223,7 +228,8 @@ def test_weights_are_in_the_base_s_dtype_or_the_one_asked_for(base_folder, tmp_p
     assert IdeficsForVisionText2Text.from_pretrained(tmp_path / "merged").dtype == dtype
 
 
-def test_a_value_too_large_for_fp16_is_told(base_folder, adapter, tmp_path):
+def test_merge_fp16_overflow(base_folder, adapter, tmp_path):
+    """A value too large for fp16 is told."""
     shutil.copytree(base_folder, tmp_path / "base")
     spoil(tmp_path / "base" / "model.safetensors", lambda tensors: tensors["lm_head.weight"][7, 7].fill_(70_000))
     with pytest.raises(UserError, match=r"lm_head\.weight: holds 70,000, and fp16 ends at 65,504; .*--dtype bf16"):
@@ -232,7 +238,8 @@ def test_a_value_too_large_for_fp16_is_told(base_folder, adapter, tmp_path):
     merge(adapter, str(tmp_path / "base"), tmp_path / "merged", dtype=torch.bfloat16)
 
 
-def test_a_base_without_training_of_added_tokens_gains_the_row_of_the_end(base_folder, tmp_path):
+def test_merge_adds_end_of_utterance(base_folder, tmp_path):
+    """A base without training of added tokens gains the row of the end."""
     adapter_for(base_folder, tmp_path / "adapter", {"decoder": "lora"}, {})
     merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged")
     tensors, base = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", base_folder))
@@ -242,7 +249,8 @@ def test_a_base_without_training_of_added_tokens_gains_the_row_of_the_end(base_f
         assert torch.equal(grown[2], base[f"{owner}.weight"][2])
 
 
-def test_a_tensor_that_finds_no_home_is_an_error(base_folder, tmp_path):
+def test_merge_tensor_without_place(base_folder, tmp_path):
+    """A tensor that finds no home is an error."""
     adapter_for(base_folder, tmp_path / "adapter", {"decoder": "lora", "gates": "full"}, {})
     trained = load_file(tmp_path / "adapter" / "trained.safetensors")
     trained["model.gated_cross_attn_layers.7.alpha_dense"] = torch.zeros(1)
@@ -252,13 +260,15 @@ def test_a_tensor_that_finds_no_home_is_an_error(base_folder, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_this_merge_does_not_understand_is_refused(base_folder, tmp_path):
+def test_merge_unknown_lora_refused(base_folder, tmp_path):
+    """An adapter this merge does not understand is refused."""
     adapter_for(base_folder, tmp_path / "adapter", {"decoder": "lora"}, {"bias": "lora_only"})
     with pytest.raises(UserError, match="cannot be merged exactly: bias is 'lora_only'"):
         merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged")
 
 
-def test_what_is_no_adapter_or_no_base(base_folder, tmp_path):
+def test_merge_not_an_adapter(base_folder, tmp_path):
+    """What is no adapter or no base."""
     with pytest.raises(UserError, match="expected an adapter folder"):
         merge(tmp_path, str(base_folder), tmp_path / "merged")
     with pytest.raises(UserError, match="found none"):
@@ -275,7 +285,7 @@ def elsewhere(base, folder, **config):
     return wrapped.eval()
 
 
-def test_the_widely_copied_adapter_merges_bit_for_bit(base_folder, tmp_path):
+def test_merge_widely_copied_adapter(base_folder, tmp_path):
     """q, k, v of all four towers at rank 16, from the published notebook."""
     settings = {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
     tuned = elsewhere(base_folder, tmp_path / "adapter", bias="none", **settings)
@@ -290,7 +300,8 @@ def test_the_widely_copied_adapter_merges_bit_for_bit(base_folder, tmp_path):
     assert IdeficsForVisionText2Text.from_pretrained(tmp_path / "merged").config.additional_vocab_size == 2
 
 
-def test_embeddings_that_peft_saved_whole_replace_the_base_s(base_folder, tmp_path):
+def test_merge_embeddings_saved_by_peft(base_folder, tmp_path):
+    """Embeddings that PEFT saved whole replace the base s."""
     settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
     tuned = elsewhere(base_folder, tmp_path / "adapter", **settings)
     merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged", instruct=False)
@@ -300,7 +311,8 @@ def test_embeddings_that_peft_saved_whole_replace_the_base_s(base_folder, tmp_pa
     assert len([name for name in different(got, weights(base_folder)) if name.startswith(owners)]) == 4
 
 
-def test_a_pickled_adapter_of_old_is_read_without_running_it_and_told_apart(base_folder, tmp_path):
+def test_merge_pickled_adapter(base_folder, tmp_path):
+    """A pickled adapter of old is read without running it and told apart."""
     tuned = elsewhere(base_folder, tmp_path / "adapter", target_modules=["q_proj"])
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
@@ -335,14 +347,16 @@ def test_a_pickled_adapter_of_old_is_read_without_running_it_and_told_apart(base
         ),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_told_and_nothing_is_written(base_folder, adapter, tmp_path, change, message):
+def test_merge_adapter_that_does_not_fit(base_folder, adapter, tmp_path, change, message):
+    """An adapter that does not fit is told and nothing is written."""
     spoil(adapter / "adapter_model.safetensors", change)
     with pytest.raises(UserError, match=message):
         merge(adapter, str(base_folder), tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_another_kind_of_adapter_and_a_merged_model_are_none(base_folder, adapter, tmp_path):
+def test_merge_other_kind_of_adapter(base_folder, adapter, tmp_path):
+    """Another kind of adapter and a merged model are none."""
     model = IdeficsForVisionText2Text.from_pretrained(base_folder)
     other = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     peft.get_peft_model(model, other).save_pretrained(tmp_path / "ia3")
@@ -357,7 +371,8 @@ def test_another_kind_of_adapter_and_a_merged_model_are_none(base_folder, adapte
         AdapterMetadata.read(tmp_path)
 
 
-def test_another_base_of_equal_shapes_is_refused(base_folder, adapter, tmp_path):
+def test_merge_other_base_equal_shapes(base_folder, adapter, tmp_path):
+    """Another base of equal shapes is refused."""
     shutil.copytree(base_folder, tmp_path / "other")
     spoil(tmp_path / "other" / "model.safetensors", lambda tensors: tensors["lm_head.weight"][0, 0].add_(1))
     mine = fingerprint(read_checkpoint(base_folder))
@@ -368,7 +383,8 @@ def test_another_base_of_equal_shapes_is_refused(base_folder, adapter, tmp_path)
     merge(adapter, str(base_folder), tmp_path / "merged", base_fingerprint=mine)
 
 
-def test_another_base_of_other_shapes_is_told_by_its_shapes(base_folder, tmp_path):
+def test_merge_other_base_other_shapes(base_folder, tmp_path):
+    """Another base of other shapes is told by its shapes."""
     adapter_for(base_folder, tmp_path / "adapter", {"decoder": "lora", "embeddings_and_head": "full"})
     shutil.copytree(base_folder, tmp_path / "other")
 
@@ -385,7 +401,8 @@ def test_another_base_of_other_shapes_is_told_by_its_shapes(base_folder, tmp_pat
         merge(tmp_path / "adapter", str(tmp_path / "other"), tmp_path / "merged", base_fingerprint="0")
 
 
-def test_a_base_with_a_tensor_too_few_or_too_many(base_folder, adapter, tmp_path):
+def test_merge_base_tensors_missing_or_surplus(base_folder, adapter, tmp_path):
+    """A base with a tensor too few or too many."""
     shutil.copytree(base_folder, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     spoil(file, lambda tensors: tensors.update({"model.layers.0.more": torch.zeros(1)}))
@@ -396,7 +413,8 @@ def test_a_base_with_a_tensor_too_few_or_too_many(base_folder, adapter, tmp_path
         merge(adapter, str(tmp_path / "base"), tmp_path / "merged")
 
 
-def test_buffers_that_old_checkpoints_hold_are_left_out_and_named(base_folder, adapter, tmp_path):
+def test_merge_leaves_out_old_buffers(base_folder, adapter, tmp_path):
+    """Buffers that old checkpoints hold are left out and named."""
     buffers = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "model.vision_model.embeddings.position_ids": torch.arange(65)[None],
@@ -410,13 +428,15 @@ def test_buffers_that_old_checkpoints_hold_are_left_out_and_named(base_folder, a
     assert verify(tmp_path / "merged") == record["parity"]
 
 
-def test_a_base_that_is_nowhere_is_told(adapter, tmp_path):
+def test_merge_base_missing(adapter, tmp_path):
+    """A base that is nowhere is told."""
     for base in ("nobody/nothing-at-all", str(tmp_path / "gone"), "a b"):
         with pytest.raises(UserError, match="is neither a folder here nor a"):
             merge(adapter, base, tmp_path / "merged")
 
 
-def test_a_base_without_tokenizer_is_told_before_anything_is_written(base_folder, adapter, tmp_path):
+def test_merge_base_without_tokenizer(base_folder, adapter, tmp_path):
+    """A base without tokenizer is told before anything is written."""
     (tmp_path / "base").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(base_folder / name, tmp_path / "base")
@@ -425,13 +445,15 @@ def test_a_base_without_tokenizer_is_told_before_anything_is_written(base_folder
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_folder_whose_name_is_not_utf_8_is_refused(base_folder, adapter, tmp_path):
+def test_merge_folder_name_not_utf_8(base_folder, adapter, tmp_path):
+    """A folder whose name is not UTF-8 is refused."""
     with pytest.raises(UserError, match="the name is not UTF-8, and a model cannot be written there"):
         merge(adapter, str(base_folder), tmp_path / os.fsdecode(b"m\xff") / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_folder_in_use_is_left_alone(base_folder, adapter, tmp_path):
+def test_merge_folder_in_use(base_folder, adapter, tmp_path):
+    """A folder in use is left alone."""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -446,7 +468,8 @@ def test_a_folder_in_use_is_left_alone(base_folder, adapter, tmp_path):
     assert (tmp_path / "empty" / "provenance.json").is_file()
 
 
-def test_a_folder_that_cannot_be_written_is_told(base_folder, adapter, tmp_path, monkeypatch):
+def test_merge_folder_not_writable(base_folder, adapter, tmp_path, monkeypatch):
+    """A folder that cannot be written is told."""
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"file/merged: cannot be written: File exists \(.*/file\)"):
         merge(adapter, str(base_folder), tmp_path / "file" / "merged")
@@ -459,13 +482,15 @@ def test_a_folder_that_cannot_be_written_is_told(base_folder, adapter, tmp_path,
         merge(adapter, str(base_folder), tmp_path / "merged")
 
 
-def test_a_mount_point_cannot_appear_as_a_whole(base_folder, adapter, tmp_path, monkeypatch):
+def test_merge_mount_point(base_folder, adapter, tmp_path, monkeypatch):
+    """A mount point cannot appear as a whole."""
     monkeypatch.setattr(merging_module.Path, "is_mount", lambda path: path.name == "merged")
     with pytest.raises(UserError, match=r"is a mount point, .*; name a folder inside it"):
         merge(adapter, str(base_folder), tmp_path / "merged")
 
 
-def test_too_little_disk_is_told_before_anything_is_written(base_folder, adapter, tmp_path, monkeypatch):
+def test_merge_too_little_disk(base_folder, adapter, tmp_path, monkeypatch):
+    """Too little disk is told before anything is written."""
     asked = []
 
     def usage(free):
@@ -511,9 +536,8 @@ def interrupt(monkeypatch, *, at, before=True):
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_interrupted_at_any_shard_it_goes_on_with_it(
-    base_folder, adapter, tmp_path, monkeypatch, uninterrupted, before
-):
+def test_merge_resumes_at_shard(base_folder, adapter, tmp_path, monkeypatch, uninterrupted, before):
+    """Interrupted at any shard it goes on with it."""
     count = sum(name.endswith(".safetensors") for name in uninterrupted)
     assert count >= 5
     for at in range(1, count + 1):
@@ -534,9 +558,9 @@ def test_interrupted_at_any_shard_it_goes_on_with_it(
 
 
 @pytest.mark.parametrize("stage", ["save_processor", "compare", "weight_digests"])
-def test_interrupted_after_the_weights_it_writes_none_again(
-    base_folder, adapter, tmp_path, monkeypatch, uninterrupted, stage
-):
+def test_merge_resumes_after_weights(base_folder, adapter, tmp_path, monkeypatch, uninterrupted, stage):
+    """Interrupted after the weights it writes none again."""
+
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -552,7 +576,8 @@ def test_interrupted_after_the_weights_it_writes_none_again(
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_of_an_adapter_that_changed_meanwhile_nothing_old_is_used(base_folder, adapter, tmp_path, monkeypatch, change):
+def test_merge_adapter_changed_meanwhile(base_folder, adapter, tmp_path, monkeypatch, change):
+    """Of an adapter that changed meanwhile nothing old is used."""
     with monkeypatch.context() as patch:
         interrupt(patch, at=4)
         with pytest.raises(KeyboardInterrupt):
@@ -567,7 +592,8 @@ def test_of_an_adapter_that_changed_meanwhile_nothing_old_is_used(base_folder, a
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
-def test_done_before_it_returns_at_once_and_another_merge_is_refused(base_folder, adapter, tmp_path, monkeypatch):
+def test_merge_done_before(base_folder, adapter, tmp_path, monkeypatch):
+    """Done before it returns at once and another merge is refused."""
     first = merge(adapter, str(base_folder), tmp_path / "out")
     before = files_of(tmp_path / "out")
     begun = interrupt(monkeypatch, at=None)
@@ -584,7 +610,7 @@ def test_done_before_it_returns_at_once_and_another_merge_is_refused(base_folder
     assert files_of(tmp_path / "out") == before
 
 
-def test_a_shard_that_was_spoilt_is_found_and_named(base_folder, adapter, tmp_path, monkeypatch):
+def test_merge_spoilt_shard(base_folder, adapter, tmp_path, monkeypatch):
     """By whatever wrote to it between an interruption and the end."""
     with monkeypatch.context() as patch:
         interrupt(patch, at=3)
@@ -601,7 +627,8 @@ def test_a_shard_that_was_spoilt_is_found_and_named(base_folder, adapter, tmp_pa
     merge(adapter, str(base_folder), tmp_path / "out", shard_bytes=SHARDS)
 
 
-def test_infinite_outputs_are_refused(base_folder, adapter, tmp_path):
+def test_merge_infinite_outputs(base_folder, adapter, tmp_path):
+    """Infinite outputs are refused."""
     shutil.copytree(base_folder, tmp_path / "base")
     name = "model.layers.0.input_layernorm.weight"
     spoil(tmp_path / "base" / "model.safetensors", lambda tensors: tensors[name].fill_(1e38))
@@ -619,7 +646,8 @@ def nf4_of(base):
 
 
 @pytest.mark.parametrize("group", [None, 1], ids=["whole", "any number of rows"])
-def test_onto_nf4_it_is_peft_s_merge_onto_the_dequantised_model(base_folder, tmp_path, monkeypatch, group):
+def test_merge_base_precision_nf4(base_folder, tmp_path, monkeypatch, group):
+    """Onto nf4 it is PEFT's merge onto the dequantised model."""
     if group:
         in_blocks_of(monkeypatch, group)
     modes = {"decoder": "lora", "resampler": "lora", "gates": "full", "added_tokens": "full"}
@@ -642,21 +670,24 @@ def test_onto_nf4_it_is_peft_s_merge_onto_the_dequantised_model(base_folder, tmp
     assert verify(tmp_path / "nf4") == record["parity"]
 
 
-def test_trained_in_nf4_and_merged_onto_the_released_weights_both_differences_are_told(base_folder, adapter, tmp_path):
+def test_merge_reports_both_precisions(base_folder, adapter, tmp_path):
+    """Trained in nf4 and merged onto the released weights both differences are told."""
     record = merge(adapter, str(base_folder), tmp_path / "merged", trained_on="nf4")
     assert record["parity"]["largest_block_difference"] < 1e-5
     assert record["against"].keys() == {"nf4"}
     assert record["against"]["nf4"]["largest_block_difference"] > 1e-3
 
 
-def test_a_tower_trained_in_full_was_never_in_4_bits(base_folder, tmp_path):
+def test_merge_nf4_full_tower_refused(base_folder, tmp_path):
+    """A tower trained in full was never in 4 bits."""
     adapter_for(base_folder, tmp_path / "adapter", {"decoder": "full"})
     with pytest.raises(UserError, match=r"--base-precision nf4: model\.layers\..* was trained in full"):
         merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged", base_precision="nf4")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_answers_tell_a_right_merge_from_a_wrong_one(base_folder, make_rows, tmp_path):
+def test_compare_answers(base_folder, make_rows, tmp_path):
+    """Answers tell a right merge from a wrong one."""
     adapter_for(base_folder, tmp_path / "adapter", EVERYTHING, {})
     merge(tmp_path / "adapter", str(base_folder), tmp_path / "merged")
     processor, rows = loading.load_processor(str(base_folder)), make_rows()
@@ -680,7 +711,7 @@ def test_answers_tell_a_right_merge_from_a_wrong_one(base_folder, make_rows, tmp
     assert wrong.largest_difference_to_base == 0
 
 
-def test_peft_has_no_lora_field_the_merge_was_not_told_of():
+def test_peft_lora_fields_known():
     """The merge refuses what it does not understand; a new LoraConfig field of PEFT must be looked at first."""
     assert peft.__version__ == "0.21.2"
 
@@ -694,9 +725,7 @@ def test_peft_has_no_lora_field_the_merge_was_not_told_of():
         (merging_module.Path, "rename", ".merged.partial"),
     ],
 )
-def test_killed_when_little_is_missing_a_merge_goes_on_from_there(
-    base_folder, tmp_path, monkeypatch, owner, name, file
-):
+def test_merge_resumes_when_little_is_missing(base_folder, tmp_path, monkeypatch, owner, name, file):
     """Killed just before `name` is done to `file`; no weights are written again."""
     adapter_for(base_folder, tmp_path / "adapter", {"decoder": "lora"})
     original = getattr(owner, name)

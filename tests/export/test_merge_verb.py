@@ -50,7 +50,8 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "mine")
 
 
-def test_a_run_folder_is_merged_into_itself_and_verified(run, base_folder):
+def test_merge_run_and_verify(run, base_folder):
+    """A run folder is merged into itself and verified."""
     outcome = invoke(run, "--json")
     assert outcome.exit_code == 0, outcome.output
     record = json.loads(outcome.stdout)
@@ -73,22 +74,22 @@ def test_a_run_folder_is_merged_into_itself_and_verified(run, base_folder):
     assert files_of(run / "merged") == before
 
 
-def test_what_was_proved_is_shown(run):
+def test_merge_shows_parity(run):
+    """What was proved is shown."""
     outcome = invoke(run)
     assert outcome.exit_code == 0, outcome.output
     lines = [" ".join(line.replace("│", " ").split()) for line in outcome.stdout.splitlines()]
-    assert "tensors compared with the formula, by sampled rows 177" in lines
-    assert "blocks run: base + adapter against merged 8" in lines
-    assert any(line.startswith("largest difference of one, to what rounding explains 0.") for line in lines)
+    assert "tensors compared with base + adapter, by sampled rows 177" in lines
+    assert "blocks run, merged and as base + adapter 8" in lines
+    assert any(line.startswith("largest difference of a tensor / what rounding explains 0.") for line in lines)
     verified = invoke(run / "merged", "--verify")
     assert verified.exit_code == 0
-    assert "blocks run: base + adapter against merged" in verified.stdout
+    assert "blocks run, merged and as base + adapter" in verified.stdout
 
 
 @pytest.mark.parametrize("named", ["HuggingFaceM4/idefics-9b", None])
-def test_an_adapter_is_merged_onto_the_base_that_is_named_into_the_folder_that_is_named(
-    run, base_folder, tmp_path, named
-):
+def test_merge_adapter_onto_named_base(run, base_folder, tmp_path, named):
+    """An adapter is merged onto the base that is named into the folder that is named."""
     (run / "adapter" / "finetune.json").unlink()
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = named
@@ -104,12 +105,14 @@ def test_an_adapter_is_merged_onto_the_base_that_is_named_into_the_folder_that_i
     assert not (run / "merged").exists()
 
 
-def test_an_adapter_s_merged_model_lies_beside_it(run):
+def test_merge_adapter_beside_it(run):
+    """An adapter's merged model lies beside it."""
     assert invoke(run / "adapter").exit_code == 0
     assert (run / "merged" / "provenance.json").is_file()
 
 
-def test_the_base_it_was_trained_on_may_have_moved_and_no_other_may_take_its_place(run, base_folder, tmp_path):
+def test_merge_moved_base(run, base_folder, tmp_path):
+    """The base it was trained on may have moved and no other may take its place."""
     moved, other = (shutil.copytree(base_folder, tmp_path / name) for name in ("moved", "other"))
     spoil(other / "model.safetensors", lambda tensors: tensors["lm_head.weight"].add_(1))
     AdapterMetadata(str(tmp_path / "gone"), None, True, None, fingerprint(read_checkpoint(base_folder))).write(
@@ -121,20 +124,22 @@ def test_the_base_it_was_trained_on_may_have_moved_and_no_other_may_take_its_pla
     assert invoke(run, "--base", moved).exit_code == 0
 
 
-def test_a_run_trained_in_4_bits_is_merged_as_it_was_trained(run, base_folder, tmp_path):
+def test_merge_run_in_nf4(run, base_folder, tmp_path):
+    """A run trained in 4 bits is merged as it was trained."""
     AdapterMetadata(str(base_folder), None, True, "nf4", None).write(run / "adapter")
     record = json.loads(invoke(run, "--json").stdout)
     assert record["made_of"]["base_precision"] == "nf4"
     assert record["against"].keys() == {"full"}
     outcome = invoke(run, "--base-precision", "full", "--out", tmp_path / "full")
     assert outcome.exit_code == 0, outcome.output
-    assert "base + adapter with the base as nf4" in outcome.stdout
+    assert "that of a block, with the base in NF4" in outcome.stdout
     record = json.loads((tmp_path / "full" / "provenance.json").read_text())
     assert record["made_of"]["base_precision"] == "full"
     assert record["against"].keys() == {"nf4"}
 
 
-def test_what_changed_is_told_by_verify(run):
+def test_verify_names_changes(run):
+    """What changed is told by verify."""
     merge_folder(run, base=None, out=None, base_precision=None, dtype=None, shard_size=None, show=False)
     spoil(run / "merged" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].add_(1))
     assert "has changed since it was merged: model.safetensors is another" in told(invoke(run / "merged", "--verify"))
@@ -152,8 +157,6 @@ MISTAKES = {
         "model: expected an adapter folder (adapter_config.json or trained.safetensors), found a model",
     ),
     "untrained": (["untrained"], "untrained/adapter: no such adapter folder; first: finetune train"),
-    "dtype": (["mine", "--dtype", "int8"], "--dtype: expected fp32 or bf16 or fp16, got 'int8'"),
-    "base_precision": (["mine", "--base-precision", "nf5"], "--base-precision: expected full or nf4, got 'nf5'"),
     "size": (
         ["mine", "--shard-size", "5 bananas"],
         "--shard-size: expected a size with its unit, such as 5GB or 24GiB, got '5 bananas'",
@@ -167,8 +170,18 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize(("option", "got"), [("--dtype", "int8"), ("--base-precision", "nf5")])
+def test_merge_choices(run, option, got):
+    """typer names the values that an option takes, and nothing is written."""
+    outcome = invoke(run, option, got)
+    assert outcome.exit_code == 2
+    assert f"'{got}' is not one of" in outcome.output
+    assert not (run / "merged").exists()
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_message_and_writes_nothing(run, tmp_path, monkeypatch, mistake):
+def test_merge_mistakes(run, tmp_path, monkeypatch, mistake):
+    """A mistake is one message and writes nothing."""
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "model", "untrained"):
         (tmp_path / folder).mkdir()
@@ -181,7 +194,9 @@ def test_a_mistake_is_one_message_and_writes_nothing(run, tmp_path, monkeypatch,
     assert files_of(tmp_path) == before
 
 
-def test_a_full_disk_is_told_and_the_command_goes_on(run, monkeypatch):
+def test_merge_full_disk(run, monkeypatch):
+    """A full disk is told and the command goes on."""
+
     def write_shard(path, tensors):
         raise OSError(28, "No space left on device", str(path))
 
@@ -191,7 +206,8 @@ def test_a_full_disk_is_told_and_the_command_goes_on(run, monkeypatch):
     assert invoke(run).exit_code == 0
 
 
-def test_the_card_says_what_the_model_is_made_of_and_the_truth_about_licences(trained, tmp_path):
+def test_model_card_content(trained, tmp_path):
+    """The card says what the model is made of and the truth about licences."""
     text = model_card("HuggingFaceM4/idefics-9b", tmp_path / "merged", trained)
     card = ModelCard(text)
     assert card.data.to_dict() == {
@@ -213,7 +229,7 @@ def test_the_card_says_what_the_model_is_made_of_and_the_truth_about_licences(tr
         "- `dialogues.jsonl`: 12,345 examples",
         "- `` a`b # c|d ``: 1 examples",
         "",
-        "## Held-out figures",
+        "## Figures on eval data",
         "",
         "| | base | this model |",
         "| --- | --- | --- |",
@@ -233,7 +249,8 @@ def test_the_card_says_what_the_model_is_made_of_and_the_truth_about_licences(tr
     ]
 
 
-def test_the_card_lies_beside_the_merged_weights(run):
+def test_model_card_beside_weights(run):
+    """The card lies beside the merged weights."""
     assert invoke(run).exit_code == 0
     card = ModelCard.load(run / "merged" / "README.md")
     assert card.data.license == "other"
@@ -243,7 +260,8 @@ def test_the_card_lies_beside_the_merged_weights(run):
 @pytest.mark.parametrize(
     "name", ["---", "a\n---\nlicense: mit\n---", "`", "``` x", "](http://x)", "<script>", "# a", "é 模"]
 )
-def test_a_hostile_name_stays_a_name(tmp_path, name):
+def test_model_card_hostile_name(tmp_path, name):
+    """A hostile name stays a name."""
     base, out = tmp_path / name.replace("/", "_"), tmp_path / name.replace("/", "_")
     base.mkdir()
     card = ModelCard(model_card(str(base), out, None))
@@ -260,7 +278,8 @@ def test_a_hostile_name_stays_a_name(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["data.json", "evaluation.json"])
 @pytest.mark.parametrize("content", ["", "[]", '{"sources": 3, "tuned": 3}', '{"sources": [{}], "tuned": {"loss": 1}}'])
-def test_the_card_s_files_that_are_cut_or_odd_are_named_before_anything_is_merged(run, name, content):
+def test_model_card_odd_files(run, name, content):
+    """The card's files that are cut or odd are named before anything is merged."""
     (run / name).write_text(content)
     assert f"{run / name}: " in told(outcome := invoke(run))
     assert "delete it, and the card does without" in told(outcome)

@@ -79,7 +79,8 @@ def compared(base_folder, adapters, merges, tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("adapter", [*LORA, "everything"])
-def test_an_honest_merge_differs_by_rounding_alone(compared, adapter, dtype):
+def test_parity_of_right_merge(compared, adapter, dtype):
+    """An honest merge differs by rounding alone."""
     comparison = compared(adapter=adapter, dtype=dtype)
     assert comparison.tensors == 177
     assert comparison.largest_tensor_difference <= 1
@@ -94,7 +95,9 @@ def test_an_honest_merge_differs_by_rounding_alone(compared, adapter, dtype):
 @pytest.mark.parametrize("name", [UP, NORM, GATE, ROWS, UNTOUCHED])
 @pytest.mark.parametrize("place", [0, -1])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_changed_value_is_found_whatever_the_tensor(compared, name, place, dtype):
+def test_parity_one_changed_value(compared, name, place, dtype):
+    """One changed value is found whatever the tensor."""
+
     def change(tensors):
         values = tensors[name].view(-1)
         kind = torch.finfo(values.dtype)
@@ -116,9 +119,8 @@ def rows_found(base_folder, adapter, merged, name, tmp_path):
             yield row
 
 
-def test_of_a_large_tensor_four_rows_are_looked_at_and_of_a_replaced_one_all(
-    base_folder, adapters, merges, monkeypatch, tmp_path
-):
+def test_parity_sampled_rows(base_folder, adapters, merges, monkeypatch, tmp_path):
+    """Of a large tensor four rows are looked at and of a replaced one all."""
     monkeypatch.setattr(parity, "SMALL", 0)
     adapter, merged = AdapterWeights.read(adapters / "everything"), merges("everything")
     found = {
@@ -132,7 +134,9 @@ def test_of_a_large_tensor_four_rows_are_looked_at_and_of_a_replaced_one_all(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_a_number_is_found(compared, value):
+def test_parity_not_a_number(compared, value):
+    """What is not a number is found."""
+
     def change(tensors):
         tensors[NORM][5] = value
 
@@ -143,7 +147,8 @@ def test_what_is_not_a_number_is_found(compared, value):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-def test_an_adapter_scaled_by_a_hundredth_is_found(compared, adapters, dtype, factor):
+def test_parity_scaled_adapter(compared, adapters, dtype, factor):
+    """An adapter scaled by a hundredth is found."""
     other = AdapterWeights.read(adapters / "lora")
     other.lora[UP][factor] = other.lora[UP][factor] * 1.01
     comparison = compared(dtype=dtype, against=other)
@@ -153,13 +158,15 @@ def test_an_adapter_scaled_by_a_hundredth_is_found(compared, adapters, dtype, fa
 
 @pytest.mark.parametrize("adapter", ["rslora", "dora"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_another_kind_of_lora_is_found(compared, adapters, adapter, dtype):
+def test_parity_other_lora(compared, adapters, adapter, dtype):
+    """Another kind of LoRA is found."""
     plain = compared(adapter=adapter, dtype=dtype, against=AdapterWeights.read(adapters / "lora"))
     assert plain.largest_tensor_difference > 10
     assert plain.largest_block_difference > 1e-2
 
 
-def test_the_base_itself_is_found(compared, base_folder):
+def test_parity_base_itself(compared, base_folder):
+    """The base itself is found."""
     base = load_file(base_folder / "model.safetensors")
 
     def change(tensors):
@@ -193,7 +200,9 @@ def test_the_base_itself_is_found(compared, base_folder):
         ),
     ],
 )
-def test_exchanged_tensors_are_found_in_their_block(compared, one, other, block):
+def test_parity_exchanged_tensors(compared, one, other, block):
+    """Exchanged tensors are found in their block."""
+
     def change(tensors):
         tensors[one], tensors[other] = tensors[other], tensors[one]
 
@@ -210,7 +219,7 @@ def test_exchanged_tensors_are_found_in_their_block(compared, one, other, block)
     st.integers(0, 7),
     st.booleans(),
 )
-def test_the_nearest_value_is_rounding_and_its_neighbours_are_not(tmp_path_factory, values, dtype, index, up):
+def test_parity_nearest_value(tmp_path_factory, values, dtype, index, up):
     """Whatever the size: powers of two, where steps change, and numbers below the normal ones."""
     folder = tmp_path_factory.getbasetemp()
     exact = torch.tensor(values)
@@ -246,7 +255,8 @@ def real_model(base_folder, adapter):
 
 
 @pytest.mark.parametrize("kind", LORA)
-def test_base_and_adapter_give_what_the_real_model_s_block_gives_under_peft(base_folder, adapters, kind):
+def test_block_equals_model_under_peft(base_folder, adapters, kind):
+    """Base and adapter give what the real model's block gives under PEFT."""
     real, base = real_model(base_folder, adapters / kind), read_checkpoint(base_folder)
     config = IdeficsConfig.from_pretrained(base_folder, attn_implementation="sdpa")
     config._attn_implementation = config.vision_config._attn_implementation = "sdpa"
@@ -260,7 +270,8 @@ def test_base_and_adapter_give_what_the_real_model_s_block_gives_under_peft(base
         assert (without - expected).abs().max() > 1e-3 * expected.abs().max(), block
 
 
-def test_a_merged_block_gives_what_plain_transformers_gives(base_folder, merges):
+def test_block_equals_plain_transformers(base_folder, merges):
+    """A merged block gives what plain transformers gives."""
     folder = merges("lora")
     real = IdeficsForVisionText2Text.from_pretrained(folder, attn_implementation="sdpa").eval()
     merged = read_checkpoint(folder)
@@ -270,7 +281,8 @@ def test_a_merged_block_gives_what_plain_transformers_gives(base_folder, merges)
         torch.testing.assert_close(got, feed(block, real.get_submodule(block), real.config), rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_of_rows_change_no_block_s_output(base_folder, adapters, merges, monkeypatch):
+def test_block_of_row_blocks(base_folder, adapters, merges, monkeypatch):
+    """Blocks of rows change no block's output."""
     base, merged = read_checkpoint(base_folder), read_checkpoint(merges("lora"))
     config, adapter = read_config(str(merges("lora"))), AdapterWeights.read(adapters / "dora")
     whole = [compare_block(block, config, base, merged, adapter).largest for block in BLOCKS]
@@ -281,13 +293,15 @@ def test_blocks_of_rows_change_no_block_s_output(base_folder, adapters, merges, 
     )
 
 
-def test_the_order_of_blocks_is_that_of_numbers():
+def test_changed_blocks_order():
+    """The order of blocks is that of numbers."""
     names = ["model.layers.10.mlp.up_proj", "model.layers.9.mlp.up_proj", "model.layers.9.mlp.down_proj"]
     adapter = AdapterWeights({f"{name}.weight": {} for name in names}, {"lm_head.weight": torch.zeros(1)}, None)
     assert changed_blocks(adapter) == ["model.layers.9", "model.layers.10"]
 
 
-def test_the_released_weights_and_those_in_4_bits_are_told_apart(base_folder, adapters, merges):
+def test_parity_of_base_precisions(base_folder, adapters, merges):
+    """The released weights and those in 4 bits are told apart."""
     config, merged = read_config(str(merges("lora"))), read_checkpoint(merges("lora"))
     stored, adapter = read_checkpoint(base_folder), AdapterWeights.read(adapters / "lora")
     quantized = compare(config, weights_of(stored, read_config(str(base_folder)), "nf4"), merged, adapter)

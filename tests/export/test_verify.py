@@ -62,7 +62,8 @@ def change_byte(file, place):
         (lambda f: (f / "merged" / "provenance.json").unlink(), "expected a merged model with its provenance.json"),
     ],
 )
-def test_verify_tells_what_is_gone_or_has_changed(base_folder, adapter, tmp_path, spoiled, message):
+def test_verify_gone_or_changed(base_folder, adapter, tmp_path, spoiled, message):
+    """Verify tells what is gone or has changed."""
     shutil.copytree(base_folder, tmp_path / "base")
     merge(adapter, str(tmp_path / "base"), tmp_path / "merged")
     verify(tmp_path / "merged")
@@ -102,7 +103,8 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_verify_covers_all_files_of_the_model(made, tmp_path, kind):
+def test_verify_covers_all_files(made, tmp_path, kind):
+    """Verify covers all files of the model."""
     merged = shutil.copytree(made, tmp_path / "merged")
     spoiled, message = OTHERS[kind]
     spoiled(merged)
@@ -110,7 +112,8 @@ def test_verify_covers_all_files_of_the_model(made, tmp_path, kind):
         verify(merged)
 
 
-def test_verify_leaves_the_model_card_and_hidden_files_to_their_owner(made, tmp_path):
+def test_verify_leaves_card_and_hidden_files(made, tmp_path):
+    """Verify leaves the model card and hidden files to their owner."""
     merged = shutil.copytree(made, tmp_path / "merged")
     write(merged / "README.md", "my words")
     write(merged / ".gitattributes", "x")
@@ -147,7 +150,8 @@ def nested(record, part, **changes):
 
 
 @pytest.mark.parametrize("kind", PROVENANCES)
-def test_verify_names_a_provenance_that_is_odd(made, tmp_path, kind):
+def test_verify_odd_provenance(made, tmp_path, kind):
+    """Verify names a provenance that is odd."""
     merged = shutil.copytree(made, tmp_path / "merged")
     change, message = PROVENANCES[kind]
     record = change(json.loads((merged / "provenance.json").read_text()))
@@ -156,14 +160,16 @@ def test_verify_names_a_provenance_that_is_odd(made, tmp_path, kind):
         verify(merged)
 
 
-def test_merge_onto_its_own_base_or_adapter_is_refused(made):
+def test_merge_onto_base_or_adapter_refused(made):
+    """Merge onto its own base or adapter is refused."""
     base, adapter = made.parent / "base", made.parent / "adapter"
     for out, what in ((base, "base"), (adapter, "adapter")):
         with pytest.raises(UserError, match=rf"{what}: is the {what} itself, .*name another folder: --out"):
             merge(adapter, str(base), out)
 
 
-def test_a_merge_done_before_that_is_not_whole_any_more_is_completed(made, tmp_path):
+def test_merge_completes_spoilt_folder(made, tmp_path):
+    """A merge done before that is not whole any more is completed."""
     base, adapter = made.parent / "base", made.parent / "adapter"
     merged = shutil.copytree(made, tmp_path / "merged")
     (merged / "tokenizer.json").unlink()
@@ -172,7 +178,7 @@ def test_a_merge_done_before_that_is_not_whole_any_more_is_completed(made, tmp_p
     verify(merged)
 
 
-def test_verify_takes_an_adapter_by_the_rule_of_merging(made, tmp_path):
+def test_verify_adapter_rule(made, tmp_path):
     """Also where the provenance was written to go with it."""
     for name in ("adapter", "merged"):
         shutil.copytree(made.parent / name, tmp_path / name)

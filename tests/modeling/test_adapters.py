@@ -100,7 +100,8 @@ def files(folder):
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_lora_is_on_exactly_the_linear_layers_of_the_chosen_towers(base_folder, name):
+def test_attach_lora_on_linear_layers_of_towers(base_folder, name):
+    """LoRA is on exactly the linear layers of the chosen towers."""
     modes = MODES[name]
     towers = [tower for tower, mode in modes.items() if mode == "lora"]
     expected = {
@@ -118,7 +119,8 @@ def test_lora_is_on_exactly_the_linear_layers_of_the_chosen_towers(base_folder, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODES)
-def test_what_is_trained_is_counted_as_expected_and_is_in_fp32(base_folder, name, dtype):
+def test_count_trained_as_expected(base_folder, name, dtype):
+    """What is trained is counted as expected and is in fp32."""
     modes = MODES[name]
     model = attach(fresh(base_folder, dtype), modes, lora=LORA, base="base")
     counts = count_trained(model)
@@ -132,14 +134,16 @@ def test_what_is_trained_is_counted_as_expected_and_is_in_fp32(base_folder, name
     assert counts.total == sum(parameter.numel() for parameter in trained(model).values())
 
 
-def test_a_trained_parameter_in_bf16_is_refused(base_folder):
+def test_trained_bf16_refused(base_folder):
+    """A trained parameter in bf16 is refused."""
     model = fresh(base_folder, torch.bfloat16).requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
     with pytest.raises(AssertionError, match=r"model\.norm\.weight is trained in torch\.bfloat16, expected fp32"):
         count_trained(model)
 
 
-def test_the_usual_adapter_of_the_9b_has_the_published_count():
+def test_usual_adapter_of_9b_count():
+    """The usual adapter of the 9B has the published count."""
     with torch.device("meta"):
         model = IdeficsForVisionText2Text(IdeficsConfig(**{**IDEFICS_9B, "additional_vocab_size": 3}))
     counts = count_trained(attach(model, USUAL, lora={"r": 16}, base="HuggingFaceM4/idefics-9b"))
@@ -159,7 +163,8 @@ def test_the_usual_adapter_of_the_9b_has_the_published_count():
         ("everything", ["trained.safetensors"]),
     ],
 )
-def test_an_adapter_folder_comes_back_bit_for_bit(base_folder, tmp_path, name, layout):
+def test_adapter_round_trip(base_folder, tmp_path, name, layout):
+    """An adapter folder comes back bit for bit."""
     model = attached(base_folder, MODES[name], seed=0)
     save_adapter(model, tmp_path / "adapter")
     assert files(tmp_path / "adapter") == layout
@@ -172,7 +177,8 @@ def test_an_adapter_folder_comes_back_bit_for_bit(base_folder, tmp_path, name, l
     assert torch.equal(logits(model), logits(again))
 
 
-def test_the_own_file_holds_fp32_under_stock_names(base_folder, tmp_path):
+def test_trained_file_fp32_stock_names(base_folder, tmp_path):
+    """The own file holds fp32 under stock names."""
     save_adapter(attached(base_folder, USUAL), tmp_path)
     tensors = load_file(tmp_path / "trained.safetensors")
     gates = ("alpha_cross_attn", "alpha_dense")
@@ -183,14 +189,16 @@ def test_the_own_file_holds_fp32_under_stock_names(base_folder, tmp_path):
     assert set(load_file(tmp_path / "all" / "trained.safetensors")) == stock
 
 
-def test_the_folder_names_the_base_it_was_given(base_folder, tmp_path):
+def test_adapter_names_its_base(base_folder, tmp_path):
+    """The folder names the base it was given."""
     save_adapter(attach(fresh(base_folder), USUAL, lora=LORA, base="somebody/extended"), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("somebody/extended", 4, 8)
 
 
 @pytest.mark.parametrize("tower", ["decoder", "cross_attention", "resampler", "embeddings_and_head"])
-def test_a_tower_trained_in_full_on_a_bf16_base_runs_under_autocast(base_folder, tower):
+def test_full_tower_on_bf16_base_autocast(base_folder, tower):
+    """A tower trained in full on a bf16 base runs under autocast."""
     model = attach(fresh(base_folder, torch.bfloat16), {tower: "full"}, lora=LORA, base="base")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = packed_loss(model, batch(), config=model.config)
@@ -199,7 +207,8 @@ def test_a_tower_trained_in_full_on_a_bf16_base_runs_under_autocast(base_folder,
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(model).values())
 
 
-def test_plain_peft_loads_its_part_of_the_folder(base_folder, tmp_path):
+def test_plain_peft_loads_adapter(base_folder, tmp_path):
+    """Plain PEFT loads its part of the folder."""
     model = attached(base_folder, {**USUAL, "gates": "frozen"})
     save_adapter(model, tmp_path / "adapter")
     fresh(base_folder).save_pretrained(tmp_path / "extended")
@@ -212,7 +221,8 @@ def test_plain_peft_loads_its_part_of_the_folder(base_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["usual", "mixed", "no lora", "added tokens alone"])
-def test_an_opened_adapter_answers_like_the_model_it_was_saved_from(base_folder, tmp_path, name):
+def test_open_adapter_answers_alike(base_folder, tmp_path, name):
+    """An opened adapter answers like the model it was saved from."""
     model = attached(base_folder, MODES[name])
     save_adapter(model, tmp_path)
     opened = open_adapter(fresh(base_folder), tmp_path)
@@ -222,14 +232,16 @@ def test_an_opened_adapter_answers_like_the_model_it_was_saved_from(base_folder,
     assert not opened.training
 
 
-def test_a_folder_without_an_adapter_is_refused(base_folder, tmp_path):
+def test_folder_without_adapter(base_folder, tmp_path):
+    """A folder without an adapter is refused."""
     with pytest.raises(UserError, match="expected an adapter folder"):
         open_adapter(fresh(base_folder), tmp_path)
 
 
 @pytest.mark.parametrize("file", ["trained.safetensors", "adapter_model.safetensors"])
 @pytest.mark.parametrize("change", ["missing", "surplus"])
-def test_an_adapter_that_does_not_fit_is_refused(base_folder, tmp_path, file, change):
+def test_load_adapter_that_does_not_fit(base_folder, tmp_path, file, change):
+    """An adapter that does not fit is refused."""
     model = attached(base_folder, USUAL)
     save_adapter(model, tmp_path)
     tensors = load_file(tmp_path / file)
@@ -246,7 +258,8 @@ def test_an_adapter_that_does_not_fit_is_refused(base_folder, tmp_path, file, ch
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (3, 32)], ids=["one that would broadcast", "another width"])
-def test_a_tensor_of_another_shape_is_refused(base_folder, tmp_path, shape):
+def test_load_adapter_other_shape(base_folder, tmp_path, shape):
+    """A tensor of another shape is refused."""
     model = attached(base_folder, MODES["added tokens alone"])
     save_adapter(model, tmp_path)
     tensors = load_file(tmp_path / "trained.safetensors")
@@ -258,13 +271,15 @@ def test_a_tensor_of_another_shape_is_refused(base_folder, tmp_path, shape):
 
 
 @pytest.mark.parametrize(("saved", "asked"), [("usual", "gates alone"), ("gates alone", "usual")])
-def test_an_adapter_with_lora_does_not_fit_a_model_without(base_folder, tmp_path, saved, asked):
+def test_load_adapter_lora_missing(base_folder, tmp_path, saved, asked):
+    """An adapter with LoRA does not fit a model without."""
     save_adapter(attached(base_folder, MODES[saved]), tmp_path)
     with pytest.raises(UserError, match=r"the adapter has (no )?LoRA and this recipe says otherwise"):
         load_adapter_weights(attached(base_folder, MODES[asked]), tmp_path)
 
 
-def test_a_gathered_state_is_what_is_saved(base_folder, tmp_path):
+def test_gathered_state_is_saved(base_folder, tmp_path):
+    """A gathered state is what is saved."""
     model = attached(base_folder, USUAL)
     gathered = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     save_adapter(model, tmp_path, state_dict=gathered)
@@ -275,7 +290,8 @@ def test_a_gathered_state_is_what_is_saved(base_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["usual", "every tower", "mixed"])
-def test_a_step_of_training_changes_the_trained_parameters_and_no_other(base_folder, name):
+def test_step_changes_trained_only(base_folder, name):
+    """A step of training changes the trained parameters and no other."""
     model = attached(base_folder, MODES[name])
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     packed_loss(model, batch(), config=model.config).backward()
@@ -287,7 +303,8 @@ def test_a_step_of_training_changes_the_trained_parameters_and_no_other(base_fol
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / 4**0.5)])
-def test_ranks_and_alphas_of_single_layers_reach_peft(base_folder, rslora, scale):
+def test_rank_and_alpha_patterns(base_folder, rslora, scale):
+    """Ranks and alphas of single layers reach PEFT."""
     layer = "model.layers.0.self_attn.q_proj"
     model = attached(
         base_folder, MODES["decoder"], rank_pattern={layer: 2}, alpha_pattern={layer: 6}, use_rslora=rslora
@@ -300,7 +317,8 @@ def test_ranks_and_alphas_of_single_layers_reach_peft(base_folder, rslora, scale
     assert other.scaling["default"] == pytest.approx(scale)
 
 
-def test_dora_reaches_peft_and_comes_back(base_folder, tmp_path):
+def test_dora_round_trip(base_folder, tmp_path):
+    """DoRA reaches PEFT and comes back."""
     model = attached(base_folder, MODES["decoder"], use_dora=True)
     magnitudes = [name for name in trained(model) if "lora_magnitude_vector" in name]
     assert len(magnitudes) == 56

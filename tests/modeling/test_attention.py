@@ -92,12 +92,14 @@ def seen_latents(length, images, runs):
     [[0, 1], [0, 7], [0, 1, 2, 3], [0, 5, 6, 13], [0, 1, 9], [0, 8, 9]],
     ids=["one token", "one sequence", "three of one token", "one token between", "one first", "one last"],
 )
-def test_self_attention_is_causal_within_each_sequence(starts):
+def test_self_attention_causal(starts):
+    """Self attention is causal within each sequence."""
     inputs = tensors(starts[-1], starts[-1], starts[-1])
     same_with_gradients(attend(*inputs, sequence_starts=starts), naive(*inputs, causal_inside(starts)), inputs)
 
 
-def test_self_attention_equals_sdpa_on_each_sequence_alone():
+def test_self_attention_equals_sdpa():
+    """Self attention equals sdpa on each sequence alone."""
     inputs = tensors(12, 12, 12)
     module = SimpleNamespace(is_cross_attention=False, is_causal=True, training=False)
     alone = [
@@ -137,13 +139,15 @@ def test_self_attention_equals_sdpa_on_each_sequence_alone():
         "no image at all",
     ],
 )
-def test_cross_attention_equals_a_dense_mask(length, images, runs):
+def test_cross_attention_equals_dense_mask(length, images, runs):
+    """Cross attention equals a dense mask."""
     inputs = tensors(length, images * LATENTS, images * LATENTS)
     ours = attend(*inputs, cross=True, sequence_starts=[0, length], image_runs=runs, image_latents=LATENTS)
     same_with_gradients(ours, naive(*inputs, seen_latents(length, images, runs)), inputs)
 
 
-def test_a_run_may_cross_a_boundary_where_both_sequences_share_an_image():
+def test_run_across_sequences_sharing_image():
+    """A run may cross a boundary where both sequences share an image."""
     inputs = tensors(10, LATENTS, LATENTS)
     common = {"cross": True, "sequence_starts": [0, 4, 10], "image_latents": LATENTS}
     joined = attend(*inputs, image_runs=[(2, 8, 0)], **common)
@@ -152,14 +156,16 @@ def test_a_run_may_cross_a_boundary_where_both_sequences_share_an_image():
     same_with_gradients(joined, parted, inputs)
 
 
-def test_tokens_that_see_no_image_get_exactly_zero():
+def test_no_image_gives_zero():
+    """Tokens that see no image get exactly zero."""
     inputs = tensors(6, LATENTS, LATENTS)
     output = attend(*inputs, cross=True, sequence_starts=[0, 6], image_runs=[(2, 4, 0)], image_latents=LATENTS)
     assert (output == 0).all(-1).all(-1)[0].tolist() == [True, True, False, False, True, True]
 
 
 @pytest.mark.parametrize("images", [0, 2])
-def test_a_row_that_sees_no_image_still_reaches_every_input(images):
+def test_no_image_row_reaches_every_input(images):
+    """A row that sees no image still reaches every input."""
     inputs = tensors(5, images * LATENTS, images * LATENTS)
     attend(*inputs, cross=True, sequence_starts=[0, 5], image_latents=LATENTS).sum().backward()
     for tensor in inputs:
@@ -179,7 +185,8 @@ def rows(draw):
 # The two ways are the same for every example.
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows())
-def test_any_row_equals_the_dense_reference(row):
+def test_any_row_equals_dense_reference(row):
+    """Any row equals the dense reference."""
     lengths, images, seen = row
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     inputs = tensors(starts[-1], starts[-1], starts[-1])
@@ -192,7 +199,7 @@ def test_any_row_equals_the_dense_reference(row):
 
 @pytest.mark.parametrize("way", ["slices"], indirect=True)
 @pytest.mark.parametrize("cross", [False, True], ids=["sequences", "images"])
-def test_the_backward_joins_the_gradients_of_all_parts_at_once(cross):
+def test_backward_joins_gradients_once(cross):
     """A slice's own backward would write as many zeros as the row is long, for every slice."""
     inputs = tensors(9, 9, 9)
     runs = [(0, 2, 0), (2, 5, 2), (6, 9, 0)]
@@ -206,7 +213,8 @@ def test_the_backward_joins_the_gradients_of_all_parts_at_once(cross):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_without_sequences_it_is_the_sdpa_of_transformers(masked):
+def test_without_sequences_is_sdpa(masked):
+    """Without sequences it is the sdpa of transformers."""
     query, key, value = tensors(6, 6, 6)
     mask = torch.ones(1, 1, 6, 6).tril().bool() if masked else None
     module = SimpleNamespace(is_causal=True, training=False)  # the vision tower's has no is_cross_attention
@@ -216,7 +224,8 @@ def test_without_sequences_it_is_the_sdpa_of_transformers(masked):
     assert torch.equal(ours, theirs)
 
 
-def test_the_stand_in_has_the_signature_of_torch_s_kernel():
+def test_stand_in_kernel_signature():
+    """The stand in has the signature of torch's kernel."""
     theirs = inspect.signature(varlen_attn).parameters
     for name, parameter in inspect.signature(stand_in_kernel).parameters.items():
         assert parameter.kind == theirs[name].kind
@@ -236,7 +245,8 @@ CASES = {
 
 @pytest.mark.parametrize("way", ["slices"], indirect=True)
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_are_chosen_by_what_the_gpu_can(name, monkeypatch):
+def test_flash_serves(name, monkeypatch):
+    """Kernels are chosen by what the GPU can."""
     capability, dtype, size, dropout, expected = CASES[name]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     query = SimpleNamespace(shape=(1, 2, 5, size), dtype=dtype, is_cuda=True, device="cuda:0")
@@ -248,7 +258,8 @@ def test_kernels_are_chosen_by_what_the_gpu_can(name, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("way", ["slices"], indirect=True)
 @pytest.mark.parametrize("cross", [False, True], ids=["sequences", "images"])
-def test_the_gpu_s_kernels_give_what_the_slices_give(cross, monkeypatch):
+def test_flash_equals_slices(cross, monkeypatch):
+    """The GPU's kernels give what the slices give."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 4, length, 64) for length in (40, 40, 40)]
     inputs = [torch.randn(s, generator=generator).to("cuda", torch.bfloat16).requires_grad_() for s in shapes]

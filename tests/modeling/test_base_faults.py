@@ -81,14 +81,16 @@ def change(file, **changes):
         ({"additional_vocab_size": [2]}, "expected additional_vocab_size 2"),
     ],
 )
-def test_a_base_s_config_with_odd_fields_is_named(base, changes, message):
+def test_config_odd_fields(base, changes, message):
+    """A base's config with odd fields is named."""
     change(base / "config.json", **changes)
     with pytest.raises(UserError, match=rf"base/config\.json: (.* )?{message}") as error:
         read_config(str(base))
     assert "\n" not in str(error.value)
 
 
-def test_a_config_that_leaves_fields_out_is_completed_as_transformers_does(base):
+def test_config_defaults_of_transformers(base):
+    """A config that leaves fields out is completed as transformers does."""
     from transformers import IdeficsConfig
 
     change(base / "config.json", vocab_size=..., num_attention_heads=..., vision_config__num_channels=...)
@@ -101,13 +103,15 @@ def test_a_config_that_leaves_fields_out_is_completed_as_transformers_does(base)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "x"}', '{"max_new_tokens": 1}'])
-def test_a_base_s_generation_config_is_not_read(base, content):
+def test_generation_config_not_read(base, content):
+    """A base's generation config is not read."""
     (base / "generation_config.json").write_text(content)
     config = loading.load(str(base)).model.generation_config
     assert (config.eos_token_id, config.max_new_tokens) == ([302, 2], None)
 
 
-def test_a_field_that_transformers_refuses_is_named_in_one_line(base):
+def test_config_refused_by_transformers(base):
+    """A field that transformers refuses is named in one line."""
     change(base / "config.json", initializer_range="x")
     with pytest.raises(UserError, match=r"config\.json: transformers refuses it: .*initializer_range.*str") as error:
         loading.open_base(str(base))
@@ -168,7 +172,8 @@ SHARDS = {
 
 
 @pytest.mark.parametrize("kind", SHARDS)
-def test_a_base_s_index_and_shards_that_are_damaged_are_named(base, kind):
+def test_index_and_shards_damaged(base, kind):
+    """A base's index and shards that are damaged are named."""
     damage, message = SHARDS[kind]
     damage(base)
     with pytest.raises(UserError, match=message):
@@ -197,7 +202,8 @@ TENSORS = {
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_a_base_s_tensors_that_do_not_fit_its_config_are_named(base, kind):
+def test_tensors_do_not_fit_config(base, kind):
+    """A base's tensors that do not fit its config are named."""
     damage, message = TENSORS[kind]
     spoil(base / "model.safetensors", damage)
     with pytest.raises(UserError, match=message):
@@ -229,13 +235,15 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_base_s_tokenizer_that_is_damaged_is_named(base, kind):
+def test_tokenizer_damaged(base, kind):
+    """A base's tokenizer that is damaged is named."""
     TOKENIZERS[kind](base)
     with pytest.raises(UserError, match=rf"^{base}[^\n]+$"):
         loading.require_agreement(read_config(str(base)), loading.load_processor(str(base)), where=str(base))
 
 
-def test_code_that_a_base_brings_along_is_not_run(base, tmp_path):
+def test_remote_code_not_run(base, tmp_path):
+    """Code that a base brings along is not run."""
     (base / "evil.py").write_text(f"open({str(tmp_path / 'made')!r}, 'w')\nclass Evil: pass\n")
     change(base / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]})
     assert loading.load_processor(str(base)).tokenizer.bos_token_id == 1  # by the rest of the files
@@ -246,7 +254,8 @@ def test_code_that_a_base_brings_along_is_not_run(base, tmp_path):
     "name", ["a/b/c", "./gone", "../gone", "/gone/model", "~/gone", "gone", "merged/", "a b/c", "a\0/b", "x" * 300, ""]
 )
 @pytest.mark.parametrize("door", [read_config, loading.local_folder, loading.load, loading.load_processor])
-def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name, door, tmp_path, monkeypatch):
+def test_missing_folder_is_no_hub_id(name, door, tmp_path, monkeypatch):
+    """A folder that is not there is not asked of the hub."""
     monkeypatch.chdir(tmp_path)
     for function in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, function, lambda *args, **kwargs: pytest.fail("asked the hub"))
@@ -255,7 +264,8 @@ def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name, door, tmp_path
     assert "\n" not in str(error.value)
 
 
-def test_a_merged_model_that_is_missing_in_a_folder_that_is_there_is_no_hub_id(tmp_path, monkeypatch):
+def test_missing_merged_model_is_no_hub_id(tmp_path, monkeypatch):
+    """A merged model that is missing in a folder that is there is no hub id."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match=r"'runs/mine' is neither a folder here nor a hub id"):
@@ -263,20 +273,23 @@ def test_a_merged_model_that_is_missing_in_a_folder_that_is_there_is_no_hub_id(t
 
 
 @pytest.mark.parametrize("door", [read_config, loading.local_folder, loading.load])
-def test_a_hub_id_without_a_network_gives_one_line(door):
+def test_hub_id_without_network(door):
+    """A hub id without a network gives one line."""
     with pytest.raises(UserError, match="'nobody/nothing' is neither a folder here nor a model the hub gave") as error:
         door("nobody/nothing")
     assert "\n" not in str(error.value)
 
 
-def test_an_adapter_named_as_a_base_is_told(base, tmp_path):
+def test_adapter_named_as_base(base, tmp_path):
+    """An adapter named as a base is told."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="found none; it is an adapter: name its base here"):
         read_config(str(tmp_path / "adapter"))
 
 
-def test_a_damaged_base_is_told_before_a_merge_writes_anything(base, tmp_path):
+def test_damaged_base_before_merge(base, tmp_path):
+    """A damaged base is told before a merge writes anything."""
     (tmp_path / "adapter").mkdir()
     save_file({"model.gated_cross_attn_layers.0.alpha_dense": torch.ones(1)}, tmp_path / "adapter/trained.safetensors")
     rename_image_token(base)
@@ -285,7 +298,8 @@ def test_a_damaged_base_is_told_before_a_merge_writes_anything(base, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_a_run_s_base_and_adapter_are_looked_at_before_the_work(base, tmp_path):
+def test_run_base_and_adapter_checked_first(base, tmp_path):
+    """A run's base and adapter are looked at before the work."""
     adapter_for(base, tmp_path / "adapter", {"decoder": "lora", "added_tokens": "full"})
     options = {"revision": None, "continue_from": str(tmp_path / "adapter")}
     require_whole(str(base), **options)

@@ -67,7 +67,8 @@ def entry(first, last, shape=None, dtype="U8"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_every_dtype_and_shape_is_read_as_safetensors_wrote_it(tmp_path, dtype):
+def test_read_every_dtype_and_shape(tmp_path, dtype):
+    """Every dtype and shape is read as safetensors wrote it."""
     tensors = {f"of {shape}": random_tensor(shape, dtype) for shape in SHAPES}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt", "by": "hand"})
     stored = read_header(tmp_path / "a.safetensors")
@@ -80,7 +81,8 @@ def test_every_dtype_and_shape_is_read_as_safetensors_wrote_it(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_every_dtype_and_shape_is_written_as_safetensors_reads_it(tmp_path, dtype):
+def test_write_every_dtype_and_shape(tmp_path, dtype):
+    """Every dtype and shape is written as safetensors reads it."""
     tensors = {f"of {shape}": random_tensor(shape, dtype, seed=1) for shape in SHAPES}
     write_shard(tmp_path / "a.safetensors", planned(tensors))
     read = load_file(tmp_path / "a.safetensors")
@@ -97,7 +99,8 @@ def test_every_dtype_and_shape_is_written_as_safetensors_reads_it(tmp_path, dtyp
     st.integers(-12, 12),
     st.one_of(st.none(), st.integers(-12, 12)),
 )
-def test_rows_are_the_tensor_s_slice(tmp_path_factory, dtype, shape, start, stop):
+def test_rows_are_slices(tmp_path_factory, dtype, shape, start, stop):
+    """Rows are the tensor's slice."""
     path = tmp_path_factory.getbasetemp() / "rows.safetensors"
     before, tensor = torch.ones(3, dtype=torch.uint8), random_tensor(shape, dtype)
     save_file({"before": before, "it": tensor, "z": before.clone()}, path)
@@ -107,7 +110,8 @@ def test_rows_are_the_tensor_s_slice(tmp_path_factory, dtype, shape, start, stop
 
 
 @given(array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40), st.integers(1, 200), st.integers(1, 7))
-def test_row_blocks_cover_all_rows_once_in_whole_groups_within_the_limit(shape, limit, group):
+def test_row_blocks_cover_all_rows(shape, limit, group):
+    """Row blocks cover all rows once in whole groups within the limit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "BLOCK_ELEMENTS", limit)
         patch.setattr(checkpoint, "ROW_GROUP", group)
@@ -118,7 +122,8 @@ def test_row_blocks_cover_all_rows_once_in_whole_groups_within_the_limit(shape, 
     assert all(stop - start < 2 * group or (stop - start - group + 1) * width <= limit for start, stop in blocks)
 
 
-def test_row_blocks_of_true_matrices():
+def test_row_blocks_of_matrices():
+    """Row blocks of true matrices."""
     assert list(row_blocks((11008, 4096)))[-2:] == [(10496, 10752), (10752, 11008)]
     assert list(row_blocks((4096, 11008)))[:2] == [(0, 64), (64, 128)]
     assert list(row_blocks((32003, 4096)))[-2:] == [(31488, 31744), (31744, 32003)]
@@ -128,7 +133,8 @@ def test_row_blocks_of_true_matrices():
     assert list(row_blocks((0, 7))) == []
 
 
-def test_blocks_made_in_threads_come_in_order_a_few_ahead_and_leave_torch_s_threads_alone():
+def test_in_threads_order():
+    """Blocks made in threads come in order a few ahead and leave torch's threads alone."""
     torch.set_num_threads(3)
     made, release = [], threading.Event()
 
@@ -152,7 +158,9 @@ def test_blocks_made_in_threads_come_in_order_a_few_ahead_and_leave_torch_s_thre
     torch.set_num_threads(1)
 
 
-def test_a_block_that_fails_is_told_where_it_is_used():
+def test_in_threads_error():
+    """A block that fails is told where it is used."""
+
     def work(start, stop):
         if start == 4:
             raise UserError("no such block")
@@ -165,7 +173,8 @@ def test_a_block_that_fails_is_told_where_it_is_used():
 
 
 @pytest.mark.parametrize("block", [checkpoint.BLOCK_ELEMENTS, 20])
-def test_tensors_written_in_blocks_and_copied_are_those_given(tmp_path, monkeypatch, block):
+def test_blocks_written_equal_given(tmp_path, monkeypatch, block):
+    """Tensors written in blocks and copied are those given."""
     monkeypatch.setattr(checkpoint, "BLOCK_ELEMENTS", block)
     monkeypatch.setattr(checkpoint, "ROW_GROUP", 3)
     tensor = random_tensor((50, 7), torch.bfloat16)
@@ -186,7 +195,8 @@ def test_tensors_written_in_blocks_and_copied_are_those_given(tmp_path, monkeypa
     assert torch.equal(read["turned"], turned)
 
 
-def test_a_large_tensor_is_copied_whole(tmp_path, monkeypatch):
+def test_large_tensor_copied(tmp_path, monkeypatch):
+    """A large tensor is copied whole."""
     monkeypatch.setattr(checkpoint, "PIECE_BYTES", 1000)
     tensor = random_tensor((1234,), torch.float32)
     save_file({"a": tensor}, tmp_path / "source.safetensors")
@@ -198,13 +208,14 @@ def test_a_large_tensor_is_copied_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "rows", [torch.zeros(3), torch.zeros(5), torch.zeros(2, 4), torch.zeros(4, dtype=torch.float16)]
 )
-def test_a_plan_that_its_rows_do_not_keep_leaves_no_file(tmp_path, rows):
+def test_write_shard_wrong_rows(tmp_path, rows):
+    """A plan that its rows do not keep leaves no file."""
     with pytest.raises(AssertionError):
         write_shard(tmp_path / "a.safetensors", {"a": Planned(torch.float32, (4,), lambda start, stop: rows)})
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_a_full_disk_leaves_no_file_that_looks_whole(tmp_path):
+def test_write_shard_full_disk(tmp_path):
     """The system writes a part of the last block and says so: the rest must be asked for, and then fails."""
     before, tensor = resource.getrlimit(resource.RLIMIT_FSIZE), torch.zeros(100_000)
     kept = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -222,14 +233,16 @@ def sizes(**nbytes):
     return {name: Planned(torch.uint8, (count,), torch.zeros) for name, count in nbytes.items()}
 
 
-def test_one_file_has_the_name_that_needs_no_index(tmp_path):
+def test_plan_shards_single_file(tmp_path):
+    """One file has the name that needs no index."""
     tensors = sizes(a=4, b=6)
     assert plan_shards(tensors, 10) == {"model.safetensors": ["a", "b"]}
     write_index(tmp_path, plan_shards(tensors, 10), tensors)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_shards_are_filled_in_order_and_a_tensor_larger_than_one_is_alone(tmp_path):
+def test_plan_shards_large_tensor_alone(tmp_path):
+    """Shards are filled in order and a tensor larger than one is alone."""
     tensors = sizes(a=4, b=6, c=1, d=25, e=3, f=0, g=7, h=1)
     shards = plan_shards(tensors, 10)
     assert shards == {
@@ -256,7 +269,8 @@ def test_shards_are_filled_in_order_and_a_tensor_larger_than_one_is_alone(tmp_pa
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 40))
-def test_shards_hold_every_tensor_once_within_the_limit(counts, limit):
+def test_plan_shards_within_limit(counts, limit):
+    """Shards hold every tensor once within the limit."""
     tensors = sizes(**{f"t{number:02}": count for number, count in enumerate(counts)})
     shards = plan_shards(tensors, limit)
     assert [name for names in shards.values() for name in names] == list(tensors)
@@ -266,7 +280,8 @@ def test_shards_hold_every_tensor_once_within_the_limit(counts, limit):
     )
 
 
-def test_plain_transformers_reads_what_was_written_in_shards(base_folder, tmp_path):
+def test_transformers_reads_shards(base_folder, tmp_path):
+    """Plain transformers reads what was written in shards."""
     shutil.copy(base_folder / "config.json", tmp_path)
     base = read_checkpoint(base_folder)
     tensors = {name: Planned(one.dtype, one.shape, one.rows) for name, one in base.items()}
@@ -303,7 +318,8 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_file_that_is_no_safetensors(tmp_path, lie):
+def test_not_safetensors(tmp_path, lie):
+    """A file that is no safetensors."""
     content, message = LIES[lie]
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -339,7 +355,8 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("lie", HEADERS)
-def test_a_header_that_lies_is_refused_as_safetensors_refuses_it(tmp_path, lie):
+def test_header_lies_refused(tmp_path, lie):
+    """A header that lies is refused as safetensors refuses it."""
     header, message = HEADERS[lie]
     path = write_raw(tmp_path / "a.safetensors", header, bytes(8))
     with pytest.raises(UserError) as error:
@@ -350,7 +367,8 @@ def test_a_header_that_lies_is_refused_as_safetensors_refuses_it(tmp_path, lie):
         load_file(path)
 
 
-def test_the_right_header_is_no_lie(tmp_path):
+def test_right_header_accepted(tmp_path):
+    """The right header is no lie."""
     header = {"b": entry(3, 8), "empty": entry(3, 3), "a": entry(0, 3), "__metadata__": {"format": "pt"}}
     stored = read_header(write_raw(tmp_path / "a.safetensors", header, bytes(range(8))))
     assert {name: one.rows().tolist() for name, one in stored.items()} == {
@@ -361,7 +379,8 @@ def test_the_right_header_is_no_lie(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 100, 398])
-def test_a_truncated_file_is_told(tmp_path, cut):
+def test_truncated_file(tmp_path, cut):
+    """A truncated file is told."""
     save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
     os.truncate(tmp_path / "model.safetensors", (tmp_path / "model.safetensors").stat().st_size - cut)
     with pytest.raises(UserError, match=r"model\.safetensors: \d+ bytes, and its header speaks of \d+: truncated"):
@@ -369,7 +388,8 @@ def test_a_truncated_file_is_told(tmp_path, cut):
 
 
 @pytest.mark.parametrize("read", ["rows", "copy"])
-def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path, read):
+def test_file_shrinks_while_read(tmp_path, read):
+    """A file that shrinks while it is read is told."""
     path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
     save_file({"a": torch.ones(100)}, path)
     stored = read_header(path)["a"]
@@ -389,7 +409,8 @@ def indexed(folder, weight_map, **files):
     return folder
 
 
-def test_files_are_read_in_the_order_of_the_index(tmp_path):
+def test_files_in_order_of_index(tmp_path):
+    """Files are read in the order of the index."""
     weight_map = {"x": "two.safetensors", "y": "one.safetensors", "a": "two.safetensors"}
     folder = indexed(tmp_path, weight_map, one=["y"], two=["x", "a"])
     stored = read_checkpoint(folder)
@@ -419,7 +440,8 @@ def test_files_are_read_in_the_order_of_the_index(tmp_path):
         ("{}", "expected an index with a weight_map of file names"),
     ],
 )
-def test_an_index_that_lies(tmp_path, weight_map, message):
+def test_index_lies(tmp_path, weight_map, message):
+    """An index that lies."""
     (tmp_path / "model").mkdir()
     save_file({"a": torch.zeros(3)}, tmp_path / "one.safetensors")  # outside: must not be read
     indexed(tmp_path / "model", weight_map, one=["a"])
@@ -428,7 +450,8 @@ def test_an_index_that_lies(tmp_path, weight_map, message):
     assert message in str(error.value)
 
 
-def test_a_tensor_that_the_index_does_not_name_or_that_is_in_two_files(tmp_path):
+def test_index_tensor_missing_or_twice(tmp_path):
+    """A tensor that the index does not name or that is in two files."""
     folder = indexed(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"}, one=["a"], two=["b", "a"])
     with pytest.raises(UserError, match=r"1 tensors that its index does not name: \[\('a', 'two.safetensors'\)\]"):
         read_checkpoint(folder)
@@ -437,18 +460,21 @@ def test_a_tensor_that_the_index_does_not_name_or_that_is_in_two_files(tmp_path)
 @pytest.mark.parametrize(
     "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "a.pth", "b.ckpt"]
 )
-def test_pickles_are_refused_with_the_conversion_named(tmp_path, name):
+def test_pickles_refused(tmp_path, name):
+    """Pickles are refused with the conversion named."""
     (tmp_path / name).write_bytes(b"\x80\x02.")
     with pytest.raises(UserError, match=f"holds pickles \\({name}\\).*save_pretrained writes safetensors"):
         read_checkpoint(tmp_path)
 
 
-def test_a_folder_without_weights(tmp_path):
+def test_folder_without_weights(tmp_path):
+    """A folder without weights."""
     with pytest.raises(UserError, match=r"expected safetensors weights \(model\.safetensors, or .*\), found none"):
         read_checkpoint(tmp_path)
 
 
-def test_the_tensors_of_a_config_must_be_there(tmp_path):
+def test_require_shapes_missing_tensor(tmp_path):
+    """The tensors of a config must be there."""
     save_file({"a": torch.zeros(3), "b": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     stored = read_checkpoint(tmp_path)
     require_shapes(tmp_path, stored, {"a": (3,), "b": (2, 2)})
@@ -458,7 +484,9 @@ def test_the_tensors_of_a_config_must_be_there(tmp_path):
         require_shapes(tmp_path, stored, {"a": (3,), "b": (4,)})
 
 
-def test_fingerprint_tells_checkpoints_of_equal_shapes_apart(tmp_path):
+def test_fingerprint_of_equal_shapes(tmp_path):
+    """Fingerprint tells checkpoints of equal shapes apart."""
+
     def fingerprint_of(tensors):
         save_file(tensors, tmp_path / "model.safetensors")
         return fingerprint(read_checkpoint(tmp_path))
@@ -479,7 +507,7 @@ def test_fingerprint_tells_checkpoints_of_equal_shapes_apart(tmp_path):
     assert len({whole, *map(fingerprint_of, others)}) == 9
 
 
-def test_fingerprint_reads_both_ends_and_not_the_tensor_between(tmp_path):
+def test_fingerprint_reads_both_ends(tmp_path):
     """What it promises, and what it does not: hashes of whole files are in the provenance."""
     tensor = torch.zeros(10_000, dtype=torch.uint8)
     fingerprints = []

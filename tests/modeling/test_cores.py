@@ -52,18 +52,21 @@ GROUPS = {
 
 
 @pytest.mark.parametrize(("files", "cores"), GROUPS.values(), ids=GROUPS)
-def test_available_cores_are_those_of_the_control_group(files, cores, sixteen, tmp_path):
+def test_available_cores_cgroup(files, cores, sixteen, tmp_path):
+    """Available cores are those of the control group."""
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     assert available_cores(tmp_path) == cores
 
 
-def test_available_cores_are_those_of_the_affinity(monkeypatch, tmp_path):
+def test_available_cores_affinity(monkeypatch, tmp_path):
+    """Available cores are those of the affinity."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 7})
     assert available_cores(tmp_path) == 2
 
 
-def test_nothing_else_counts_the_cores_of_the_machine():
+def test_only_cores_counts_cores():
+    """Nothing else counts the cores of the machine."""
     assert {path.name for path in FILES if "cpu_count" in path.read_text()} == {"cores.py"}

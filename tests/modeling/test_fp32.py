@@ -48,7 +48,8 @@ def half(base_folder):
     return model
 
 
-def test_a_bf16_gate_loses_a_small_update_and_a_held_one_keeps_it(half):
+def test_gate_in_fp32_keeps_small_update(half):
+    """A bf16 gate loses a small update and a held one keeps it."""
     gate = blocks(half)[0].alpha_dense
     start = gate.clone()
     assert torch.equal(gate + STEP, start)
@@ -60,7 +61,8 @@ def test_a_bf16_gate_loses_a_small_update_and_a_held_one_keeps_it(half):
     assert (held - start).item() == pytest.approx(STEP, abs=1e-7)
 
 
-def test_every_gate_is_in_fp32_and_hidden_states_stay_bf16(half):
+def test_gates_in_fp32_hidden_states_bf16(half):
+    """Every gate is in fp32 and hidden states stay bf16."""
     fp32.keep_gates_in_fp32(half)
     names = {name for name, parameter in half.named_parameters() if parameter.dtype == torch.float32}
     assert names == {
@@ -71,20 +73,20 @@ def test_every_gate_is_in_fp32_and_hidden_states_stay_bf16(half):
     assert hidden_dtypes(half) == [torch.bfloat16] * 10
 
 
-def test_a_plain_fp32_gate_would_promote_hidden_states(half):
+def test_plain_fp32_gate_promotes(half):
     """Why `Gate` hands its result back in bf16."""
     blocks(half)[1].alpha_dense.data = blocks(half)[1].alpha_dense.data.float()
     assert hidden_dtypes(half) == [torch.bfloat16] * 5 + [torch.float32] * 5
 
 
-def test_a_held_gate_is_computed_in_fp32():
+def test_gate_computed_in_fp32():
     """tanh(0.047) is 0.04697: bf16 has 0.046875 and 0.047119, and takes the second one of a gate that it rounded."""
     got = fp32.Gate(torch.bfloat16)(torch.tensor([0.047]))
     assert (got.dtype, got.item()) == (torch.bfloat16, 0.046875)
     assert torch.tanh(torch.tensor([0.047]).bfloat16()).item() == pytest.approx(0.047119, abs=1e-6)
 
 
-def test_a_held_added_row_is_multiplied_in_fp32():
+def test_added_head_multiplied_in_fp32():
     """1 + 2^-8 is 1 in bf16: a product of rounded rows would lose all of the difference."""
     head = fp32.AddedHead(2, 1, bias=False)
     head.weight.data = torch.tensor([[1 + 2.0**-8, 1.0]])
@@ -92,7 +94,8 @@ def test_a_held_added_row_is_multiplied_in_fp32():
     assert (got.dtype, got.item()) == (torch.bfloat16, 2.0**-8)
 
 
-def test_a_held_gate_has_the_gradient_of_a_plain_one(half):
+def test_gate_gradient(half):
+    """A held gate has the gradient of a plain one."""
     for block in blocks(half):
         block.alpha_cross_attn.requires_grad_(True)
     packed_loss(half, batch(), config=half.config).backward()
@@ -107,7 +110,8 @@ def test_a_held_gate_has_the_gradient_of_a_plain_one(half):
     assert all(plain)
 
 
-def test_in_fp32_nothing_changes_to_the_last_bit(idefics):
+def test_fp32_model_unchanged(idefics):
+    """In fp32 nothing changes to the last bit."""
     with torch.no_grad():
         for block in blocks(idefics.model):
             block.alpha_cross_attn.fill_(0.3)
@@ -120,7 +124,8 @@ def test_in_fp32_nothing_changes_to_the_last_bit(idefics):
     assert type(idefics.model.lm_head.additional_fc) is nn.Linear
 
 
-def test_added_rows_are_held_and_trained_on_a_bf16_base(half):
+def test_added_rows_trained_on_bf16_base(half):
+    """Added rows are held and trained on a bf16 base."""
     rows = [half.model.embed_tokens.additional_embedding.weight, half.lm_head.additional_fc.weight]
     before = [row.float() for row in rows]
     fp32.keep_added_rows_in_fp32(half)
@@ -139,7 +144,8 @@ def test_added_rows_are_held_and_trained_on_a_bf16_base(half):
     assert packed_loss(half, batch(), config=half.config) < loss
 
 
-def test_held_rows_give_the_logits_of_bf16_to_its_precision(half):
+def test_added_rows_logits(half):
+    """Held rows give the logits of bf16 to its precision."""
     with torch.no_grad():
         before = packed_loss(half, batch(), config=half.config)
         fp32.keep_added_rows_in_fp32(half)
@@ -151,7 +157,8 @@ def test_held_rows_give_the_logits_of_bf16_to_its_precision(half):
 
 
 @pytest.mark.parametrize("images", [0, 1])
-def test_a_gate_on_a_row_with_or_without_images_has_a_gradient(half, images):
+def test_gate_gradient_with_and_without_images(half, images):
+    """A gate on a row with or without images has a gradient."""
     fp32.keep_gates_in_fp32(half)
     for block in blocks(half):
         block.alpha_cross_attn.requires_grad_(True)

@@ -35,7 +35,8 @@ def compare(ours, stock, inputs, *, rtol=None, atol=None):
 @pytest.mark.parametrize("shape", [(1, 1, WIDTH), (1, 7, WIDTH), (2, 3, 4, WIDTH)], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")], ids=str)
-def test_the_norm_is_the_stock_one(shape, trained, dtypes):
+def test_rms_norm_equals_stock(shape, trained, dtypes):
+    """The norm is the stock one."""
     of_hidden, of_weight = (getattr(torch, name) for name in dtypes)
     stock = IdeficsRMSNorm(WIDTH)
     stock.weight = torch.nn.Parameter(randn(WIDTH, seed=1, dtype=of_weight).detach(), requires_grad=trained)
@@ -50,7 +51,7 @@ def test_the_norm_is_the_stock_one(shape, trained, dtypes):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_norm_s_eps_is_the_config_s(grad, dtype):
+def test_rms_norm_eps_of_config(grad, dtype):
     """The 80B has 1e-5, the 9B 1e-6: of hidden states of 1/512, whose mean square is 3.8e-6, most is eps."""
     for eps, expected in ((1e-5, 0.5256), (1e-6, 0.8899)):
         config = {**TINY, "additional_vocab_size": 2, "vocab_size": 300, "rms_norm_eps": eps}
@@ -65,7 +66,8 @@ def test_the_norm_s_eps_is_the_config_s(grad, dtype):
                 assert got.float().flatten().tolist() == pytest.approx([expected] * got.numel(), rel=2.0**-8)
 
 
-def test_the_norm_of_what_is_not_trained_hands_on_the_gradient_of_its_weight_alone():
+def test_rms_norm_weight_gradient_alone():
+    """The norm of what is not trained hands on the gradient of its weight alone."""
     norm = IdeficsRMSNorm(WIDTH)
     hidden = randn(1, 5, WIDTH).detach()
     (expected,) = torch.autograd.grad(norm(hidden).sum(), norm.weight)
@@ -76,7 +78,8 @@ def test_the_norm_of_what_is_not_trained_hands_on_the_gradient_of_its_weight_alo
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_the_gated_product_is_the_stock_one(tokens):
+def test_gated_product_equals_stock(tokens):
+    """The gated product is the stock one."""
     stock = IdeficsMLP(WIDTH, INNER, "silu")
     ours = fused.GatedMLP(WIDTH, INNER, "silu")
     ours.gate_proj, ours.up_proj, ours.down_proj = stock.gate_proj, stock.up_proj, stock.down_proj
@@ -85,7 +88,8 @@ def test_the_gated_product_is_the_stock_one(tokens):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2, 8), (2, 5, 3, 8)], ids=str)
-def test_the_rotation_is_the_stock_one(shape):
+def test_rotation_equals_stock(shape):
+    """The rotation is the stock one."""
     batch, tokens, _, width = shape
     attention = IdeficsAttention(width, 1, config=IdeficsConfig(hidden_size=width, num_attention_heads=1), layer_idx=0)
     places, states = torch.arange(tokens).expand(batch, -1) + 3, randn(*shape)
@@ -97,7 +101,7 @@ def test_the_rotation_is_the_stock_one(shape):
     )
 
 
-def test_every_part_of_decoder_and_cross_attention_is_replaced_and_keeps_its_weights():
+def test_fused_modules_replace_stock():
     """Names, their order, values and buffers: PEFT, NF4, FSDP and checkpoints see what they see of a stock model."""
     config = {**TINY, "additional_vocab_size": 2, "vocab_size": 300}
     stock, packed = tiny.build_model(config, seed=0), tiny.build_model(config, seed=0, packed=True)
@@ -117,14 +121,15 @@ def test_every_part_of_decoder_and_cross_attention_is_replaced_and_keeps_its_wei
     }
 
 
-def test_another_activation_is_left_to_transformers():
+def test_other_activation_stays_stock():
+    """Another activation is left to transformers."""
     config = {**TINY, "additional_vocab_size": 2, "vocab_size": 300, "hidden_act": "gelu"}
     packed = tiny.build_model(config, seed=0, packed=True)
     assert type(packed.model.layers[0].mlp) is IdeficsMLP
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_of_attention_is_the_config_s_and_of_training_alone(training, monkeypatch):
+def test_attention_dropout_in_training_alone(training, monkeypatch):
     """Two layers of vision, four of decoder, two gated blocks whose tokens see an image."""
     config = {**TINY, "additional_vocab_size": 3, "vocab_size": 300, "dropout": 0.5}
     config["vision_config"] = {**TINY["vision_config"], "num_hidden_layers": 2, "attention_dropout": 0.25}
@@ -159,11 +164,13 @@ def kept(run):
     return sorted(shapes)
 
 
-def test_a_norm_keeps_its_input_and_a_root_for_each_vector():
+def test_rms_norm_saved_tensors():
+    """A norm keeps its input and a root for each vector."""
     norm, hidden = fused.RMSNorm(WIDTH).requires_grad_(False), randn(1, 6, WIDTH)
     assert kept(lambda: norm(hidden)) == [(1, 6, 1), (1, 6, WIDTH), (WIDTH,)]
 
 
-def test_a_gated_product_keeps_its_two_inputs():
+def test_gated_product_saved_tensors():
+    """A gated product keeps its two inputs."""
     gate, up = randn(1, 6, INNER), randn(1, 6, INNER, seed=1)
     assert kept(lambda: fused._GatedProduct.apply(gate, up)) == [(1, 6, INNER)] * 2

@@ -76,7 +76,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize("shape", [(1, 7, 12), (7, 12), (1, 1, 12), (2, 3, 5, 12), (1, 0, 12)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_results_and_gradients_are_those_of_peft(options, shape):
+def test_fused_lora_equals_peft(options, shape):
+    """Results and gradients are those of PEFT."""
     dtype = options.get("dtype", torch.float32)
     ours, theirs = (run(adapted(fused=fused, **options), shape, dtype=dtype) for fused in (True, False))
     sizes = run(adapted(fused=False, **options), shape, dtype=dtype, positive=True)
@@ -85,7 +86,8 @@ def test_results_and_gradients_are_those_of_peft(options, shape):
         require_equal_up_to_order(got, expected, size)
 
 
-def test_disabled_merged_and_second_adapters_are_those_of_peft():
+def test_fused_lora_disabled_merged_second():
+    """Disabled merged and second adapters are those of PEFT."""
     inputs = torch.randn(3, 12, generator=torch.Generator().manual_seed(3))
     ours, theirs = (adapted(fused=fused) for fused in (True, False))
     plain = ours(inputs)
@@ -105,7 +107,8 @@ def test_disabled_merged_and_second_adapters_are_those_of_peft():
     require_equal_up_to_order(ours.merge_and_unload()(inputs), plain, size)
 
 
-def test_a_model_is_attached_with_them(idefics):
+def test_attach_uses_fused_lora(idefics):
+    """A model is attached with them."""
     model = attach(idefics.model, {"decoder": "lora"}, lora={"r": 4}, base="x")
     adapters = [module for module in model.modules() if isinstance(module, Linear)]
     assert len(adapters) > 20
@@ -113,7 +116,7 @@ def test_a_model_is_attached_with_them(idefics):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_on_a_cpu_is_left_to_peft(dtype):
+def test_fused_lora_autocast(dtype):
     """Seen before any product is made: the layer underneath runs once."""
     ours, theirs = (adapted(fused=fused, dtype=dtype).to(dtype) for fused in (True, False))
     calls = []

@@ -115,38 +115,44 @@ def count_calls(model, names):
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def test_tokens_and_logits_are_the_stock_generate_s(model, monkeypatch):
+def test_greedy_equals_stock(model, monkeypatch):
+    """Tokens and logits are the stock generate s."""
     written = require_equal(monkeypatch, model, inputs_of(model), config_of(), **CLOSE)
     assert len({tuple(row) for row in written}) == 4
 
 
-def test_and_in_bf16(model, monkeypatch):
+def test_greedy_bf16(model, monkeypatch):
+    """And in bf16."""
     model.to(torch.bfloat16)
     # A rounding to 8 bits between any two operations, over twelve tokens.
     require_equal(monkeypatch, model, inputs_of(model), config_of(), rtol=0.05, atol=0.05)
 
 
-def test_and_beyond_the_room_there_was(model, monkeypatch):
+def test_greedy_beyond_room(model, monkeypatch):
+    """And beyond the room there was."""
     require_equal(monkeypatch, model, inputs_of(model), config_of(2 * ROOM + 3), **CLOSE)
 
 
 @pytest.mark.parametrize("prompts", [((2, 14),), ((0, 5),), ((0, 1),), ((0, 5), (0, 9))], ids=str)
-def test_one_prompt_without_padding_and_prompts_without_images(model, monkeypatch, prompts):
+def test_greedy_without_padding_or_images(model, monkeypatch, prompts):
+    """One prompt without padding and prompts without images."""
     require_equal(monkeypatch, model, inputs_of(model, prompts), config_of(), **CLOSE)
 
 
-def test_without_query_and_key_norms(monkeypatch):
+def test_greedy_without_qk_norms(monkeypatch):
+    """Without query and key norms."""
     model = tiny.build_model({**stand_in(IDEFICS_9B), "qk_layer_norms": False}, seed=0, packed=True)
     require_equal(monkeypatch, model, inputs_of(model), config_of(), **CLOSE)
 
 
-def test_gates_for_every_channel(monkeypatch):
+def test_greedy_vector_gates(monkeypatch):
+    """Gates for every channel."""
     config = {**stand_in(IDEFICS_9B), "alpha_type": "vector", "alpha_initializer": "ones"}
     model = tiny.build_model(config, seed=0, packed=True)
     require_equal(monkeypatch, model, inputs_of(model), config_of(), **CLOSE)
 
 
-def test_it_ends_where_the_stock_one_ends(model):
+def test_greedy_ends_alike(model):
     """Each prompt at an end of its own, the rest of its line filled up."""
     inputs = inputs_of(model)
     free, _ = stock(model, inputs, config_of(eos_token_id=None))
@@ -160,7 +166,8 @@ def test_it_ends_where_the_stock_one_ends(model):
     assert [len(row) for row in greedy(model, inputs, at_once)] == [1] * 4
 
 
-def test_an_image_is_projected_with_the_prompt_and_once_more_and_not_once_per_token(model):
+def test_greedy_projects_image_once(model):
+    """An image is projected with the prompt and once more and not once per token."""
     names = ["k_proj", "v_proj", "k_layer_norm"]
     calls, queries = count_calls(model, names), count_calls(model, ["q_proj"])
     layers = len(model.model.gated_cross_attn_layers)
@@ -170,7 +177,8 @@ def test_an_image_is_projected_with_the_prompt_and_once_more_and_not_once_per_to
     assert len(queries) == layers * TOKENS
 
 
-def test_adapters_take_part(model, monkeypatch):
+def test_greedy_lora(model, monkeypatch):
+    """Adapters take part."""
     inputs, config = inputs_of(model), config_of()
     plain = stock(model, inputs, config)[1]
     wrapped = attach(model, {"cross_attention": "lora", "decoder": "lora"}, lora={"r": 2}, base="")
@@ -183,7 +191,8 @@ def test_adapters_take_part(model, monkeypatch):
     require_equal(monkeypatch, wrapped.get_base_model(), inputs, config, **CLOSE)
 
 
-def test_4_bit_projections_are_multiplied_like_others(bf16_folder, tmp_path, monkeypatch):
+def test_greedy_4_bit(bf16_folder, tmp_path, monkeypatch):
+    """4 bit projections are multiplied like others."""
     quantized = quantized_checkpoint(bf16_folder, tmp_path, name="base")
     model = load(str(bf16_folder), quantized=quantized).model.eval()
     projected = [layer.cross_attn.get_submodule("k_proj") for layer in model.model.gated_cross_attn_layers]
@@ -191,7 +200,8 @@ def test_4_bit_projections_are_multiplied_like_others(bf16_folder, tmp_path, mon
     require_equal(monkeypatch, model, inputs_of(model), config_of(), **CLOSE)
 
 
-def test_keys_and_values_move_when_their_room_is_full_and_not_before():
+def test_text_cache_grows():
+    """Keys and values move when their room is full and not before."""
     text, places = generation._Text(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4)), set()
     for number in range(ROOM):
         keys, values = text.append(torch.full((1, 1, 2, 4), number), torch.full((1, 1, 2, 4), -number))
@@ -204,7 +214,8 @@ def test_keys_and_values_move_when_their_room_is_full_and_not_before():
 
 
 @pytest.mark.slow
-def test_the_benchmark_compares_the_tokens_of_both_sides():
+def test_benchmark_compares_tokens():
+    """The benchmark compares the tokens of both sides."""
     small = "--images 2 --tokens 3 --batch 2 --repeats 1 --hidden 128 --image-width 32 --vocab 300 --json"
     script = [sys.executable, "scripts/benchmarks/generation.py", *small.split()]
     ran = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, check=True)

@@ -23,14 +23,14 @@ def stock(base_folder):
     return IdeficsForVisionText2Text.from_pretrained(base_folder, attn_implementation="sdpa").eval()
 
 
-def test_the_stock_loss_crashes_on_the_decoupled_vocabulary(stock):
+def test_stock_loss_crashes(stock):
     """modeling/forward.py has a loss of its own because this one cannot count its logits."""
     assert stock(**ROW).logits.shape == (1, 8, 302)
     with pytest.raises((ValueError, RuntimeError), match=r"[Ee]xpected input batch_size|invalid for input of size"):
         stock(**ROW, labels=ROW["input_ids"])
 
 
-def test_the_stock_loss_reshapes_to_the_vocabulary_without_the_added_rows(stock):
+def test_stock_loss_leaves_out_added_rows(stock):
     """modeling/forward.py: `vocab_size` is 300 where the logits are 302 wide."""
     asked = []
     stock.loss_function = lambda logits, labels, vocab_size, **kwargs: asked.append((logits.shape[-1], vocab_size))
@@ -38,7 +38,7 @@ def test_the_stock_loss_reshapes_to_the_vocabulary_without_the_added_rows(stock)
     assert asked == [(302, 300)]
 
 
-def test_the_processor_takes_its_first_argument_for_images(base_folder):
+def test_processor_first_argument_is_images(base_folder):
     """finetune/data/chat_template.py and collate.py write batches themselves; the card's call is one reason."""
     processor = loading.load_processor(str(base_folder))
     assert processor(text=[["User: Hello"]], return_tensors="pt")["input_ids"].shape[0] == 1
@@ -46,7 +46,7 @@ def test_the_processor_takes_its_first_argument_for_images(base_folder):
         processor([["User: Hello"]], return_tensors="pt")
 
 
-def test_a_llama_tokenizer_forgets_that_it_is_legacy_when_saved(llama_tokenizer, tmp_path):
+def test_llama_tokenizer_forgets_legacy(llama_tokenizer, tmp_path):
     """modeling/loading.py `save_processor` writes the flag because plain saving changes the ids."""
     text = "<image>What is it?<image>A dog."
     tokenizer = copy.deepcopy(llama_tokenizer)
@@ -58,7 +58,7 @@ def test_a_llama_tokenizer_forgets_that_it_is_legacy_when_saved(llama_tokenizer,
     assert again.tokenize(text) == ["<image>", "What", "▁is", "▁it", "?", "<image>", "A", "▁dog", "."]
 
 
-def test_suffix_targets_of_peft_hit_all_four_towers(stock):
+def test_peft_suffix_targets_hit_all_towers(stock):
     """modeling/towers.py spells every target in full because "q_proj" is not a tower."""
     wrapped = get_peft_model(stock, LoraConfig(r=2, target_modules=["q_proj"]))
     adapted = {name.split(".lora_A")[0] for name, _ in wrapped.named_parameters() if ".lora_A" in name}
@@ -67,14 +67,14 @@ def test_suffix_targets_of_peft_hit_all_four_towers(stock):
     assert hit == {"vision_model": 2, "perceiver_resampler": 2, "gated_cross_attn_layers": 2, "layers": 8}
 
 
-def test_peft_does_not_train_gates_named_as_modules_to_save(stock):
+def test_peft_does_not_train_gates(stock):
     """modeling/fp32.py and adapters.py keep and save gates because PEFT silently leaves them alone."""
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["alpha_cross_attn", "alpha_dense"])
     wrapped = get_peft_model(stock, config)
     assert not any("alpha" in name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
 
 
-def test_fresh_gates_of_zero_give_the_towers_behind_them_no_gradient():
+def test_zero_gates_give_no_gradient():
     """modeling/shapes.py starts fresh shapes with gates of one (`alpha_initializer`) because of this."""
     config = {**stand_in(IDEFICS_9B), "alpha_initializer": "zeros"}
     model = tiny.build_model(config, seed=0).requires_grad_(True)
@@ -99,7 +99,7 @@ def packed_and_alone(model, **kwargs):
     return row[0, 4:], alone[0]
 
 
-def test_restarting_positions_do_not_part_packed_sequences(stock, idefics):
+def test_restarting_positions_do_not_part_sequences(stock, idefics):
     """modeling/attention.py runs every sequence alone because the stock model looks across: it fills in a mask."""
     row, alone = packed_and_alone(stock)
     assert (row - alone).abs().max() > 1e-2

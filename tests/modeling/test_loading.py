@@ -38,7 +38,8 @@ def encode(tokenizer, text=PROBE):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_the_third_row_is_copied_from_the_end_of_text_and_the_others_are_kept(idefics, base):
+def test_extend_vocabulary_copies_end_of_text(idefics, base):
+    """The third row is copied from the end of text and the others are kept."""
     for ours, theirs, table in [
         (idefics.model.lm_head.additional_fc, base.lm_head.additional_fc, base.lm_head),
         (
@@ -52,14 +53,16 @@ def test_the_third_row_is_copied_from_the_end_of_text_and_the_others_are_kept(id
         assert torch.equal(ours.weight[2], table.weight[2])
 
 
-def test_the_first_logits_stay_as_they_were(idefics, base):
+def test_extend_vocabulary_keeps_first_logits(idefics, base):
+    """The first logits stay as they were."""
     ours, before = logits(idefics.model), logits(base)
     assert (ours.shape, before.shape) == ((8, 303), (8, 302))
     torch.testing.assert_close(ours[:, :302], before, **CLOSE)
     torch.testing.assert_close(ours[:, 302], before[:, 2], **CLOSE)
 
 
-def test_config_modules_and_tokenizer_agree_on_the_three_tokens(idefics):
+def test_config_modules_tokenizer_agree(idefics):
+    """Config modules and tokenizer agree on the three tokens."""
     model = idefics.model
     assert (model.config.vocab_size, model.config.additional_vocab_size) == (300, 3)
     assert type(model.lm_head) is IdeficsDecoupledLinear
@@ -71,7 +74,8 @@ def test_config_modules_and_tokenizer_agree_on_the_three_tokens(idefics):
     assert not model.training
 
 
-def test_an_extended_model_can_be_saved_and_loaded_by_plain_transformers(idefics, tmp_path):
+def test_extended_model_in_plain_transformers(idefics, tmp_path):
+    """An extended model can be saved and loaded by plain transformers."""
     idefics.model.save_pretrained(tmp_path)
     loading.save_processor(idefics.processor, tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
@@ -82,7 +86,8 @@ def test_an_extended_model_can_be_saved_and_loaded_by_plain_transformers(idefics
     assert "packed" not in json.dumps(config)
 
 
-def test_an_instruct_base_is_left_as_it_is(idefics, tmp_path):
+def test_instruct_base_unchanged(idefics, tmp_path):
+    """An instruct base is left as it is."""
     with torch.no_grad():
         idefics.model.lm_head.additional_fc.weight[2] += 1
         idefics.model.model.embed_tokens.additional_embedding.weight[2] -= 1
@@ -94,13 +99,15 @@ def test_an_instruct_base_is_left_as_it_is(idefics, tmp_path):
         assert torch.equal(ours, theirs), name
 
 
-def test_extending_twice_is_extending_once(idefics):
+def test_extend_vocabulary_twice(idefics):
+    """Extending twice is extending once."""
     before = {name: p.clone() for name, p in idefics.model.named_parameters()}
     loading.extend_vocabulary(idefics.model)
     assert all(torch.equal(before[name], p) for name, p in idefics.model.named_parameters())
 
 
-def test_a_base_may_stay_a_base(base_folder, base):
+def test_base_stays_base(base_folder, base):
+    """A base may stay a base."""
     kept = loading.load(str(base_folder), instruct=False)
     assert kept.model.config.additional_vocab_size == 2
     assert len(kept.tokenizer) == 302
@@ -108,20 +115,23 @@ def test_a_base_may_stay_a_base(base_folder, base):
     assert kept.model.generation_config.eos_token_id == [2]
 
 
-def test_an_extension_in_bf16_stays_in_bf16(base_folder):
+def test_extend_vocabulary_bf16(base_folder):
+    """An extension in bf16 stays in bf16."""
     model = loading.load(str(base_folder), dtype=torch.bfloat16).model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.lm_head.additional_fc.weight[2], model.lm_head.weight[2])
 
 
-def test_generation_stops_at_both_ends_and_writes_no_image(idefics):
+def test_generation_config(idefics):
+    """Generation stops at both ends and writes no image."""
     config = idefics.model.generation_config
     assert config.eos_token_id == [302, 2]
     assert config.suppress_tokens == [300, 301]
     assert (config.bos_token_id, config.pad_token_id) == (1, 0)
 
 
-def test_a_tokenizer_with_other_ids_is_refused(base_folder, tmp_path):
+def test_tokenizer_other_ids_refused(base_folder, tmp_path):
+    """A tokenizer with other ids is refused."""
     shutil.copytree(base_folder, tmp_path, dirs_exist_ok=True)
     other = tiny.train_tokenizer(["a dog"], vocab_size=299)
     loading.save_processor(tiny.build_processor(other, image_size=64), tmp_path)
@@ -129,7 +139,8 @@ def test_a_tokenizer_with_other_ids_is_refused(base_folder, tmp_path):
         loading.load(str(tmp_path))
 
 
-def test_a_folder_without_a_tokenizer_is_refused(base_folder, tmp_path):
+def test_folder_without_tokenizer(base_folder, tmp_path):
+    """A folder without a tokenizer is refused."""
     for name in ("config.json", "model.safetensors"):
         shutil.copy(base_folder / name, tmp_path)
     with pytest.raises(UserError, match="expected tokenizer and image processor files"):
@@ -137,7 +148,8 @@ def test_a_folder_without_a_tokenizer_is_refused(base_folder, tmp_path):
 
 
 @pytest.mark.parametrize("fixture", ["tiny_tokenizer", "llama_tokenizer"])
-def test_a_saved_tokenizer_gives_the_same_ids(request, fixture, tmp_path):
+def test_saved_tokenizer_same_ids(request, fixture, tmp_path):
+    """A saved tokenizer gives the same ids."""
     tokenizer = request.getfixturevalue(fixture)
     loading.save_processor(tiny.build_processor(tokenizer, image_size=64), tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -148,7 +160,8 @@ def test_a_saved_tokenizer_gives_the_same_ids(request, fixture, tmp_path):
     assert encode(AutoTokenizer.from_pretrained(again_again)) == encode(tokenizer)
 
 
-def test_a_saved_processor_loads_by_itself_and_keeps_the_image_size(idefics, tmp_path):
+def test_saved_processor_keeps_image_size(idefics, tmp_path):
+    """A saved processor loads by itself and keeps the image size."""
     loading.save_processor(idefics.processor, tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     assert type(again).__name__ == "IdeficsProcessor"

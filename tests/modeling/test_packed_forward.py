@@ -123,7 +123,8 @@ def losses_by_dialogue(model, batch):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_loss_and_gradients_equal_the_dialogues_one_by_one(pair, name):
+def test_packed_equals_one_by_one(pair, name):
+    """Loss and gradients equal the dialogues one by one."""
     idefics, stock, model = pair
     examples, ids, batch = lay(ROWS[name], idefics.tokenizer)
     stock.zero_grad()
@@ -148,7 +149,8 @@ def test_loss_and_gradients_equal_the_dialogues_one_by_one(pair, name):
     assert compared in (range(171, 176) if any(ids) else [86 + (name != "shortest")])
 
 
-def test_every_parameter_of_decoder_and_cross_attention_has_a_gradient_without_images(pair):
+def test_gradients_without_images(pair):
+    """Every parameter of decoder and cross attention has a gradient without images."""
     idefics, _, model = pair
     model.zero_grad()
     packed_loss(model, lay((PLAIN,), idefics.tokenizer)[2], config=model.config).backward()
@@ -157,7 +159,8 @@ def test_every_parameter_of_decoder_and_cross_attention_has_a_gradient_without_i
 
 
 @pytest.mark.parametrize("tower", ["vision", "resampler"])
-def test_a_tower_of_the_image_side_has_a_gradient_in_a_row_with_only_a_blank_image(pair, tower):
+def test_image_towers_gradient_of_blank_image(pair, tower):
+    """A tower of the image side has a gradient in a row with only a blank image."""
     idefics, _, model = pair
     model.zero_grad()
     batch = lay((PLAIN,), idefics.tokenizer, blank=True)[2]
@@ -170,7 +173,8 @@ def test_a_tower_of_the_image_side_has_a_gradient_in_a_row_with_only_a_blank_ima
     assert torch.equal(loss, without)
 
 
-def test_cached_features_give_the_loss_of_the_pixels(pair):
+def test_cached_features_equal_pixels(pair):
+    """Cached features give the loss of the pixels."""
     idefics, _, model = pair
     batch = lay(ROWS["mixture"], idefics.tokenizer)[2]
     with torch.no_grad():
@@ -181,7 +185,7 @@ def test_cached_features_give_the_loss_of_the_pixels(pair):
         assert torch.equal(packed_loss(model, cached, config=model.config), live)
 
 
-def test_the_stock_forward_is_told_positions_gates_sequences_and_runs(pair):
+def test_forward_arguments(pair):
     """Pinned because the loss hardly shows them: RoPE is relative, and what sees no image is zero already."""
     batch = {
         "input_ids": torch.tensor([[1, 5, 2, 1, 301]]),
@@ -197,7 +201,8 @@ def test_the_stock_forward_is_told_positions_gates_sequences_and_runs(pair):
     assert (arguments["image_latents"], arguments["use_cache"]) == (8, False)
 
 
-def test_a_shared_image_is_run_once_and_seen_by_all(pair):
+def test_shared_image_computed_once(pair):
+    """A shared image is run once and seen by all."""
     idefics, _, model = pair
     batch = lay(ROWS["shared image"], idefics.tokenizer)[2]
     assert len(batch["pixel_values"]) == 2
@@ -206,7 +211,8 @@ def test_a_shared_image_is_run_once_and_seen_by_all(pair):
 
 
 @pytest.mark.parametrize("changed", range(6))
-def test_the_tokens_of_one_dialogue_do_not_reach_the_others(pair, changed):
+def test_dialogues_do_not_leak(pair, changed):
+    """The tokens of one dialogue do not reach the others."""
     idefics, _, model = pair
     batch = lay(ROWS["mixture"], idefics.tokenizer)[2]
     before = losses_by_dialogue(model, batch)
@@ -218,7 +224,8 @@ def test_the_tokens_of_one_dialogue_do_not_reach_the_others(pair, changed):
         assert torch.equal(old, new) == (number != changed), number
 
 
-def test_an_image_reaches_only_those_who_see_it(pair):
+def test_image_reaches_its_dialogues_only(pair):
+    """An image reaches only those who see it."""
     idefics, _, model = pair
     dialogues = (PLAIN, ONE, Dialogue((user(D, "What is this?"), assistant("A fox."))), LATE)
     before, after = (
@@ -228,7 +235,8 @@ def test_an_image_reaches_only_those_who_see_it(pair):
     assert [torch.equal(old, new) for old, new in zip(before, after, strict=True)] == [True, True, False, True]
 
 
-def test_text_sees_only_the_last_image_before_it_and_none_before_the_first(pair):
+def test_text_sees_last_image(pair):
+    """Text sees only the last image before it and none before the first."""
     idefics, _, model = pair
     examples, _, batch = lay((DOCUMENT,), idefics.tokenizer)
     (old,) = losses_by_dialogue(model, batch)
@@ -240,7 +248,8 @@ def test_text_sees_only_the_last_image_before_it_and_none_before_the_first(pair)
     assert (old[~blind] != new[~blind]).all()
 
 
-def test_a_row_with_nothing_supervised_gives_zero_and_zero_gradients(pair):
+def test_nothing_supervised(pair):
+    """A row with nothing supervised gives zero and zero gradients."""
     _, _, model = pair
     model.zero_grad()
     batch = collate([], [], show=show(pixels), filler=0)
@@ -267,7 +276,8 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("limit", [CHOICES["cpu"].head_rows, 7])
-def test_the_head_is_multiplied_with_supervised_rows_only_and_few_at_once(pair, monkeypatch, limit):
+def test_head_on_supervised_rows_only(pair, monkeypatch, limit):
+    """The head is multiplied with supervised rows only and few at once."""
     monkeypatch.setitem(CHOICES, "cpu", replace(CHOICES["cpu"], head_rows=limit))
     idefics, _, model = pair
     examples, _, batch = lay(ROWS["mixture"], idefics.tokenizer)
@@ -283,7 +293,8 @@ def test_the_head_is_multiplied_with_supervised_rows_only_and_few_at_once(pair, 
 
 @pytest.mark.parametrize("supervised", [0, 1, 6, 7, 8, 30])
 @pytest.mark.parametrize("trained", [("additional_fc",), ("additional_fc", ""), ()], ids=["added", "all", "none"])
-def test_the_head_s_loss_and_gradients_are_those_of_all_logits_at_once(pair, monkeypatch, supervised, trained):
+def test_head_loss_equals_all_logits(pair, monkeypatch, supervised, trained):
+    """The head's loss and gradients are those of all logits at once."""
     monkeypatch.setitem(CHOICES, "cpu", replace(CHOICES["cpu"], head_rows=7))
     head = copy.deepcopy(pair[2].lm_head).requires_grad_(False)
     for name in trained:
@@ -302,7 +313,7 @@ def test_the_head_s_loss_and_gradients_are_those_of_all_logits_at_once(pair, mon
         assert torch.equal(head_loss(head, hidden, targets), loss)
 
 
-def test_a_head_in_fp16_keeps_the_gradient_of_many_unlikely_words():
+def test_head_fp16_keeps_small_gradients():
     """Each has a probability of 1.5e-8, which is zero in fp16; all of them have 5e-4."""
     words = 2**15
     head = torch.nn.Linear(2, words, bias=False, dtype=torch.float16).requires_grad_(False)
@@ -326,7 +337,8 @@ def test_a_head_in_fp16_keeps_the_gradient_of_many_unlikely_words():
         ([-100], [], []),
     ],
 )
-def test_a_position_is_supervised_by_the_token_after_it(labels, positions, targets):
+def test_supervised_positions(labels, positions, targets):
+    """A position is supervised by the token after it."""
     got = supervised_positions(torch.tensor([labels]))
     assert [tensor.tolist() for tensor in got] == [positions, targets]
     assert all(tensor.dtype == torch.int64 for tensor in got)
@@ -343,11 +355,13 @@ def test_a_position_is_supervised_by_the_token_after_it(labels, positions, targe
         ([1, 0, -1, 0, 1], [(0, 1, 1), (1, 2, 0), (3, 4, 0), (4, 5, 1)]),
     ],
 )
-def test_runs_of_tokens_that_see_one_image(seen, runs):
+def test_image_runs(seen, runs):
+    """Runs of tokens that see one image."""
     assert image_runs(torch.tensor([seen])) == runs
 
 
-def test_token_losses_are_those_of_the_definition_in_fp32():
+def test_token_losses_by_definition():
+    """Token losses are those of the definition in fp32."""
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 100.0, 0.0, 0.0]], dtype=torch.bfloat16)
     losses = token_losses(logits, torch.tensor([3, 2]))
     assert losses.dtype == torch.float32
@@ -357,7 +371,8 @@ def test_token_losses_are_those_of_the_definition_in_fp32():
 
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_losses_and_their_gradient_are_those_of_torch(rows, dtype):
+def test_token_losses_equal_torch(rows, dtype):
+    """Token losses and their gradient are those of torch."""
     generator = torch.Generator().manual_seed(rows)
     logits = (5 * torch.randn(rows, 37, generator=generator)).to(dtype).requires_grad_()
     targets = torch.randint(37, (rows,), generator=generator)
@@ -369,7 +384,8 @@ def test_token_losses_and_their_gradient_are_those_of_torch(rows, dtype):
     torch.testing.assert_close(got, expected)
 
 
-def test_generation_with_packed_attention_equals_sdpa_on_a_left_padded_batch(pair):
+def test_generation_left_padded_equals_sdpa(pair):
+    """Generation with packed attention equals sdpa on a left padded batch."""
     idefics, stock, model = pair
     image = [picture(number) for number in (1, 2)]
     prompts = [

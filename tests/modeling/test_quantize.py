@@ -102,7 +102,7 @@ def trained(folder):
 # The format
 
 
-def test_a_row_by_hand():
+def test_nf4_row_by_hand():
     """One group: its scale, 2, is the mean of all scales, so double quantisation does not change it."""
     row = torch.tensor([[2.0, -2.0, 0.0, 1.0, -1.0, 0.15] + [0.0] * 58])
     # levels of Dettmers et al. 2023, appendix E, times 2
@@ -118,7 +118,8 @@ def test_a_row_by_hand():
     seed=st.integers(0, 10),
 )
 @settings(deadline=None, max_examples=60)
-def test_blocks_of_rows_give_what_bitsandbytes_gives_at_once(shape, block, dtype, seed):
+def test_nf4_blocks_equal_bitsandbytes(shape, block, dtype, seed):
+    """Blocks of rows give what bitsandbytes gives at once."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     asked = []
 
@@ -143,13 +144,14 @@ def test_blocks_of_rows_give_what_bitsandbytes_gives_at_once(shape, block, dtype
     assert torch.equal(got.rows(first, last + 1), whole[first : last + 1])
 
 
-def test_a_bf16_matrix_and_its_fp32_copy_are_the_same_in_4_bits():
+def test_nf4_bf16_equals_fp32_copy():
+    """A bf16 matrix and its fp32 copy are the same in 4 bits."""
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(dequantized(weight), dequantized(weight.float()))
     assert 0 < (dequantized(weight) - weight.float()).abs().max() < 0.5
 
 
-def test_bitsandbytes_takes_wrong_scales_for_rows_that_are_no_whole_number_of_groups():
+def test_bitsandbytes_wrong_scales_for_uneven_rows():
     """modeling/quantize.py `quantized_names` leaves them out; when bitsandbytes mends it on the CPU, it need not."""
     weight = torch.randn(128, 96, generator=torch.Generator().manual_seed(0)) * torch.arange(128)[:, None]
     theirs = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
@@ -160,7 +162,7 @@ def test_bitsandbytes_takes_wrong_scales_for_rows_that_are_no_whole_number_of_gr
 # What is quantised
 
 
-def test_rows_that_are_no_whole_number_of_groups_are_not_quantised(base_folder, tmp_path):
+def test_uneven_rows_not_quantised(base_folder, tmp_path):
     """The other stand-in: MLPs of 96, and images' features of 96."""
     expected = {name for name in EXPECTED if not re.search(r"down_proj|cross_attn\.[kv]_proj", name)}
     assert len(expected) == 8 * 6 + 2 * 4
@@ -170,7 +172,8 @@ def test_rows_that_are_no_whole_number_of_groups_are_not_quantised(base_folder, 
     assert quantized_names(read_config(str(base_folder))) == expected
 
 
-def test_names_of_the_stand_in_and_of_the_released_shapes(bf16_folder):
+def test_quantized_names(bf16_folder):
+    """Names of the stand in and of the released shapes."""
     assert quantized_names(read_config(str(bf16_folder))) == EXPECTED
     assert len(EXPECTED) == 8 * 7 + 2 * 7
     for config, layers, blocks in ((IDEFICS_9B, 32, 8), (IDEFICS_80B, 80, 20)):
@@ -180,7 +183,8 @@ def test_names_of_the_stand_in_and_of_the_released_shapes(bf16_folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exactly_these_layers_are_in_4_bits_and_all_else_is_as_it_was(bf16_folder, load_nf4, dtype):
+def test_quantized_layers_exactly(bf16_folder, load_nf4, dtype):
+    """Exactly these layers are in 4 bits and all else is as it was."""
     model, plain = load_nf4(dtype=dtype), loading.load(str(bf16_folder), dtype=dtype).model
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     assert {f"{name}.weight" for name in layers} == EXPECTED
@@ -199,13 +203,15 @@ def test_exactly_these_layers_are_in_4_bits_and_all_else_is_as_it_was(bf16_folde
     assert {layer.compute_dtype for layer in layers.values()} == {compute_dtype()}
 
 
-def test_both_passes_multiply_in_the_compute_type(load_nf4, monkeypatch):
+def test_compute_dtype_in_both_passes(load_nf4, monkeypatch):
+    """Both passes multiply in the compute type."""
     monkeypatch.setattr(quantize, "compute_dtype", lambda: torch.bfloat16)
     for layer in quantized_layers(load_nf4()).values():
         assert (layer.compute_dtype, layer.weight.quant_state.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
-def test_the_compute_type_follows_the_hardware(monkeypatch):
+def test_compute_dtype_by_hardware(monkeypatch):
+    """The compute type follows the hardware."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert compute_dtype() == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -215,7 +221,8 @@ def test_the_compute_type_follows_the_hardware(monkeypatch):
     assert compute_dtype() == torch.float16
 
 
-def test_a_base_becomes_instruct_in_4_bits_as_in_full(bf16_folder, load_nf4):
+def test_quantized_base_becomes_instruct(bf16_folder, load_nf4):
+    """A base becomes instruct in 4 bits as in full."""
     model, plain = load_nf4(), loading.load(str(bf16_folder)).model
     base = load_nf4(instruct=False)
     assert (base.config.additional_vocab_size, model.config.additional_vocab_size) == (2, 3)
@@ -231,7 +238,8 @@ def test_a_base_becomes_instruct_in_4_bits_as_in_full(bf16_folder, load_nf4):
 # On disk
 
 
-def test_it_is_made_once_and_goes_on_where_it_was_interrupted(bf16_folder, tmp_path, monkeypatch):
+def test_quantized_checkpoint_resumes(bf16_folder, tmp_path, monkeypatch):
+    """It is made once and goes on where it was interrupted."""
     monkeypatch.setattr(quantize, "SHARD_BYTES", 400_000)
     made = quantized_checkpoint(bf16_folder, tmp_path, name="base")
     files = sorted(made.glob("model-*.safetensors"))
@@ -252,7 +260,8 @@ def test_it_is_made_once_and_goes_on_where_it_was_interrupted(bf16_folder, tmp_p
     assert all(file.read_bytes() == content for file, (content, _) in before.items())
 
 
-def test_a_base_that_changed_is_another_base(bf16_folder, tmp_path):
+def test_quantized_checkpoint_of_changed_base(bf16_folder, tmp_path):
+    """A base that changed is another base."""
     folder = tmp_path / "base"
     shutil.copytree(bf16_folder, folder)
     first = quantized_checkpoint(folder, tmp_path / "cache", name="base")
@@ -265,7 +274,7 @@ def test_a_base_that_changed_is_another_base(bf16_folder, tmp_path):
     assert torch.equal(changed, tensors["model.norm.weight"].float())
 
 
-def test_weights_of_another_bitsandbytes_are_in_another_folder(bf16_folder, tmp_path, monkeypatch):
+def test_quantized_checkpoint_of_other_bitsandbytes(bf16_folder, tmp_path, monkeypatch):
     """Versions have quantised differently: what one made is not what the next would train on."""
     monkeypatch.setattr(quantize, "_write", lambda made, *_: (made / "config.json").write_text("{}"))
     folders = []
@@ -276,7 +285,8 @@ def test_weights_of_another_bitsandbytes_are_in_another_folder(bf16_folder, tmp_
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_files_that_are_not_their_config_s_are_told(bf16_folder, tmp_path, missing):
+def test_quantized_files_do_not_fit_config(bf16_folder, tmp_path, missing):
+    """Files that are not their config's are told."""
     folder = tmp_path / "base"
     shutil.copytree(bf16_folder, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -304,7 +314,8 @@ def layers_of_peft(monkeypatch):
 
 @pytest.mark.usefixtures("layers_of_peft")
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}])
-def test_forward_and_every_gradient_equal_the_dequantised_reference(load_nf4, load_reference, make_rows, lora):
+def test_nf4_gradients_equal_dequantised(load_nf4, load_reference, make_rows, lora):
+    """Forward and every gradient equal the dequantised reference."""
     modes = {**MODES, "vision": "lora"}
     models = [attached(load(), modes=modes, scale=0.05, **lora) for load in (load_nf4, load_reference)]
     rows = make_rows(row_tokens=512)
@@ -325,7 +336,8 @@ def test_forward_and_every_gradient_equal_the_dequantised_reference(load_nf4, lo
             assert (parameter.grad - reference).norm() <= 1e-5 * reference.norm(), name
 
 
-def test_it_differs_from_the_full_precision_model_by_what_4_bits_leave_out(load_nf4, bf16_folder, make_rows):
+def test_nf4_differs_from_full_precision(load_nf4, bf16_folder, make_rows):
+    """It differs from the full precision model by what 4 bits leave out."""
     batch = make_rows().batch(make_rows().rows[0])
     models = load_nf4(), loading.load(str(bf16_folder)).model
     with torch.no_grad():
@@ -333,7 +345,7 @@ def test_it_differs_from_the_full_precision_model_by_what_4_bits_leave_out(load_
     assert 1e-3 < abs(quantized - full) / full < 0.3
 
 
-def test_asking_in_between_changes_neither_the_loss_nor_the_gradients(load_nf4, make_rows):
+def test_evaluation_changes_no_gradient(load_nf4, make_rows):
     """bitsandbytes repacks weights at the first inference on some CPUs, and its kernel for them has no gradient."""
     model, batch = attached(load_nf4(), scale=0.05), make_rows().batch(make_rows().rows[0])
 
@@ -370,9 +382,7 @@ def test_bitsandbytes_loses_gradients_after_inference():
 
 
 @pytest.mark.usefixtures("layers_of_peft")
-def test_training_equals_training_the_dequantised_reference_bit_for_bit(
-    bf16_folder, load_nf4, load_reference, make_rows, tmp_path
-):
+def test_nf4_training_equals_dequantised(bf16_folder, load_nf4, load_reference, make_rows, tmp_path):
     """The same products of the same matrices: TRL's cast to bf16 would already differ in the first digits."""
     rows = make_rows(row_tokens=192)
     run(attached(load_reference()), tmp_path / "reference", rows, bf16_folder)
@@ -385,7 +395,7 @@ def test_training_equals_training_the_dequantised_reference_bit_for_bit(
         assert all(torch.equal(got[key], expected[key]) for key in got)
 
 
-def test_trl_casts_what_is_trained_on_a_4_bit_base(load_nf4, make_rows, bf16_folder, tmp_path):
+def test_trl_casts_trained_parameters(load_nf4, make_rows, bf16_folder, tmp_path):
     """training.trainer `IdeficsTrainer.__init__` takes it back; when TRL leaves it alone, those lines can go."""
     model = attached(load_nf4())
     options = {
@@ -404,9 +414,8 @@ def test_trl_casts_what_is_trained_on_a_4_bit_base(load_nf4, make_rows, bf16_fol
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
-def test_resumed_equals_whole_with_evaluations_in_between(
-    bf16_folder, load_nf4, make_rows, tmp_path, optimizer, capsys
-):
+def test_nf4_resumed_equals_whole(bf16_folder, load_nf4, make_rows, tmp_path, optimizer, capsys):
+    """Resumed equals whole with evaluations in between."""
     rows, held = make_rows(row_tokens=192, epochs=2), make_rows(row_tokens=512)
     middle = len(rows.rows) // 2 + 1
     options = {"optimizer": optimizer, "checkpoint_every": middle, "evaluate_every": middle, "eval_rows": held}
@@ -431,7 +440,8 @@ def test_resumed_equals_whole_with_evaluations_in_between(
     assert states[rows_in][moment].dtype == torch.float32
 
 
-def test_the_gates_are_in_the_metrics_and_in_the_picture(bf16_folder, load_nf4, make_rows, tmp_path):
+def test_gates_in_metrics_and_picture(bf16_folder, load_nf4, make_rows, tmp_path):
+    """The gates are in the metrics and in the picture."""
     rows = make_rows(row_tokens=192, epochs=2)
     steps = len(rows.rows)
     model = attached(load_nf4())
@@ -452,7 +462,8 @@ def test_the_gates_are_in_the_metrics_and_in_the_picture(bf16_folder, load_nf4, 
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_gates_that_are_frozen_are_not_logged(load_nf4):
+def test_frozen_gates_not_logged(load_nf4):
+    """Gates that are frozen are not logged."""
     assert gate_openings(attached(load_nf4(), modes={"decoder": "lora"})) == {}
 
 
@@ -470,19 +481,22 @@ def test_gates_that_are_frozen_are_not_logged(load_nf4):
         ({"decoder": "frozen", "cross_attention": "frozen"}, "expected at least one tower to be lora"),
     ],
 )
-def test_what_cannot_be_trained_in_4_bits_is_a_mistake_of_the_recipe(modes, said):
+def test_nf4_recipe_mistakes(modes, said):
+    """What cannot be trained in 4 bits is a mistake of the recipe."""
     with pytest.raises(ValueError, match=said):
         Model(base="somewhere", quantize="nf4", **modes)
     assert Model(base="somewhere", **modes).quantize is None
 
 
 @pytest.mark.parametrize("value", ["fp4", "int8", True])
-def test_other_ways_to_quantise_are_refused(value):
+def test_other_quantize_refused(value):
+    """Other ways to quantise are refused."""
     with pytest.raises(ValueError, match="nf4"):
         Model(base="somewhere", quantize=value)
 
 
-def test_a_tower_in_4_bits_is_not_trained_in_full(load_nf4, bf16_folder, tmp_path):
+def test_full_tower_in_nf4_refused(load_nf4, bf16_folder, tmp_path):
+    """A tower in 4 bits is not trained in full."""
     with pytest.raises(UserError, match=r"decoder: trained in full.*holds it in 4 bits"):
         attached(load_nf4(), modes={"decoder": "full"})
     full = attach(loading.load(str(bf16_folder)).model, {"cross_attention": "full"}, lora={}, base="")
@@ -496,7 +510,8 @@ def test_a_tower_in_4_bits_is_not_trained_in_full(load_nf4, bf16_folder, tmp_pat
 IN_4_BITS = ["model.quantize=nf4", "training.optimizer=adamw_8bit"]
 
 
-def test_a_run_trains_and_evaluates_in_4_bits(recipe_file, bf16_folder, tmp_path):
+def test_run_in_nf4(recipe_file, bf16_folder, tmp_path):
+    """A run trains and evaluates in 4 bits."""
     recipe = load_recipe(recipe_file, [*IN_4_BITS, f"model.base={bf16_folder}"])
     base = open_base(recipe, resolve_sources(recipe), tmp_path / "run")
     assert {f"{name}.weight" for name in quantized_layers(base.load())} == EXPECTED
@@ -508,13 +523,15 @@ def test_a_run_trains_and_evaluates_in_4_bits(recipe_file, bf16_folder, tmp_path
     assert (tmp_path / "run" / "curves.png").is_file()
 
 
-def test_a_fresh_base_is_trained_in_4_bits(recipe_file):
+def test_fresh_base_in_nf4(recipe_file):
+    """A fresh base is trained in 4 bits."""
     result = run_stages(load_recipe(recipe_file, [*IN_4_BITS, "model.base=null", "model.init=tiny"]), ("train",))
     assert result["train"]["steps"] == 4
     assert result["train"]["parameters_trained"]["lora"]["decoder"] > 0
 
 
-def test_a_model_and_an_adapter_answer_in_4_bits(bf16_folder, load_nf4, dialogue_folder, tmp_path, monkeypatch):
+def test_chat_in_nf4(bf16_folder, load_nf4, dialogue_folder, tmp_path, monkeypatch):
+    """A model and an adapter answer in 4 bits."""
     monkeypatch.chdir(tmp_path)
     model = attached(load_nf4(), scale=0.3)
     for parameter in trained_parameters(model).values():

@@ -30,13 +30,15 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shapes_are_those_of_the_stock_model(name):
+def test_shapes_equal_stock(name):
+    """Shapes are those of the stock model."""
     with torch.device("meta"):
         model = IdeficsForVisionText2Text(IdeficsConfig(**CONFIGS[name]))
     assert tensor_shapes(CONFIGS[name]) == {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def test_the_9b_has_the_published_number_of_parameters():
+def test_parameters_of_9b():
+    """The 9B has the published number of parameters."""
     counts = count_parameters(IDEFICS_9B)
     assert counts == {
         "vision": 630_766_080,
@@ -51,7 +53,8 @@ def test_the_9b_has_the_published_number_of_parameters():
     assert sum(count_parameters(CONFIGS["9b-instruct"]).values()) == 8_929_687_824
 
 
-def test_the_80b_has_the_published_number_of_parameters():
+def test_parameters_of_80b():
+    """The 80B has the published number of parameters."""
     counts = count_parameters(IDEFICS_80B)
     assert counts == {
         "vision": 630_766_080,
@@ -79,16 +82,19 @@ def test_the_80b_has_the_published_number_of_parameters():
         (IDEFICS_9B, (), 0, 0),
     ],
 )
-def test_lora_of_rank_16_has_the_published_count(config, towers, layers, parameters):
+def test_lora_rank_16_count(config, towers, layers, parameters):
+    """LoRA of rank 16 has the published count."""
     assert count_lora(config, towers, 16) == (layers, parameters)
 
 
-def test_lora_counts_grow_with_the_rank():
+def test_lora_count_grows_with_rank():
+    """LoRA counts grow with the rank."""
     assert count_lora(IDEFICS_9B, ("decoder",), 1) == (224, 39_976_960 // 16)
 
 
 @pytest.mark.parametrize("config", [IDEFICS_9B, IDEFICS_80B])
-def test_a_stand_in_keeps_the_structure_and_leaves_the_original_alone(config):
+def test_stand_in_structure(config):
+    """A stand in keeps the structure and leaves the original alone."""
     before = json.dumps(config)
     small = stand_in(config)
     assert small["cross_layer_interval"] == 4
@@ -100,7 +106,8 @@ def test_a_stand_in_keeps_the_structure_and_leaves_the_original_alone(config):
 
 
 @pytest.mark.parametrize("module", ["modeling.shapes", "modeling.towers", "modeling.errors"])
-def test_planning_needs_no_torch(module):
+def test_shapes_need_no_torch(module):
+    """Planning needs no torch."""
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'peft'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -111,7 +118,8 @@ def _write(folder, **changes):
     return str(folder)
 
 
-def test_the_config_of_a_folder_is_read(tmp_path):
+def test_config_of_folder(tmp_path):
+    """The config of a folder is read."""
     expected = {"model_type": "idefics", **TINY, "vision_config": {**TINY["vision_config"], "num_channels": 3}}
     assert read_config(_write(tmp_path)) == expected
 
@@ -125,11 +133,13 @@ def test_the_config_of_a_folder_is_read(tmp_path):
         ("HuggingFaceM4/idefics-80b-instruct", IDEFICS_80B, 3),
     ],
 )
-def test_the_released_models_need_no_hub(base, config, added):
+def test_released_models_need_no_hub(base, config, added):
+    """The released models need no hub."""
     assert read_config(base) == {**config, "additional_vocab_size": added}
 
 
-def test_a_folder_without_a_config_is_refused(tmp_path):
+def test_folder_without_config(tmp_path):
+    """A folder without a config is refused."""
     with pytest.raises(UserError, match=r"expected a model folder with a config\.json, found none"):
         read_config(str(tmp_path))
 
@@ -144,7 +154,8 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
         (b"[]", "expected a JSON object, got list"),
     ],
 )
-def test_a_config_cut_short_is_refused_by_name(tmp_path, content, told):
+def test_config_cut_short(tmp_path, content, told):
+    """A config cut short is refused by name."""
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=told) as caught:
         read_config(str(tmp_path))
@@ -152,7 +163,8 @@ def test_a_config_cut_short_is_refused_by_name(tmp_path, content, told):
 
 
 @pytest.mark.parametrize("base", ["nobody/no-such-model", "not a name at all", "HuggingFaceM4/idefics-9b@main"])
-def test_a_base_that_nobody_has_is_refused(base):
+def test_unknown_base(base):
+    """A base that nobody has is refused."""
     with pytest.raises(UserError, match=r"is neither a folder here nor a (hub id|model the hub gave)"):
         read_config(base)
 
@@ -167,14 +179,16 @@ def test_a_base_that_nobody_has_is_refused(base):
         ({"additional_vocab_size": 4}, "expected additional_vocab_size 2 .* got 4"),
     ],
 )
-def test_a_config_that_cannot_be_trained_is_refused(tmp_path, changes, message):
+def test_config_not_trainable(tmp_path, changes, message):
+    """A config that cannot be trained is refused."""
     base = _write(tmp_path, **changes)
     with pytest.raises(UserError, match=message) as error:
         read_config(base)
     assert "config.json" in str(error.value)
 
 
-def test_a_config_without_these_fields_is_refused():
+def test_config_missing_fields():
+    """A config without these fields is refused."""
     config = dict(TINY)
     del config["use_resampler"]
     with pytest.raises(UserError, match="without a perceiver resampler"):

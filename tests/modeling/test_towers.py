@@ -25,7 +25,8 @@ def model():
         return IdeficsForVisionText2Text(IdeficsConfig(**stand_in(IDEFICS_9B)))
 
 
-def test_every_parameter_matches_exactly_one_tower_once_the_cross_attention_has_given_up_its_gates(model):
+def test_every_parameter_in_one_tower(model):
+    """Every parameter matches exactly one tower once the cross attention has given up its gates."""
     for name, _ in model.named_parameters():
         matching = [tower for tower, pattern in _PARAMETERS.items() if re.fullmatch(pattern, name)]
         assert matching in ([tower_of(name)], ["gates", "cross_attention"]), name
@@ -49,7 +50,8 @@ def test_every_parameter_matches_exactly_one_tower_once_the_cross_attention_has_
         ("model.perceiver_resampler.latents", "resampler"),
     ],
 )
-def test_a_parameter_belongs_to_its_tower(parameter, tower):
+def test_tower_of(parameter, tower):
+    """A parameter belongs to its tower."""
     assert tower_of(parameter) == tower
 
 
@@ -57,13 +59,15 @@ def test_a_parameter_belongs_to_its_tower(parameter, tower):
     "parameter",
     ["", "model.norm", "model.layers", "lm_head.bias", "model.layers.0.mlp.up_proj.weight\n", "x.model.norm.weight"],
 )
-def test_a_name_that_idefics_does_not_have_is_refused(parameter):
+def test_tower_of_unknown_name(parameter):
+    """A name that IDEFICS does not have is refused."""
     with pytest.raises(KeyError, match="is not a parameter of IDEFICS"):
         tower_of(parameter)
 
 
 @pytest.mark.parametrize("tower", LORA_TOWERS)
-def test_the_pattern_of_a_tower_matches_its_linear_layers_and_no_other_module(model, tower):
+def test_lora_pattern_of_tower(model, tower):
+    """The pattern of a tower matches its linear layers and no other module."""
     expected = {
         name
         for name, module in model.named_modules()
@@ -74,7 +78,8 @@ def test_the_pattern_of_a_tower_matches_its_linear_layers_and_no_other_module(mo
     assert len(expected) == {"vision": 12, "resampler": 12, "cross_attention": 14, "decoder": 56}[tower]
 
 
-def test_the_pattern_of_several_towers_is_their_union(model):
+def test_lora_pattern_of_several(model):
+    """The pattern of several towers is their union."""
     names = [name for name, _ in model.named_modules()]
     union = {name for name in names for tower in LORA_TOWERS if re.fullmatch(lora_pattern((tower,)), name)}
     assert {name for name in names if re.fullmatch(lora_pattern(LORA_TOWERS), name)} == union
@@ -115,16 +120,19 @@ def test_the_pattern_of_several_towers_is_their_union(model):
         ("model.norm.weight", "model.norm.weight"),
     ],
 )
-def test_a_peft_name_gives_the_stock_name(peft, stock):
+def test_stock_name_of_peft_name(peft, stock):
+    """A PEFT name gives the stock name."""
     assert stock_name(peft) == stock
 
 
-def test_only_lora_factors_are_lora():
+def test_is_lora():
+    """Only LoRA factors are LoRA."""
     assert is_lora("base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight")
     assert not is_lora("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
 
 
-def test_no_decay_for_exactly_the_scales_and_offsets(model):
+def test_no_decay(model):
+    """No decay for exactly the scales and offsets."""
     matrices = {name for name, p in model.named_parameters() if p.dim() >= 2}
     tables = {
         "model.perceiver_resampler.latents",

@@ -10,7 +10,8 @@ from modeling.errors import UserError
 from modeling.files import atomic_write, open_regular, partial_of, read_json, write_json
 
 
-def test_atomic_write_keeps_the_old_file_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_atomic_write_keeps_old_file(tmp_path, monkeypatch):
+    """Atomic write keeps the old file until the new one is whole."""
     path = tmp_path / "note.json"
     write_json(path, {"step": 1})
     flushed = []  # the file before it gets its name, then the folder
@@ -23,7 +24,8 @@ def test_atomic_write_keeps_the_old_file_until_the_new_one_is_whole(tmp_path, mo
     assert not partial_of(path).exists()
 
 
-def test_atomic_write_escapes_what_is_no_unicode(tmp_path):
+def test_atomic_write_not_unicode(tmp_path):
+    """Atomic write escapes what is no unicode."""
     write_json(tmp_path / "a.json", {"name": "caf\u00e9 \ud800"})
     assert (tmp_path / "a.json").read_bytes() == b'{\n  "name": "caf\xc3\xa9 \\ud800"\n}\n'
     assert read_json(tmp_path / "a.json") == {"name": "caf\u00e9 \ud800"}
@@ -43,7 +45,8 @@ def test_atomic_write_escapes_what_is_no_unicode(tmp_path):
     ],
     ids=["empty", "cut", "no-utf8", "deep", "list", "null"],
 )
-def test_read_json_names_a_damaged_file(tmp_path, content, message):
+def test_read_json_damaged(tmp_path, content, message):
+    """Read JSON names a damaged file."""
     path = tmp_path / "state.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as refused:
@@ -51,7 +54,8 @@ def test_read_json_names_a_damaged_file(tmp_path, content, message):
     assert str(refused.value).startswith(f"{path}: {message}")
 
 
-def test_read_json_of_no_file(tmp_path):
+def test_read_json_missing(tmp_path):
+    """Read JSON of no file."""
     assert read_json(tmp_path / "none.json") is None
 
 
@@ -67,7 +71,8 @@ def odd_places(tmp_path):
     listening.close()
 
 
-def test_open_regular_reads_a_file_and_waits_for_nothing_else(odd_places):
+def test_open_regular(odd_places):
+    """Open regular reads a file and waits for nothing else."""
     path = odd_places / "file"
     path.write_bytes(b"abc")
     with open_regular(path) as file:

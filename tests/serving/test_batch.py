@@ -52,7 +52,8 @@ def ask(assistant, source, out, **changes):
     return answer_file(assistant, source, out, **{"max_new_tokens": 3, "model": MODEL, **changes})
 
 
-def test_a_file_of_prompts_gets_a_line_for_every_record(base_folder, tmp_path):
+def test_answer_file_line_per_record(base_folder, tmp_path):
+    """A file of prompts gets a line for every record."""
     records = [
         prompt("hello", id=7),
         {"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}]},
@@ -70,7 +71,8 @@ def test_a_file_of_prompts_gets_a_line_for_every_record(base_folder, tmp_path):
     assert sorted(path.name for path in (tmp_path / "no" / "such").iterdir()) == ["out.jsonl"]
 
 
-def test_placeholder_in_a_prompt_is_the_place_of_its_image(scripted, tmp_path):
+def test_answer_file_placeholder(scripted, tmp_path):
+    """Placeholder in a prompt is the place of its image."""
     PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     records = [
         prompt("in <image>?", images=["a.png"], system="be kind"),
@@ -85,7 +87,8 @@ def test_placeholder_in_a_prompt_is_the_place_of_its_image(scripted, tmp_path):
     assert [line["error"].partition(":")[0] for line in refused] == ["image count", "video", "image count"]
 
 
-def test_odd_records_get_their_line_and_lose_no_other(scripted, tmp_path):
+def test_answer_file_odd_records(scripted, tmp_path):
+    """Odd records get their line and lose no other."""
     records = [
         prompt("a", id="\ud800"),
         prompt("b", id="\x1b[2J\u202e"),
@@ -106,7 +109,8 @@ def test_odd_records_get_their_line_and_lose_no_other(scripted, tmp_path):
 
 
 @pytest.mark.parametrize("torn", ["", '{"record": 0, "ans'])
-def test_interrupted_it_goes_on_with_what_is_not_answered(scripted, tmp_path, torn):
+def test_answer_file_resumes(scripted, tmp_path, torn):
+    """Interrupted it goes on with what is not answered."""
     source, out = (
         written(tmp_path / "in.jsonl", [prompt(text) for text in ("a", "bbb", "cc", "dddd")]),
         tmp_path / "out",
@@ -130,7 +134,8 @@ def test_interrupted_it_goes_on_with_what_is_not_answered(scripted, tmp_path, to
 
 
 @pytest.mark.parametrize("change", ["model", "tokens", "prompts"])
-def test_answers_of_another_command_are_neither_mixed_nor_lost(scripted, tmp_path, change):
+def test_answer_file_other_command(scripted, tmp_path, change):
+    """Answers of another command are neither mixed nor lost."""
     source, out = written(tmp_path / "in.jsonl", [prompt("a"), prompt("b")]), tmp_path / "out"
     scripted.limit[0] = 1
     with pytest.raises(KeyboardInterrupt):
@@ -155,7 +160,8 @@ def test_answers_of_another_command_are_neither_mixed_nor_lost(scripted, tmp_pat
         "[" * 9999,
     ],
 )
-def test_a_journal_that_is_none_is_named(scripted, tmp_path, line):
+def test_answer_file_bad_journal(scripted, tmp_path, line):
+    """A journal that is none is named."""
     source = written(tmp_path / "in.jsonl", [prompt("a"), prompt("b")])
     scripted.limit[0] = 1
     with pytest.raises(KeyboardInterrupt):
@@ -166,7 +172,8 @@ def test_a_journal_that_is_none_is_named(scripted, tmp_path, line):
         ask(scripted, source, tmp_path / "out")
 
 
-def test_another_model_in_the_same_folder_is_another_model(base_folder, tmp_path):
+def test_identify_model(base_folder, tmp_path):
+    """Another model in the same folder is another model."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
     before = identify_model(str(tmp_path), adapter=None, quantize=None)
@@ -183,7 +190,8 @@ def test_another_model_in_the_same_folder_is_another_model(base_folder, tmp_path
 
 
 @pytest.mark.parametrize("out", ["in.jsonl", "link.jsonl", "hard.jsonl", "./below/../in.jsonl"])
-def test_prompts_are_not_written_over(tmp_path, monkeypatch, out):
+def test_prompts_not_overwritten(tmp_path, monkeypatch, out):
+    """Prompts are not written over."""
     monkeypatch.chdir(tmp_path)
     source = written(tmp_path / "in.jsonl", [prompt("a")])
     (tmp_path / "below").mkdir()
@@ -201,7 +209,8 @@ def test_prompts_are_not_written_over(tmp_path, monkeypatch, out):
 @pytest.mark.parametrize(
     ("source", "out"), [("no.jsonl", "out"), ("in.jsonl", "folder"), ("in.jsonl", "in.jsonl/below")]
 )
-def test_files_are_looked_at_before_the_model(tmp_path, monkeypatch, source, out):
+def test_prompts_checked_before_model(tmp_path, monkeypatch, source, out):
+    """Files are looked at before the model."""
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "in.jsonl", [prompt("a")])
     (tmp_path / "folder").mkdir()
@@ -210,7 +219,8 @@ def test_files_are_looked_at_before_the_model(tmp_path, monkeypatch, source, out
     assert "no-model" not in outcome.output
 
 
-def test_the_status_says_whether_all_were_answered(base_folder, tmp_path):
+def test_generate_exit_status(base_folder, tmp_path):
+    """The status says whether all were answered."""
     source = written(tmp_path / "in.jsonl", [prompt("a"), prompt("b")])
     arguments = ["generate", str(base_folder), str(source), str(tmp_path / "out"), "--max-new-tokens", "1", "--json"]
     outcome = CliRunner().invoke(app, arguments)
@@ -220,7 +230,8 @@ def test_the_status_says_whether_all_were_answered(base_folder, tmp_path):
     assert (outcome.exit_code, json.loads(outcome.stdout)) == (4, {"records": 2, "answered": 1, "errors": 1})
 
 
-def test_an_empty_file_of_prompts_has_no_answers(scripted, tmp_path):
+def test_answer_file_empty(scripted, tmp_path):
+    """An empty file of prompts has no answers."""
     source = written(tmp_path / "in.jsonl", [])
     assert count_prompts(source, tmp_path / "out") == 0
     assert ask(scripted, source, tmp_path / "out") == {"records": 0, "answered": 0, "errors": 0}

@@ -53,7 +53,8 @@ def talk(*lines):
     return written
 
 
-def test_placeholder_in_a_typed_question_is_the_place_of_its_image(spoken, tmp_path):
+def test_chat_placeholder(spoken, tmp_path):
+    """Placeholder in a typed question is the place of its image."""
     PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     written = talk(
         "what is <image>?", f"/image {tmp_path / 'a.png'}", "what is <image> or <image>?", "what is <image>?"
@@ -63,7 +64,8 @@ def test_placeholder_in_a_typed_question_is_the_place_of_its_image(spoken, tmp_p
     assert written[3:] == ["image count: 1 images for 2 <image> in the questions", "answer 2"]
 
 
-def test_images_go_with_the_next_question_and_turns_are_remembered(spoken, tmp_path):
+def test_chat_images_and_memory(spoken, tmp_path):
+    """Images go with the next question and turns are remembered."""
     PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     written = talk(f"/image {tmp_path / 'a.png'}", "what is it?", "", "and now?")
     assert written == [HELP, f"({tmp_path / 'a.png'} goes with the next question)", "answer 1", "answer 2"]
@@ -74,7 +76,8 @@ def test_images_go_with_the_next_question_and_turns_are_remembered(spoken, tmp_p
     ]
 
 
-def test_reset_save_quit_and_mistakes(spoken, tmp_path):
+def test_chat_reset_save_quit(spoken, tmp_path):
+    """Reset save quit and mistakes."""
     saved = tmp_path / "talk.json"
     written = talk("hi", f"/save {saved}", "/reset", "again", "/image nowhere.png", "/dance", "/quit", "never read")
     assert written[1:] == [
@@ -90,7 +93,8 @@ def test_reset_save_quit_and_mistakes(spoken, tmp_path):
     }
 
 
-def test_a_base_with_its_adapter_answers_as_the_merged_model(base_folder, adapter, tmp_path):
+def test_chat_base_and_adapter(base_folder, adapter, tmp_path):
+    """A base with its adapter answers as the merged model."""
     merge(adapter, str(base_folder), tmp_path / "merged")
     PIL.Image.new("RGB", (9, 9), "red").save(tmp_path / "red.png")
     arguments = ["what color?", "--image", str(tmp_path / "red.png"), "--max-new-tokens", "6"]
@@ -101,7 +105,8 @@ def test_a_base_with_its_adapter_answers_as_the_merged_model(base_folder, adapte
     assert merged.stdout == with_adapter.stdout != plain.stdout
 
 
-def test_an_image_that_is_none_is_told(base_folder, tmp_path):
+def test_chat_bad_image(base_folder, tmp_path):
+    """An image that is none is told."""
     outcome = CliRunner().invoke(app, ["chat", str(base_folder), "what?", "--image", str(tmp_path / "no.png")])
     assert outcome.exit_code == 1
     assert "missing image" in outcome.output
@@ -109,7 +114,8 @@ def test_an_image_that_is_none_is_told(base_folder, tmp_path):
         Conversation(assistant=None).show("no.png")
 
 
-def test_what_cannot_be_asked_or_saved_is_said_and_the_conversation_goes_on(spoken, tmp_path):
+def test_chat_goes_on_after_mistakes(spoken, tmp_path):
+    """What cannot be asked or saved is said and the conversation goes on."""
     (tmp_path / "file").touch()
     written = talk("a\udcff", f"/save {tmp_path}", f"/save {tmp_path / 'file' / 'x'}", "/image \0", "/image", "b")
     assert written[1] == "text is not Unicode: turn 1: surrogates not allowed"
@@ -118,14 +124,16 @@ def test_what_cannot_be_asked_or_saved_is_said_and_the_conversation_goes_on(spok
     assert written[6:] == ["answer 1"]
 
 
-def test_a_conversation_is_saved_into_a_new_folder_whatever_it_holds(spoken, tmp_path):
+def test_chat_save_to_new_folder(spoken, tmp_path):
+    """A conversation is saved into a new folder whatever it holds."""
     talk("a\x1b[2J\u202e", f"/save {tmp_path / 'new' / 'talk.jsonl'}")
     saved = (tmp_path / "new" / "talk.jsonl").read_text(encoding="utf-8")
     assert json.loads(saved)["messages"][0]["content"][0]["text"] == "a\x1b[2J\u202e"
     assert "\u202e" not in saved
 
 
-def test_answers_are_on_stdout_in_visible_characters_and_all_else_on_stderr(base_folder, monkeypatch):
+def test_chat_stdout_and_stderr(base_folder, monkeypatch):
+    """Answers are on stdout in visible characters and all else on stderr."""
     monkeypatch.setattr(
         "finetune.serving.chat.generate", lambda *asked, **options: [Answer("a\x1b]0;b\x07\u202e\n\U0001f600", True)]
     )
@@ -134,7 +142,9 @@ def test_answers_are_on_stdout_in_visible_characters_and_all_else_on_stderr(base
     assert "/quit" in outcome.stderr
 
 
-def test_ctrl_c_says_what_it_leaves(base_folder, monkeypatch):
+def test_chat_ctrl_c(base_folder, monkeypatch):
+    """Ctrl c says what it leaves."""
+
     def interrupted(*asked, **options):
         raise KeyboardInterrupt
 
