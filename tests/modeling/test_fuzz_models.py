@@ -19,7 +19,6 @@ from finetune.export.merge import merge
 from modeling import loading, patterns
 from modeling.adapter_files import read_tensors
 from modeling.adapter_weights import AdapterWeights
-from modeling.attention import PACKED
 from modeling.checkpoint import read_checkpoint, require_shapes
 from modeling.config import read_config
 from modeling.errors import UserError
@@ -134,9 +133,9 @@ def test_fuzz_config(made):
         with written(path, content), read_or_named():
             config = read_config(str(made / "base"))
             require_shapes(made / "base", read_checkpoint(made / "base"), tensor_shapes(config))
-            architecture = loading._architecture(made / "base", image_towers=True)
+            architecture = loading._read_architecture(made / "base", image_towers=True)
             with torch.device("meta"):
-                PackedIdefics._from_config(architecture, attn_implementation=PACKED)
+                PackedIdefics(architecture)
 
     check()
 

@@ -202,7 +202,7 @@ def test_greedy_4_bit(bf16_folder, tmp_path, monkeypatch):
 
 def test_text_cache_grows():
     """Keys and values move when their room is full and not before."""
-    text, places = generation._Text(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4)), set()
+    text, places = generation._TextCache(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4)), set()
     for number in range(ROOM):
         keys, values = text.append(torch.full((1, 1, 2, 4), number), torch.full((1, 1, 2, 4), -number))
         places.add((keys.data_ptr(), values.data_ptr()))
