@@ -48,7 +48,7 @@ from finetune.run_dir import (
     open_run_dir,
     write_report,
 )
-from finetune.training.auto_fit import apply_auto_fit
+from finetune.training.memory import apply_auto_fit
 from finetune.training.stage import train_adapter
 from modeling import loading
 from modeling.checkpoint import read_checkpoint, weight_bytes

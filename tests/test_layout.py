@@ -65,7 +65,7 @@ LAYERS = (
 
 READS_RECIPE = (
     *("recipe", "planning", "base", "run_dir", "pipeline", "cli", "export.cards"),
-    *("training.stage", "training.auto_fit", "training.out_of_memory"),
+    *("training.stage", "training.memory"),
     *("evaluation.stage", "export.stage"),
 )
 """Where the whole recipe is read; everything else takes plain arguments, or its own section."""

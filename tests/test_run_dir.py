@@ -368,7 +368,7 @@ OWN = (
     *("recipe.yaml", "inputs.json", "environment.json", "data.json", "training.json", "evaluation.json", "merge.json"),
     *("result.json", "metrics.jsonl", "unstable.jsonl", "merged/provenance.json", "adapter/finetune.json"),
     *("adapter/adapter_config.json", "checkpoint-2/trainer_state.json", "checkpoint-2/rows.json"),
-    *("checkpoint-2/sealed.json",),
+    *("checkpoint-2/complete.json",),
 )
 ODD = [b"", b"{", b"[]", b"null", b"{}", b'{"step": "x", "base": 3, "made_of": {"files": {"/": 1}}}', b"\xff\xfe\x00"]
 

@@ -1,7 +1,6 @@
 """What is written down while a trainer trains: a line a step, and a bar to look at."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +26,7 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Going on from a checkpoint, lines of later steps are of a run that was lost."""
-        if state.is_world_process_zero and self.path.is_file():
+        if collectives.is_main() and self.path.is_file():
             kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
             atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -41,7 +40,7 @@ class MetricsFile(TrainerCallback):
             self.rows.tokens(row) for row in step[collectives.rank() :: collectives.world_size()]
         )  # who made a row knows
         tokens = int(sum(one for (one,) in collectives.gather_numbers([mine])))
-        if not state.is_world_process_zero:
+        if not collectives.is_main():
             return
         place = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}
         line = {**place, **{key: value for key, value in logs.items() if key != "epoch"}, "tokens": tokens}
@@ -49,17 +48,6 @@ class MetricsFile(TrainerCallback):
             line["gates"] = gates
         with self.path.open("a", encoding="utf-8") as metrics:
             metrics.write(json.dumps(line) + "\n")
-
-
-class Stopping(TrainerCallback):
-    """Ends the training after a step, saved, once `asked` says so on any process."""
-
-    def __init__(self, asked: Callable[[], bool]):
-        self.asked = asked
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked():
-            control.should_save = control.should_training_stop = True
 
 
 class ProgressBar(TrainerCallback):

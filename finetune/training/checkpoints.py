@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there: sealed when every process has written its part, unsealed ones swept.
+"""Checkpoints that are complete or not there: a list of all files is written last, and what does not match it is none.
 
-    checkpoint-N/   adapter files · optimizer.pt · scheduler.pt · rng_state*.pth · trainer_state.json
-                    sealed.json    name -> bytes and hash of every file; written last, after all are on the disk
+    checkpoint-N/   adapter files · optimizer.pt · scheduler.pt · rng_state*.pth · rows.json · trainer_state.json
+                    complete.json    name -> bytes and hash of every file; written when all are on the disk
 
-A process may be killed, and a machine lose its power, at any moment: what has no seal, or not what its seal says, is no
-checkpoint. Large files, weights and the optimiser's state, are looked into when a run goes on from them, and only then.
+A process may be killed, and a machine lose its power, at any moment: in writing a checkpoint, and in deleting an old
+one. Large files, weights and the optimiser's state, are hashed only when a run goes on from them.
 """
 
 import json
@@ -18,24 +18,44 @@ from finetune.console import log, show_size
 from modeling.errors import UserError
 from modeling.files import flush, write_json
 
-SEAL = "sealed.json"
+COMPLETE = "complete.json"
 NAME = re.compile(r"checkpoint-\d+")
 
 HASHED_BYTES = 2**20
-"""Largest file that is looked into wherever checkpoints are listed: larger ones would take seconds."""
+"""Largest file that is hashed wherever checkpoints are listed: larger ones would take seconds."""
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Everything in the folder is flushed to the disk, then listed."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL)
+    """Flush all files of a checkpoint to the disk, then list them in complete.json."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
     for path in files:
         flush(path)
-    write_json(checkpoint / SEAL, {str(path.relative_to(checkpoint)): _as_it_is(path) for path in files})
+    write_json(checkpoint / COMPLETE, {str(path.relative_to(checkpoint)): _size_and_hash(path) for path in files})
     flush(checkpoint.parent)
 
 
-def _as_it_is(path: Path) -> list[int | str]:
-    """Its size, and a hash that finds damage, as fast as a disk reads (XXH3, 128 bits)."""
+def find_damage(checkpoint: Path, *, hash_all: bool = False) -> str | None:
+    """Return the first file that is not as complete.json lists it, or None.
+
+    Files of more than HASHED_BYTES are judged by their size alone, unless `hash_all`.
+    """
+    try:
+        files = dict(json.loads((checkpoint / COMPLETE).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return COMPLETE
+    for name, written in files.items():
+        try:
+            path = checkpoint / name
+            size = path.stat().st_size
+            if size != written[0] or ((hash_all or size <= HASHED_BYTES) and _size_and_hash(path) != written):
+                return str(name)
+        except (OSError, ValueError, TypeError, LookupError):
+            return str(name)
+    return None
+
+
+def _size_and_hash(path: Path) -> list[int | str]:
+    """Return a file's bytes, and a hash that finds damage as fast as a disk reads (XXH3, 128 bits)."""
     digest, piece = xxhash.xxh3_128(), bytearray(2**20)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(piece):
@@ -43,37 +63,8 @@ def _as_it_is(path: Path) -> list[int | str]:
     return [path.stat().st_size, digest.hexdigest()]
 
 
-def what_is_not_whole(checkpoint: Path) -> str | None:
-    """The file that is not there as it was sealed (deleting an old checkpoint may have been interrupted, too)."""
-    try:
-        files = dict(json.loads((checkpoint / SEAL).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return SEAL
-    for name, sealed in files.items():
-        try:
-            path = checkpoint / name
-            size = path.stat().st_size
-            known = sealed if isinstance(sealed, list) else [sealed]  # seals of earlier versions hold sizes alone
-            if size != known[0] or (len(known) > 1 and size <= HASHED_BYTES and _as_it_is(path) != known):
-                return str(name)
-        except (OSError, ValueError, TypeError, LookupError):
-            return str(name)
-    return None
-
-
-def what_has_changed_inside(checkpoint: Path) -> str | None:
-    """The file of a whole checkpoint whose content is not what was sealed."""
-    sealed = json.loads((checkpoint / SEAL).read_bytes())
-    hashed = {name: known for name, known in sealed.items() if isinstance(known, list)}
-    return next((name for name, known in hashed.items() if _as_it_is(checkpoint / name) != known), None)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    return what_is_not_whole(checkpoint) is None
-
-
 def checkpoints(folder: Path) -> list[Path]:
-    """The folders checkpoint-STEP of a run folder, in order; others, such as a copy made by hand, are left alone."""
+    """Return the folders checkpoint-STEP of a run folder by step; others, such as a copy made by hand, are left out."""
     found = (path for path in folder.glob("checkpoint-*") if path.is_dir() and NAME.fullmatch(path.name))
     return sorted(found, key=step_of)
 
@@ -83,20 +74,20 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder."""
-    return next(filter(is_complete, reversed(checkpoints(folder))), None)
+    """Return the newest complete checkpoint of a run folder, or None."""
+    return next((one for one in reversed(checkpoints(folder)) if find_damage(one) is None), None)
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Delete what is left of interrupted writing or deleting, and say what it was."""
+    """Delete what is left of interrupted writing or deleting, and log what it was."""
     for checkpoint in checkpoints(folder):
-        if broken := what_is_not_whole(checkpoint):
-            log(f"{checkpoint}: deleted; it is not whole: {broken} is not as it was when the checkpoint was complete")
+        if damaged := find_damage(checkpoint):
+            log(f"{checkpoint}: deleted; it is not complete: {damaged} is not there, or not as it was written")
             shutil.rmtree(checkpoint)
 
 
 def require_room(folder: Path, needed: int) -> None:
-    """Raises UserError where a checkpoint of so many bytes has no room."""
+    """Raise UserError where a checkpoint of so many bytes has no room."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         last = last_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""Images -> what the frozen vision tower and resampler make of them: once per distinct image, kept on disk.
+"""Images -> features from the frozen vision tower and resampler, computed once per distinct image and kept on disk.
 
 A frozen tower gives an image the same features in every step of every run. They are computed the first time an image
 is needed, and mapped from disk from then on; the run itself then does without the towers.
@@ -6,16 +6,16 @@ is needed, and mapped from disk from then on; the run itself then does without t
     <cache>/<towers>/    towers: a hash of the towers' weights, the preprocessing, the number type
       *.safetensors      images uint8 [n, 32]: SHA-256 of each one's bytes; features [n, latents, D]
 
-A file is written aside and renamed, so it is whole or not there: a writer that is killed loses one file's work. Files
-are never changed, so runs may share a cache, and fill it one after the other. The processes of one run fill it
-together, each with files of its own. What a run that is alive uses stays, however old: `training.cache_holds`.
+A file is written aside and renamed, so it is complete or not there: a writer that is killed loses one file's work.
+Files are never changed, so runs may share a cache, and fill it one after the other. The processes of one run fill it
+together, each with files of its own. What a live run uses stays, however old: `training.files_in_use`.
 """
 
 import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from finetune.data.conversation import Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.distributed import collectives
 from finetune.distributed.device import device
-from finetune.training.cache_holds import holding
+from finetune.training.files_in_use import choosing_files
 from modeling.checkpoint import Stored, read_header
 from modeling.cores import available_cores
 from modeling.device import choices
@@ -41,7 +41,7 @@ from modeling.errors import UserError
 from modeling.files import put_in_place
 
 FILE_BYTES = 128 * 2**20
-"""Of features in one file: what a killed writer loses."""
+"""Bytes of features in one file: what a killed writer loses."""
 
 ENDING = "safetensors"
 
@@ -52,46 +52,46 @@ class ImageFeatures:
 
     files: Sequence[Stored]
     """Their tensors of features."""
-    places: np.ndarray
+    locations: np.ndarray
     """int64 [images, 2]: the file and the row of each; -1 where an image was not asked for."""
     shape: tuple[int, int]
     """(latents, D)."""
     dtype: torch.dtype
 
     def __call__(self, images: Sequence[int]) -> torch.Tensor:
-        """[N, latents, D] of these images, in the model's dtype."""
+        """Return the features [N, latents, D] of these images, in the model's dtype."""
         features = torch.empty(len(images), *self.shape, dtype=self.dtype)
-        for row, (file, place) in zip(features, self.places[list(images)].tolist(), strict=True):
+        for row, (file, line) in zip(features, self.locations[list(images)].tolist(), strict=True):
             assert file >= 0, "an image whose features were not asked for"
-            row.copy_(_mapped(self.files[file])[place])
+            row.copy_(_mapped(self.files[file])[line])
         return features
 
     def exchanged(self, other: Mapping[int, int]) -> "ImageFeatures":
-        """Image `one` has the features of `other[one]`."""
-        places = self.places.copy()
-        places[list(other)] = self.places[list(other.values())]
-        return ImageFeatures(self.files, places, self.shape, self.dtype)
+        """Return features in which image `one` has those of `other[one]`."""
+        locations = self.locations.copy()
+        locations[list(other)] = self.locations[list(other.values())]
+        return ImageFeatures(self.files, locations, self.shape, self.dtype)
 
 
 @lru_cache(maxsize=1024)
 def _mapped(stored: Stored) -> torch.Tensor:
-    """A tensor in a file, its pages read when they are touched. Raises UserError: the file is gone, or cut short."""
+    """Return a tensor of a file, whose pages are read when touched. Raises UserError: the file is gone or cut short."""
     try:
         content = np.memmap(stored.file, np.uint8, mode="c", offset=stored.offset, shape=(stored.nbytes,))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{stored.file}: image features that were there when this run began cannot be read ({error}); give the "
-            "same command again: it computes them anew, and goes on"
+            "same command again: it computes them again, and goes on"
         ) from error
     return torch.from_numpy(content).view(stored.dtype).view(stored.shape)
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """The features of one pair of towers."""
+    """The cached features of one vision tower and resampler."""
 
     folder: Path
-    """All caches lie in it, one a folder."""
+    """All caches lie in it, a folder each."""
     towers: str
     """`modeling.vision.image_towers_fingerprint`."""
     preprocessing: Preprocessing
@@ -107,7 +107,7 @@ class FeatureCache:
 
     @property
     def image_bytes(self) -> int:
-        """Of one image's features."""
+        """Bytes of one image's features."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def open(
@@ -119,7 +119,7 @@ class FeatureCache:
         towers: Callable[[], nn.Module],
         track: Track = silently,
     ) -> ImageFeatures:
-        """Features of the images whose numbers are `wanted` (int64), those that are missing computed first.
+        """Return features of the images whose numbers are `wanted` (int64); the missing ones are computed first.
 
         digests: S32, of every one of `images`. `towers` makes [N, latents, D] of pixel values [N, 3, H, W]; it is
         loaded only if something is missing. Raises UserError: the limit or the disk is too small, or an image that was
@@ -127,46 +127,52 @@ class FeatureCache:
         """
         collectives.on_main("make the feature cache", lambda: self.path.mkdir(parents=True, exist_ok=True))
         with FileLock(self.path.with_name(f".{self.path.name}.lock")) if collectives.is_main() else nullcontext():
-            places, files = collectives.on_main("find features", lambda: self._find_or_make_room(digests, wanted))
-            missing = wanted[places[wanted, 0] < 0]
+            locations, files = collectives.on_main("find features", lambda: self._find_or_make_room(digests, wanted))
+            missing = wanted[locations[wanted, 0] < 0]
             if len(missing):
                 size = choices(device().type).tower_images
                 batches = [missing[start : start + size] for start in range(0, len(missing), size)]
                 mine = batches[collectives.rank() :: collectives.world_size()]
                 collectives.each("compute features", lambda: self._fill(images, digests, mine, towers, track))
-                places, files = collectives.on_main("find features", lambda: self._find_and_hold(digests, wanted))
-                if (places[wanted, 0] < 0).any():
+                locations, files = collectives.on_main("find features", lambda: self._find_and_use(digests, wanted))
+                if (locations[wanted, 0] < 0).any():
                     raise UserError(f"{self.path}: files were deleted while they were computed; start again")
-        collectives.on_main("touch features", lambda: _touch(files[file].file for file in np.unique(places[wanted, 0])))
-        return ImageFeatures(files, places, self.shape, self.dtype)
+
+        def touch() -> None:
+            for file in np.unique(locations[wanted, 0]):
+                os.utime(files[file].file)
+
+        collectives.on_main("touch features", touch)
+        return ImageFeatures(files, locations, self.shape, self.dtype)
 
     def _find_or_make_room(self, digests: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[Stored]]:
-        """As `_find`. Where something is missing, there is room for it, and nothing is left of a killed writer.
+        """Return what `_find` does, after making room for what is missing and deleting what a killed run left.
 
         From here on no other run deletes a file that this one uses, or will have written.
         """
-        with holding(self.folder) as hold:
-            places, files = self._find(digests, wanted)
-            missing = int((places[wanted, 0] < 0).sum())
+        with choosing_files(self.folder) as in_use:
+            locations, files = self._find(digests, wanted)
+            missing = int((locations[wanted, 0] < 0).sum())
             if not missing:
-                hold.keep(files[file].file for file in np.unique(places[wanted, 0]))
-                return places, files
-            hold.keep([self.path])
-            self._make_room(len(wanted), missing, used={one.file for one in files}, held=hold.others())
-            for leftover in self.path.glob("*.partial"):  # whoever writes does so while the lock is held
+                in_use.add(files[file].file for file in np.unique(locations[wanted, 0]))
+                return locations, files
+            in_use.add([self.path])
+            self._make_room(len(wanted), missing, used={one.file for one in files}, used_by_others=in_use.of_others())
+            for leftover in self.path.glob("*.partial"):  # a live writer would hold the lock
                 leftover.unlink()
-        return places, files
+        return locations, files
 
-    def _find_and_hold(self, digests: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[Stored]]:
-        with holding(self.folder) as hold:
-            places, files = self._find(digests, wanted)
-            hold.kept.discard(self.path)
-            hold.keep({files[file].file for file in places[wanted, 0] if file >= 0})
-        return places, files
+    def _find_and_use(self, digests: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[Stored]]:
+        """Return what `_find` does; this run uses those files now, and no longer the whole folder."""
+        with choosing_files(self.folder) as in_use:
+            locations, files = self._find(digests, wanted)
+            in_use.paths.discard(self.path)
+            in_use.add({files[file].file for file in locations[wanted, 0] if file >= 0})
+        return locations, files
 
     def _find(self, digests: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, list[Stored]]:
-        """(places, files) as `ImageFeatures` has them. Files that are no longer whole are deleted."""
-        places = np.full((len(digests), 2), -1, np.int64)
+        """Return (locations, files) of the `ImageFeatures` of these images. Damaged files are deleted."""
+        locations = np.full((len(digests), 2), -1, np.int64)
         files: list[Stored] = []
         order = wanted[np.argsort(digests[wanted])]
         for path in sorted(self.path.glob(f"*.{ENDING}")):
@@ -174,16 +180,17 @@ class FeatureCache:
             if tensors is None:
                 path.unlink(missing_ok=True)
                 continue
-            held = tensors["images"].rows().numpy().copy().view("S32")[:, 0]
-            found = np.searchsorted(held_sorted := held[by := np.argsort(held)], digests[order])
-            matches = found < len(held)
-            matches[matches] = held_sorted[found[matches]] == digests[order][matches]
-            places[order[matches]] = np.stack([np.full(matches.sum(), len(files)), by[found[matches]]], axis=1)
+            stored = tensors["images"].rows().numpy().copy().view("S32")[:, 0]
+            by = np.argsort(stored)
+            found = np.searchsorted(stored[by], digests[order])
+            matches = found < len(stored)
+            matches[matches] = stored[by][found[matches]] == digests[order][matches]
+            locations[order[matches]] = np.stack([np.full(matches.sum(), len(files)), by[found[matches]]], axis=1)
             files.append(tensors["features"])
-        return places, files
+        return locations, files
 
     def _read(self, path: Path) -> dict[str, Stored] | None:
-        """The tensors of a file; None of one that was cut short by a full disk, or is another."""
+        """Return the tensors of a file; None where a full disk cut it short, or it is another kind of file."""
         try:
             tensors = read_header(path)
         except (UserError, OSError):
@@ -191,11 +198,11 @@ class FeatureCache:
         images, features = tensors.get("images"), tensors.get("features")
         if images is None or features is None or images.dtype != torch.uint8 or images.shape[1:] != (32,):
             return None
-        whole = features.dtype == self.dtype and features.shape == (*images.shape[:1], *self.shape)
-        return tensors if whole else None
+        complete = features.dtype == self.dtype and features.shape == (*images.shape[:1], *self.shape)
+        return tensors if complete else None
 
-    def _make_room(self, wanted: int, missing: int, *, used: set[Path], held: Callable[[Path], bool]) -> None:
-        """Delete what no run has used for longest, and none that is alive uses. Raises UserError."""
+    def _make_room(self, wanted: int, missing: int, *, used: set[Path], used_by_others: Callable[[Path], bool]) -> None:
+        """Delete the files that no run has used for longest, but none that a live run uses. Raises UserError."""
         needed = wanted * self.image_bytes
         if needed > self.limit:
             raise UserError(
@@ -205,10 +212,10 @@ class FeatureCache:
         there = {path: path.stat() for path in self.folder.glob(f"*/*.{ENDING}")}
         total = sum(status.st_size for status in there.values()) + missing * self.image_bytes
         for path in sorted(there.keys() - used, key=lambda path: there[path].st_mtime):
-            if total > self.limit and not held(path):
+            if total > self.limit and not used_by_others(path):
                 path.unlink()
                 total -= there[path].st_size
-        if total > self.limit and any(map(held, there)):
+        if total > self.limit and any(map(used_by_others, there)):
             raise UserError(
                 f"data.feature_cache_size: with what other runs use now, {show_size(total)} are needed, and the cache "
                 f"may take {show_size(self.limit)}; allow more, wait for them, or set data.cache_features=false"
@@ -228,55 +235,33 @@ class FeatureCache:
         towers: Callable[[], nn.Module],
         track: Track,
     ) -> None:
-        """Compute and write these batches of images, given by number."""
+        """Compute and write the features of these batches of images, given by number."""
         if not batches:
             return
         model, per_file = towers(), max(1, FILE_BYTES // (len(batches[0]) * self.image_bytes))
+        decoded = _decode_ahead(batches, lambda image: self.preprocessing.pixels(open_image(images[image])))
         done: list[torch.Tensor] = []
-        ahead = _Ahead([batch.tolist() for batch in batches], lambda image: self._pixels(images[image]))
-        for number, pixels in enumerate(track(ahead, "features"), start=1):
+        for number, (_, pixels) in enumerate(zip(track(batches, "features"), decoded, strict=True), start=1):
             done.append(model(pixels).to("cpu", self.dtype))
             if len(done) == per_file or number == len(batches):
-                numbers = np.concatenate(batches[number - len(done) : number])
-                self._write(torch.cat(done), digests[numbers])
+                written = digests[np.concatenate(batches[number - len(done) : number])]
+                as_bytes = np.ascontiguousarray(written).view(np.uint8).reshape(len(written), 32)
+                path = self.path / f"{uuid.uuid4().hex}.{ENDING}"
+                partial = path.with_suffix(".partial")
+                save_file({"images": torch.from_numpy(as_bytes.copy()), "features": torch.cat(done)}, partial)
+                put_in_place(partial, path)
                 done = []
 
-    def _pixels(self, image: Image) -> np.ndarray:
-        return self.preprocessing.pixels(open_image(image))
 
-    def _write(self, features: torch.Tensor, digests: np.ndarray) -> None:
-        path = self.path / f"{uuid.uuid4().hex}.{ENDING}"
-        held = torch.from_numpy(np.ascontiguousarray(digests).view(np.uint8).reshape(len(digests), 32).copy())
-        partial = path.with_suffix(".partial")
-        save_file({"images": held, "features": features.contiguous()}, partial)
-        put_in_place(partial, path)
+def _decode_ahead(batches: Sequence[np.ndarray], pixels: Callable[[int], np.ndarray]) -> Iterator[torch.Tensor]:
+    """Yield the pixels [N, 3, H, W] of each batch; threads decode the next batch while one is used."""
+    with ThreadPoolExecutor(available_cores()) as pool:
 
+        def start(batch: np.ndarray) -> list[Future[np.ndarray]]:
+            return [pool.submit(pixels, image) for image in batch.tolist()]
 
-def _touch(files: Iterable[Path]) -> None:
-    for file in files:
-        os.utime(file)
-
-
-class _Ahead(Sequence[torch.Tensor]):
-    """Batches of pixels in order; the next one is decoded in threads while the last one is used."""
-
-    def __init__(self, batches: Sequence[Sequence[int]], pixels: Callable[[int], np.ndarray]):
-        self.batches, self.pixels = batches, pixels
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> torch.Tensor:  # type: ignore[override]
-        return torch.from_numpy(np.stack([self.pixels(image) for image in self.batches[index]]))
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        with ThreadPoolExecutor(available_cores()) as pool:
-
-            def start(batch: Sequence[int]) -> list[Future[np.ndarray]]:
-                return [pool.submit(self.pixels, image) for image in batch]
-
-            coming = start(self.batches[0])
-            for number in range(len(self)):
-                ready = coming
-                coming = start(self.batches[number + 1]) if number + 1 < len(self) else []
-                yield torch.from_numpy(np.stack([one.result() for one in ready]))
+        coming = start(batches[0])
+        for number in range(len(batches)):
+            ready = coming
+            coming = start(batches[number + 1]) if number + 1 < len(batches) else []
+            yield torch.from_numpy(np.stack([one.result() for one in ready]))

@@ -24,10 +24,10 @@ from finetune.distributed.device import device
 from finetune.recipe.schema import Recipe, Source
 from finetune.training.arguments import rows_per_process
 from finetune.training.callbacks import ProgressBar, tokens_trained
-from finetune.training.checkpoints import last_checkpoint, what_has_changed_inside
+from finetune.training.checkpoints import find_damage, last_checkpoint
 from finetune.training.image_features import FeatureCache, ImageFeatures
 from finetune.training.loss_spikes import UnstableError, go_back, read_events
-from finetune.training.out_of_memory import explain_out_of_memory
+from finetune.training.memory import explain_out_of_memory
 from finetune.training.trainer import train
 from modeling.adapters import attach, count_trained, expected_counts, load_adapter_weights
 from modeling.config import read_config
@@ -51,8 +51,8 @@ def train_adapter(
             with explain_out_of_memory(recipe):
                 return _train_once(recipe, base, sources, dataset, folder, features)
         except UnstableError as error:
-            unstable = (error.step, error.reason, error.dialogues)
-        go_back(folder, *unstable, recipe.training.instability)
+            unstable = UnstableError(error.step, error.reason, error.dialogues)  # without the attempt's traceback
+        go_back(folder, unstable, recipe.training.instability)
         gc.collect()  # of the attempt's model
         torch.cuda.empty_cache()
 
@@ -168,7 +168,7 @@ def make_eval_rows(recipe: Recipe, base: Base, prepared: Prepared, *, live: bool
 def checkpoint_to_resume(folder: Path) -> Path | None:
     """Return the last checkpoint, or None. Raises UserError where a file in it is not as it was written."""
     checkpoint = last_checkpoint(folder)
-    if checkpoint and (changed := what_has_changed_inside(checkpoint)):
+    if checkpoint and (changed := find_damage(checkpoint, hash_all=True)):
         raise UserError(
             f"{checkpoint / changed}: is not what was written: its hash is another (a flipped byte on the disk?)\n"
             f"  delete {checkpoint}, and the same command goes on from the checkpoint before"

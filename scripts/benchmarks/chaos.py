@@ -69,16 +69,16 @@ def run_whole(folder: Path, processes: int) -> float:
     return time.monotonic() - started
 
 
-def sealed(folder: Path) -> int:
+def completed(folder: Path) -> int:
     """The newest step that is safe; 0 where none is."""
-    seals = (folder / "run").glob("checkpoint-*/sealed.json")
+    seals = (folder / "run").glob("checkpoint-*/complete.json")
     return max((int(one.parent.name.split("-")[1]) for one in seals), default=0)
 
 
 def writes_checkpoint(folder: Path, step: int) -> bool:
-    """A checkpoint of this step or a later one has been begun and is not sealed."""
+    """A checkpoint of this step or a later one has been begun and is not complete."""
     checkpoints = (folder / "run").glob("checkpoint-*")
-    begun = [one for one in checkpoints if not (one / "sealed.json").is_file()]
+    begun = [one for one in checkpoints if not (one / "complete.json").is_file()]
     return any(int(one.name.split("-")[1]) >= step for one in begun)
 
 
@@ -91,7 +91,7 @@ def kill_once(folder: Path, processes: int, moment: str, seconds: float, chance:
     """Start, kill at one of `MOMENTS`, and say when it was and what had been reached; a whole run takes `seconds`."""
     if moment == "features":
         shutil.rmtree(folder / "features", ignore_errors=True)  # else there would be nothing to write
-    step = min(sealed(folder) + chance.randint(1, 4), STEPS)
+    step = min(completed(folder) + chance.randint(1, 4), STEPS)
     pause = chance.uniform(0, 0.3)
     started = time.monotonic()
     run = start(folder, processes)
@@ -116,7 +116,7 @@ def kill_once(folder: Path, processes: int, moment: str, seconds: float, chance:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)  # what a dead launcher has left
     what = "had ended before" if ended else f"after {killed - started:5.1f} s, all had ended {ends:4.1f} s later"
-    return f"{what}; newest checkpoint {sealed(folder)}"
+    return f"{what}; newest checkpoint {completed(folder)}"
 
 
 def differences(one: Path, other: Path) -> list[str]:

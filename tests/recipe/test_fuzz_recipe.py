@@ -19,9 +19,9 @@ from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import _read_inputs, _trained_recipe
 from finetune.serving.batch import _open_journal
-from finetune.training.auto_fit import _as_before
 from finetune.training.callbacks import read_metrics
 from finetune.training.loss_spikes import read_events
+from finetune.training.memory import _changes_of_run
 from modeling.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -169,7 +169,7 @@ OWN = {
     ),
     "auto_fit.json": (
         as_json({"gpu": 1, "changed": {"training.checkpointing": {"asked": False, "run": 4}}}),
-        lambda folder: _as_before(RECIPE, folder),
+        lambda folder: _changes_of_run(RECIPE, folder),
     ),
     "unstable.jsonl": (json.dumps({**EVENT, "dialogues": [SEEN]}).encode() + b"\n", read_events),
     "metrics.jsonl": (

@@ -9,8 +9,8 @@ from processes import run_processes
 from finetune.pipeline import open_run, run
 from finetune.planning.estimate import Planner
 from finetune.recipe.load import load_recipe
-from finetune.training import auto_fit
-from finetune.training.auto_fit import apply_auto_fit
+from finetune.training import memory
+from finetune.training.memory import apply_auto_fit
 from modeling.errors import UserError
 
 FIT = "training.auto_fit=true"
@@ -23,7 +23,7 @@ def needed(recipe):
 @pytest.fixture
 def on_gpu(monkeypatch):
     """on_gpu(bytes): this machine has a GPU of so many, or none."""
-    return lambda size: monkeypatch.setattr(auto_fit, "gpu_memory", lambda: size)
+    return lambda size: monkeypatch.setattr(memory, "gpu_memory", lambda: size)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def in_a_group(recipe, sizes):
     from finetune.distributed import collectives
 
     PartialState._reset_state()  # that of the test's own process, which is alone
-    auto_fit.gpu_memory = lambda: sizes[collectives.rank()]
+    memory.gpu_memory = lambda: sizes[collectives.rank()]
     try:
         return apply_auto_fit(recipe)
     except UserError as error:

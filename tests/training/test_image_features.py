@@ -103,7 +103,7 @@ def test_each_distinct_image_is_computed_once_whatever_it_is_called(cache, tower
 def test_only_what_is_asked_for_is_computed(cache, towers, images):
     features = opened(cache, images, [5, 2], lambda: towers)
     assert features([2, 5]).shape == (2, *cache.shape)
-    assert (features.places[[2, 5]] >= 0).all()
+    assert (features.locations[[2, 5]] >= 0).all()
     with pytest.raises(AssertionError, match="not asked for"):
         features([3])
     more = opened(cache, images, [2, 7], lambda: towers)
@@ -182,7 +182,7 @@ def test_features_longest_unused_give_way(cache, towers, images):
     other = replace(cache, towers="other")
     first = opened(other, images, [0, 1], lambda: towers)
     second = opened(other, images, [2, 3], lambda: towers)
-    old, young = ((one.files[one.places[number, 0]].file) for one, number in ((first, 0), (second, 2)))
+    old, young = ((one.files[one.locations[number, 0]].file) for one, number in ((first, 0), (second, 2)))
     os.utime(old, (1, 1))
     limit = young.stat().st_size + 3 * cache.image_bytes
     opened(replace(cache, limit=limit), images, [4, 5], lambda: towers)
@@ -193,10 +193,10 @@ def test_features_longest_unused_give_way(cache, towers, images):
 HOLDER = """
 import sys
 from pathlib import Path
-from finetune.holds import holding
+from finetune.training.files_in_use import choosing_files
 cache, *files = map(Path, sys.argv[1:])
-with holding(cache) as hold:
-    hold.keep(files)
+with choosing_files(cache) as in_use:
+    in_use.add(files)
 print("holds", flush=True)
 sys.stdin.read()
 """

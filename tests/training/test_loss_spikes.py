@@ -21,7 +21,7 @@ from finetune.training.loss_spikes import (
     LEAST_RISE,
     WINDOW,
     Event,
-    Seen,
+    StepDialogue,
     read_events,
     spike_limit,
     suspects,
@@ -233,7 +233,10 @@ def test_suspects():
 
 
 def test_events_are_kept_as_they_were(tmp_path):
-    seen = (Seen("a.jsonl[train]", "a.jsonl:3", None, True), Seen("a.jsonl[train]", "a.jsonl:4", 0.5, False))
+    seen = (
+        StepDialogue("a.jsonl[train]", "a.jsonl:3", None, True),
+        StepDialogue("a.jsonl[train]", "a.jsonl:4", 0.5, False),
+    )
     events = [Event(7, "loss nan", "skip", 6, seen), Event(9, "loss inf", "stop", 0, ())]
     assert read_events(tmp_path) == []
     write_events(tmp_path, events)

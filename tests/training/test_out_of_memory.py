@@ -17,8 +17,8 @@ from finetune.pipeline import resolve_sources
 from finetune.planning.estimate import Planner
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.training import out_of_memory
-from finetune.training.out_of_memory import LESS, Held, explain, explain_out_of_memory, held
+from finetune.training import memory as training_memory
+from finetune.training.memory import LESS, Usage, explain_out_of_memory, explanation, measure_usage
 from finetune.training.stage import attach_adapter
 from finetune.training.trainer import IdeficsTrainer
 from modeling.errors import UserError
@@ -49,11 +49,11 @@ def changed(recipe, overrides, tmp_path):
     return load_recipe(path, overrides)
 
 
-FULL = Held(True, 21 * GIB, 22 * GIB, GIB // 2, 24 * GIB, 23 * GIB)
+FULL = Usage(True, 21 * GIB, 22 * GIB, GIB // 2, 24 * GIB, 23 * GIB)
 
 
 def test_what_was_planned_stands_beside_what_there_was():
-    lines = explain(recipe_of(), "CUDA out of memory", FULL).splitlines()
+    lines = explanation(recipe_of(), "CUDA out of memory", FULL).splitlines()
     memory = Planner(recipe_of(), on_gpu=True).estimate(recipe_of())
     activations = sum(memory.parts[part] for part in ("vision", "resampler", "cross_attention", "decoder", "head"))
     planned = {**{part: memory.parts[part] for part in ("weights", "adapters", "optimizer", "gradients")}}
@@ -63,7 +63,7 @@ def test_what_was_planned_stands_beside_what_there_was():
     assert lines[:5] == [
         "out of memory while training: CUDA out of memory",
         f"  planned: {figures}; {show_size(memory.on_gpu)} needed",
-        "  held at most: 21.00 GiB in tensors, 22.00 GiB by the allocator",
+        "  used at most: 21.00 GiB in tensors, 22.00 GiB by the allocator",
         "  of the GPU: 24.00 GiB in all, 512.0 MiB free",
         "by the plan it does not fit into the 23.00 GiB that this process could have",
     ]
@@ -71,9 +71,9 @@ def test_what_was_planned_stands_beside_what_there_was():
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_what_is_proposed_fits_when_pasted_and_the_second_is_another_way(tmp_path, monkeypatch, trained):
-    monkeypatch.setattr(out_of_memory, "is_trained", lambda folder: trained)
+    monkeypatch.setattr(training_memory, "is_trained", lambda folder: trained)
     recipe = recipe_of()
-    first, second = proposed(explain(recipe, "x", FULL))
+    first, second = proposed(explanation(recipe, "x", FULL))
     planner = Planner(recipe, on_gpu=True)
     for overrides in (first, second):
         assert planner.needed(changed(recipe, overrides, tmp_path)) <= 23 * GIB
@@ -87,9 +87,9 @@ def test_a_plan_that_said_too_little_says_so_and_proposes_what_needs_less_by_its
     recipe = recipe_of()
     planner = Planner(recipe, on_gpu=True)
     needed = planner.needed(recipe)
-    roomy = Held(True, 70 * GIB, 78 * GIB, GIB, 80 * GIB, 79 * GIB)
+    roomy = Usage(True, 70 * GIB, 78 * GIB, GIB, 80 * GIB, 79 * GIB)
     assert needed < roomy.room
-    message = explain(recipe, "x", roomy)
+    message = explanation(recipe, "x", roomy)
     assert "by the plan it should have fitted into the 79.00 GiB" in message
     assert "the plan is wrong here, and what follows needs at most 90% of what it says of this recipe" in message
     options = proposed(message)
@@ -99,19 +99,19 @@ def test_a_plan_that_said_too_little_says_so_and_proposes_what_needs_less_by_its
 
 
 def test_several_gpus_may_divide_the_model_and_the_message_says_which_process(monkeypatch):
-    monkeypatch.setattr(out_of_memory.collectives, "world_size", lambda: 8)
-    monkeypatch.setattr(out_of_memory.collectives, "rank", lambda: 2)
+    monkeypatch.setattr(training_memory.collectives, "world_size", lambda: 8)
+    monkeypatch.setattr(training_memory.collectives, "rank", lambda: 2)
     recipe = recipe_of(base="HuggingFaceM4/idefics-80b", checkpointing=True)
-    message = explain(recipe, "x", Held(True, 78 * GIB, 78 * GIB, GIB, 80 * GIB, 79 * GIB))
+    message = explanation(recipe, "x", Usage(True, 78 * GIB, 78 * GIB, GIB, 80 * GIB, 79 * GIB))
     assert message.startswith("process 3 of 8: out of memory while training: x\n")
     assert proposed(message)[0] == ["training.parallel=fsdp2"]
-    divided = explain(recipe_of(parallel="fsdp2"), "x", FULL)
+    divided = explanation(recipe_of(parallel="fsdp2"), "x", FULL)
     assert ", gathered " in divided.splitlines()[1]
 
 
 def test_where_nothing_helps_it_says_so():
-    tiny = Held(True, GIB, GIB, 0, GIB, GIB)
-    assert explain(recipe_of(), "x", tiny).endswith("makes it fit; a larger GPU does")
+    tiny = Usage(True, GIB, GIB, 0, GIB, GIB)
+    assert explanation(recipe_of(), "x", tiny).endswith("makes it fit; a larger GPU does")
 
 
 def test_figures_of_a_gpu_are_those_of_this_process(monkeypatch):
@@ -121,27 +121,27 @@ def test_figures_of_a_gpu_are_those_of_this_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (2, 20) if gpu.index == 3 else (0, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert held() == Held(True, highest=5, kept=7, free=2, total=20, room=8)
+    assert measure_usage() == Usage(True, highest=5, allocated=7, free=2, total=20, room=8)
 
 
 def test_figures_without_a_gpu_are_resident_memory(monkeypatch):
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
-    monkeypatch.setattr(out_of_memory.sys, "platform", "linux")
-    found = held()
+    monkeypatch.setattr(training_memory.sys, "platform", "linux")
+    found = measure_usage()
     assert (found.on_gpu, found.highest) == (False, 3 * GIB)
     assert 0 < found.free < found.room < found.total
 
 
 def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(out_of_memory, "explain", lambda recipe, what, held: f"told: {what}")
+    monkeypatch.setattr(training_memory, "explanation", lambda recipe, reason, usage: f"explained: {reason}")
     cases = {
         torch.OutOfMemoryError: ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total\nSee", "GiB"),
         MemoryError: ("", "MemoryError"),
     }
     for kind, (said, end) in cases.items():
-        with pytest.raises(UserError, match=f"told: .*{end}$"), explain_out_of_memory(recipe_of()):
+        with pytest.raises(UserError, match=f"explained: .*{end}$"), explain_out_of_memory(recipe_of()):
             raise kind(said)
-    with pytest.raises(UserError, match=r"told: .*can't allocate memory"), explain_out_of_memory(recipe_of()):
+    with pytest.raises(UserError, match=r"explained: .*can't allocate memory"), explain_out_of_memory(recipe_of()):
         torch.empty(2**58, dtype=torch.uint8)  # the allocator's own words
     with pytest.raises(RuntimeError, match=r"^shapes differ$") as raised, explain_out_of_memory(recipe_of()):
         raise RuntimeError("shapes differ")
@@ -186,9 +186,9 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_what_it_is_told_to(recipe_fi
     def too_little():
         recipe = load_recipe(recipe_file)
         room = Planner(recipe, on_gpu=False).needed(recipe) - 1
-        return Held(False, room, room, 0, room, room)
+        return Usage(False, room, room, 0, room, room)
 
-    monkeypatch.setattr(out_of_memory, "held", too_little)
+    monkeypatch.setattr(training_memory, "measure_usage", too_little)
     failed = runner.invoke(app, ["train", str(recipe_file)])
     assert failed.exit_code == 1
     said = " ".join(failed.output.split())

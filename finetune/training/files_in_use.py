@@ -1,4 +1,4 @@
-"""Files of a shared cache that runs which are alive use: nobody deletes them.
+"""Files of a shared cache that live runs use: no other run deletes them.
 
 <cache>/.<run>.in-use    the files, or whole folders, that a run uses, one a line, relative to the cache
 <cache>/.<run>.lock      locked by the run's main process for as long as it lives, however it ends
@@ -16,24 +16,24 @@ from filelock import FileLock, Timeout
 from modeling.files import atomic_write
 
 
-class Hold:
+class FilesInUse:
     """What this process uses of one cache."""
 
     def __init__(self, cache: Path):
         self.cache = cache
         self.list = cache / f".{uuid.uuid4().hex}.in-use"
-        self.kept: set[Path] = set()
+        self.paths: set[Path] = set()
         self._lock = FileLock(self.list.with_suffix(".lock"), thread_local=False)
         self._lock.acquire()
 
-    def keep(self, paths: Iterable[Path]) -> None:
+    def add(self, paths: Iterable[Path]) -> None:
         """Add files, or folders with all that is written into them."""
-        self.kept |= set(paths)
-        names = sorted(os.fsencode(path.relative_to(self.cache)) for path in self.kept)
+        self.paths |= set(paths)
+        names = sorted(os.fsencode(path.relative_to(self.cache)) for path in self.paths)
         atomic_write(self.list, b"".join(name + b"\n" for name in names))
 
-    def others(self) -> Callable[[Path], bool]:
-        """Whether a file is used by another process that is alive. What is left of dead ones is removed."""
+    def of_others(self) -> Callable[[Path], bool]:
+        """Return whether another live process uses a file, as a function. The lists of dead processes are removed."""
         used: set[Path] = set()
         for path in self.cache.glob(".*.in-use"):
             if path == self.list:
@@ -47,15 +47,15 @@ class Hold:
         return lambda path: path in used or path.parent in used
 
 
-_holds: dict[Path, Hold] = {}
+_of_this_process: dict[Path, FilesInUse] = {}
 """One for each cache, until this process ends."""
 
 
 @contextmanager
-def holding(cache: Path) -> Iterator[Hold]:
-    """The hold of this process on a cache; meanwhile no other process chooses files there."""
+def choosing_files(cache: Path) -> Iterator[FilesInUse]:
+    """Yield what this process uses of a cache; meanwhile no other process chooses files there."""
     with FileLock(cache / ".files.lock"):
-        if cache not in _holds or not _holds[cache].list.exists():
-            _holds[cache] = Hold(cache)
-            _holds[cache].keep(())
-        yield _holds[cache]
+        if cache not in _of_this_process or not _of_this_process[cache].list.exists():
+            _of_this_process[cache] = FilesInUse(cache)
+            _of_this_process[cache].add(())
+        yield _of_this_process[cache]
