@@ -501,9 +501,9 @@ def _stages(
         from finetune.reporting.summary import show_result
 
         result = run_stages(loaded, (stage,) if stage else None)
-        if launch.is_first() and not as_json:
+        if launch.is_main_process() and not as_json:
             show_result(Path(loaded.output), result)
         return result
 
-    finish(guarded(work, **interrupted), as_json and launch.is_first())
-    launch.end()
+    finish(guarded(work, **interrupted), as_json and launch.is_main_process())
+    launch.end_process()

@@ -31,7 +31,7 @@ def guarded(
     """
     try:
         _hush()
-        launch.begin()
+        launch.begin_process()
         return work()
     except UserError as error:
         fail(str(error))
@@ -47,17 +47,17 @@ def guarded(
             fail(f"{what}: {error.strerror}; what is complete is kept, and the same command goes on")
         if isinstance(error, OSError) and error.errno in _OF_A_PLACE and error.filename:
             fail(f"{error.filename}: {error.strerror}")
-        launch.tell_unforeseen(error)
+        launch.report_unexpected(error)
         raise typer.Exit(1) from error
     finally:
-        launch.leave()
+        launch.leave_group()
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
     """End with a message; of several processes, one says it."""
     from finetune.console import log_error
 
-    launch.tell(lambda: log_error(message), status, final=True)
+    launch.report_failure(lambda: log_error(message), status, final=True)
     raise typer.Exit(status)
 
 

@@ -1,11 +1,12 @@
-"""Which of a run's processes this is, and what they do together. With one process, everything here is nothing.
+"""Which of a run's processes this is, and what they do together. With one process, all of it does nothing.
 
 Launchers (`accelerate launch`, torchrun, `finetune run --processes`) set RANK, WORLD_SIZE and LOCAL_RANK; accelerate
 makes the process group of them: nccl on GPUs, gloo without.
 
-A step that all come to has a name: `on_main` is done by one for all, `main_first` by one before the others, `each` by
-each, `share_out` in shares. A user's mistake (UserError) or a full disk (OSError) that one of them meets is raised on
-all, so that none waits for one that has given up. Inside a step a process is alone: it waits for nobody.
+A step that all processes come to has a name: one does `on_main` for all, one does `main_first` before the others, all
+do `each`, `share_out` divides the work. A user's mistake (UserError) or a full disk (OSError) that one process meets is
+raised on all, so that none waits for one that has given up. Inside a step a process is alone: rank 0 of 1, and it waits
+for no other.
 """
 
 import atexit
@@ -29,18 +30,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(days=2)
-"""How long a process waits for the others, who may be preparing data. One that died is the launcher's business, which
-ends them all."""
+"""How long a process waits for the others, who may be preparing data. If one dies, the launcher ends them all."""
 
 
 def state() -> PartialState:
-    """accelerate's, which all share; the group is made when it is first asked for."""
+    """Return accelerate's state, which is one for the process; the first call makes the process group."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 @atexit.register
-def leave() -> None:
-    """Out of a gloo group: its threads, alive at exit, make some processes abort. nccl's would wait for the dead."""
+def leave_group() -> None:
+    """Leave a gloo group: its threads, alive at exit, make some processes abort. nccl would wait for dead processes."""
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
 
@@ -50,33 +50,33 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Of the processes that wait for each other: inside a step, one."""
+    """Return how many processes wait for each other: inside a step, one."""
     return 1 if _inside.get() else state().num_processes
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes."""
+    """Return whether this is the process that writes."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if world_size() > 1:
         state().wait_for_everyone()
 
 
 def gather(items: list[Item]) -> list[Item]:
-    """The items of all processes, on every one of them, in the order of ranks."""
+    """Return the items of all processes in the order of ranks, on every process."""
     return gather_object(items) if world_size() > 1 else items
 
 
 def broadcast(value: Item) -> Item:
-    """The main process's value, on every one."""
+    """Return the main process's value, on every process."""
     return broadcast_object_list([value])[0] if world_size() > 1 else value
 
 
 def gather_numbers(values: list[float]) -> list[list[float]]:
-    """The numbers of all processes, in the order of ranks: one small tensor, for every step."""
+    """Return the numbers of all processes in the order of ranks; one small tensor, for every training step."""
     if world_size() == 1:
         return [values]
     mine = torch.tensor(values, dtype=torch.float64, device=state().device)
@@ -90,44 +90,44 @@ _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 
 def on_main(step: str, work: Callable[[], Item]) -> Item:
-    """What the main process makes of `work`, on every one."""
+    """Return what `work` returns in the main process, on every process."""
     if world_size() == 1:
         return work()
     outcome: tuple[Any, Exception | None] = _try(work) if is_main() else (None, None)
-    named, *told = broadcast((step, outcome[0], _told(outcome[1])))
+    named, *received = broadcast((step, outcome[0], _as_raised(outcome[1])))
     _require_same({named, step})
-    value, error = outcome if is_main() else told
+    value, error = outcome if is_main() else received
     if error:
         raise error
     return value
 
 
 def main_first(step: str, work: Callable[[], Item]) -> Item:
-    """`work` in every process, in the main one before the others, who find what it has made."""
+    """Call `work` in every process, in the main one before the others, which find what it has made."""
     made: list[Item] = []
     on_main(step, lambda: made.append(work()))
     return made[0] if made else work()
 
 
 def each(step: str, work: Callable[[], Item]) -> list[Item]:
-    """`work` in every process at once: what each made of it, in the order of ranks, on every one."""
+    """Call `work` in every process at once; return what each returned in the order of ranks, on every process."""
     if world_size() == 1:
         return [work()]
     value, error = _try(work)
-    told = gather([(step, value, _told(error))])
-    _require_same({named for named, _, _ in told})
+    gathered = gather([(step, value, _as_raised(error))])
+    _require_same({named for named, _, _ in gathered})
     if error:
         raise error
-    for _, _, others in told:
-        if others:
-            raise others
-    return [made for _, made, _ in told]
+    for _, _, other in gathered:
+        if other:
+            raise other
+    return [made for _, made, _ in gathered]
 
 
 def share_out(
     step: str, items: Sequence[Item], work: Callable[[Item], Result], *, track: Track = silently
 ) -> list[Result]:
-    """work(item) of every item, in their order, on every process; of n processes each does every n-th item."""
+    """Return work(item) of every item in order, on every process; each of n processes does every n-th item."""
     ranks, mine = world_size(), items[rank() :: world_size()]
     shares = each(step, lambda: [work(item) for item in track(mine, step)])
     return [shares[number % ranks][number // ranks] for number in range(len(items))]
@@ -156,7 +156,7 @@ class _Nodes(NodeGroup):
 
 
 def require_shared(key: str, folder: Path) -> None:
-    """Raises UserError where a process does not see the folder that the main one has."""
+    """Raise UserError where a process does not see the folder that the main one has."""
     number = rank()
 
     def look() -> None:
@@ -170,7 +170,7 @@ def require_shared(key: str, folder: Path) -> None:
 
 
 def _try(work: Callable[[], Item]) -> tuple[Any, Exception | None]:
-    """(what it made, None), or (None, the mistake it found)."""
+    """Return (what `work` returned, None), or (None, the mistake it raised)."""
     with _alone():
         try:
             return work(), None
@@ -187,8 +187,8 @@ def _alone() -> Iterator[None]:
         _inside.reset(token)
 
 
-def _told(error: Exception | None) -> Exception | None:
-    """The error as the other processes raise it: libraries' own may not survive the way there."""
+def _as_raised(error: Exception | None) -> Exception | None:
+    """Return the error as the other processes raise it: a library's own class may not survive pickling."""
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror, error.filename) if error.errno else OSError(str(error))
     return UserError(str(error)) if error else None

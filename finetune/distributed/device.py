@@ -16,22 +16,22 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", 
 
 
 def device() -> torch.device:
-    """Of several GPUs, the one of this process."""
+    """Return the device of this process; of several GPUs, its own one."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
 
 
 def auto_dtype() -> torch.dtype:
-    """bf16 where the hardware has it, else fp32."""
+    """Return bf16 where the hardware has it, else fp32."""
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def gpu_memory() -> int | None:
-    """Bytes of this process's GPU in all; None without one."""
+    """Return the bytes of this process's GPU in all; None without a GPU."""
     return torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None
 
 
 def free_memory() -> int:
-    """Bytes that a model may take: of the GPU, or of main memory."""
+    """Return the bytes that a model may take: of the GPU, or of main memory."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(device())[0]
     return psutil.virtual_memory().available

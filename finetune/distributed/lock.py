@@ -1,4 +1,4 @@
-"""One command at a time where files are written: a lock that the kernel keeps, and that names who holds it."""
+"""One command at a time in a folder: a file lock that the kernel keeps, and that names the process which holds it."""
 
 import errno
 import fcntl
@@ -14,14 +14,14 @@ from finetune.console import log
 from modeling.errors import UserError
 
 LOCK = ".lock"
-"""In a run folder, while a command works there."""
+"""File in a run folder, while a command works there."""
 
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """Keep every other command out of a run folder, which is made first and goes again where nothing was put into it.
+    """Keep every other command out of a run folder; make it first, and remove it where it stays empty.
 
-    Raises UserError: another command works there, or there can be no folder.
+    Raises UserError: another command works there, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,11 +37,11 @@ def working_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, *, what: str, instead: str) -> Iterator[None]:
-    """Hold the lock file `path`, which is there as long as it is held.
+    """Hold the lock file `path`, which exists as long as it is held.
 
-    The lock is POSIX's, by `fcntl.lockf`: it ends with its process, however that ends, no forked worker has it, and NFS
-    passes it on between machines. A process that already holds it may take it again. `what` is worked on, and `instead`
-    names how to work elsewhere. Raises UserError where another process holds it.
+    The lock is POSIX's, by `fcntl.lockf`: it ends with its process, however that ends, no forked worker has it, and it
+    works between machines over NFS. A process that already holds it may take it again. what: the folder that is worked
+    in; instead: the option that chooses another one. Raises UserError where another process holds it.
     """
     descriptor = _open_and_lock(path, what, instead)
     try:
@@ -72,14 +72,14 @@ def _open_and_lock(path: Path, what: str, instead: str) -> int:
                     f"{what}: another command works here: {holder}\n"
                     f"  wait until it has ended, or stop it; to work beside it, choose another folder: {instead}"
                 ) from error
-            log(f"{path}: this disk knows no locks ({error.strerror}); start no second command that writes here")
+            log(f"{path}: this disk has no locks ({error.strerror}); start no second command that writes here")
             return descriptor
         try:
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor
         except FileNotFoundError:
             pass
-        os.close(descriptor)  # who held it before has just deleted it
+        os.close(descriptor)  # the process that held it has just deleted it
 
 
 def _holder(content: bytes) -> str:
@@ -87,4 +87,4 @@ def _holder(content: bytes) -> str:
         known = json.loads(content)
         return f"process {known['pid']} on {known['host']}, since {known['since']}"
     except (ValueError, KeyError, TypeError):
-        return "a process that has just begun"
+        return "a process that has just started"

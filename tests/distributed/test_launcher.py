@@ -134,20 +134,20 @@ def test_an_unforeseen_error_s_traceback_is_shown_once_and_the_others_lost_conne
     assert "ChildFailedError" not in stderr
 
 
-GOES_ON = "what is complete is kept, and the same command goes on from the last checkpoint\n"
+KEPT = "what is complete is kept, and the same command goes on from the last checkpoint\n"
 
 
 @pytest.mark.parametrize(
     ("case", "status", "said"),
     [
-        ("second_killed", 137, "process 1 of 2 was killed by SIGKILL, most likely for want of memory; "),
+        ("second_killed", 137, "process 1 of 2 was killed by SIGKILL, most likely because memory ran out; "),
         ("second_killed_and_first_asleep", 139, "process 1 of 2 was killed by SIGSEGV; "),
         ("first_exits", 5, "process 0 of 2 ended with status 5; "),
     ],
 )
 def test_a_process_that_dies_silently_is_named_and_ends_the_others_at_once(case, status, said):
     began = time.monotonic()
-    assert launched(case) == (status, "", said + GOES_ON)
+    assert launched(case) == (status, "", said + KEPT)
     assert time.monotonic() - began < 30  # the others sleep for a minute, or wait for it in a collective for ever
 
 
@@ -156,7 +156,7 @@ def test_a_lost_connection_that_nobody_explains_is_shown():
     assert (status, stdout) == (1, "")
     assert stderr.startswith("Traceback (most recent call last)")
     assert len(re.findall(r"RuntimeError: .*/gloo/.* by peer", stderr)) == 1
-    assert stderr.endswith("process 0 of 2 ended with status 1; " + GOES_ON)
+    assert stderr.endswith("process 0 of 2 ended with status 1; " + KEPT)
 
 
 def test_after_a_death_all_are_started_again_as_often_as_allowed():
@@ -211,7 +211,7 @@ def test_told_to_stop_its_processes_save_and_it_ends_with_the_signal_s_status(to
 @pytest.mark.parametrize(
     ("told", "status", "said"),
     [
-        (signal.SIGTERM, 143, "stopped by SIGTERM; " + GOES_ON),
+        (signal.SIGTERM, 143, "stopped by SIGTERM; " + KEPT),
         (signal.SIGINT, 130, "interrupted; the same command goes on from the last checkpoint\n"),
     ],
 )
@@ -227,7 +227,7 @@ def test_they_have_ten_minutes_to_save_or_what_the_user_says(monkeypatch):
     assert launch_module._environment(2)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
     process, pids = begun("never_saves", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
     process.send_signal(signal.SIGTERM)
-    assert end(process) == (143, "", "stopped by SIGTERM; " + GOES_ON)
+    assert end(process) == (143, "", "stopped by SIGTERM; " + KEPT)
     assert not still_running(pids)
 
 

@@ -83,7 +83,7 @@ def test_lock_leaves_no_folder_where_nothing_was_put(tmp_path):
 def test_lock_whose_content_is_odd(tmp_path, content):
     with held_by_another(tmp_path / "run"):
         (tmp_path / "run" / LOCK).write_bytes(content)
-        expected = pytest.raises(UserError, match="another command works here: a process that has just begun")
+        expected = pytest.raises(UserError, match="another command works here: a process that has just started")
         with expected, working_in(tmp_path / "run"):
             pytest.fail("in")
 

@@ -31,14 +31,14 @@ def around(tmp_path, monkeypatch):
         ("/dev/null", False, "is a pipe or a device; expected a file"),
         ("file", True, "is a file; expected a folder"),
         ("pipe", True, "is a file; expected a folder"),
-        ("file/below/it", True, "cannot be written: {}/file is a file, and no folder; choose another place"),
-        ("file/page.html", False, "cannot be written: {}/file is a file, and no folder; choose another place"),
-        ("loop", False, "is no name of a place: Too many levels of symbolic links"),
-        ("loop/x", True, "is no name of a place: Too many levels of symbolic links"),
-        ("a\0b", False, "is no name of a place: embedded null byte"),
-        ("no/such/" + "é" * 150, True, "is no name of a place: a part of it has 300 bytes, and 255 is the most"),
-        ("x" * 250, False, "is no name of a place: a part of it has 258 bytes, and 255 is the most"),
-        ("x/" * 3000, True, "is no name of a place: File name too long"),
+        ("file/below/it", True, "cannot be written: {}/file is a file, not a folder; choose another place"),
+        ("file/page.html", False, "cannot be written: {}/file is a file, not a folder; choose another place"),
+        ("loop", False, "is not a valid path: Too many levels of symbolic links"),
+        ("loop/x", True, "is not a valid path: Too many levels of symbolic links"),
+        ("a\0b", False, "is not a valid path: embedded null byte"),
+        ("no/such/" + "é" * 150, True, "is not a valid path: a part of it has 300 bytes, and 255 is the most"),
+        ("x" * 250, False, "is not a valid path: a part of it has 258 bytes, and 255 is the most"),
+        ("x/" * 3000, True, "is not a valid path: File name too long"),
     ],
 )
 def test_what_cannot_be_written(around, path, folder, problem):
@@ -49,7 +49,7 @@ def test_what_cannot_be_written(around, path, folder, problem):
 
 @pytest.mark.parametrize("path", ["\ud800", "a/\udfff/b"])
 def test_a_name_that_no_file_can_have(around, path):
-    with pytest.raises(UserError, match=r"^--out: '.*' is no name of a place: "):
+    with pytest.raises(UserError, match=r"^--out: '.*' is not a valid path: "):
         check_place("--out", Path(path))
 
 

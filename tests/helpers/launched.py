@@ -10,7 +10,7 @@ import typer
 
 import finetune.distributed.launcher
 from finetune.console import log
-from finetune.distributed.launcher import end, is_first, launch
+from finetune.distributed.launcher import end_process, is_main_process, launch
 from finetune.exit_codes import finish, guarded
 from modeling.errors import Interrupted, UserError
 
@@ -36,8 +36,8 @@ def work(case: str) -> None:
         from torch import distributed
 
         assert not distributed.is_initialized()  # else one process in ten aborts at exit
-    finish(result, as_json=is_first())
-    end()
+    finish(result, as_json=is_main_process())
+    end_process()
 
 
 def group():
@@ -136,7 +136,7 @@ def never_saves():
 
 
 def peer_gone_without_failing():
-    finetune.distributed.launcher.SECONDS_TO_TELL = 1
+    finetune.distributed.launcher.SECONDS_TO_REPORT = 1
     collective()
     if RANK == 1:
         os._exit(0)

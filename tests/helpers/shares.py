@@ -79,4 +79,4 @@ if __name__ == "__main__":
     if distributed.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(both))
     distributed.destroy_process_group()
-    os._exit(0)  # see finetune.distributed.launcher.end
+    os._exit(0)  # see finetune.distributed.launcher.end_process
