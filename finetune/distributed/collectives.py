@@ -86,7 +86,7 @@ def gather_numbers(values: list[float]) -> list[list[float]]:
 
 
 _inside: ContextVar[bool] = ContextVar("inside", default=False)
-"""Whether this process is inside a step."""
+"""True while this process is inside a step."""
 
 
 def on_main(step: str, work: Callable[[], Item]) -> Item:
@@ -134,7 +134,7 @@ def share_out(
 
 
 def nodes() -> NodeGroup:
-    """The machines of a run, of each the first process: the others would take its workers' cores."""
+    """Return the group of the first process of each machine: the others would take the cores of its workers."""
     if world_size() == 1:
         return NodeGroup()
     first = each("find the nodes", lambda: state().local_process_index == 0)

@@ -1,4 +1,4 @@
-"""Processes that prepare data together: which parts are whose, and when all have done theirs."""
+"""Machines that prepare data together: which parts are whose, and when all have done theirs. Needs no torch."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,22 +11,25 @@ Item = TypeVar("Item")
 
 
 class NodeGroup:
-    """One process, which is the whole team. Of several, all come to the same steps in the same order."""
+    """A single process, which is the whole group. `collectives.nodes` has the group of several machines.
+
+    All processes of a group come to the same steps in the same order.
+    """
 
     def __init__(self, which: int | None = 0, of: int = 1):
         self.which, self.of = which, of
-        """Which of `of` shares is this process's; the first is the main one's. None: it takes no part, but waits."""
+        """This process does share `which` of `of`; the main one does the first. None: it takes no part, but waits."""
 
     def on_main(self, step: str, work: Callable[[], Item]) -> Item:
-        """What the main process makes of `work`, on every one."""
+        """Return what `work` returns in the main process, on every process."""
         return work()
 
     def each(self, step: str, work: Callable[[], Item]) -> list[Item]:
-        """`work` in every process that takes part; what each made of it, the main one's first."""
+        """Call `work` in every process that takes part; return what each returned, the main one's first."""
         return [work()]
 
     def lock(self, path: Path) -> AbstractContextManager[object]:
-        """Keeps other teams out; the main process holds it for all."""
+        """Return a lock that keeps other groups out; the main process holds it for all."""
         return FileLock(path) if self.which == 0 else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""A recipe's `training` -> the SFTConfig of transformers' trainer, every number decided."""
+"""A recipe's `training` -> the arguments of transformers' trainer, every number decided."""
 
 import os
 from pathlib import Path
@@ -60,7 +60,7 @@ def training_arguments(
         seed=settings.seed,
         bf16=autocast,
         fp16=scaled and not autocast,
-        **division(settings.parallel),
+        **sharding(settings.parallel),
         use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=False,  # see checkpoint_layers
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -70,7 +70,7 @@ def training_arguments(
         ddp_find_unused_parameters=unused_parameters,
         logging_steps=1,
         disable_tqdm=True,
-        log_level_replica="error",  # what transformers has to say, the first process says
+        log_level_replica="error",  # the first process alone logs what transformers logs
         report_to=settings.trackers or "none",
         save_steps=settings.checkpoint_every or settings.evaluate_every or max(1, steps // 10),
         save_total_limit=CHECKPOINTS_KEPT,
@@ -78,24 +78,24 @@ def training_arguments(
         eval_steps=settings.evaluate_every,
         metric_for_best_model="eval_loss" if settings.evaluate_every else None,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several in sight; the trainer would divide a row over them
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several GPUs; the trainer would split a row over them
     return arguments
 
 
 def rows_per_process(rows_per_step: int) -> int:
-    """Rows each rank runs before a step: ranks x accumulation = packs per step, or an error that names the nearest."""
+    """Return how many rows each process runs before a step. Raises UserError, which names the nearest `tokens_per_step`."""
     processes = collectives.world_size()
     if rows_per_step % processes:
         nearest = max(1, round(rows_per_step / processes)) * processes
         raise UserError(
-            f"tokens_per_step / row_tokens gives {rows_per_step} packs a step, which {processes} processes cannot "
+            f"tokens_per_step / row_tokens gives {rows_per_step} rows a step, which {processes} processes cannot "
             f"share out evenly; the nearest is {nearest}: set training.tokens_per_step to {nearest} x row_tokens"
         )
     return rows_per_step // processes
 
 
 def _schedule(settings: Training) -> dict[str, Any]:
-    """The trainer's own schedules, with a final value: all are ratios, so that groups keep their own rates' shape."""
+    """Return the trainer's schedule: factors of the learning rate, so that groups keep the shape of their own rates."""
     if settings.schedule == "cosine":
         kwargs = {"min_lr": settings.final_learning_rate}
         return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}
@@ -105,7 +105,8 @@ def _schedule(settings: Training) -> dict[str, Any]:
     return {"lr_scheduler_type": "constant_with_warmup"}
 
 
-def division(parallel: str) -> dict[str, Any]:
+def sharding(parallel: str) -> dict[str, Any]:
+    """Return the trainer's FSDP arguments, from the file that configures the launcher; none for ddp or one process."""
     if parallel == "ddp" or collectives.world_size() == 1:
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and collectives.world_size() > 1:
             raise UserError(

@@ -1,4 +1,4 @@
-"""What is written down while a trainer trains: a line a step, and a bar to look at."""
+"""What a training writes and shows: metrics.jsonl, a line for each step, and a progress bar."""
 
 import json
 from pathlib import Path
@@ -16,16 +16,16 @@ from modeling.towers import stock_name, tower_of
 
 
 class MetricsFile(TrainerCallback):
-    """Writes each log of the trainer as a line of metrics.jsonl, with the step's epoch and tokens from the schedule.
+    """Writes each log of the trainer as a line of metrics.jsonl, with the epoch and the tokens of the step.
 
-    The line of a step that is saved or evaluated, and of the last one, has the gates as well.
+    The line of a step that is saved or evaluated, and of the last step, has the gates as well.
     """
 
     def __init__(self, path: Path, rows: Rows, rows_per_step: int):
-        self.path, self.rows, self.packs = path, rows, rows_per_step
+        self.path, self.rows, self.rows_per_step = path, rows, rows_per_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Going on from a checkpoint, lines of later steps are of a run that was lost."""
+        """Drop lines of steps after the checkpoint that the run goes on from: those steps were lost."""
         if collectives.is_main() and self.path.is_file():
             kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
             atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -35,15 +35,15 @@ class MetricsFile(TrainerCallback):
             return
         milestone = control.should_save or control.should_evaluate or state.global_step == state.max_steps
         gates = gate_openings(kwargs["model"]) if milestone and "loss" in logs else {}
-        step = range(max(state.global_step - 1, 0) * self.packs, state.global_step * self.packs)
-        mine = sum(
-            self.rows.tokens(row) for row in step[collectives.rank() :: collectives.world_size()]
-        )  # who made a row knows
+        last = state.global_step * self.rows_per_step
+        step = range(max(last - self.rows_per_step, 0), last)
+        # The tokens of a streamed row are known where it was made.
+        mine = sum(self.rows.tokens(row) for row in step[collectives.rank() :: collectives.world_size()])
         tokens = int(sum(one for (one,) in collectives.gather_numbers([mine])))
         if not collectives.is_main():
             return
-        place = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}
-        line = {**place, **{key: value for key, value in logs.items() if key != "epoch"}, "tokens": tokens}
+        line = {"step": state.global_step, "epoch": self.rows.epoch(step[0]) if step else 0}
+        line |= {key: value for key, value in logs.items() if key != "epoch"} | {"tokens": tokens}
         if gates:
             line["gates"] = gates
         with self.path.open("a", encoding="utf-8") as metrics:
@@ -51,7 +51,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over all steps, with the last loss. Use it as a context: whatever ends the training ends the bar."""
+    """A bar over all steps, with the last loss. Use it as a context: whatever ends the training ends the bar."""
 
     def __enter__(self) -> Self:
         self.progress = bar()
@@ -70,10 +70,10 @@ class ProgressBar(TrainerCallback):
 
 
 def gate_openings(model: nn.Module) -> dict[str, list[float]]:
-    """tanh of every trained gate, layer by layer: {"alpha_cross_attn": [0.1, ...], "alpha_dense": [0.2, ...]}.
+    """Return tanh of every trained gate, layer by layer: {"alpha_cross_attn": [0.1, ...], "alpha_dense": [0.2, ...]}.
 
-    0 is shut. Of a gate with a value for each channel, the mean. Where parameters are divided over processes, all must
-    ask.
+    0 is a closed gate. For a gate with a value per channel, the mean. Where parameters are sharded over processes, all
+    of them must call this.
     """
     openings: dict[str, list[float]] = {}
     for name, parameter in model.named_parameters():
@@ -83,12 +83,12 @@ def gate_openings(model: nn.Module) -> dict[str, list[float]]:
 
 
 def tokens_trained(metrics: Path) -> int:
-    """Of all steps so far, by metrics.jsonl."""
+    """Return the tokens of all steps so far, by metrics.jsonl."""
     return sum(line["tokens"] for line in read_metrics(metrics) if "loss" in line)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; those that cannot be read, such as one that a power cut broke off, are counted."""
+    """Return the lines of metrics.jsonl; log how many cannot be read, such as one that a power cut broke off."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     found = [one for line in lines if (one := _metrics_line(line)) is not None]
     if len(found) < len(lines):

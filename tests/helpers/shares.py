@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from finetune.training.arguments import division
+from finetune.training.arguments import sharding
 from modeling import tiny
 from modeling.adapters import attach
 from modeling.loading import extend_vocabulary
@@ -40,7 +40,7 @@ def adapted() -> nn.Module:
 
 def divided() -> dict[str, object]:
     """Bytes of this process's shares of weights and of adapters, and how many modules of a kind are gathered alone."""
-    config = division("fsdp2")["fsdp_config"]
+    config = sharding("fsdp2")["fsdp_config"]
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy=config["fsdp_auto_wrap_policy"],

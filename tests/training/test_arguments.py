@@ -13,7 +13,7 @@ from modeling.errors import UserError
 
 def test_a_step_that_processes_cannot_share_names_the_nearest(tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.distributed.collectives.world_size", lambda: 4)
-    with pytest.raises(UserError, match="6 packs a step, which 4 processes cannot share out evenly; the nearest is 8"):
+    with pytest.raises(UserError, match="6 rows a step, which 4 processes cannot share out evenly; the nearest is 8"):
         training_arguments(tmp_path, training(6), steps=1)
 
 
