@@ -83,7 +83,7 @@ def training_arguments(
 
 
 def rows_per_process(rows_per_step: int) -> int:
-    """Return how many rows each process runs before a step. Raises UserError, which names the nearest `tokens_per_step`."""
+    """Return how many rows each process runs before a step. Raises UserError where they cannot be shared out."""
     processes = collectives.world_size()
     if rows_per_step % processes:
         nearest = max(1, round(rows_per_step / processes)) * processes
