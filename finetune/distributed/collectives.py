@@ -11,8 +11,7 @@ for no other.
 
 import atexit
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
@@ -170,19 +169,12 @@ def require_shared(key: str, folder: Path) -> None:
 
 
 def _try(work: Callable[[], Item]) -> tuple[Any, Exception | None]:
-    """Return (what `work` returned, None), or (None, the mistake it raised)."""
-    with _alone():
-        try:
-            return work(), None
-        except (UserError, OSError) as error:
-            return None, error
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
+    """Return (what `work` returned, None), or (None, the mistake it raised); meanwhile this process is alone."""
     token = _inside.set(True)
     try:
-        yield
+        return work(), None
+    except (UserError, OSError) as error:
+        return None, error
     finally:
         _inside.reset(token)
 

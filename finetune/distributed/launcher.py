@@ -130,7 +130,14 @@ def _reported_status(logs: Path) -> int | None:
 
 def _report_death(failures: Mapping[int, Any], processes: int) -> int:
     """Log what no process could: that one was killed, or lost the others. failures: torchrun's, by rank."""
-    rank, failure = _cause(failures)
+    first = min(failure.timestamp for failure in failures.values())
+    # torchrun ends the others by SIGTERM, and SIGKILL half a minute later; or they lose the connection to the dead one.
+    killed = [
+        (rank, failure)
+        for rank, failure in failures.items()
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM and failure.timestamp < first + 10
+    ]
+    rank, failure = killed[0] if killed else min(failures.items(), key=lambda item: item[1].timestamp)
     if failure.exitcode < 0:
         why = ", most likely because memory ran out" if -failure.exitcode == signal.SIGKILL else ""
         log(f"process {rank} of {processes} was killed by {failure.signal_name()}{why}; {KEPT}")
@@ -140,20 +147,6 @@ def _report_death(failures: Mapping[int, Any], processes: int) -> int:
         log(message["extraInfo"]["py_callstack"])
     log(f"process {rank} of {processes} ended with status {failure.exitcode}; {KEPT}")
     return failure.exitcode
-
-
-def _cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
-    """Return (rank, failure) of the process that ended first.
-
-    torchrun then ended the others, by SIGTERM, and SIGKILL half a minute later; or they lost the connection to it.
-    """
-    first = min(failure.timestamp for failure in failures.values())
-    killed = [
-        (rank, failure)
-        for rank, failure in failures.items()
-        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM and failure.timestamp < first + 10
-    ]
-    return killed[0] if killed else min(failures.items(), key=lambda item: item[1].timestamp)
 
 
 def is_main_process() -> bool:
@@ -211,7 +204,8 @@ def report_unexpected(error: Exception) -> None:
     A lost connection to another process is only a consequence: the launcher knows more, and shows it if nobody
     explains it.
     """
-    if _lost_another(error):
+    torch = sys.modules.get("torch")
+    if torch and (isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
@@ -220,14 +214,6 @@ def report_unexpected(error: Exception) -> None:
         _wait_for_report(folder)
     else:
         report_failure(lambda: log_error(traceback.format_exc()), 1, final=False)
-
-
-def _lost_another(error: Exception) -> bool:
-    if "torch" not in sys.modules:
-        return False
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or "/gloo/" in str(error)
 
 
 def _wait_for_report(folder: Path) -> None:
