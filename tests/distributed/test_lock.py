@@ -95,7 +95,7 @@ def test_lock_on_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "lockf", none)
     with working_in(tmp_path / "run"):
         (tmp_path / "run" / "result").touch()
-    assert "this disk knows no locks (No locks available); start no second command" in capsys.readouterr().err
+    assert "this disk has no locks (No locks available); start no second command" in capsys.readouterr().err
 
 
 def test_lock_deleted_by_its_last_holder_is_not_taken_for_the_new_one(tmp_path, monkeypatch):

@@ -249,7 +249,7 @@ def test_features_that_vanished_meanwhile_are_named_with_their_repair(harm, cach
     features = opened(cache, images, [0], lambda: towers)
     file = features.files[0].file
     file.unlink() if harm == "deleted" else file.write_bytes(b"")
-    with pytest.raises(UserError, match="give the same command again: it computes them anew, and goes on") as error:
+    with pytest.raises(UserError, match="give the same command again: it computes them again, and goes on") as error:
         features([0])
     assert str(error.value).startswith(f"{file}: image features that were there when this run began")
 
