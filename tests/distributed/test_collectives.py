@@ -120,7 +120,8 @@ def written(folder, number):
     return (folder / f"written.{number}").read_text().splitlines()
 
 
-def test_figures_and_answers_of_two_processes_are_those_of_one(one, two):
+def test_two_processes_evaluate_as_one(one, two):
+    """Figures and answers are the same."""
     folder, outcomes = two
     assert [status for status, *_ in outcomes] == [0, 0], outcomes
     assert result(one, "evaluation.json") == result(folder, "evaluation.json")
@@ -130,7 +131,8 @@ def test_figures_and_answers_of_two_processes_are_those_of_one(one, two):
     assert result(one, "data.json") == result(folder, "data.json")
 
 
-def test_the_model_that_one_of_two_processes_merges_is_that_of_one(one, two):
+def test_two_processes_merge_as_one(one, two):
+    """The model that one of two processes merges is that of one."""
     folder, _ = two
     weights = [place / "run" / "merged" / "model.safetensors" for place in (one, folder)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -138,7 +140,8 @@ def test_the_model_that_one_of_two_processes_merges_is_that_of_one(one, two):
     assert proof["answers"] == proof["same_answers"] > 0
 
 
-def test_what_two_nodes_prepare_is_what_one_prepares_byte_for_byte(one, two):
+def test_two_nodes_prepare_as_one(one, two):
+    """Byte for byte."""
     folder, _ = two
     (mine,), (theirs,) = (sorted((place / "prepared").glob("dialogues*/")) for place in (one, folder))
     assert mine.name == theirs.name
@@ -149,7 +152,9 @@ def test_what_two_nodes_prepare_is_what_one_prepares_byte_for_byte(one, two):
         assert (mine / name).read_bytes() == (theirs / name).read_bytes(), name
 
 
-def test_features_of_two_processes_are_those_of_one_and_each_computes_some(one, two):
+def test_two_processes_compute_features_as_one(one, two):
+    """Each computes some of them."""
+
     def held(place):
         files = [load_file(path) for path in (place / "features").rglob("*.safetensors")]
         rows = [row for file in files for row in zip(file["images"].numpy(), file["features"], strict=True)]
@@ -166,7 +171,8 @@ def test_features_of_two_processes_are_those_of_one_and_each_computes_some(one, 
     assert sum(by_each) == len(list((folder / "features").rglob("*.safetensors")))
 
 
-def test_of_two_processes_one_writes_the_run_and_each_its_parts(two):
+def test_two_processes_write(two):
+    """One writes the run folder, and each its parts of what is prepared."""
     folder, _ = two
     main, other = (written(folder, number) for number in (0, 1))
     of_the_run = [name for name in main if name.startswith("run/")]
@@ -185,7 +191,8 @@ def test_of_two_processes_one_writes_the_run_and_each_its_parts(two):
     ]
 
 
-def test_two_processes_share_out_questions_and_held_out_rows(one, two):
+def test_two_processes_share_out_the_evaluation(one, two):
+    """Two processes share out questions and held out rows."""
     folder, _ = two
     questions = result(one, "evaluation.json")["tuned"]["questions"]
     batches = -(-questions // 2)
@@ -197,7 +204,7 @@ def test_two_processes_share_out_questions_and_held_out_rows(one, two):
     assert other["measured"] > 0
 
 
-def test_of_two_processes_one_talks(two):
+def test_two_processes_print_once(two):
     folder, ((_, stdout, stderr), (_, other_stdout, other_stderr)) = two
     assert json.loads(stdout) == result(folder, "result.json")
     assert "train: done before" in stderr
@@ -275,12 +282,13 @@ def steps(folder, local_rank):
 
 
 @pytest.mark.parametrize(("local_rank", "nodes"), [(None, [(0, 1), (None, 1)]), ("0", [(0, 2), (1, 2)])])
-def test_the_steps_of_two_processes(tmp_path, local_rank, nodes):
+def test_steps_of_two_processes(tmp_path, local_rank, nodes):
     """On one machine; on two, where each is its machine's first."""
     assert run_processes(2, steps, tmp_path, local_rank) == nodes
 
 
-def test_one_process_waits_for_nobody_and_its_mistakes_are_its_own():
+def test_steps_of_one_process():
+    """It waits for nobody, and its mistakes are its own."""
     assert collectives.on_main("a", lambda: collectives.world_size()) == 1
     assert collectives.share_out("b", range(3), lambda item: item + 1) == [1, 2, 3]
     team = collectives.nodes()
@@ -298,7 +306,7 @@ def test_one_process_waits_for_nobody_and_its_mistakes_are_its_own():
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", ["hello"]), ("1", [])])
-def test_the_first_process_talks(rank, said):
+def test_main_process_prints(rank, said):
     script = "from finetune import console; console.log('hello'); list(console.track([1], 'bar'))"
     command, environment = [sys.executable, "-c", script], {**ENVIRONMENT, "RANK": rank}
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -322,7 +330,8 @@ def watched(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_makes_a_fresh_base_quantises_it_trains_evaluates_and_merges(watched, recipe_of, tmp_path):
+def test_torchrun_does_everything(watched, recipe_of, tmp_path):
+    """A fresh base is made, quantised, trained, evaluated and merged."""
     changes = ["model.base=null", "model.init=tiny", "model.quantize=nf4", "data.eval_split=0.2"]
     outcome = torchrun(watched, "run", *recipe_of(tmp_path), *changes, "--json")
     assert outcome.returncode == 0, outcome.stderr
@@ -339,14 +348,15 @@ def test_torchrun_makes_a_fresh_base_quantises_it_trains_evaluates_and_merges(wa
 
 
 @pytest.mark.slow
-def test_a_mistake_that_all_meet_is_told_once_and_ends_all(watched, recipe_of, tmp_path):
+def test_torchrun_mistake_of_all(watched, recipe_of, tmp_path):
+    """It is reported once, and ends all."""
     outcome = torchrun(watched, "run", *recipe_of(tmp_path), "data.max_length=8", "--json")
     assert outcome.returncode == 1
     assert outcome.stderr.count("no dialogue is left:") == 1
     assert outcome.stdout == ""
 
 
-def test_streamed_records_are_counted_whichever_process_opens_their_images(write_recipe, tmp_path):
+def test_streamed_records_are_counted_over_processes(write_recipe, tmp_path):
     """Twelve dialogues, three of them with an image that is broken, and an account that is one process's."""
     data = {"sources": [{"path": "dialogues.jsonl", "stream": True}], "eval_split": 0, "shuffle_buffer": 3}
     recipe = write_recipe(tmp_path, adapter={"dropout": 0.0}, data=data, training={"steps": 24}, evaluation=None)

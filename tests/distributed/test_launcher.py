@@ -78,7 +78,8 @@ def by_hand(case, *options):
 @pytest.mark.parametrize(
     ("parallel", "fsdp"), [("ddp", {}), ("fsdp2", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})]
 )
-def test_so_many_processes_run_as_one_group_and_the_first_alone_speaks(parallel, fsdp):
+def test_launch_one_group(parallel, fsdp):
+    """The first process alone prints."""
     status, stdout, stderr = launched("group", "--processes", 3, "--parallel", parallel)
     assert (status, stderr) == (0, "rank 0 speaks\n")
     processes = json.loads(stdout)["processes"]
@@ -90,7 +91,8 @@ def test_so_many_processes_run_as_one_group_and_the_first_alone_speaks(parallel,
     assert processes == [{"rank": rank, **same} for rank in range(3)]
 
 
-def test_accelerate_launch_by_hand_starts_the_same_group():
+def test_accelerate_launch_by_hand():
+    """It starts the same group."""
     status, stdout, stderr = by_hand("group")
     assert status == 0
     assert [(process["rank"], process["of"]) for process in json.loads(stdout)["processes"]] == [(0, 2), (1, 2)]
@@ -98,7 +100,8 @@ def test_accelerate_launch_by_hand_starts_the_same_group():
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(1, 6), (4, 1), (100, 1)])
-def test_processes_share_the_cores_unless_the_user_says_otherwise(monkeypatch, processes, threads):
+def test_launch_shares_cores(monkeypatch, processes, threads):
+    """Unless the user sets the number of threads."""
     monkeypatch.setattr(launch_module, "available_cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert launch_module._environment(processes)["OMP_NUM_THREADS"] == str(threads)
@@ -113,19 +116,22 @@ def test_processes_share_the_cores_unless_the_user_says_otherwise(monkeypatch, p
         ("second_mistaken", "data: the second process alone knows\n"),
     ],
 )
-def test_a_mistake_is_told_once_by_whoever_met_it_first(case, said):
+def test_mistake_is_reported_once(case, said):
+    """By the process that met it first, alone."""
     assert launched(case) == (1, "", said)
 
 
 @pytest.mark.parametrize("case", ["all_mistaken", "second_mistaken"])
-def test_started_by_hand_a_mistake_is_told_once_too(case):
+def test_mistake_is_reported_once_by_hand(case):
+    """Processes that were started by hand report a mistake once, too."""
     status, _, stderr = by_hand(case)
     assert status == 1
     said = re.findall(r"^(?:model\.base: nothing is there|data: the second process alone knows)$", stderr, re.M)
     assert len(said) == 1
 
 
-def test_an_unforeseen_error_s_traceback_is_shown_once_and_the_others_lost_connection_is_not():
+def test_unexpected_error_is_shown_once():
+    """The connections that the others lost are not shown."""
     status, stdout, stderr = launched("second_crashes")
     assert (status, stdout) == (1, "")
     assert stderr.count("Traceback (most recent call last)") == 1
@@ -145,13 +151,15 @@ KEPT = "what is complete is kept, and the same command goes on from the last che
         ("first_exits", 5, "process 0 of 2 ended with status 5; "),
     ],
 )
-def test_a_process_that_dies_silently_is_named_and_ends_the_others_at_once(case, status, said):
+def test_dead_process_is_named(case, status, said):
+    """It ends the others at once."""
     began = time.monotonic()
     assert launched(case) == (status, "", said + KEPT)
     assert time.monotonic() - began < 30  # the others sleep for a minute, or wait for it in a collective for ever
 
 
-def test_a_lost_connection_that_nobody_explains_is_shown():
+def test_lost_connection_is_shown():
+    """Where nobody explains it."""
     status, stdout, stderr = launched("peer_gone_without_failing")
     assert (status, stdout) == (1, "")
     assert stderr.startswith("Traceback (most recent call last)")
@@ -159,7 +167,8 @@ def test_a_lost_connection_that_nobody_explains_is_shown():
     assert stderr.endswith("process 0 of 2 ended with status 1; " + KEPT)
 
 
-def test_after_a_death_all_are_started_again_as_often_as_allowed():
+def test_restarts():
+    """After a death all are started again, as often as allowed."""
     restarted = "a process died; all were started again ({} of at most {})"
     status, stdout, stderr = launched("killed_once", "--restarts", 1)
     assert (status, json.loads(stdout), stderr) == (0, {"start": 1}, restarted.format(1, 1) + "\n")
@@ -172,7 +181,8 @@ def test_after_a_death_all_are_started_again_as_often_as_allowed():
     assert [stderr.count(f"KeyError: 'start {number}'") for number in range(3)] == [1, 1, 0]
 
 
-def test_a_mistake_is_not_made_again_by_starting_again():
+def test_restarts_do_not_repeat_a_mistake():
+    """A mistake is not made again by starting again."""
     status, stdout, stderr = launched("starts_count", "--restarts", 3)
     assert (status, stdout) == (1, "")
     assert stderr.count("once is enough") == 1
@@ -197,7 +207,7 @@ def still_running(pids):
 
 
 @pytest.mark.parametrize(("told", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_told_to_stop_its_processes_save_and_it_ends_with_the_signal_s_status(told, status):
+def test_launcher_stopped_by_signal(told, status):
     """Ctrl-C interrupts the terminal's foreground group: the launcher, which passes it on. They hear of it once."""
     process, pids = begun("saves_when_told", "--restarts", 2)
     os.killpg(process.pid, told)
@@ -215,14 +225,16 @@ def test_told_to_stop_its_processes_save_and_it_ends_with_the_signal_s_status(to
         (signal.SIGINT, 130, "interrupted; the same command goes on from the last checkpoint\n"),
     ],
 )
-def test_stopped_before_training_there_is_nothing_to_save(told, status, said):
+def test_launcher_stopped_before_training(told, status, said):
+    """There is nothing to save."""
     process, pids = begun("asleep")
     process.send_signal(told)
     assert end(process) == (status, "", said)
     assert not still_running(pids)
 
 
-def test_they_have_ten_minutes_to_save_or_what_the_user_says(monkeypatch):
+def test_launcher_gives_time_to_save(monkeypatch):
+    """Ten minutes, or what the user sets."""
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     assert launch_module._environment(2)["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
     process, pids = begun("never_saves", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
@@ -231,7 +243,8 @@ def test_they_have_ten_minutes_to_save_or_what_the_user_says(monkeypatch):
     assert not still_running(pids)
 
 
-def test_a_launcher_that_is_killed_leaves_nothing_running():
+def test_launcher_killed():
+    """It leaves nothing running."""
     process, pids = begun("saves_when_told")
     process.kill()
     _, _, stderr = end(process)
@@ -239,7 +252,8 @@ def test_a_launcher_that_is_killed_leaves_nothing_running():
     assert not still_running(pids)
 
 
-def test_what_cannot_be_started_is_told_before(monkeypatch):
+def test_launch_refused(monkeypatch):
+    """What cannot be started is refused before."""
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "is_available", lambda: True)
         patched.setattr(torch.cuda, "device_count", lambda: 2)
@@ -263,7 +277,8 @@ def invoke(*arguments):
 
 
 @pytest.mark.parametrize("verb", ["run", "train", "evaluate"])
-def test_the_verb_is_started_with_the_recipe_s_configuration_and_ends_as_it_ends(recipe_file, monkeypatch, verb):
+def test_verb_is_launched(recipe_file, monkeypatch, verb):
+    """With the recipe's configuration; it ends with the launcher's status."""
     asked = []
     monkeypatch.setattr(launch_module, "launch", lambda arguments, **options: asked.append((arguments, options)) or 7)
     outcome = invoke(verb, recipe_file, "training.parallel=fsdp2", "--processes", 2, "--restarts", 3, "--json")
@@ -272,7 +287,8 @@ def test_the_verb_is_started_with_the_recipe_s_configuration_and_ends_as_it_ends
     assert asked == [(arguments, {"processes": 2, "parallel": "fsdp2", "restarts": 3})]
 
 
-def test_a_recipe_s_errors_and_options_that_do_not_fit_start_nothing(recipe_file, monkeypatch):
+def test_verb_is_not_launched_with_errors(recipe_file, monkeypatch):
+    """A recipe's errors and options that do not fit start nothing."""
     monkeypatch.setattr(launch_module, "launch", None)  # a call would fail
     outcome = invoke("run", recipe_file, "training.lerning_rate=1", "--processes", 2)
     assert outcome.exit_code == 1
@@ -288,7 +304,7 @@ def parsed(*options):
     return arguments
 
 
-def test_fsdp2_divides_decoder_and_cross_attention_layers(monkeypatch, caplog):
+def test_fsdp2_shards_decoder_and_cross_attention(monkeypatch, caplog):
     arguments = parsed("--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", 8, "-m", "finetune", "run", "a.yaml")
     environment = prepare_multi_gpu_env(arguments)
     for name, value in environment.items():
@@ -307,7 +323,8 @@ def test_fsdp2_divides_decoder_and_cross_attention_layers(monkeypatch, caplog):
     assert all(hasattr(modeling_idefics, name) for name in classes)
 
 
-def test_one_process_needs_no_torchrun():
+def test_single_configuration():
+    """One process needs no torchrun."""
     arguments = parsed("--config_file", CONFIGS / "single.yaml", "-m", "finetune", "run", "a.yaml")
     assert (arguments.multi_gpu, arguments.use_fsdp, arguments.num_processes) == (False, False, 1)
 
@@ -348,7 +365,8 @@ def slurm(tmp_path):
     return lambda **more: subprocess.Popen(script, env={**environment, **more}, start_new_session=True, **streams)
 
 
-def test_slurm_s_script_is_bash_and_accelerate_s_parser_takes_its_command(slurm, tmp_path):
+def test_slurm_command(slurm, tmp_path):
+    """The script is bash, and accelerate's parser takes its command."""
     script = (ROOT / "scripts" / "train.slurm").read_text()
     subprocess.run(["bash", "-n", ROOT / "scripts" / "train.slurm"], check=True)
     assert {"#SBATCH --signal=B:USR1@300", "#SBATCH --requeue"} <= {line.split("  ")[0] for line in script.splitlines()}
@@ -388,7 +406,8 @@ sys.exit(143)
 """
 
 
-def test_slurm_s_script_makes_one_group_of_two_machines_saves_before_the_limit_and_queues_again(slurm, tmp_path):
+def test_slurm_group_of_two_machines(slurm, tmp_path):
+    """It saves before the time limit, and queues again."""
     (tmp_path / "finetune" / "distributed").mkdir(parents=True)
     (tmp_path / "finetune" / "__init__.py").touch()
     (tmp_path / "finetune" / "distributed" / "launcher.py").write_text(f"print({str(CONFIGS / 'ddp.yaml')!r})")

@@ -122,7 +122,8 @@ def test_lock_where_there_can_be_no_folder(tmp_path, place):
         pytest.fail("in")
 
 
-def test_every_verb_that_writes_in_a_run_folder_is_locked_out(recipe_file, tmp_path):
+def test_lock_keeps_every_verb_out(recipe_file, tmp_path):
+    """Every verb that writes in a run folder is locked out."""
     place = tmp_path / "run"
     with open_run(load_recipe(recipe_file)) as run_dir:
         (run_dir.folder / "adapter").mkdir()

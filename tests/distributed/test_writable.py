@@ -41,14 +41,15 @@ def around(tmp_path, monkeypatch):
         ("x/" * 3000, True, "is not a valid path: File name too long"),
     ],
 )
-def test_what_cannot_be_written(around, path, folder, problem):
+def test_not_writable(around, path, folder, problem):
+
     with pytest.raises(UserError) as raised:
         check_place("--out", Path(path), folder=folder)
     assert str(raised.value) == f"--out: {str(Path(path))!r:.200} {problem.format(around)}"
 
 
 @pytest.mark.parametrize("path", ["\ud800", "a/\udfff/b"])
-def test_a_name_that_no_file_can_have(around, path):
+def test_not_writable_any_name(around, path):
     with pytest.raises(UserError, match=r"^--out: '.*' is not a valid path: "):
         check_place("--out", Path(path))
 
@@ -68,7 +69,7 @@ def test_a_name_that_no_file_can_have(around, path):
         (".", True),
     ],
 )
-def test_what_can_be_written_is_not_made(around, path, folder):
+def test_writable_leaves_nothing(around, path, folder):
     before = sorted(around.rglob("*"))
     check_place("--out", Path(path), folder=folder)
     assert sorted(around.rglob("*")) == before
@@ -77,7 +78,7 @@ def test_what_can_be_written_is_not_made(around, path, folder):
 @pytest.mark.parametrize(
     ("path", "folder"), [("shut/new", False), ("shut/file", False), ("shut", True), ("shut/a/b", True)]
 )
-def test_what_is_read_only(around, monkeypatch, path, folder):
+def test_not_writable_read_only(around, monkeypatch, path, folder):
     (around / "shut").mkdir()
     (around / "shut" / "file").touch()
 
@@ -93,12 +94,14 @@ def test_what_is_read_only(around, monkeypatch, path, folder):
 
 
 @pytest.mark.parametrize("path", ["/proc/nothing", "/proc/no/such.html"])
-def test_where_no_file_can_be_made_although_permissions_allow_it(path):
+def test_not_writable_although_permissions_allow_it(path):
+    """Where no file can be made although permissions allow it."""
     with pytest.raises(UserError, match="cannot be written: no file can be made in /proc: "):
         check_place("--html", Path(path))
 
 
-def test_a_file_that_is_read_only_is_not_replaced(around, monkeypatch):
+def test_not_writable_read_only_file(around, monkeypatch):
+    """A file that is read only is not replaced."""
     monkeypatch.setattr("finetune.distributed.writable.os.access", lambda place, mode: place != around / "file")
     with pytest.raises(UserError, match="'file' is read-only; choose another place"):
         check_place("--out", Path("file"))

@@ -11,18 +11,22 @@ from finetune.training.arguments import training_arguments
 from modeling.errors import UserError
 
 
-def test_a_step_that_processes_cannot_share_names_the_nearest(tmp_path, monkeypatch):
+def test_rows_per_process_uneven(tmp_path, monkeypatch):
+    """A step that the processes cannot share out is refused; the message names the nearest."""
     monkeypatch.setattr("finetune.distributed.collectives.world_size", lambda: 4)
     with pytest.raises(UserError, match="6 rows a step, which 4 processes cannot share out evenly; the nearest is 8"):
         training_arguments(tmp_path, training(6), steps=1)
 
 
-def test_a_tracker_that_is_not_installed_is_a_user_s_mistake(tmp_path):
+def test_tracker_not_installed(tmp_path):
+    """A tracker that is not installed is a user's mistake."""
     with pytest.raises(UserError, match=r"training\.trackers: wandbb not installed here"):
         training_arguments(tmp_path, training(trackers=["wandbb"]), steps=1)
 
 
-def test_one_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
+def test_one_process_uses_one_gpu(tmp_path, monkeypatch):
+    """One process trains on one GPU of several."""
+
     class OfTwo(SFTConfig):
         def __post_init__(self):
             super().__post_init__()
@@ -32,7 +36,7 @@ def test_one_process_trains_on_one_gpu_of_several(tmp_path, monkeypatch):
     assert training_arguments(tmp_path, training(), steps=1).n_gpu == 1
 
 
-def test_fp16_products_scale_the_loss(monkeypatch, tmp_path):
+def test_fp16_scales_the_loss(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(module, "SFTConfig", lambda **arguments: seen.update(arguments) or SimpleNamespace(n_gpu=0))
     training_arguments(tmp_path, training(optimizer="adamw_8bit"), steps=1, scaled=True)

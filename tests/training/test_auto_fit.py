@@ -37,13 +37,14 @@ def begun(recipe):
         return run_dir.recipe
 
 
-def test_a_recipe_too_large_for_the_gpu_runs_with_the_least_change_and_the_same_command_goes_on(
+def test_auto_fit_changes_a_recipe_too_large(
     recipe,
     recipe_file,
     tmp_path,
     on_gpu,
     capsys,
 ):
+    """It runs with the least change, and the same command goes on with it whatever GPU there is."""
     asked = needed(recipe)
     on_gpu(asked - 1)
     fitted = begun(recipe)
@@ -67,7 +68,7 @@ def test_a_recipe_too_large_for_the_gpu_runs_with_the_least_change_and_the_same_
     assert run(recipe, ("train",))["train"]["steps"] == 4
 
 
-def test_a_change_of_what_is_trained_is_kept_to(recipe, recipe_file, on_gpu, monkeypatch):
+def test_auto_fit_keeps_a_change_of_what_is_trained(recipe, recipe_file, on_gpu, monkeypatch):
     on_gpu(1)
     monkeypatch.setattr(Planner, "fits", lambda self, recipe, budget: recipe.adapter.rank < 4 or recipe.model.quantize)
     first = begun(recipe)
@@ -78,14 +79,14 @@ def test_a_change_of_what_is_trained_is_kept_to(recipe, recipe_file, on_gpu, mon
     assert begun(asked_without) == asked_without  # nothing is trained yet
 
 
-def test_what_the_command_says_anew_is_taken(recipe, recipe_file, on_gpu):
+def test_auto_fit_takes_keys_given_later(recipe, recipe_file, on_gpu):
     on_gpu(needed(recipe) - 1)
     begun(recipe)
     again = load_recipe(recipe_file, [FIT, "training.checkpointing=3"])
     assert begun(again) == again
 
 
-def test_what_fits_is_left_alone(recipe, tmp_path, on_gpu, capsys):
+def test_auto_fit_leaves_what_fits(recipe, tmp_path, on_gpu, capsys):
     on_gpu(needed(recipe))
     assert begun(recipe) == recipe
     assert not (tmp_path / "run" / "auto_fit.json").exists()
@@ -94,7 +95,8 @@ def test_what_fits_is_left_alone(recipe, tmp_path, on_gpu, capsys):
     assert begun(recipe) == recipe
 
 
-def test_without_a_gpu_nothing_is_done_and_that_is_said_once(recipe, on_gpu, capsys):
+def test_auto_fit_without_gpu(recipe, on_gpu, capsys):
+    """Nothing is done, and that is logged once."""
     on_gpu(None)
     assert begun(recipe) == recipe
     assert "there is no GPU here" in capsys.readouterr().err
@@ -102,14 +104,16 @@ def test_without_a_gpu_nothing_is_done_and_that_is_said_once(recipe, on_gpu, cap
     assert capsys.readouterr().err == ""
 
 
-def test_not_asked_nothing_is_done(recipe_file, tmp_path, on_gpu):
+def test_auto_fit_off(recipe_file, tmp_path, on_gpu):
+
     on_gpu(1)
     recipe = load_recipe(recipe_file)
     assert begun(recipe) == recipe
     assert not (tmp_path / "run" / "auto_fit.json").exists()
 
 
-def test_where_nothing_fits_it_is_told_what_was_tried_and_no_folder_is_made(recipe, tmp_path, on_gpu):
+def test_auto_fit_nothing_fits(recipe, tmp_path, on_gpu):
+    """The message says what was tried, and no folder is made."""
     on_gpu(2**20)
     with pytest.raises(UserError, match=r"1\.0 MiB there, and nothing makes it fit; tried, .*training\.checkpointing="):
         begun(recipe)
@@ -130,7 +134,7 @@ def in_a_group(recipe, sizes):
         return str(error)
 
 
-def test_several_processes_decide_alike_by_the_smallest_gpu(recipe, tmp_path):
+def test_auto_fit_processes_decide_by_the_smallest_gpu(recipe, tmp_path):
     alone = Planner(recipe, on_gpu=True, processes=2)
     sizes = [10 * needed(recipe), alone.needed(recipe) - 1]
     both = run_processes(2, in_a_group, recipe, sizes)
@@ -140,7 +144,8 @@ def test_several_processes_decide_alike_by_the_smallest_gpu(recipe, tmp_path):
     assert json.loads((tmp_path / "run" / "auto_fit.json").read_text())["gpu"] == sizes[1]
 
 
-def test_several_processes_end_alike_where_nothing_fits(recipe):
+def test_auto_fit_processes_end_alike(recipe):
+    """Several processes end alike where nothing fits."""
     both = run_processes(2, in_a_group, recipe, [2**40, 1])
     assert both[0] == both[1]
     assert "nothing makes it fit" in both[0]

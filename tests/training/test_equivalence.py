@@ -78,7 +78,8 @@ each_kind = pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 
 
 @each_layout
-def test_from_equal_weights_every_step_has_equal_loss_and_gradients(processes, kind, together, alone):
+def test_processes_have_equal_loss_and_gradients(processes, kind, together, alone):
+    """From equal weights every step has the loss and the gradients of one process."""
     folder, returned = together(processes, kind)
     assert len(returned) == processes
     for count, wrapped, divided in (training for trainings in returned for training in trainings):
@@ -95,7 +96,7 @@ def test_from_equal_weights_every_step_has_equal_loss_and_gradients(processes, k
 
 
 @each_layout
-def test_the_adapter_in_the_end(processes, kind, together, alone):
+def test_processes_end_with_the_same_adapter(processes, kind, together, alone):
     folder, _ = together(processes, kind)
     assert relative_error(adapter(folder / "sgd"), adapter(alone / "sgd")) < 1e-5
     # A step of AdamW is at most about its rate, whatever the gradient: where rounding decides the sign of one near
@@ -109,7 +110,8 @@ def test_the_adapter_in_the_end(processes, kind, together, alone):
 
 
 @each_kind
-def test_resumed_equals_whole_bit_for_bit(kind, together, group, tmp_path):
+def test_resumed_processes_equal_whole(kind, together, group, tmp_path):
+    """Bit for bit."""
     whole, resumed = together(2, kind)[0] / "adamw", tmp_path / "resumed"
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     shutil.copy(whole / "metrics.jsonl", resumed)
@@ -126,7 +128,7 @@ def assert_equal(one, other):
     assert logged(one, "loss") == logged(other, "loss")
 
 
-def test_only_the_first_process_reads_the_weights(together, group, tmp_path, monkeypatch):
+def test_weights_are_read_by_the_first_process(together, group, tmp_path, monkeypatch):
     load, from_pretrained, readers = loading.load, PackedIdefics.from_pretrained, tmp_path / "readers"
 
     def read(*given, **options):
@@ -142,7 +144,7 @@ def test_only_the_first_process_reads_the_weights(together, group, tmp_path, mon
 
 
 @each_kind
-def test_held_out_losses_and_the_best_adapter(kind, together, alone):
+def test_processes_have_equal_eval_losses_and_best_adapter(kind, together, alone):
     got, expected = together(2, kind)[0] / "held", alone / "held"
     losses = logged(expected, "eval_loss")
     assert len(losses) == len(GROUPS) / PACKS
@@ -153,7 +155,8 @@ def test_held_out_losses_and_the_best_adapter(kind, together, alone):
 
 
 @pytest.mark.slow
-def test_the_script_prints_a_line_a_layout_and_judges(tmp_path, capsys, monkeypatch):
+def test_equivalence_script(tmp_path, capsys, monkeypatch):
+    """The script prints a line for each layout, and judges it."""
     assert compare(tmp_path, 2, [(2, "ddp")])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines if line.startswith("2 x")] == [["2", "x", "ddp"]]

@@ -74,7 +74,7 @@ def never():
     raise AssertionError("the towers were asked for")
 
 
-def test_features_are_those_of_the_model(base_folder, cache, towers, images):
+def test_features_equal_the_model(base_folder, cache, towers, images):
     features = opened(cache, images, range(22), lambda: towers)([21, 3, 3, 0])
     model = loading.load(str(base_folder)).model
     pixels = [cache.preprocessing.pixels(PIL.Image.open(images[number].source)) for number in (1, 3, 3, 0)]
@@ -84,7 +84,8 @@ def test_features_are_those_of_the_model(base_folder, cache, towers, images):
     torch.testing.assert_close(features, expected, rtol=RELATIVE, atol=RELATIVE)
 
 
-def test_each_distinct_image_is_computed_once_whatever_it_is_called(cache, towers, images):
+def test_features_computed_once_per_distinct_image(cache, towers, images):
+    """Whatever the image files are called."""
     computed = []
 
     def counted(pixels):
@@ -100,7 +101,7 @@ def test_each_distinct_image_is_computed_once_whatever_it_is_called(cache, tower
     assert torch.equal(again([0, 1]), opened(cache, images[:2], [0, 1], never)([0, 1]))
 
 
-def test_only_what_is_asked_for_is_computed(cache, towers, images):
+def test_features_computed_for_wanted_images_alone(cache, towers, images):
     features = opened(cache, images, [5, 2], lambda: towers)
     assert features([2, 5]).shape == (2, *cache.shape)
     assert (features.locations[[2, 5]] >= 0).all()
@@ -111,12 +112,13 @@ def test_only_what_is_asked_for_is_computed(cache, towers, images):
     assert len(list(cache.path.glob("*.safetensors"))) == 2
 
 
-def test_no_images_need_no_towers(cache):
+def test_features_of_no_images_need_no_towers(cache):
     features = cache.open([], np.zeros(0, "S32"), np.arange(0), towers=never)
     assert features([]).shape == (0, *cache.shape)
 
 
-def test_another_preprocessing_number_type_or_tower_has_its_own(cache, base_folder, tmp_path):
+def test_features_have_a_cache_for_each_tower(cache, base_folder, tmp_path):
+    """And for each preprocessing and number type."""
     folder = tmp_path / "other"
     shutil.copytree(base_folder, folder)
     loaded = loading.load(str(folder), instruct=False)
@@ -131,7 +133,7 @@ def test_another_preprocessing_number_type_or_tower_has_its_own(cache, base_fold
     assert len({cache.path, *(other.path for other in others)}) == 4
 
 
-def test_the_decoder_is_no_part_of_the_towers(cache, base_folder, tmp_path):
+def test_features_do_not_depend_on_the_decoder(cache, base_folder, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(base_folder, folder)
     loaded = loading.load(str(folder), instruct=False)
@@ -141,7 +143,8 @@ def test_the_decoder_is_no_part_of_the_towers(cache, base_folder, tmp_path):
     assert image_towers_fingerprint(folder) == cache.towers
 
 
-def test_what_a_killed_writer_left_is_no_feature(cache, towers, images):
+def test_features_of_a_killed_writer(cache, towers, images):
+    """What it left is no feature."""
     opened(cache, images, [0, 1], lambda: towers)
     (whole,) = cache.path.glob("*.safetensors")
     (cache.path / "a.partial").write_bytes(whole.read_bytes()[:100])
@@ -153,7 +156,9 @@ def test_what_a_killed_writer_left_is_no_feature(cache, towers, images):
     assert features([0, 1, 2]).isfinite().all()
 
 
-def test_what_another_process_of_the_run_is_writing_is_left_alone(cache, towers, images):
+def test_features_being_written_by_another_process(cache, towers, images):
+    """They are left alone."""
+
     def loaded():
         (cache.path / "another.partial").write_bytes(b"begun")
         return towers
@@ -162,7 +167,8 @@ def test_what_another_process_of_the_run_is_writing_is_left_alone(cache, towers,
     assert (cache.path / "another.partial").read_bytes() == b"begun"
 
 
-def test_interrupted_it_goes_on_with_what_is_missing(cache, towers, images, monkeypatch):
+def test_features_resume(cache, towers, images, monkeypatch):
+    """After an interruption only what is missing is computed."""
     monkeypatch.setattr("finetune.training.image_features.FILE_BYTES", 1)  # a file for each batch
     computed = []
 
@@ -178,7 +184,8 @@ def test_interrupted_it_goes_on_with_what_is_missing(cache, towers, images, monk
     assert computed == [16, 4, 4]
 
 
-def test_features_longest_unused_give_way(cache, towers, images):
+def test_features_eviction(cache, towers, images):
+    """The features that no run has used for longest give way."""
     other = replace(cache, towers="other")
     first = opened(other, images, [0, 1], lambda: towers)
     second = opened(other, images, [2, 3], lambda: towers)
@@ -220,7 +227,7 @@ def another_run():
         process.communicate()
 
 
-def test_eviction_leaves_what_a_live_run_uses(cache, towers, images, another_run):
+def test_features_eviction_leaves_files_in_use(cache, towers, images, another_run):
     files = {}
     for number, name in enumerate(("file", "folder", "idle")):
         other = replace(cache, towers=name)
@@ -245,7 +252,8 @@ def test_eviction_leaves_what_a_live_run_uses(cache, towers, images, another_run
 
 
 @pytest.mark.parametrize("harm", ["deleted", "cut"])
-def test_features_that_vanished_meanwhile_are_named_with_their_repair(harm, cache, towers, images):
+def test_features_vanished(harm, cache, towers, images):
+    """The message names the file and the repair."""
     features = opened(cache, images, [0], lambda: towers)
     file = features.files[0].file
     file.unlink() if harm == "deleted" else file.write_bytes(b"")
@@ -255,7 +263,8 @@ def test_features_that_vanished_meanwhile_are_named_with_their_repair(harm, cach
 
 
 @pytest.mark.parametrize("harm", ["empty", "half", "garbage", "other names", "other shape", "other type", "missing"])
-def test_damaged_features_are_computed_anew(harm, cache, towers, images):
+def test_features_damaged(harm, cache, towers, images):
+    """They are computed again."""
     whole = opened(cache, images, [0, 1], lambda: towers)
     (path,) = cache.path.glob("*.safetensors")
     expected, data = whole([0, 1]), path.read_bytes()
@@ -276,14 +285,16 @@ def test_damaged_features_are_computed_anew(harm, cache, towers, images):
     assert not path.exists()
 
 
-def test_what_is_used_stays_and_becomes_the_youngest(cache, towers, images):
+def test_features_used_become_the_youngest(cache, towers, images):
+    """What is used stays and becomes the youngest."""
     kept = opened(cache, images, [0], lambda: towers).files[0].file
     os.utime(kept, (1, 1))
     opened(cache, images, [0], never)
     assert kept.stat().st_mtime > 1
 
 
-def test_too_small_a_limit_or_disk_is_told_before_anything_is_computed(cache, images, monkeypatch):
+def test_features_limit_or_disk_too_small(cache, images, monkeypatch):
+    """The message comes before anything is computed."""
     with pytest.raises(UserError, match=r"data\.feature_cache_size: the features of 20 images take"):
         opened(replace(cache, limit=10), images, range(20), lambda: None)
     monkeypatch.setattr(
@@ -293,7 +304,8 @@ def test_too_small_a_limit_or_disk_is_told_before_anything_is_computed(cache, im
         opened(cache, images, range(20), lambda: None)
 
 
-def test_they_are_plain_data_and_can_be_exchanged(cache, towers, images):
+def test_features_pickle_and_exchange(cache, towers, images):
+    """They are plain data and can be exchanged."""
     features = opened(cache, images, [0, 1, 2], lambda: towers)
     again = pickle.loads(pickle.dumps(features))
     assert torch.equal(again([0, 1]), features([0, 1]))
@@ -304,7 +316,8 @@ def test_they_are_plain_data_and_can_be_exchanged(cache, towers, images):
 # The model without its towers
 
 
-def test_a_model_without_its_towers_gives_the_same_loss_and_gradients(base_folder, make_rows, cache, towers):
+def test_features_replace_the_towers(base_folder, make_rows, cache, towers):
+    """A model without its towers gives the same loss and gradients."""
     rows = make_rows()
     features = cache.open(rows.images, digests_of(rows.images), np.arange(len(rows.images)), towers=lambda: towers)
     losses, gradients = [], []
@@ -325,7 +338,8 @@ def test_a_model_without_its_towers_gives_the_same_loss_and_gradients(base_folde
         assert difference <= RELATIVE * max(1e-3, float(gradient.abs().max())), name
 
 
-def test_a_model_without_its_towers_holds_none_of_their_weights_and_the_same_config(base_folder):
+def test_model_without_towers_holds_none_of_their_weights(base_folder):
+    """A model without its towers holds none of their weights and the same config."""
     whole, bare = (loading.load(str(base_folder), image_towers=towers).model for towers in (True, False))
     names = {name for name, _ in bare.named_parameters()}
     assert {name for name, _ in whole.named_parameters()} - names == {

@@ -101,7 +101,8 @@ WRITERS = [
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_any_moment_the_run_goes_on_and_ends_the_same(recipe_file, tmp_path, whole, processes):
+def test_killed_run_resumes(recipe_file, tmp_path, whole, processes):
+    """Killed at any moment, the run goes on and ends the same."""
     expected, seconds = whole(processes)
     chance = random.Random(processes)
 
@@ -161,7 +162,8 @@ def tell(recipe_file, number, *, which, step=3):
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_saves_says_how_to_go_on_and_ends_the_same(recipe_file, tmp_path, whole, processes, number):
+def test_stop_signal_saves_and_resumes(recipe_file, tmp_path, whole, processes, number):
+    """The run says how to go on, and ends the same."""
     expected, _ = whole(processes)
     last = processes - 1
     told = run_processes(processes, lambda: tell(recipe_file, number, which=last))
@@ -173,7 +175,8 @@ def test_told_to_stop_it_saves_says_how_to_go_on_and_ends_the_same(recipe_file, 
     assert_same(tmp_path / "run", expected)
 
 
-def test_told_in_the_last_step_it_ends_too_and_the_same_command_finishes(recipe_file, tmp_path, whole):
+def test_stop_signal_in_the_last_step(recipe_file, tmp_path, whole):
+    """The run ends, too, and the same command finishes it."""
     expected, _ = whole(1)
     (told,) = run_processes(1, lambda: tell(recipe_file, signal.SIGTERM, which=0, step=STEPS))
     assert told[1] == signal.SIGTERM
@@ -182,7 +185,8 @@ def test_told_in_the_last_step_it_ends_too_and_the_same_command_finishes(recipe_
     assert_same(tmp_path / "run", expected)
 
 
-def test_told_again_it_ends_at_once_but_an_echo_is_not_again(monkeypatch):
+def test_stop_signal_twice(monkeypatch):
+    """The second one ends it at once; an echo of the first one does not."""
     before, told = signal.getsignal(signal.SIGTERM), []
 
     def tell_three_times():
@@ -202,9 +206,8 @@ def test_told_again_it_ends_at_once_but_an_echo_is_not_again(monkeypatch):
 Usage = namedtuple("Usage", "total used free")
 
 
-def test_without_room_for_a_checkpoint_the_last_one_stays_and_the_message_says_what_is_needed(
-    recipe_file, tmp_path, monkeypatch
-):
+def test_checkpoint_without_room(recipe_file, tmp_path, monkeypatch):
+    """The last one stays, and the message says what is needed."""
     original = checkpoints.require_room
     sizes = []
 
@@ -222,7 +225,8 @@ def test_without_room_for_a_checkpoint_the_last_one_stays_and_the_message_says_w
     assert sizes[2] == pytest.approx(written, rel=0.5)
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(recipe_file, tmp_path, monkeypatch):
+def test_checkpoint_on_a_disk_that_fills_up(recipe_file, tmp_path, monkeypatch):
+    """A disk that fills up while a checkpoint is written."""
     original, calls = torch.save, []
 
     def full(content, file, *args, **kwargs):
@@ -256,7 +260,8 @@ FILES = {"trained.safetensors": 7, "optimizer.pt": 5, "trainer_state.json": 3, "
 
 @settings(max_examples=30, deadline=None)
 @given(name=st.sampled_from([*FILES, COMPLETE]), change=st.sampled_from(["gone", "shorter", "longer"]))
-def test_what_is_not_as_it_was_written_is_no_checkpoint(tmp_path_factory, name, change):
+def test_checkpoint_incomplete(tmp_path_factory, name, change):
+    """What is not as it was written is no checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     older, newer = make_checkpoint(folder, 9, FILES), make_checkpoint(folder, 10, FILES)
     assert last_checkpoint(folder) is None
@@ -275,7 +280,8 @@ def test_what_is_not_as_it_was_written_is_no_checkpoint(tmp_path_factory, name, 
 
 
 @pytest.mark.parametrize(("size", "seen_by"), [(300, "every listing"), (2**20 + 5, "going on")])
-def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path, size, seen_by):
+def test_checkpoint_flipped_byte(tmp_path, size, seen_by):
+    """A flipped byte of a checkpoint is noticed."""
     older, newer = (make_checkpoint(tmp_path, step, {"optimizer.pt": size, "rng_state.pth": 9}) for step in (9, 10))
     for checkpoint in (older, newer):
         mark_complete(checkpoint)
@@ -288,7 +294,8 @@ def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path, size, seen_by):
     assert find_damage(older, hash_all=True) is None
 
 
-def test_a_run_does_not_go_on_from_a_checkpoint_whose_bytes_have_changed(tmp_path):
+def test_checkpoint_changed_is_not_resumed(tmp_path):
+    """A run does not go on from a checkpoint whose bytes have changed."""
     checkpoint = make_checkpoint(tmp_path, 3, {"optimizer.pt": 2**20 + 5})
     mark_complete(checkpoint)
     (checkpoint / "optimizer.pt").write_bytes(bytes(2**20 + 5))

@@ -58,7 +58,8 @@ def train(recipe_file, *overrides):
 PLACE = f"dialogues.jsonl:{POISONED}"
 
 
-def test_a_planted_poison_is_found_by_name_and_the_run_goes_on_without_it(recipe_file, tmp_path):
+def test_spike_is_found_and_skipped(recipe_file, tmp_path):
+    """A planted poison is found by name, and the run goes on without it."""
     result = train(recipe_file)
     (event,) = read_events(tmp_path / "run")
     assert [one.record_id for one in event.dialogues if one.blamed] == [PLACE]
@@ -80,7 +81,7 @@ def test_a_planted_poison_is_found_by_name_and_the_run_goes_on_without_it(recipe
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_two_processes_find_the_same(recipe_file, tmp_path):
+def test_spike_found_alike_by_two_processes(recipe_file, tmp_path):
     train(recipe_file, "adapter.dropout=0")
     overrides = ("adapter.dropout=0", f"output={tmp_path / 'two'}")
     run_processes(2, lambda: train(recipe_file, *overrides))
@@ -113,7 +114,8 @@ def holds_poison(recipe_file):
     return lambda batch: bool((batch["input_ids"] == own).any())
 
 
-def test_what_is_not_finite_is_found_by_name_from_the_first_step_on(recipe_file, tmp_path, monkeypatch):
+def test_loss_not_finite(recipe_file, tmp_path, monkeypatch):
+    """Found by name from the first step on."""
     poisoned = holds_poison(recipe_file)
     poison_is_not_a_number(monkeypatch, lambda batch: math.nan if poisoned(batch) else 1.0)
     train(recipe_file, "training.instability.spike=null")
@@ -123,7 +125,9 @@ def test_what_is_not_finite_is_found_by_name_from_the_first_step_on(recipe_file,
     assert all(map(math.isfinite, (line["loss"] for line in metrics(tmp_path / "run"))))
 
 
-def test_a_gradient_that_is_not_finite(recipe_file, tmp_path, monkeypatch):
+def test_gradient_not_finite(recipe_file, tmp_path, monkeypatch):
+    """A gradient that is not finite."""
+
     class Explodes(torch.autograd.Function):
         @staticmethod
         def forward(ctx, loss):
@@ -147,7 +151,8 @@ def test_a_gradient_that_is_not_finite(recipe_file, tmp_path, monkeypatch):
     assert PLACE in [one.record_id for one in event.dialogues]
 
 
-def test_lower_rate_halves_every_rate_from_there_on(recipe_file, tmp_path, monkeypatch):
+def test_lower_rate_halves_every_rate(recipe_file, tmp_path, monkeypatch):
+    """Lower rate halves every rate from there on."""
     calls, poisoned = [], holds_poison(recipe_file)
 
     def once(batch):
@@ -175,7 +180,7 @@ def test_lower_rate_halves_every_rate_from_there_on(recipe_file, tmp_path, monke
         ("{rollbacks: 2}", "allows 2 rollbacks, and that was one", 3),
     ],
 )
-def test_it_ends_with_the_reason(recipe_file, tmp_path, monkeypatch, instability, said, events):
+def test_instability_ends_with_the_reason(recipe_file, tmp_path, monkeypatch, instability, said, events):
     poison_is_not_a_number(monkeypatch, lambda batch: math.nan)
     with pytest.raises(UserError, match=said):
         train(recipe_file, f"training.instability={instability}")
@@ -183,7 +188,7 @@ def test_it_ends_with_the_reason(recipe_file, tmp_path, monkeypatch, instability
     assert not (tmp_path / "run" / "training.json").exists()
 
 
-def test_a_checkpoint_that_did_not_help_is_gone_back_behind(recipe_file, tmp_path, monkeypatch):
+def test_rollback_behind_a_checkpoint_that_did_not_help(recipe_file, tmp_path, monkeypatch):
     calls = []
 
     def from_step_8_on(batch):
@@ -197,7 +202,8 @@ def test_a_checkpoint_that_did_not_help_is_gone_back_behind(recipe_file, tmp_pat
 
 
 @given(st.lists(st.floats(0.5, 1.5), min_size=FEWEST, max_size=100), st.floats(0, 1.9))
-def test_what_is_less_than_a_nat_above_the_median_is_no_spike(before, loss):
+def test_spike_rises_by_a_nat_at_least(before, loss):
+    """What is less than a nat above the median is no spike."""
     assert why_unstable(min(loss, statistics.median(before[-WINDOW:]) + 0.99), 1.0, before, spike=0.01) is None
 
 
@@ -211,7 +217,7 @@ def test_spike_window_holds_the_last_64_losses():
     assert spike_limit([9.0] * 16, spike=20.0) == 9.0 + 1.0
 
 
-def test_reasons():
+def test_why_unstable():
     calm = [1.0, 1.1, 0.9, 1.05] * 8
     assert why_unstable(2.5, 1.0, calm, spike=20.0) is None  # 20 x 1.4826 x 0.05 = 1.48 above 1.025
     assert why_unstable(2.6, 1.0, calm, spike=20.0) == "loss 2.6, after 32 steps with a median of 1.025"
@@ -232,7 +238,7 @@ def test_suspects():
     assert suspects([1.0, 100.0], calm, spike=None) == [True, True]
 
 
-def test_events_are_kept_as_they_were(tmp_path):
+def test_unstable_events_round_trip(tmp_path):
     seen = (
         StepDialogue("a.jsonl[train]", "a.jsonl:3", None, True),
         StepDialogue("a.jsonl[train]", "a.jsonl:4", 0.5, False),

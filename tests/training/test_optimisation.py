@@ -58,9 +58,7 @@ def constant(step, peak, final, warmup):
         ("constant", constant, 0.0, 2),
     ],
 )
-def test_rate_of_every_step_is_the_formula_s(
-    shallow_folder, make_rows, tmp_path, taken, schedule, formula, final, warmup
-):
+def test_schedule_equals_its_formula(shallow_folder, make_rows, tmp_path, taken, schedule, formula, final, warmup):
     peak, gates = 1e-3, 5e-3
     options = {"learning_rate": peak, "final_learning_rate": final, "warmup_steps": warmup}
     train_steps(shallow_folder, make_rows, tmp_path, schedule=schedule, gates_learning_rate=gates, **options)
@@ -84,7 +82,7 @@ def test_betas_decay_and_clipping_reach_the_optimiser(shallow_folder, make_rows,
     assert min(norms) > 0.01
 
 
-def test_every_key_of_a_recipe_s_training_reaches_the_trainer_s_arguments(tmp_path, monkeypatch):
+def test_training_keys_reach_the_trainer(tmp_path, monkeypatch):
     """Rates of towers, instability and checkpointing are no arguments of it, and are tested where they act."""
     monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
     settings = Training(
@@ -127,6 +125,7 @@ def test_every_key_of_a_recipe_s_training_reaches_the_trainer_s_arguments(tmp_pa
 
 
 @pytest.mark.parametrize(("evaluate_every", "every"), [(None, 40), (20, 20)])
-def test_checkpoint_interval_is_a_tenth_of_the_run_or_that_of_the_evaluations(tmp_path, evaluate_every, every):
+def test_checkpoint_interval_default(tmp_path, evaluate_every, every):
+    """A tenth of the run, or the interval of the evaluations."""
     settings = Training(steps=400, evaluate_every=evaluate_every)
     assert arguments.training_arguments(tmp_path, settings, steps=400).save_steps == every

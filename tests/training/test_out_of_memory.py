@@ -52,7 +52,8 @@ def changed(recipe, overrides, tmp_path):
 FULL = Usage(True, 21 * GIB, 22 * GIB, GIB // 2, 24 * GIB, 23 * GIB)
 
 
-def test_what_was_planned_stands_beside_what_there_was():
+def test_out_of_memory_message():
+    """What was planned stands beside what there was."""
     lines = explanation(recipe_of(), "CUDA out of memory", FULL).splitlines()
     memory = Planner(recipe_of(), on_gpu=True).estimate(recipe_of())
     activations = sum(memory.parts[part] for part in ("vision", "resampler", "cross_attention", "decoder", "head"))
@@ -70,7 +71,8 @@ def test_what_was_planned_stands_beside_what_there_was():
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_what_is_proposed_fits_when_pasted_and_the_second_is_another_way(tmp_path, monkeypatch, trained):
+def test_out_of_memory_proposals_fit(tmp_path, monkeypatch, trained):
+    """They fit when pasted, and the second one is another way."""
     monkeypatch.setattr(training_memory, "is_trained", lambda folder: trained)
     recipe = recipe_of()
     first, second = proposed(explanation(recipe, "x", FULL))
@@ -83,7 +85,8 @@ def test_what_is_proposed_fits_when_pasted_and_the_second_is_another_way(tmp_pat
     assert ("output=runs/mine-2" in second) == trained  # as long as nothing is trained, the folder is any recipe's
 
 
-def test_a_plan_that_said_too_little_says_so_and_proposes_what_needs_less_by_its_own_figures(tmp_path):
+def test_out_of_memory_although_it_was_planned_to_fit(tmp_path):
+    """The message says so, and proposes what needs less by the plan's own figures."""
     recipe = recipe_of()
     planner = Planner(recipe, on_gpu=True)
     needed = planner.needed(recipe)
@@ -98,7 +101,8 @@ def test_a_plan_that_said_too_little_says_so_and_proposes_what_needs_less_by_its
         assert planner.needed(changed(recipe, overrides, tmp_path)) <= LESS * needed
 
 
-def test_several_gpus_may_divide_the_model_and_the_message_says_which_process(monkeypatch):
+def test_out_of_memory_of_several_gpus(monkeypatch):
+    """They may shard the model, and the message says which process it is."""
     monkeypatch.setattr(training_memory.collectives, "world_size", lambda: 8)
     monkeypatch.setattr(training_memory.collectives, "rank", lambda: 2)
     recipe = recipe_of(base="HuggingFaceM4/idefics-80b", checkpointing=True)
@@ -109,12 +113,13 @@ def test_several_gpus_may_divide_the_model_and_the_message_says_which_process(mo
     assert ", gathered " in divided.splitlines()[1]
 
 
-def test_where_nothing_helps_it_says_so():
+def test_out_of_memory_nothing_helps():
     tiny = Usage(True, GIB, GIB, 0, GIB, GIB)
     assert explanation(recipe_of(), "x", tiny).endswith("makes it fit; a larger GPU does")
 
 
-def test_figures_of_a_gpu_are_those_of_this_process(monkeypatch):
+def test_usage_of_this_process_s_gpu(monkeypatch):
+    """Figures of a GPU are those of this process."""
     figures = {"max_memory_allocated": 5, "max_memory_reserved": 7, "memory_reserved": 6}
     for name, value in figures.items():
         monkeypatch.setattr(torch.cuda, name, lambda gpu, value=value: value if gpu.index == 3 else 0)
@@ -124,7 +129,7 @@ def test_figures_of_a_gpu_are_those_of_this_process(monkeypatch):
     assert measure_usage() == Usage(True, highest=5, allocated=7, free=2, total=20, room=8)
 
 
-def test_figures_without_a_gpu_are_resident_memory(monkeypatch):
+def test_usage_without_gpu_is_resident_memory(monkeypatch):
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
     monkeypatch.setattr(training_memory.sys, "platform", "linux")
     found = measure_usage()
@@ -132,7 +137,7 @@ def test_figures_without_a_gpu_are_resident_memory(monkeypatch):
     assert 0 < found.free < found.room < found.total
 
 
-def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
+def test_out_of_memory_explains_allocators_alone(monkeypatch):
     monkeypatch.setattr(training_memory, "explanation", lambda recipe, reason, usage: f"explained: {reason}")
     cases = {
         torch.OutOfMemoryError: ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total\nSee", "GiB"),
@@ -148,7 +153,8 @@ def test_what_allocators_raise_is_told_and_nothing_else(monkeypatch):
     assert not isinstance(raised.value, UserError)
 
 
-def test_a_model_that_will_be_divided_is_loaded_onto_no_gpu(recipe_file, tmp_path, monkeypatch):
+def test_sharded_model_is_loaded_onto_no_gpu(recipe_file, tmp_path, monkeypatch):
+    """FSDP moves its shards to the GPU."""
     monkeypatch.setattr(base, "device", lambda: torch.device("meta"))  # as a GPU that is not here
     recipe = load_recipe(recipe_file)
     opened = base.open_base(recipe, resolve_sources(recipe), tmp_path)
@@ -159,7 +165,7 @@ def test_a_model_that_will_be_divided_is_loaded_onto_no_gpu(recipe_file, tmp_pat
 @pytest.mark.parametrize(
     ("processes", "parallel", "divided"), [(2, "fsdp2", True), (2, "ddp", False), (1, "fsdp2", False)]
 )
-def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, tmp_path, monkeypatch, processes, parallel, divided):
+def test_training_loads_a_sharded_model_onto_no_gpu(recipe_file, tmp_path, monkeypatch, processes, parallel, divided):
     def load(self, *, image_towers, divided):
         raise InterruptedError(divided)
 
@@ -172,7 +178,8 @@ def test_training_loads_what_it_divides_onto_no_gpu(recipe_file, tmp_path, monke
     assert loaded.value.args == (divided,)
 
 
-def test_a_run_that_runs_out_of_memory_goes_on_with_what_it_is_told_to(recipe_file, tmp_path, monkeypatch):
+def test_out_of_memory_run_goes_on_with_the_proposal(recipe_file, tmp_path, monkeypatch):
+    """A run that ran out of memory goes on with the overrides of the message."""
     runner, original, calls = CliRunner(), IdeficsTrainer.compute_loss, []
 
     def full(self, *args, **kwargs):

@@ -33,7 +33,8 @@ def ask(rows, number):
 
 
 @pytest.mark.parametrize("stride", [1, 4])
-def test_rows_come_as_asked_and_each_is_made_once(stride):
+def test_prefetch_makes_each_row_once(stride):
+    """Rows come in the order in which they are asked for."""
     numbers = Numbers(12)
     rows = PrefetchedRows(numbers, stride=stride)
     asked = list(range(1, 12, stride))
@@ -41,7 +42,8 @@ def test_rows_come_as_asked_and_each_is_made_once(stride):
     assert sorted(numbers.made) == asked
 
 
-def test_the_next_ones_are_made_meanwhile_and_no_more():
+def test_prefetch_makes_the_next_rows_alone():
+    """The next rows are made meanwhile, and no more."""
     numbers = Numbers(100)
     rows = PrefetchedRows(numbers)
     ask(rows, 5)
@@ -52,7 +54,8 @@ def test_the_next_ones_are_made_meanwhile_and_no_more():
     assert sorted(numbers.made) == list(range(5, 6 + PREFETCHED))
 
 
-def test_who_asks_waits_for_a_row_that_is_not_ready_and_the_seconds_are_counted():
+def test_prefetch_counts_seconds_of_waiting():
+    """The trainer waits for a row that is not ready, and the seconds are counted."""
     numbers = Numbers(9, held=1)
     rows = PrefetchedRows(numbers)
     ask(rows, 0)
@@ -62,18 +65,19 @@ def test_who_asks_waits_for_a_row_that_is_not_ready_and_the_seconds_are_counted(
     assert 0.1 < rows.waited - before < 5  # a machine may be slow to wake, not quick
 
 
-def test_going_on_elsewhere_forgets_what_was_ahead():
+def test_prefetch_after_a_jump():
+    """Rows that were made ahead elsewhere are forgotten."""
     numbers = Numbers(40)
     rows = PrefetchedRows(numbers)
     assert [ask(rows, number) for number in (0, 20, 21, 3)] == [0, 20, 21, 3]
 
 
-def test_a_micro_batch_is_one_row():
+def test_prefetch_takes_one_row_at_once():
     with pytest.raises(ValueError, match="too many values"):
         PrefetchedRows(Numbers(2))([{"row": 0}, {"row": 1}])
 
 
-def test_an_error_is_raised_where_its_row_is_asked_for():
+def test_prefetch_raises_where_the_row_is_asked_for():
     rows = PrefetchedRows(Numbers(20))
     assert [ask(rows, number) for number in (11, 12)] == [11, 12]
     with pytest.raises(UserError, match="row 13"):

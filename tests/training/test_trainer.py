@@ -73,7 +73,8 @@ def rows_of(rows, *groups):
     return type(rows)(**{**rows.__dict__, "rows": [Row(0, tuple(group)) for group in groups]})
 
 
-def test_rows_times_accumulation_do_not_change_loss_gradient_or_result(base_folder, make_rows, tmp_path, sgd):
+def test_rows_times_accumulation(base_folder, make_rows, tmp_path, sgd):
+    """They do not change loss, gradient or result."""
     rows = make_rows()
     layouts = {
         "1 row of 4": (1, [(0, 1, 8, 9), (2, 3, 10, 11)]),
@@ -94,7 +95,8 @@ def test_rows_times_accumulation_do_not_change_loss_gradient_or_result(base_fold
             torch.testing.assert_close(tensor, reference[key], rtol=1e-4, atol=1e-6)
 
 
-def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_whole_step(base_folder, make_rows, tmp_path):
+def test_loss_is_the_mean_over_the_step_s_tokens(base_folder, make_rows, tmp_path):
+    """The loss is the mean over the supervised tokens of the whole step."""
     rows = make_rows(rows_per_step=3, row_tokens=128)
     model = attached(base_folder)
     total = supervised = 0
@@ -109,7 +111,8 @@ def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_whole_step(base_
     assert logged(tmp_path, "loss")[0] == pytest.approx(total / supervised, rel=1e-5)
 
 
-def test_resumed_equals_whole_bit_for_bit_across_epochs_with_dropout_and_augmentation(base_folder, make_rows, tmp_path):
+def test_resumed_equals_whole(base_folder, make_rows, tmp_path):
+    """Bit for bit, across epochs, with dropout and augmentation."""
     rows = make_rows(epochs=3, rows_per_step=2, row_tokens=192, augment=Augment(flip=True, shift=3))
     assert rows.rows[-1].epoch == 2
     middle = len(rows.rows) // 4 + 1
@@ -132,7 +135,8 @@ def test_resumed_equals_whole_bit_for_bit_across_epochs_with_dropout_and_augment
     assert logged(resumed, "step") == logged(whole, "step") == list(range(1, len(rows.rows) // 2 + 1))
 
 
-def test_the_held_out_loss_weighs_tokens_and_the_best_checkpoint_becomes_the_adapter(base_folder, make_rows, tmp_path):
+def test_eval_loss_and_best_checkpoint(base_folder, make_rows, tmp_path):
+    """The eval loss weighs tokens, and the best checkpoint becomes the adapter."""
     rows, held = make_rows(), make_rows(row_tokens=192)
     # a rate that ruins more with every step
     trainer = run(base_folder, tmp_path, rows, learning_rate=0.3, evaluate_every=1, eval_rows=held)
@@ -160,7 +164,7 @@ def test_early_stop(base_folder, make_rows, tmp_path):
 
 
 @pytest.mark.parametrize("tower", ["none", "vision", "resampler", "cross_attention", "decoder", "embeddings_and_head"])
-def test_a_bf16_base_is_trained_in_fp32(base_folder, make_rows, tmp_path, tower):
+def test_bf16_base_is_trained_in_fp32(base_folder, make_rows, tmp_path, tower):
     lora = {"cross_attention": "lora", "decoder": "lora", "gates": "full", "added_tokens": "full"}
     modes = {**lora, **({} if tower == "none" else {tower: "full"})}
     model = attached(base_folder, modes=modes, dtype=torch.bfloat16)
@@ -172,7 +176,8 @@ def test_a_bf16_base_is_trained_in_fp32(base_folder, make_rows, tmp_path, tower)
     assert all(map(math.isfinite, logged(tmp_path, "loss")))
 
 
-def test_groups_have_their_own_rates_and_decay_pulls_at_no_scale(base_folder):
+def test_parameter_groups(base_folder):
+    """Groups have their own rates, and decay pulls at no scale."""
     settings = training(learning_rate=1e-3, weight_decay=0.1, gates_learning_rate=1e-2)
     groups = parameter_groups(attached(base_folder), settings=settings)
     sizes = {(group["lr"], group["weight_decay"]): sum(p.numel() for p in group["params"]) for group in groups}
@@ -180,12 +185,14 @@ def test_groups_have_their_own_rates_and_decay_pulls_at_no_scale(base_folder):
     assert sizes[1e-2, 0.0] == 4
 
 
-def test_rows_come_in_the_order_of_the_schedule(base_folder, make_rows, tmp_path):
+def test_rows_in_order_of_the_schedule(base_folder, make_rows, tmp_path):
+    """Rows come in the order of the schedule."""
     trainer = run(base_folder, tmp_path, make_rows())
     assert isinstance(trainer._get_train_sampler(trainer.train_dataset), SequentialSampler)
 
 
-def test_checkpoints_hold_no_pickled_arguments_and_only_complete_ones_count(base_folder, make_rows, tmp_path):
+def test_checkpoint_files(base_folder, make_rows, tmp_path):
+    """No pickled arguments; only complete checkpoints count."""
     run(base_folder, tmp_path, make_rows(epochs=2), checkpoint_every=1)
     names = {path.name for path in last_checkpoint(tmp_path).iterdir()}
     assert "training_args.bin" not in names
@@ -205,7 +212,8 @@ class Opened:
         return open, (str(self.path), "w")
 
 
-def test_a_checkpoint_s_pickles_are_opened_without_running_them(base_folder, make_rows, tmp_path):
+def test_checkpoint_pickles_are_not_run(base_folder, make_rows, tmp_path):
+    """A checkpoint's pickles are opened without running them."""
     run(base_folder, tmp_path / "run", make_rows(epochs=2), checkpoint_every=1)
     checkpoint = last_checkpoint(tmp_path / "run")
     for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
