@@ -71,8 +71,8 @@ def run_whole(folder: Path, processes: int) -> float:
 
 def completed(folder: Path) -> int:
     """The newest step that is safe; 0 where none is."""
-    seals = (folder / "run").glob("checkpoint-*/complete.json")
-    return max((int(one.parent.name.split("-")[1]) for one in seals), default=0)
+    written = (folder / "run").glob("checkpoint-*/complete.json")
+    return max((int(one.parent.name.split("-")[1]) for one in written), default=0)
 
 
 def writes_checkpoint(folder: Path, step: int) -> bool:
