@@ -58,7 +58,7 @@ def told(module, name, word):
         print(word, file=written, flush=True)
         return original(*arguments, **options)
     setattr(module, name, tell)
-told(generate, "_continue", "asked")
+told(generate, "greedy", "asked")
 told(evaluate, "packed_loss", "measured")
 app()
 """
