@@ -176,9 +176,9 @@ def schema() -> None:
     finish(guarded(recipe_schema, interrupted="nothing is written"), as_json=True)
 
 
-@app.command(epilog="Example: `finetune check recipes/quickstart.yaml`")
+@app.command(epilog="Example: `finetune check quickstart`")
 def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Read the recipe, the first records of every source and the model's config: seconds, no torch."""
+    """Read the recipe, the first records of every source and the model's config; takes seconds, without torch."""
     from finetune.planning.check import check as check_recipe
 
     def work() -> dict[str, Any]:
@@ -187,23 +187,23 @@ def check(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fal
     finish(guarded(work, interrupted="nothing is written"), as_json)
 
 
-@app.command(epilog="Example: `finetune plan recipes/idefics-9b_lora_1x80gb.yaml --gpu 24GiB --picture plan.png`")
+@app.command(epilog="Example: `finetune plan idefics-9b_lora_1x80gb --gpu 24GiB --picture plan.png`")
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", help="Memory of the GPU: 24GiB, 80GB; else this machine's.", show_default=False),
+        typer.Option("--gpu", help="Memory of the GPU: 24GiB, 80GB; default: this machine's.", show_default=False),
     ] = None,
     processes: Annotated[
-        int, typer.Option("--processes", help="One a GPU: what each of so many GPUs holds.", min=1)
+        int, typer.Option("--processes", help="Number of processes, one per GPU; the plan is for each GPU.", min=1)
     ] = 1,
     picture: Annotated[
-        Path | None, typer.Option("--picture", help="Draw the memory to this file (png, svg).", show_default=False)
+        Path | None, typer.Option("--picture", help="Draw the memory into this file (png, svg).", show_default=False)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a recipe will cost in memory, disk and steps, before anything is loaded; and what would make it fit.
+    """Predict memory, disk and steps of a recipe before anything is loaded, and what would make it fit.
 
     Ends with status 3 where it does not fit.
     """
@@ -226,9 +226,9 @@ def plan(
     finish(figures, as_json, status=0 if not figures["gpu"] or figures["gpu"]["fits"] else DOES_NOT_FIT)
 
 
-@app.command(epilog="Example: `finetune prepare recipes/own_data.yaml`")
+@app.command(epilog="Example: `finetune prepare mine/mine.yaml`")
 def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Convert, tokenise and check the data of a recipe, once: what is prepared already is opened in seconds."""
+    """Convert, tokenise and check the data of a recipe; data that is prepared already is opened in seconds."""
 
     def work() -> dict[str, Any]:
         loaded = _load(recipe, overrides)
@@ -245,7 +245,7 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
     finish(guarded(work, interrupted="what is prepared is kept, and the same command goes on"), as_json)
 
 
-@app.command(epilog="Example: `finetune run recipes/quickstart.yaml training.steps=50`")
+@app.command(epilog="Example: `finetune run quickstart training.steps=50`")
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -257,7 +257,7 @@ def run(
     _stages(recipe, overrides, as_json, None, processes=processes, restarts=restarts)
 
 
-@app.command(epilog="Example: `finetune train recipes/quickstart.yaml`")
+@app.command(epilog="Example: `finetune train quickstart`")
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -269,7 +269,7 @@ def train(
     _stages(recipe, overrides, as_json, "train", processes=processes, restarts=restarts)
 
 
-@app.command(epilog="Example: `finetune evaluate recipes/quickstart.yaml`")
+@app.command(epilog="Example: `finetune evaluate quickstart`")
 def evaluate(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -277,7 +277,7 @@ def evaluate(
     restarts: Restarts = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the base and the tuned model the held-out questions."""
+    """Ask the base and the tuned model the held-out questions; the answers are scored, and shown on a page."""
     _stages(recipe, overrides, as_json, "evaluate", processes=processes, restarts=restarts)
 
 
@@ -288,26 +288,26 @@ def merge(
     ],
     overrides: Overrides = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="Of an adapter: its base, folder or hub id.", show_default=False)
+        str | None, typer.Option("--base", help="Base of an adapter: folder or hub id.", show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write to.", show_default=False)] = None,
     base_precision: Annotated[
         Literal["full", "nf4"] | None,
         typer.Option(
-            "--base-precision", help="full: the released weights; nf4: as a 4-bit run saw them.", show_default=False
+            "--base-precision", help="full: the released weights; nf4: their 4-bit values.", show_default=False
         ),
     ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option("--dtype", help="Of the weights; the base's without it.", show_default=False),
+        typer.Option("--dtype", help="Precision of the merged weights; default: the base's.", show_default=False),
     ] = None,
     shard_size: Annotated[
         str | None, typer.Option("--shard-size", help="Largest weight file: 5GB, 2GiB.", show_default="5GB")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Verify a merged folder again instead.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Verify a merged folder again; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write base + adapter as a standalone model, and verify that it is the same. Interrupted, it goes on."""
+    """Write base + adapter as a standalone model, and verify that it computes the same. Interrupted, it goes on."""
     given = {
         "--base": base,
         "--out": out,
@@ -317,12 +317,16 @@ def merge(
     }
     options = [option for option, value in given.items() if value is not None]
     is_recipe = what.suffix in (".yaml", ".yml")
+    if not is_recipe and not what.exists():
+        from finetune.recipe.load import find_recipe
+
+        is_recipe = find_recipe(what) != what  # the name of a recipe that ships
     if is_recipe and (options or verify):
         fail(f"{', '.join(options) or '--verify'}: not with a recipe; give the run's folder instead")
     if overrides and not is_recipe:
         fail(f"{overrides[0]}: only a recipe has keys to change, and {what} is a folder")
     if verify and options:
-        fail(f"{', '.join(options)}: not with --verify, which knows from {what} what it was made of")
+        fail(f"{', '.join(options)}: not with --verify, which reads in {what} what it was made of")
     if is_recipe:
         _stages(what, overrides, as_json, "merge")
         return
@@ -346,20 +350,20 @@ def merge(
     finish(guarded(work, interrupted="the same command goes on"), as_json)
 
 
-@app.command(epilog="Example: `finetune inspect recipes/own_data.yaml --html own_data.html`")
+@app.command(epilog="Example: `finetune inspect mine/mine.yaml --html mine.html`")
 def inspect(
     recipe: RecipeFile,
     overrides: Overrides = None,
     count: Annotated[
-        int, typer.Option(help="How many dialogues, drawn at random; the longest come on top.", min=1)
+        int, typer.Option(help="Number of dialogues drawn at random, shown after the longest ones.", min=1)
     ] = 20,
-    ids: Annotated[bool, typer.Option("--ids", help="Every token's id, label and image.")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the id, the label and the image of every token.")] = False,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write one self-contained page instead.", show_default=False)
+        Path | None, typer.Option("--html", help="Write a page, one self-contained file, instead.", show_default=False)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where each record went, and dialogues as the model will see them, token by token."""
+    """Show what became of each record, and dialogues as the model will see them, token by token."""
 
     def work() -> dict[str, Any]:
         loaded = _load(recipe, overrides)
@@ -390,12 +394,13 @@ ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model (folder or hub id), a run, or an adapter.", show_default=False)
 ]
 AdapterFolder = Annotated[
-    Path | None, typer.Option("--adapter", help="With a base: the adapter folder to put on it.", show_default=False)
+    Path | None, typer.Option("--adapter", help="Adapter folder, where MODEL is its base.", show_default=False)
 ]
 Quantize = Annotated[
-    Literal["nf4"] | None, typer.Option("--quantize", help="Load the model in 4 bits.", show_default=False)
+    Literal["nf4"] | None,
+    typer.Option("--quantize", help="Load the matrices of both text towers in 4 bits.", show_default=False),
 ]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1)]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.", min=1)]
 
 
 @app.command(epilog='Example: `finetune chat runs/quickstart/merged --image shape.png "what color is it?"`')
@@ -406,8 +411,11 @@ def chat(
     adapter: AdapterFolder = None,
     quantize: Quantize = None,
     max_new_tokens: NewTokens = 256,
+    as_json: AsJson = False,
 ) -> None:
-    """Ask a model: one answer, or a conversation with images added on the way."""
+    """Ask a model one question, or hold a conversation in which images can be added."""
+    if as_json and not question:
+        fail("--json: prints one answer; expected a QUESTION with it")
 
     def work() -> dict[str, Any]:
         quiet()
@@ -418,27 +426,29 @@ def chat(
         for path in image or []:
             conversation.show(str(path))
         if question:
-            print_text(conversation.ask(question))
-        else:
-            if isinstance(sys.stdin, io.TextIOWrapper):
-                sys.stdin.reconfigure(errors="surrogateescape")  # what is not Unicode is refused as a question
-            converse(conversation, lambda: input("> " if sys.stdin.isatty() else ""), print_text, log)
+            answer = conversation.ask(question)
+            if not as_json:
+                print_text(answer)
+            return {"answer": answer}
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # what is not Unicode is refused as a question
+        converse(conversation, lambda: input("> " if sys.stdin.isatty() else ""), print_text, log)
         return {}
 
-    guarded(work, interrupted="nothing is written" if question else "the conversation is not saved")
+    finish(guarded(work, interrupted="nothing is written" if question else "the conversation is not saved"), as_json)
 
 
 @app.command(epilog="Example: `finetune generate runs/mine/merged prompts.jsonl answers.jsonl`")
 def generate(
     model: ModelName,
     prompts: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="`messages` records that end with the user.")],
-    answers: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The same records with their answers.")],
+    answers: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The same records, with answers.")],
     adapter: AdapterFolder = None,
     quantize: Quantize = None,
     max_new_tokens: NewTokens = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a file of prompts, one line each; a record that cannot be asked gets its reason.
+    """Answer a file of prompts, one per line; a record that cannot be asked gets the reason instead.
 
     Interrupted, the same command goes on. Ends with status 4 where a record could not be asked.
     """
@@ -467,7 +477,7 @@ def generate(
 
 
 def _load(path: Path, overrides: list[str] | None, *, runs: bool = False) -> Any:
-    """A recipe whose folders can be written: that of prepared sets and, where it `runs`, its own."""
+    """Load a recipe, and check that its folders can be written: for prepared data and, where it `runs`, its own."""
     from finetune.recipe.load import load_recipe
 
     recipe = load_recipe(path, overrides)
@@ -488,7 +498,7 @@ def _stages(
 ) -> None:
     interrupted = {"evaluate": {"interrupted": "the same command evaluates anew"}}.get(stage or "", {})
     if restarts and processes == 1:
-        fail(f"--restarts {restarts}: one process has none to start it again; expected --processes 2 or more with it")
+        fail(f"--restarts {restarts}: one process has no launcher to restart it; expected --processes 2 or more")
 
     def work() -> dict[str, Any]:
         loaded = _load(recipe, overrides, runs=True)

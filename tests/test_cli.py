@@ -1,5 +1,6 @@
 """The command itself: help, versions, completion; what it imports is test_layout's."""
 
+import json
 import re
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def test_every_verb_has_help_with_an_example_of_itself(verb):
     assert VERBS[verb].callback.__doc__.splitlines()[0].endswith((".", ";", ","))
 
 
-@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"schema", "chat"}))
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"schema"}))
 def test_every_verb_can_print_json(verb):
     assert "--json" in CliRunner().invoke(app, [verb, "--help"]).stdout
 
@@ -65,3 +66,16 @@ def test_shell_completion(typed, completed):
         check=False,
     )
     assert (done.stdout.split(), done.stderr) == (completed, "")
+
+
+def test_merge_takes_the_name_of_a_shipped_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["merge", "own_data", "--out", "x"])
+    assert (done.exit_code, done.stderr) == (1, "--out: not with a recipe; give the run's folder instead\n")
+
+
+def test_chat_prints_json_for_one_question_alone(base_folder):
+    done = CliRunner().invoke(app, ["chat", str(base_folder), "what is it?", "--max-new-tokens", "2", "--json"])
+    assert json.loads(done.stdout).keys() == {"answer"}
+    done = CliRunner().invoke(app, ["chat", str(base_folder), "--json"])
+    assert (done.exit_code, done.stderr) == (1, "--json: prints one answer; expected a QUESTION with it\n")

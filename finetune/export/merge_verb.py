@@ -23,14 +23,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def merge_folder(
     what: Path,
     *,
-    base: str | None,
-    out: Path | None,
-    base_precision: BasePrecision | None,
-    dtype: Literal["fp32", "bf16", "fp16"] | None,
-    shard_size: str | None,
-    show: bool,
+    base: str | None = None,
+    out: Path | None = None,
+    base_precision: BasePrecision | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    shard_size: str | None = None,
+    show: bool = False,
 ) -> dict[str, Any]:
-    """Merge the adapter of a run folder, or an adapter folder, and return provenance.json. Raises UserError."""
+    """Merge the adapter of a run folder, or an adapter folder, and return provenance.json. Raises UserError.
+
+    `base`: its base, where the adapter does not name it; `out`: default is the folder merged/ beside it; `shard_size`:
+    largest weight file, such as "5GB"; `show`: print the parity, too.
+    """
     run = what if (what / "recipe.yaml").is_file() else None
     adapter = what / "adapter" if run else what
     if not adapter.is_dir():

@@ -295,7 +295,7 @@ def test_verb_is_not_launched_with_errors(recipe_file, monkeypatch):
     assert "did you mean learning_rate?" in outcome.output
     outcome = invoke("train", recipe_file, "--restarts", 2)
     assert outcome.exit_code == 1
-    assert "--restarts 2: one process has none to start it again" in " ".join(outcome.output.split())
+    assert "--restarts 2: one process has no launcher to restart it" in " ".join(outcome.output.split())
     assert invoke("merge", recipe_file, "--processes", 2).exit_code == 2
 
 
