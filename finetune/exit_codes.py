@@ -1,4 +1,4 @@
-"""The work of a verb -> what it prints, and the status it ends with."""
+"""How a verb ends: its result, or one message, and the exit status."""
 
 import errno
 import logging
@@ -18,16 +18,16 @@ DOES_NOT_FIT = 3
 NOT_ALL_ANSWERED = 4
 """Status of `finetune generate` where a record could not be asked."""
 
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
-_OF_A_PLACE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EINVAL)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_PATH_ERRORS = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EINVAL)
 
 
 def guarded(
     work: Callable[[], dict[str, Any]], *, interrupted: str = "the same command goes on from the last checkpoint"
 ) -> dict[str, Any]:
-    """Do the work; a user's mistake ends with its message and status 1, an interruption with 128 + its signal.
+    """Return what `work` returns; a user's mistake ends with its message and status 1, a signal with 128 + its number.
 
-    `interrupted` is what Ctrl-C leaves behind. Of several processes that fail, one says why.
+    `interrupted` says what Ctrl-C leaves behind. Of several processes that fail, one prints the reason.
     """
     try:
         _hush()
@@ -42,10 +42,10 @@ def guarded(
     except (typer.Exit, BrokenPipeError):  # typer ends quietly where nobody reads on
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             what = error.filename or "writing"
             fail(f"{what}: {error.strerror}; what is complete is kept, and the same command goes on")
-        if isinstance(error, OSError) and error.errno in _OF_A_PLACE and error.filename:
+        if isinstance(error, OSError) and error.errno in _PATH_ERRORS and error.filename:
             fail(f"{error.filename}: {error.strerror}")
         launch.report_unexpected(error)
         raise typer.Exit(1) from error
@@ -54,7 +54,7 @@ def guarded(
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """End with a message; of several processes, one says it."""
+    """End with a message and a status; of several processes, one prints it."""
     from finetune.console import log_error
 
     launch.report_failure(lambda: log_error(message), status, final=True)
@@ -62,7 +62,7 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 
 def finish(result: dict[str, Any], as_json: bool, *, status: int = 0) -> None:
-    """End with the figures on stdout, where they are asked for."""
+    """Print the result as JSON, where it is asked for, and end with the status."""
     if as_json:
         from finetune.console import print_json
 
@@ -72,7 +72,7 @@ def finish(result: dict[str, Any], as_json: bool, *, status: int = 0) -> None:
 
 
 def _hush() -> None:
-    """Keep notices of libraries out of our output, without importing one; their errors stay."""
+    """Log only the errors of libraries, without importing one."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("bitsandbytes", "transformers", "trl", "accelerate", "datasets", "peft", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -80,7 +80,7 @@ def _hush() -> None:
 
 
 def quiet() -> None:
-    """Keep libraries out of our output, also transformers, which sets its own level as it is imported."""
+    """Log only the errors of libraries, also of transformers, which sets its own level when it is imported."""
     _hush()
     from transformers.utils import logging as transformers_logging
 

@@ -1,1 +1,1 @@
-"""What a recipe may say, how it is read, and what is checked of it before any work. No torch."""
+"""The recipe: its schema, how a file is read, and the recipes that ship. Knows no data and no torch."""

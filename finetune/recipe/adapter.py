@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -11,15 +12,7 @@ from finetune.recipe.values import Positive, Share
 from modeling.towers import EXACT_LORA
 
 
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _is_alpha(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 2**31
 
 
@@ -31,8 +24,11 @@ def _is_pattern(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _by_pattern(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(_is_pattern(key) and is_value(value[key]) for key in value)
+def _is_by_pattern(value: Any, *, types: tuple[type, ...]) -> bool:
+    """Whether a value is a mapping of patterns to numbers of these types."""
+    if not isinstance(value, dict) or not all(map(_is_pattern, value)):
+        return False
+    return all(_is_number(one) and type(one) in types for one in value.values())
 
 
 def _is_pattern_or_names(value: Any) -> bool:
@@ -40,15 +36,12 @@ def _is_pattern_or_names(value: Any) -> bool:
     return value is None or names or _is_pattern(value)
 
 
-def _is_null(value: Any) -> bool:
-    return value is None
-
-
-_FLAG = ("true or false", _is_flag)
-_CONFIG = ("null: its settings are objects that a recipe cannot hold", _is_null)
+_FLAG = ("true or false", lambda value: isinstance(value, bool))
+_NULL = ("null", lambda value: value is None)
+_CONFIG = ("null: its settings are objects that a recipe cannot hold", _NULL[1])
 _OF_LISTS = (
     "null: PEFT takes it only beside a list of modules, and the towers are a pattern; see exclude_modules",
-    _is_null,
+    _NULL[1],
 )
 
 LORA_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
@@ -58,16 +51,16 @@ LORA_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("megatron_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"), _CONFIG),
     **dict.fromkeys(("monteclora_config", "runtime_config", "arrow_config", "kasa_config", "use_bdlora"), _CONFIG),
     **dict.fromkeys(("layers_to_transform", "layers_pattern"), _OF_LISTS),
-    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "layer_replication"), ("null", _is_null)),
-    "target_parameters": ("null", _is_null),
+    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "layer_replication"), _NULL),
+    "target_parameters": _NULL,
     "bias": ("text", lambda value: isinstance(value, str)),
     "megatron_core": ("text", lambda value: isinstance(value, str)),
     "init_lora_weights": ("true, false or text", lambda value: isinstance(value, bool | str)),
-    "rank_pattern": ("{pattern of names: rank}", _by_pattern(_is_rank)),
-    "alpha_pattern": ("{pattern of names: alpha}", _by_pattern(_is_alpha)),
+    "rank_pattern": ("{pattern of names: rank}", partial(_is_by_pattern, types=(int,))),
+    "alpha_pattern": ("{pattern of names: alpha}", partial(_is_by_pattern, types=(int, float))),
     "exclude_modules": ("a pattern, or a list of names", _is_pattern_or_names),
     "loftq_config": ("{}: the matrices of the base stay as they are", lambda value: value in (None, {})),
-    "qalora_group_size": ("a whole number", _is_rank),
+    "qalora_group_size": ("a whole number", lambda value: type(value) is int and _is_number(value)),
 }
 """Fields of peft.LoraConfig a recipe may set, and what each takes: literals, because importing peft takes seconds. A
 test compares."""
