@@ -18,6 +18,7 @@ from finetune.cli import app
 from finetune.data.formats import FORMATS
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Source
+from finetune.reporting.summary import SCORES
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {page: page.read_text() for page in [*PAGES, ROOT / "CONTRIBUTING.md"]}
@@ -226,6 +227,11 @@ def test_figures_of_the_9b_are_those_of_its_plan():
     assert f"{plan['totals']['total'] / 1e9:.1f} billion parameters" in text
     assert f"{plan['totals']['trained'] / 1e6:.0f} million of them trained" in text
     assert f"{plan['gpu']['needed'] / 2**30:.2f} GiB needed" in text
+
+
+def test_every_score_is_explained():
+    rows = re.findall(r"^\| (.*?) \| `(\w+)` \|", TEXTS[ROOT / "docs" / "evaluation.md"], re.MULTILINE)
+    assert {key: label for label, key in rows} == SCORES
 
 
 def test_readme_stays_short():
