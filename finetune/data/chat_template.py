@@ -7,10 +7,10 @@ The canonical instruct text (idefics-9b-instruct's model card, and its authors' 
     User: Which breed?<end_of_utterance>
     Assistant: A puli.<end_of_utterance></s>
 
-Neighbouring images share the fake token between them. A system message stands before the first "User:", on a line of
+Images side by side share the fake token between them. A system message stands before the first "User:", on a line of
 its own. A document is `<s>`, its texts and images, `</s>`. Supervised: the assistant's text from the space after
-"Assistant:", its `<end_of_utterance>`, unless the turn says no; all text of a document and its `</s>`. Never an image
-token, nor a fake one.
+"Assistant:" on and its `<end_of_utterance>`, unless the turn is not supervised; the whole text of a document and its
+`</s>`. Image tokens and fake tokens are never supervised.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class Special:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text between two specials, encoded in one piece; from character `supervised_from` on it is trained on."""
+    """Plain text between two special tokens, tokenised in one piece; supervised from character `supervised_from` on."""
 
     text: str
     supervised_from: int | None = None
@@ -37,19 +37,28 @@ class Text:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What the model reads: pieces in order, and the images in the order of their `<image>` pieces."""
+    """A dialogue as the model reads it: its pieces, and the images in the order of their `<image>` pieces."""
 
     pieces: tuple[Special | Text, ...]
     images: tuple[Image, ...]
 
     @property
     def text(self) -> str:
-        """The whole string, specials written out: for eyes, and for comparison with transformers' processor."""
+        """The whole string with its special tokens, to be read, or compared with what transformers' processor makes."""
         return "".join(piece.name if isinstance(piece, Special) else piece.text for piece in self.pieces)
 
 
 def render(dialogue: Dialogue) -> Rendered:
-    """Write a dialogue out.
+    """Return the pieces of a dialogue.
+
+    >>> from finetune.data.conversation import assistant, user
+    >>> render(Dialogue((user("Who?"), assistant("A cat.")))).pieces  # doctest: +NORMALIZE_WHITESPACE
+    (Special(name='<s>', supervised=False),
+     Text(text='User: Who?', supervised_from=None),
+     Special(name='<end_of_utterance>', supervised=False),
+     Text(text='\\nAssistant: A cat.', supervised_from=11),
+     Special(name='<end_of_utterance>', supervised=True),
+     Special(name='</s>', supervised=False))
 
     A prompt (the user spoke last) ends at the colon of "\\nAssistant:", a document that goes on has no `</s>`.
     """

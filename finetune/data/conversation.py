@@ -1,4 +1,12 @@
-"""What a conversation is. Anything that is not one raises, with the reason by which it is counted."""
+"""The contract between a dataset's records and the text that the model reads: turns of texts and images.
+
+>>> dialogue = Dialogue((user(Image(Path("cat.jpg")), "Who is this?"), assistant("A cat.")))
+>>> [turn.role for turn in dialogue.turns]
+['user', 'assistant']
+>>> Dialogue((assistant("A cat."),))
+Traceback (most recent call last):
+finetune.data.conversation.RecordError: roles do not alternate: expected [system,] user, ...; got assistant
+"""
 
 import unicodedata
 from collections.abc import Iterable
@@ -14,7 +22,7 @@ Role = Literal["system", "user", "assistant", "document"]
 
 
 class RecordError(UserError):
-    """A record that cannot become a dialogue: `reason` is what it is counted under, `detail` what was got."""
+    """A record cannot be used: `reason` is what it is counted under, `detail` what was found in it."""
 
     def __init__(self, reason: str, detail: str = ""):
         self.reason, self.detail = reason, as_unicode(detail)
@@ -25,7 +33,7 @@ class RecordError(UserError):
 
 
 def as_unicode(text: str) -> str:
-    """A text that can be written anywhere: lone surrogates, as in file names that are not UTF-8, become escapes."""
+    """Return a text that can be written anywhere: lone surrogates, as in file names that are not UTF-8, as escapes."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -42,14 +50,14 @@ class Slice:
 
 @dataclass(frozen=True)
 class Remote:
-    """An image that is still to be downloaded, from a source that allows it."""
+    """An image that is not downloaded yet, of a source that allows it."""
 
     url: str
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """Where an image's pixels come from. Two references to one place, or to equal bytes, are equal."""
+    """Where an image's pixels come from. Two references to the same file, or to equal bytes, are equal."""
 
     source: Path | Slice | Remote | bytes | PIL.Image.Image
 
@@ -69,14 +77,14 @@ Part = str | Image
 
 @dataclass(frozen=True)
 class Turn:
-    """One speaker's text and images, in order."""
+    """The text and images of one speaker, in order."""
 
     role: Role
     parts: tuple[Part, ...]
     references: tuple[str, ...] = ()
-    """Of an answer: all that people gave, the trained one among them. Evaluation alone reads them."""
+    """All answers that annotators gave, the one trained on among them. Only evaluation reads them."""
     supervised: bool = True
-    """Of an answer: whether it is trained on and evaluated; if not, it is context."""
+    """Whether an answer is trained on and evaluated; if not, it is context for later ones."""
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -84,13 +92,13 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The written part, images left out."""
+        """The texts, joined; images are left out."""
         return " ".join(part.strip() for part in self.parts if isinstance(part, str) and part.strip())
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation, or one document.
+    """A conversation, or one document such as a web page or a caption.
 
     Turns are either one `document`, or an optional `system` followed by `user` and `assistant` in alternation. A
     dialogue that ends with the user is a prompt. Raises RecordError for anything else, for an empty turn, and for text
@@ -99,9 +107,9 @@ class Dialogue:
 
     turns: tuple[Turn, ...]
     goes_on: bool = False
-    """Of a document: it was cut here, so nothing says that it ends."""
+    """Whether a document was cut here: then no `</s>` says that it ends."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
-    """What its record holds that is not in it: unknown keys, and placeholders that stay text."""
+    """What of its record it leaves out: unknown keys, and placeholders that stay text."""
 
     def __post_init__(self) -> None:
         _check_roles(tuple(turn.role for turn in self.turns))
@@ -121,7 +129,7 @@ class Dialogue:
         return tuple(image for turn in self.turns for image in turn.images)
 
     def prompts(self) -> Iterable[tuple["Dialogue", tuple[str, ...]]]:
-        """(everything up to an answer, its references), for each answer that is supervised."""
+        """Yield (the dialogue up to an answer, the references of the answer) for each supervised answer."""
         for index, turn in enumerate(self.turns):
             if turn.role == "assistant" and turn.supervised:
                 yield Dialogue(self.turns[:index]), turn.references or (turn.text,)
@@ -148,7 +156,7 @@ def _check_roles(roles: tuple[str, ...]) -> None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: white space, zero-width and control characters alone."""
+    """Whether a text shows nothing: it holds white space, zero-width and control characters alone."""
     return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
 
 

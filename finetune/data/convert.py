@@ -33,8 +33,8 @@ from finetune.data.parts import (
     stats_text,
 )
 from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, dialogue_to_json, image_row
-from finetune.data.records import lost_images, taken, to_dialogue
-from finetune.data.split import opening_images, without_images
+from finetune.data.records import open_and_count, taken, try_dialogue
+from finetune.data.split import opening_images
 from finetune.data.stats import SourceStats
 from finetune.distributed.nodes import NodeGroup
 from finetune.recipe.schema import Source
@@ -50,9 +50,9 @@ PART_SCHEMAS = {".images": IMAGE_SCHEMA, ".files": FILE_SCHEMA, ".arrow": DIALOG
 def convert(
     source: Source, made: Path, *, seed: int, downloads: Path, workers: int, track: Track, nodes: NodeGroup
 ) -> SourceStats:
-    """Records -> dialogues.arrow and images.arrow. Returns the stats so far: read, not converted, broken off.
+    """Records -> dialogues.arrow and images.arrow. Returns the statistics so far: read, not converted, broken off.
 
-    Every process of the nodes that takes part reads all records, and converts those of its parts.
+    Every node reads all records, and converts those of its parts.
     """
     parts = made / "convert"
 
@@ -120,23 +120,19 @@ class _Convert:
     def __call__(self, task: tuple[int, list[Record]]) -> None:
         number, records = task
         stats = SourceStats(self.source.name)
-        converted = [
-            (record_id, _to_dialogue(record_id, record, self._root, self.seed)) for record_id, record in records
+        dialogues = [
+            (record_id, try_dialogue(record_id, record, self._root, self.seed)) for record_id, record in records
         ]
-        fetched = self._fetch([dialogue for _, dialogue in converted if isinstance(dialogue, Dialogue)])
+        fetched = self._fetch([dialogue for _, dialogue in dialogues if isinstance(dialogue, Dialogue)])
         images = _PartImages(self.made, number)
         rows = []
-        for record_id, dialogue in converted:
-            stats.ignore(dialogue.ignored if isinstance(dialogue, Dialogue) else ())
-            row = (
-                dialogue
-                if isinstance(dialogue, RecordError)
-                else self._row(record_id, dialogue, images, fetched, stats)
-            )
-            if isinstance(row, RecordError):
-                stats.reject(record_id, row)
-            else:
-                rows.append(row)
+        for record_id, dialogue in dialogues:
+            opened = open_and_count(record_id, dialogue, lambda image: self._find(image, images, fetched), stats)
+            if opened:
+                shown = [images.add(*located) for located in opened.images]
+                opens = opening_images(opened.dialogues[0]) is not None
+                lines = "\n".join(map(dialogue_to_json, opened.dialogues))
+                rows.append({"record_id": record_id, "dialogues": lines, "images": shown, "opens": opens})
         stats.dialogues = len(rows)
         images.close()
         part = part_path(self.made / "convert", number)
@@ -152,42 +148,15 @@ class _Convert:
             return {}
         return Downloader(self.downloads, http=self.source.download == "http").fetch_all(sorted(urls))
 
-    def _row(
-        self,
-        record_id: str,
-        dialogue: Dialogue,
-        images: "_PartImages",
-        fetched: dict[str, Path | RecordError],
-        stats: SourceStats,
-    ) -> dict[str, Any] | RecordError:
-        """A row of dialogues.arrow, its images added to `images`; or why one of them cannot be shown.
-
-        Of a document that goes on without a lost image, the texts that saw it see none.
-        """
-        found = [self._find(image, images.files, fetched) for image in dialogue.images]
-        try:
-            lost = lost_images(dialogue, found)
-        except RecordError as error:
-            return error
-        for part in lost:
-            stats.reject_part(record_id, part)
-        gone = [isinstance(one, RecordError) for one in found]
-        dialogues = without_images(dialogue, gone) if lost else [dialogue]
-        shown = [images.add(*one) for one in found if not isinstance(one, RecordError)]
-        opens = opening_images(dialogues[0]) is not None
-        lines = "\n".join(map(dialogue_to_json, dialogues))
-        return {"record_id": record_id, "dialogues": lines, "images": shown, "opens": opens}
-
-    def _find(
-        self, image: Image, files: dict[File, bytes | None], fetched: dict[str, Path | RecordError]
-    ) -> tuple[Image, bytes] | RecordError:
-        """Where the image is now, and its digest; or why it cannot be shown."""
+    def _find(self, image: Image, images: "_PartImages", fetched: dict[str, Path | RecordError]) -> tuple[Image, bytes]:
+        """Return where the image is now, and its digest. Raises RecordError: it cannot be shown."""
         found = fetched[image.source.url] if isinstance(image.source, Remote) else image
-        if isinstance(found, RecordError):
-            return found
         located = Image(found) if isinstance(found, Path) else found
-        content = self._look(located, files)
-        return content if isinstance(content, RecordError) else (located, content)
+        content = located if isinstance(located, RecordError) else self._look(located, images.files)
+        if isinstance(located, Image) and isinstance(content, bytes):
+            return located, content
+        assert isinstance(content, RecordError)
+        raise RecordError(content.reason, content.detail)  # a new one: the traceback of a kept error grows
 
     def _look(self, image: Image, files: dict[File, bytes | None]) -> bytes | RecordError:
         """Its digest, decoded so that a broken image is found now and not in training; `files` learns of its file."""
@@ -206,15 +175,6 @@ class _Convert:
         file, whole, content = self._seen[image]
         files[file] = whole
         return content
-
-
-def _to_dialogue(
-    record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, seed: int
-) -> Dialogue | RecordError:
-    try:
-        return to_dialogue(record_id, record, root, seed=seed)
-    except RecordError as error:
-        return error
 
 
 def _digest(image: Image) -> bytes | RecordError:

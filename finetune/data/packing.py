@@ -14,7 +14,8 @@ LAST = 1 / 10
 def pack(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_images: int) -> list[list[int]]:
     """Best fit: each sequence into the row that will have the fewest tokens to spare, in the order of `arrange`.
 
-    tokens (5, 3, 4), images (1, 0, 1), row_tokens 8, row_images 1 -> [[0, 1], [2]]
+    >>> pack((5, 3, 4), (1, 0, 1), row_tokens=8, row_images=1)
+    [[0, 1], [2]]
 
     Room for tokens is an integer up to `row_tokens`, so the rooms in use among the rows that can take so many images
     are the bits of one integer, and the best fit is a shift and a lowest set bit. Raises ValueError for a sequence that
@@ -80,7 +81,8 @@ def pack_in_order(
 ) -> list[list[int]]:
     """Fill one row after the other without changing the order: neighbours about one image share it in their row.
 
-    tokens (5, 3, 4), image_ids ((7,), (7,), (8,)), row_tokens 8, row_images 1 -> [[0, 1], [2]]
+    >>> pack_in_order((5, 3, 4), ((7,), (7,), (8,)), row_tokens=8, row_images=1)
+    [[0, 1], [2]]
     """
     rows: list[list[int]] = []
     room, shown = 0, set[int]()

@@ -1,8 +1,17 @@
-"""Records -> dialogues whose images can be shown: by one rule for check, prepare, inspect, streams and generate."""
+"""Source -> dialogues whose images open, by one rule for prepare, check, inspect, streams, generate and a vocabulary.
+
+    resolve_source    a recipe's source, its format named and its keys checked
+    taken             its records: (record_id, record), as many as its limit allows
+    to_dialogue       a record as a dialogue that can be trained on, or as a prompt to be answered
+    open_images       the dialogue once more, its images opened: a document goes on without a lost one
+    read_dialogues    all of these, in a loop; what is rejected is counted under its reason
+
+Preparing calls the same functions part by part (convert.py), since it downloads and hashes images on the way.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,25 +68,11 @@ def resolve_source(source: Source) -> Source:
     return source
 
 
-def messages_at(*paths: Path) -> Source:
-    """A source of `messages` that no recipe names: a file of prompts, whose name need not be UTF-8, or a chat."""
-    return Source.model_construct(format="messages", path=tuple(map(str, paths)))
-
-
-def say_if_documents(sources: Sequence[Source]) -> None:
-    """Say that no instruct model comes of documents alone, and what would help."""
-    if not need_end_of_utterance(sources):
-        captions = any(FORMATS[source.format].captions for source in sources)
-        hint = '; prompt: "Describe the image." in a source makes dialogues of its captions' if captions else ""
-        log(f"the sources hold documents alone: the base learns to continue them, not to answer{hint}")
-
-
-Look = Callable[[Image], object]
-"""Opens an image. Raises RecordError: it cannot be shown."""
-
-
 def taken(source: Source, stats: SourceStats) -> Iterator[Record]:
-    """The records within the limit; after that nothing is read. A file that breaks off is no record, but a loss."""
+    """Yield (record_id, record) up to the source's limit, and read nothing after it.
+
+    A file that breaks off is counted in `stats.broken`, not as a record.
+    """
     for record_id, record in FORMATS[source.format].read(source):
         if isinstance(record, BrokenFileError):
             stats.broken.append(as_unicode(f"{record.file} breaks off: {record}"))
@@ -92,9 +87,9 @@ def taken(source: Source, stats: SourceStats) -> Iterator[Record]:
 def to_dialogue(
     record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, *, prompt: bool = False, seed: int = 0
 ) -> Dialogue:
-    """A record of the root's source as a dialogue that can be trained on, or, as a `prompt`, be answered.
+    """Return a record of the root's source as a dialogue that can be trained on, or, as a `prompt`, be answered.
 
-    `seed` draws among the prompts of a source of captions. Raises RecordError: the record is none.
+    `seed` draws among the prompts of a source of captions. Raises RecordError: the record cannot become one.
     """
     if isinstance(record, RecordError):
         raise record
@@ -114,27 +109,52 @@ def to_dialogue(
     answers = [turn for turn in dialogue.turns if turn.role == "assistant"]
     if not prompt and answers and not any(turn.supervised for turn in answers):
         raise RecordError("nothing supervised", "every answer has a weight of 0")
-    return _asked(dialogue, record_id, source, seed) if source.prompt else dialogue
+    if source.prompt:
+        drawn = hashlib.blake2b(f"{seed}/{record_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return _asked(dialogue, source.prompt[int.from_bytes(drawn) % len(source.prompt)])
+    return dialogue
 
 
-def _asked(caption: Dialogue, record_id: str, source: Source, seed: int) -> Dialogue:
-    """A caption as the answer to one of the source's prompts, which the record's record_id draws."""
+def _asked(caption: Dialogue, prompt: str) -> Dialogue:
+    """Return a caption as the answer to a prompt: images "A cat." -> user: images, prompt; assistant: "A cat."."""
     (turn,) = caption.turns
-    drawn = hashlib.blake2b(f"{seed}/{record_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    prompt = source.prompt[int.from_bytes(drawn) % len(source.prompt)]
     words = tuple(part for part in turn.parts if isinstance(part, str))
     return replace(caption, turns=(user(*turn.images, prompt), assistant(*words)))
 
 
-def lost_images(dialogue: Dialogue, found: Sequence[object]) -> list[RecordError]:
-    """Of what was found of a dialogue's images, the errors.
+Look = Callable[[Image], Any]
+"""Opens an image. Raises RecordError: it cannot be shown."""
 
-    Raises the first one where the dialogue cannot do without: only a document can, as long as another image is left.
+
+@dataclass(frozen=True)
+class Opened:
+    """A record's dialogues, with the images that open."""
+
+    dialogues: list[Dialogue]
+    """One, or the parts of a document that is cut at a lost image."""
+    images: list[Any]
+    """What `look` returned for each image that is shown, in order."""
+    lost: list[RecordError]
+    """Why each image that a document goes on without cannot be shown."""
+
+
+def open_images(dialogue: Dialogue, look: Look) -> Opened:
+    """Look at every image of a dialogue. A document goes on without a lost image, as long as another one is left.
+
+    Raises RecordError: an image is lost without which the dialogue cannot be shown.
     """
+    found: list[Any] = []
+    for image in dialogue.images:
+        try:
+            found.append(look(image))
+        except RecordError as error:
+            found.append(error)
+    gone = [isinstance(one, RecordError) for one in found]
     lost = [one for one in found if isinstance(one, RecordError)]
-    if lost and (not dialogue.is_document or len(lost) == len(found)):
+    if lost and (not dialogue.is_document or all(gone)):
         raise lost[0]
-    return lost
+    dialogues = without_images(dialogue, gone) if lost else [dialogue]
+    return Opened(dialogues, [one for one in found if not isinstance(one, RecordError)], lost)
 
 
 def look(image: Image) -> None:
@@ -143,33 +163,61 @@ def look(image: Image) -> None:
         open_image(image)
 
 
+def try_dialogue(
+    record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, seed: int
+) -> Dialogue | RecordError:
+    """As `to_dialogue`, but the error is returned: rejected records are counted later, in their order."""
+    try:
+        return to_dialogue(record_id, record, root, seed=seed)
+    except RecordError as error:
+        return error
+
+
+def open_and_count(
+    record_id: str, dialogue: Dialogue | RecordError, look: Look | None, stats: SourceStats
+) -> Opened | None:
+    """Return a record's dialogues with their images opened, or None where it is rejected; count what is lost.
+
+    Without `look` no image is opened: streams open the images of a row when they make it.
+    """
+    if isinstance(dialogue, RecordError):
+        stats.reject(record_id, dialogue)
+        return None
+    stats.ignore(dialogue.ignored)
+    if look is None:
+        return Opened([dialogue], [], [])
+    try:
+        opened = open_images(dialogue, look)
+    except RecordError as error:
+        stats.reject(record_id, error)
+        return None
+    for lost in opened.lost:
+        stats.reject_part(record_id, lost)
+    return opened
+
+
 def read_dialogues(
     source: Source, stats: SourceStats, *, seed: int = 0, look: Look | None = None, track: Track = silently
 ) -> Iterator[tuple[str, list[Dialogue]]]:
-    """(record_id, its dialogues) for every record that converts and whose images open, if one is to `look`.
-
-    A record is one dialogue, but for a document that is cut at an image that does not open. The others are counted.
+    """Yield (record_id, its dialogues) for every record that is not rejected; count the others.
 
     Raises UserError: the source cannot be read at all.
     """
     root = ImageRoot(source)
     for record_id, record in track(taken(source, stats), f"read {source.label}"):
-        try:
-            dialogue = to_dialogue(record_id, record, root, seed=seed)
-            found = [_looked(image, look) for image in dialogue.images] if look else []
-            lost = lost_images(dialogue, found)
-        except RecordError as error:
-            stats.reject(record_id, error)
-            continue
-        stats.ignore(dialogue.ignored)
-        for part in lost:
-            stats.reject_part(record_id, part)
-        gone = [isinstance(one, RecordError) for one in found]
-        yield record_id, without_images(dialogue, gone) if lost else [dialogue]
+        dialogue = try_dialogue(record_id, record, root, seed)
+        if opened := open_and_count(record_id, dialogue, look, stats):
+            yield record_id, opened.dialogues
 
 
-def _looked(image: Image, look: Look) -> object:
-    try:
-        return look(image)
-    except RecordError as error:
-        return error
+def messages_at(*paths: Path) -> Source:
+    """A source of `messages` that no recipe names: a file of prompts, whose name need not be UTF-8, or a chat."""
+    return Source.model_construct(format="messages", path=tuple(map(str, paths)))
+
+
+def say_if_documents(sources: Sequence[Source]) -> None:
+    """Say that no instruct model comes of documents alone, and what would help."""
+    if not need_end_of_utterance(sources):
+        captions = any(FORMATS[source.format].captions for source in sources)
+        hint = '; prompt: "Describe the image." in a source makes dialogues of its captions' if captions else ""
+        log(f"the sources hold documents alone: the base learns to continue them, not to answer{hint}")

@@ -270,7 +270,11 @@ def divide(dialogue: Dialogue, places: Sequence[int]) -> list[Dialogue]:
 
 
 def by_last_appearance(images: Iterable[Item]) -> tuple[Item, ...]:
-    """Each image once, in the order in which they were last shown: A, B, A -> B, A."""
+    """Return each image once, in the order in which they were last shown.
+
+    >>> by_last_appearance("ABA")
+    ('B', 'A')
+    """
     return tuple(dict.fromkeys(reversed(list(images))))[::-1]
 
 
@@ -327,7 +331,8 @@ def fill(sizes: Sequence[int], *, most: int, fits: Callable[[int, int], bool]) -
 
     `fits` decides of a start and a stop; `sizes`, about what each unit takes of `most`, tell where to look first.
 
-    sizes (3, 3, 3), most 7 -> [(0, 2), (2, 3)]
+    >>> fill((3, 3, 3), most=7, fits=lambda start, stop: 3 * (stop - start) <= 7)
+    [(0, 2), (2, 3)]
     """
     ends = [0, *accumulate(sizes)]
     parts, start = [], 0

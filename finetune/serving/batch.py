@@ -17,7 +17,7 @@ from finetune.data.formats.reading import read_records
 from finetune.data.images import open_image
 from finetune.data.io.files import files_of, fingerprint
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import messages_at, to_dialogue
+from finetune.data.records import messages_at, open_images, to_dialogue
 from finetune.data.tokenize import tokenize
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate_each
@@ -145,8 +145,7 @@ def _answers(
 def _prompt(record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, tokenizer: Any) -> Dialogue:
     """Return a record as a prompt whose images open and whose text can be tokenised. Raises RecordError."""
     dialogue = to_dialogue(record_id, record, root, prompt=True)
-    for image in dialogue.images:
-        open_image(image)
+    open_images(dialogue, open_image)
     tokenize(render(dialogue), tokenizer)
     return dialogue
 
