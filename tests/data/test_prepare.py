@@ -491,7 +491,7 @@ def converted(monkeypatch):
         nonlocal questions_to_stop_at
         questions_to_stop_at = question
 
-    monkeypatch.setitem(FORMATS, "messages", replace(family, convert=convert))
+    monkeypatch.setitem(FORMATS, "messages", replace(family, converter=convert))
     return questions, stop_at
 
 
