@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from small_models import one_row
 from torch import nn
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
@@ -21,7 +22,7 @@ from modeling.adapters import (
     trained_parameters,
 )
 from modeling.errors import UserError
-from modeling.forward import Layout, packed_loss
+from modeling.forward import packed_loss
 from modeling.shapes import IDEFICS_9B
 from modeling.towers import stock_name
 
@@ -56,22 +57,9 @@ MODES = {
 }
 
 
-def batch():
-    return {
-        "input_ids": torch.tensor([[1, 17, 300, 301, 300, 18, 302, 2]]),
-        "labels": torch.tensor([[-100, -100, -100, -100, -100, 18, 302, 2]]),
-        "position_ids": torch.arange(8)[None],
-        "supervised_positions": torch.tensor([4, 5, 6]),
-        "targets": torch.tensor([18, 302, 2]),
-        "layout": Layout((0, 8), ((3, 8, 0),)),
-        "image_index": torch.tensor([[-1, -1, -1, 0, 0, 0, 0, 0]]),
-        "pixel_values": torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
-    }
-
-
 @torch.no_grad()
 def logits(model):
-    row = batch()
+    row = one_row()
     mask = (row["image_index"] >= 0).long()[..., None]
     return model(input_ids=row["input_ids"], pixel_values=row["pixel_values"][None], image_attention_mask=mask).logits
 
@@ -201,7 +189,7 @@ def test_full_tower_on_bf16_base_autocast(base_folder, tower):
     """A tower trained in full on a bf16 base runs under autocast."""
     model = attach(fresh(base_folder, torch.bfloat16), {tower: "full"}, lora=LORA, base="base")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = packed_loss(model, batch(), config=model.config)
+        loss = packed_loss(model, one_row(), config=model.config)
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(model).values())
@@ -294,7 +282,7 @@ def test_step_changes_trained_only(base_folder, name):
     """A step of training changes the trained parameters and no other."""
     model = attached(base_folder, MODES[name])
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-    packed_loss(model, batch(), config=model.config).backward()
+    packed_loss(model, one_row(), config=model.config).backward()
     torch.optim.SGD(trained(model).values(), lr=0.1).step()
     changed = {key for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
     # The bias of a key moves all scores alike, so its gradient is rounding or zero.

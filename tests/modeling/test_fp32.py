@@ -2,27 +2,14 @@
 
 import pytest
 import torch
+from small_models import one_row
 from torch import nn
 
 from modeling import fp32, loading
-from modeling.forward import Layout, packed_loss
+from modeling.forward import packed_loss
 
 STEP = 5e-4
 """An update that bf16, with 8 bits, loses at 0.3: its neighbours there are 2e-3 apart."""
-
-
-def batch(images=1):
-    seen = [-1, -1, -1, 0, 0, 0, 0, 0] if images else [-1] * 8
-    return {
-        "input_ids": torch.tensor([[1, 17, 300, 301, 300, 18, 302, 2]]),
-        "labels": torch.tensor([[-100, -100, -100, -100, -100, 18, 302, 2]]),
-        "position_ids": torch.arange(8)[None],
-        "supervised_positions": torch.tensor([4, 5, 6]),
-        "targets": torch.tensor([18, 302, 2]),
-        "layout": Layout((0, 8), ((3, 8, 0),) if images else ()),
-        "image_index": torch.tensor([seen]),
-        "pixel_values": torch.randn(images, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
-    }
 
 
 def blocks(model):
@@ -35,7 +22,7 @@ def hidden_dtypes(model):
     for layer in (*blocks(model), *model.model.layers):
         layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     with torch.no_grad():
-        packed_loss(model, batch(), config=model.config)
+        packed_loss(model, one_row(), config=model.config)
     return seen
 
 
@@ -98,11 +85,11 @@ def test_gate_gradient(half):
     """A held gate has the gradient of a plain one."""
     for block in blocks(half):
         block.alpha_cross_attn.requires_grad_(True)
-    packed_loss(half, batch(), config=half.config).backward()
+    packed_loss(half, one_row(), config=half.config).backward()
     plain = [block.alpha_cross_attn.grad.item() for block in blocks(half)]
     half.zero_grad()
     fp32.keep_gates_in_fp32(half)
-    packed_loss(half, batch(), config=half.config).backward()
+    packed_loss(half, one_row(), config=half.config).backward()
     held = [block.alpha_cross_attn.grad for block in blocks(half)]
     assert all(gradient.dtype == torch.float32 for gradient in held)
     # The plain one is rounded to bf16's 8 bits, and so is every tanh on the way.
@@ -115,10 +102,10 @@ def test_fp32_model_unchanged(idefics):
     with torch.no_grad():
         for block in blocks(idefics.model):
             block.alpha_cross_attn.fill_(0.3)
-        before = packed_loss(idefics.model, batch(), config=idefics.model.config)
+        before = packed_loss(idefics.model, one_row(), config=idefics.model.config)
         fp32.keep_gates_in_fp32(idefics.model)
         fp32.keep_added_rows_in_fp32(idefics.model)
-        after = packed_loss(idefics.model, batch(), config=idefics.model.config)
+        after = packed_loss(idefics.model, one_row(), config=idefics.model.config)
     assert torch.equal(before, after)
     assert isinstance(blocks(idefics.model)[0].act_dense, fp32.Gate)
     assert type(idefics.model.lm_head.additional_fc) is nn.Linear
@@ -133,7 +120,7 @@ def test_added_rows_trained_on_bf16_base(half):
     assert all(torch.equal(row, old) and row.dtype == torch.float32 for row, old in zip(held, before, strict=True))
     for row in held:
         row.requires_grad_(True)
-    loss = packed_loss(half, batch(), config=half.config)
+    loss = packed_loss(half, one_row(), config=half.config)
     loss.backward()
     assert loss.isfinite()
     for row in held:
@@ -141,15 +128,15 @@ def test_added_rows_trained_on_bf16_base(half):
         assert row.grad.isfinite().all()
         assert row.grad.any(dim=1).all()
     torch.optim.SGD(held, lr=0.1).step()
-    assert packed_loss(half, batch(), config=half.config) < loss
+    assert packed_loss(half, one_row(), config=half.config) < loss
 
 
 def test_added_rows_logits(half):
     """Held rows give the logits of bf16 to its precision."""
     with torch.no_grad():
-        before = packed_loss(half, batch(), config=half.config)
+        before = packed_loss(half, one_row(), config=half.config)
         fp32.keep_added_rows_in_fp32(half)
-        after = packed_loss(half, batch(), config=half.config)
+        after = packed_loss(half, one_row(), config=half.config)
         embedded = half.model.embed_tokens(torch.tensor([[300, 17]]))
     assert embedded.dtype == torch.bfloat16
     # Only 3 of 303 logits are rounded elsewhere, each by at most bf16's 2^-8.
@@ -163,7 +150,7 @@ def test_gate_gradient_with_and_without_images(half, images):
     for block in blocks(half):
         block.alpha_cross_attn.requires_grad_(True)
         block.alpha_dense.requires_grad_(True)
-    packed_loss(half, batch(images), config=half.config).backward()
+    packed_loss(half, one_row(images=images), config=half.config).backward()
     for block in blocks(half):
         assert bool(block.alpha_cross_attn.grad.any()) == bool(images)
         assert block.alpha_dense.grad.any()

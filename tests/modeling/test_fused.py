@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from small_models import one_row
 from transformers import IdeficsConfig
 from transformers.models.idefics.modeling_idefics import (
     IdeficsAttention,
@@ -13,7 +14,7 @@ from transformers.models.idefics.modeling_idefics import (
 )
 
 from modeling import attention, fused, tiny
-from modeling.forward import Layout, packed_loss
+from modeling.forward import packed_loss
 from modeling.shapes import TINY
 
 WIDTH, INNER = 48, 80
@@ -142,16 +143,7 @@ def test_attention_dropout_in_training_alone(training, monkeypatch):
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", recorded)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
-    row = {
-        "input_ids": torch.tensor([[1, 17, 300, 301, 300, 18, 302, 2]]),
-        "labels": torch.tensor([[-100, -100, -100, -100, -100, 18, 302, 2]]),
-        "position_ids": torch.arange(8)[None],
-        "supervised_positions": torch.tensor([4, 5, 6]),
-        "targets": torch.tensor([18, 302, 2]),
-        "layout": Layout((0, 8), ((3, 8, 0),)),
-        "image_index": torch.tensor([[-1, -1, -1, 0, 0, 0, 0, 0]]),
-        "pixel_values": torch.zeros(1, 3, 64, 64),
-    }
+    row = one_row()
     packed_loss(model, row, config=model.config)
     assert Counter(seen) == ({0.25: 2, 0.5: 4 + 2} if training else {0.0: 2 + 4 + 2})
 

@@ -497,7 +497,7 @@ def test_other_quantize_refused(value):
 
 def test_full_tower_in_nf4_refused(load_nf4, bf16_folder, tmp_path):
     """A tower in 4 bits is not trained in full."""
-    with pytest.raises(UserError, match=r"decoder: trained in full.*holds it in 4 bits"):
+    with pytest.raises(UserError, match=r"decoder: trained in full.*has it in 4 bits"):
         attached(load_nf4(), modes={"decoder": "full"})
     full = attach(loading.load(str(bf16_folder)).model, {"cross_attention": "full"}, lora={}, base="")
     save_adapter(full, tmp_path)
