@@ -42,9 +42,9 @@ class Scores:
     exact: float | None
     """Share of answers equal to a reference."""
     exact_open: float | None
-    """Share of the questions whose most common reference is not yes or no."""
+    """The same, of questions whose most common reference is not yes or no."""
     exact_yes_no: float | None
-    """Share of the yes/no questions, balanced: as many yes as no for each wording, so that guessing gets one half."""
+    """The same, of yes/no questions, as many yes as no for each wording: guessing from the words gets one half."""
     first_word: float | None
     """Share of answers whose first word is a reference's: fair to a model that does not know when to stop."""
     eos_rate: float | None
