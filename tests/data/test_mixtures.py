@@ -105,7 +105,7 @@ def test_every_record_is_kept(prepared):
 
 
 def test_questions_are_joined_and_long_dialogues_divided_at_seven_turns(prepared):
-    training = prepared["tokens"].training
+    training = prepared["tokens"].train
     # M3IT 8 about one image = 7 + 1; LRV 9 = 7 + 2 and 3; SVIT 15 = 7 + 7 + 1, five times; UltraChat 9 = 7 + 2
     assert training.sizes == [7, 3, 6, 5, 17, 9, 11, 6, 8]
     turns = [len(dialogue.turns) // 2 for dialogue in training.dialogues if not dialogue.is_document]
