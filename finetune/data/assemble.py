@@ -1,4 +1,4 @@
-"""Dialogues -> examples, the second pass of preparing: questions about one image joined, what is too long divided."""
+"""The second step of preparing: dialogues -> examples. Questions about one image are joined, long dialogues divided."""
 
 import hashlib
 import shutil
@@ -123,7 +123,7 @@ def _opening_keys(dialogues: ArrowFile) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Assemble:
-    """A part's groups of dialogues -> its examples, on disk."""
+    """Writes the examples of one part, a list of groups of dialogues."""
 
     made: Path
     splitter: Splitter
@@ -150,7 +150,7 @@ class _Assemble:
             outcomes.take(piece, example)
             if isinstance(example, Example):
                 rows.append(self._row(piece, example, [numbers[image] for image in piece.dialogue.images]))
-        outcomes.tell({row: self._dialogues.text("record_id", row) for group in groups for row in group})
+        outcomes.count({row: self._dialogues.text("record_id", row) for group in groups for row in group})
         part = part_path(self.made / "assemble", number)
         write_arrow(part, EXAMPLE_SCHEMA, to_batches(rows, EXAMPLE_SCHEMA), stats=stats_text(stats))
 

@@ -1,4 +1,4 @@
-"""What training and held-out examples have in common: images by content, questions about equal images by words."""
+"""What training and eval examples share: images by content, and questions about equal images by their words."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from finetune.data.prepared import Prepared
 
 @dataclass(frozen=True)
 class Contamination:
-    """Found on both sides, and the training examples it is found in."""
+    """What is found on both sides, and the training examples it is found in."""
 
     images: int
     """Distinct images."""
@@ -29,10 +29,10 @@ class Contamination:
         }
 
 
-def find_contamination(training: Prepared, held: Prepared) -> Contamination:
-    (shown, images), (_, held_images) = training.shown_images(), held.shown_images()
-    (asked, questions), (_, held_questions) = training.asked_questions(), held.asked_questions()
-    same_images, same_questions = np.isin(images, held_images), np.isin(questions, held_questions)
+def find_contamination(training: Prepared, eval_set: Prepared) -> Contamination:
+    (shown, images), (_, eval_images) = training.shown_images(), eval_set.shown_images()
+    (asked, questions), (_, eval_questions) = training.asked_questions(), eval_set.asked_questions()
+    same_images, same_questions = np.isin(images, eval_images), np.isin(questions, eval_questions)
     return Contamination(
         images=len(np.unique(images[same_images])),
         questions=len(np.unique(questions[same_questions])),

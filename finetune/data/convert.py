@@ -1,4 +1,4 @@
-"""Records -> dialogues, the first pass of preparing: converted, their images opened, and named by content."""
+"""The first step of preparing: records -> dialogues, whose images are opened and named by their content."""
 
 import os
 import shutil
@@ -41,7 +41,7 @@ from finetune.recipe.schema import Source
 from modeling.files import flush
 
 PART_BYTES = 16_000_000
-"""About so many bytes of records are in a part, if they are not too many."""
+"""About the bytes of the records of a part."""
 
 PART_SCHEMAS = {".images": IMAGE_SCHEMA, ".files": FILE_SCHEMA, ".arrow": DIALOGUE_SCHEMA}
 """The files of a part, in the order in which they are written."""
@@ -71,7 +71,7 @@ def convert(
 
 
 def _are_converted(made: Path) -> bool:
-    """Whether this pass is done; what is damaged of it is made anew."""
+    """Whether this step is done; files that are damaged are made again."""
     written = {DIALOGUES: DIALOGUE_SCHEMA, IMAGES: IMAGE_SCHEMA, FILES: FILE_SCHEMA}
     return all(is_whole(made / name, schema) for name, schema in written.items())
 
@@ -101,7 +101,7 @@ def _bytes_of(value: object) -> int:
 
 @dataclass(frozen=True)
 class _Convert:
-    """A part's records -> its dialogues and images, on disk."""
+    """Writes the dialogues and the images of one part, a list of records."""
 
     source: Source
     seed: int
@@ -114,7 +114,7 @@ class _Convert:
 
     @cached_property
     def _seen(self) -> OrderedDict[Image, tuple[File, bytes | None, bytes | RecordError]]:
-        """What became of the images met lately: neighbouring records often show the same one."""
+        """The results of the images seen last: neighbouring records often show the same image."""
         return OrderedDict()
 
     def __call__(self, task: tuple[int, list[Record]]) -> None:
@@ -178,7 +178,7 @@ class _Convert:
 
 
 def _digest(image: Image) -> bytes | RecordError:
-    """Of an image that can be decoded."""
+    """Return the digest of an image that can be decoded, or why it cannot."""
     try:
         open_image(image)
         return digest(image)
@@ -187,7 +187,7 @@ def _digest(image: Image) -> bytes | RecordError:
 
 
 class _PartImages:
-    """The distinct images of one part; those that came inside records are kept in a file, encoded as they came."""
+    """The distinct images of one part; those that came inside records are stored in a file, encoded as they came."""
 
     def __init__(self, made: Path, number: int):
         self.rows: list[dict[str, Any]] = []
@@ -221,7 +221,7 @@ class _PartImages:
         ]
 
     def close(self) -> None:
-        """After that a power cut takes nothing away."""
+        """Flush the file of images to the disk."""
         if self._file is not None:
             self._file.close()
             flush(self._kept)

@@ -1,4 +1,4 @@
-"""Recipe -> its data: every source prepared, held-out data kept apart, and a report of where each record went."""
+"""The section `data` of a recipe -> what is trained and evaluated on, and a report of what became of each record."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -25,19 +25,19 @@ Contents = Mapping[str, Sequence[Mapping[str, str | None]]]
 """{"sources": [{"source": name, "sha256": of its files' content}], "eval_sources": [...], "documents": [...]}."""
 
 STREAMED_BYTES = 2**25
-"""Of a streamed file that are looked at to tell whether it has changed, at its beginning and at its end."""
+"""Bytes at the beginning and at the end of a streamed file that tell whether it has changed."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a recipe trains on and what it holds out; streamed sources are in neither."""
+    """The prepared examples to train and to evaluate on; streamed sources are in neither."""
 
     train: Prepared
     eval: Prepared
     mix: Mix
     """How the prepared training sources are drawn."""
     source_stats: list[SourceStats]
-    """Of the training sources, then of the held-out ones."""
+    """Those of the training sources, then those of the eval sources."""
     report: dict[str, Any]
     """data.json."""
 
@@ -51,34 +51,37 @@ def make_dataset(
     seed: int,
     nodes: NodeGroup = ALONE,
 ) -> Dataset:
-    """Prepare, or open what is prepared already. `sources`: the recipe's training sources, their formats known."""
+    """Prepare the sources, or open what is prepared already.
+
+    sources: the training sources, their formats known; row_images: the most images of an example.
+    """
     options: dict[str, Any] = {"row_images": row_images, "seed": seed, "nodes": nodes}
     prepared = [source for source in sources if not source.stream]
-    training, source_stats = prepare_sources(data, prepared, tokenizer, **options)
+    train_set, source_stats = prepare_sources(data, prepared, tokenizer, **options)
     apart = [resolve_source(source) for source in data.eval_sources]
-    held, eval_stats = prepare_sources(data, apart, tokenizer, **options)
+    eval_set, eval_stats = prepare_sources(data, apart, tokenizer, **options)
     if not data.streams:
-        require_examples(training, source_stats)
+        require_examples(train_set, source_stats)
     if data.eval_split:
-        training, held = split_by_image(training, data.eval_split, seed=seed)
+        train_set, eval_set = split_by_image(train_set, data.eval_split, seed=seed)
     if data.eval_sources:
-        require_examples(held, eval_stats)
-    overlap = find_contamination(training, held)
-    training = _without_overlap(training, overlap, data.overlap)
+        require_examples(eval_set, eval_stats)
+    overlap = find_contamination(train_set, eval_set)
+    train_set = _without_overlap(train_set, overlap, data.overlap)
     weights = [source.weight for source in data.sources if not source.stream]
-    mix = Mix(training.sizes, weights, training.lengths, data.weigh)
+    mix = Mix(train_set.sizes, weights, train_set.lengths, data.weigh)
     for stats, draws, repeats in zip(source_stats, mix.draws, mix.repeats, strict=True):
         stats.draws_per_epoch, stats.repeats_per_epoch = draws, round(repeats, 4)
     report = {
-        "training_examples": len(training),
-        "held_out_examples": len(held),
-        "training_images": hashlib.sha256(training.digests.tobytes()).hexdigest(),
-        "held_out_images": hashlib.sha256(held.digests.tobytes()).hexdigest(),
+        "training_examples": len(train_set),
+        "held_out_examples": len(eval_set),
+        "training_images": hashlib.sha256(train_set.digests.tobytes()).hexdigest(),
+        "held_out_images": hashlib.sha256(eval_set.digests.tobytes()).hexdigest(),
         "overlap": {**overlap.to_json(), "dropped": data.overlap != "report"},
         "sources": [stats.to_json() for stats in source_stats],
         "eval_sources": [stats.to_json() for stats in eval_stats],
     }
-    return Dataset(training, held, mix, [*source_stats, *eval_stats], report)
+    return Dataset(train_set, eval_set, mix, [*source_stats, *eval_stats], report)
 
 
 def prepare_sources(
@@ -141,7 +144,7 @@ def _ends_of(files: Sequence[Path]) -> str:
 
 
 def log_losses(dataset: Dataset, report: Path) -> None:
-    """Say what was rejected, and what training and held-out data share."""
+    """Log what was rejected, and what training and eval data share."""
     for stats in dataset.source_stats:
         if stats.loss:
             log(f"{stats.source}: {stats.loss}; every reason is in {report}")

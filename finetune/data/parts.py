@@ -1,4 +1,4 @@
-"""Work in numbered parts, each an Arrow file that is whole or not there, with a source's statistics of its records."""
+"""Work in numbered parts, done by several processes: a part is an Arrow file, whole or not there, with statistics."""
 
 import json
 import multiprocessing
@@ -19,7 +19,7 @@ from finetune.distributed.nodes import NodeGroup
 from modeling.errors import UserError
 
 PART_RECORDS = 512
-"""Most records of a part."""
+"""The most records of a part."""
 
 STATS_KEY = b"stats"
 """Of a part's metadata."""
@@ -33,7 +33,7 @@ that is lost; opens: whether it opens with its images, so that its turns can be 
 
 
 class Unfinished:
-    """Numbered tasks of one share of a nodes's, without those whose part is there already; counts all."""
+    """The numbered tasks of this node without those that are done; `count` is how many all nodes have."""
 
     def __init__(self, parts: Path, tasks: Iterable[Any], nodes: NodeGroup, *, schemas: Mapping[str, pa.Schema]):
         self.parts, self.tasks, self.nodes, self.count = parts, tasks, nodes, 0
@@ -47,14 +47,14 @@ class Unfinished:
                 yield number, task
 
     def _is_whole(self, part: Path) -> bool:
-        """What is damaged is made anew."""
+        """A damaged part is made again."""
         return part.is_file() and all(
             is_whole(part.with_suffix(suffix), schema) for suffix, schema in self.schemas.items()
         )
 
 
 def is_whole(path: Path, schema: pa.Schema) -> bool:
-    """Whether an Arrow file is there as it was written."""
+    """Whether an Arrow file exists and is as it was written."""
     try:
         found = ArrowFile(path).validate(schema)
         if STATS_KEY in (found.schema.metadata or {}):
@@ -100,7 +100,7 @@ def run_all(tasks: Iterable[Task], work: Callable[[Task], None], *, workers: int
         for finished in _bounded(pool, chain(first, coming), most=3 * workers):
             finished.result()
     except BrokenProcessPool as error:
-        raise UserError("a worker process died, most likely for want of memory; try fewer: data.workers=1") from error
+        raise UserError("a worker process died, most likely out of memory; try fewer: data.workers=1") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -1,11 +1,11 @@
 """Sources -> prepared sets: every record accounted for, every image decoded once, every dialogue tokenised.
 
-A source is prepared in two passes, each in parts that are whole or not there, so that an interrupted one goes on:
+A source is prepared in two steps, each in parts that are whole or not there, so that an interrupted step goes on:
 
     convert    records -> dialogues, their images opened and named by content
     assemble   dialogues -> examples: questions about one image joined, what is too long divided or cut
 
-Nothing grows with the source but a few numbers a dialogue.
+Memory grows with the source by a few numbers per dialogue alone.
 """
 
 import hashlib
@@ -48,9 +48,9 @@ def prepare(
     track: Track = silently,
     nodes: NodeGroup = ALONE,
 ) -> tuple[Prepared, list[SourceStats]]:
-    """Prepare each source in a folder below `folder`, or open the set that is already there for all that makes it.
+    """Prepare each source in a folder below `folder`, or open the set that is there already.
 
-    A record that cannot be used is counted under its reason, never skipped. `workers`: of each process that takes part.
+    A record that cannot be used is counted under its reason, never skipped. `workers`: processes on each node.
     """
     encoder, limits = Encoder(tokenizer), Limits(max_length, max_images)
     options: dict[str, Any] = {"folder": folder, "workers": workers, "track": track, "nodes": nodes}
@@ -105,7 +105,7 @@ def prepare_source(
 
 @dataclass(frozen=True)
 class Found:
-    """What is there of a source: its set, or the folder in which to make it."""
+    """The set of a source, or the folder in which to make it."""
 
     set: PreparedSet | None
     folder: Path
@@ -157,13 +157,16 @@ def _say_missing(source: Source, made: Path, changes: Changes) -> str:
 
 
 def set_folder(source: Source, splitter: Splitter, folder: Path) -> Path:
-    """Where the set of a source lies, or would."""
+    """Return the folder of a source's set, whether it exists or not."""
     label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
     return folder / f"{label}-{_key(source, splitter, cache=folder / 'fingerprints.json')}"
 
 
 def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[Prepared, Prepared]:
-    """(training, held out): at most `fraction` of the examples (or one), no image on both sides. Raises UserError."""
+    """Return (train, eval): at most `fraction` of the examples, or one, to evaluate on; no image is on both sides.
+
+    Raises UserError: images connect the examples so that no such share exists.
+    """
     groups = _groups(prepared)
     order = np.random.default_rng([seed, 2]).permutation(len(groups))
     held: list[int] = []

@@ -4,7 +4,7 @@ NAME-KEY/   examples.arrow   an example a row: tokens, what is supervised, image
             images.arrow     the distinct images: where their bytes are
             files.arrow      the files in which images were looked for, as they were
             images/*.bin     images that came inside records, encoded as they came; pixels are never stored
-            stats.json     what became of every record; written last, so a set that has it is whole
+            stats.json     what became of every record; written last, so a set that has it is complete
 
 Paths are bytes, as names of files need not be UTF-8; those of images/*.bin are relative to the set's folder.
 """

@@ -1,7 +1,7 @@
-"""Dialogues -> dialogues of the wanted size: questions joined, long ones divided, documents cut between their texts.
+"""Dialogues -> examples of the wanted size: questions joined, long dialogues divided, documents cut between texts.
 
-IDEFICS's text sees one image: the last one before it. Whatever is joined, divided or cut here, every text sees the
-image that it saw before, and a text that saw none sees none.
+A text of IDEFICS sees one image: the last one before it. Whatever is joined, divided or cut here, every text sees the
+same image as before, and a text that saw none sees none.
 
 A dialogue *opens with its images* when all of them stand before the words of its first question. Its turns can then be
 put into other dialogues, with the images in front again.
@@ -38,14 +38,14 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A dialogue that may still be divided."""
+    """A dialogue, with the dialogues its exchanges came from; it may still be divided."""
 
     dialogue: Dialogue
     origins: tuple[int, ...]
     """For each exchange (or for the document) the dialogue it is from."""
 
     def halves(self) -> "tuple[Piece, Piece] | None":
-        """A conversation divided in the middle, between turns; None if it has but one question."""
+        """Return a conversation divided in the middle, between turns; None if it has only one question."""
         middle = len(self.origins) // 2
         if not middle:
             return None
@@ -65,18 +65,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Splitter:
-    """How the dialogues of one source become examples."""
+    """How the dialogues of one source become examples that fit into a row."""
 
     encoder: Encoder
     limits: Limits
     turns: int | None
-    """Most turns of a dialogue; None: as the records have it."""
+    """The most turns of a dialogue; None: as many as its record has."""
     ordered: bool
     """Whether turns build on each other; if not, they are shuffled by `seed`."""
     seed: int
 
     def arrange(self, group: Sequence[tuple[int, Dialogue]], *, number: int) -> list[Piece]:
-        """(origin, dialogue) that open with the same images, joined and bounded; the group's number seeds its order."""
+        """Join and divide (origin, dialogue) that open with the same images; the group's `number` seeds their order."""
         origin, dialogue = group[0]
         if self.turns is None or dialogue.is_document:
             return [Piece(dialogue, (origin,)) for origin, dialogue in group]
@@ -89,7 +89,7 @@ class Splitter:
     def fit(
         self, pieces: Sequence[Piece], *, same: Callable[[Image], Any]
     ) -> Iterator[tuple[Piece, Example | RecordError]]:
-        """Each piece's example, or why it has none; one that is too long is divided where it may be, and tried again.
+        """Yield each piece with its example, or why it has none; one that is too long is divided and tried again.
 
         `same` gives equal values for images that count as one.
         """
@@ -118,14 +118,14 @@ class Splitter:
         return None
 
     def _divide(self, piece: Piece, same: Callable[[Image], Any]) -> Sequence[Piece]:
-        """Smaller ones; none where it may not, or cannot, be divided."""
+        """Return smaller pieces, or none where it may not or cannot be divided."""
         if piece.dialogue.is_document:
             parts = self._cut(piece.dialogue, same)
             return [Piece(part, piece.origins) for part in parts] if len(parts) > 1 else ()
         return piece.halves() or () if self.turns is not None else ()
 
     def _cut(self, document: Dialogue, same: Callable[[Image], Any]) -> list[Dialogue]:
-        """Between texts, each part as full as it can be. Only the last says that the document ends."""
+        """Cut a document between its texts, each part as full as possible. Only the last one ends with `</s>`."""
         units = document_units(document)
 
         def fits(start: int, stop: int) -> bool:
@@ -142,7 +142,7 @@ class Splitter:
 
 
 class Outcomes:
-    """What became of the dialogues that were fitted together, each by its origin."""
+    """Counts what becomes of dialogues that are joined and divided, each under its origin."""
 
     def __init__(self, stats: SourceStats):
         self.stats = stats
@@ -163,8 +163,8 @@ class Outcomes:
             self.stats.tokens += len(example)
             self.stats.supervised_tokens += example.supervised
 
-    def tell(self, record_ids: Mapping[int, str]) -> None:
-        """Origin -> record_id: count each as one record, kept or rejected, and the parts that kept ones lost."""
+    def count(self, record_ids: Mapping[int, str]) -> None:
+        """Count each record (origin -> record_id) as kept or rejected, and the parts that kept records lost."""
         for origin, record_id in record_ids.items():
             if self._kept[origin]:
                 self.stats.documents_cut += self._documents[origin] > 1
@@ -176,7 +176,7 @@ class Outcomes:
 
 
 def splitter(source: Source, encoder: Encoder, limits: Limits, *, seed: int) -> Splitter:
-    """As the source says, or its format where the source is silent."""
+    """Return the splitter of a source; where the source does not say whether turns are ordered, its format does."""
     ordered = FORMATS[source.format].ordered if source.ordered is None else source.ordered
     return Splitter(encoder, limits, source.turns, ordered, seed)
 
@@ -199,7 +199,9 @@ def fit_records(
     start: int = 0,
     same: Callable[[Image], object] = lambda image: image,
 ) -> list[tuple[Piece, Example, Origin]]:
-    """The examples of (record_id, dialogues), the first of which is number `start` of its source; all are counted.
+    """Return the examples of records, (record_id, dialogues) each, and count all of them in `stats`.
+
+    `start` is the number of the first record in its source, which seeds the order of its turns.
 
     `same` gives equal values for images that count as one.
     """
@@ -211,7 +213,7 @@ def fit_records(
     outcomes = Outcomes(stats)
     for piece, example in fitted:
         outcomes.take(piece, example)
-    outcomes.tell({number: record_id for number, (record_id, _) in enumerate(chunk)})
+    outcomes.count({number: record_id for number, (record_id, _) in enumerate(chunk)})
     kept = [(piece, example) for piece, example in fitted if isinstance(example, Example)]
     examples = Counter(piece.origins[0] for piece, _ in kept)
     origins = {number: Origin(chunk[number][0], amount, splitter.encoder) for number, amount in examples.items()}

@@ -1,4 +1,4 @@
-"""What became of every record of a source."""
+"""Source statistics: what became of every record of a source, each rejected one under its reason."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, Self
 from finetune.data.conversation import RecordError, as_unicode
 
 MOST_NAMES = 50
-"""So many names are counted each by itself."""
+"""Names of ignored keys that are counted one by one; the rest are \"other keys\"."""
 
 _COUNTERS = ("rejected", "parts_rejected", "ignored")
 
@@ -20,7 +20,7 @@ class SourceStats:
     source: str
     read: int = 0
     kept: int = 0
-    """Records of which something is trained on."""
+    """Records that gave at least one example."""
     limited: bool = False
     """Whether reading ended at the limit, so that what follows was not counted."""
     broken: list[str] = field(default_factory=list)
@@ -28,7 +28,7 @@ class SourceStats:
     rejected: dict[str, int] = field(default_factory=Counter)
     """Reason -> records."""
     first_rejected: dict[str, str] = field(default_factory=dict)
-    """Reason -> record_id and detail of the first."""
+    """Reason -> the id of the first such record, and the detail."""
     parts_rejected: dict[str, int] = field(default_factory=Counter)
     """Reason -> turns, texts or images of documents, that were left out of records not rejected for it."""
     documents_cut: int = 0
@@ -64,7 +64,7 @@ class SourceStats:
         self.first_rejected.setdefault(error.reason, as_unicode(f"{record_id}: {error.detail}".removesuffix(": ")))
 
     def add(self, other: "SourceStats") -> None:
-        """Take in what happened to further records of the same source."""
+        """Add the statistics of further records of the same source."""
         for name, value in vars(other).items():
             mine = getattr(self, name)
             if isinstance(mine, Counter):
@@ -129,7 +129,7 @@ def _list(counts: Mapping[str, int]) -> str:
 
 
 def why_nothing_is_left(source_stats: Sequence[SourceStats]) -> str:
-    """The reasons, a line each."""
+    """Return why every record was rejected, one line per reason."""
     reasons = [
         f"  {stats.source}: {count} x {reason} (first: {stats.first_rejected[reason]})"
         for stats in source_stats

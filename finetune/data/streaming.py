@@ -1,7 +1,7 @@
-"""Sources read as they are trained on: no preparing, no size, bounded memory.
+"""Rows of sources that are read while training: nothing is prepared, no size is needed, memory is bounded.
 
-The rows are the same for every rank and worker: each reads all records, and opens the images of its own rows alone. A
-run that goes on reads the stream again up to its row, without opening an image.
+The rows are the same on every rank: each reads all records, and opens the images of its own rows alone. A resumed run
+reads the stream again up to its row, without opening an image.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ TOKENISED_AT_ONCE = 64
 """Records."""
 
 WINDOW_ROWS = 64
-"""Rows that are packed together: the more, the fuller, and the more examples are held."""
+"""Rows that are packed together: more of them are fuller, and hold more examples in memory."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Drawn:
     epoch: int
     """How often its source has been read before."""
     record_id: str
-    """Of its record."""
+    """The id of its record."""
     origin: Origin | None = None
     """None where the source is prepared, so that its images have been opened before."""
     document: Dialogue | None = None
@@ -65,7 +65,7 @@ class Drawn:
 
 
 ReadEpoch = Callable[[int, SourceStats], Iterator[Drawn]]
-"""(number of the pass, where records are counted) -> all examples of a source, once."""
+"""(epoch, where records are counted) -> all examples of a source, once."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Lost:
 
 @dataclass
 class StreamedRows:
-    """The rows of a run, made on the way: in order; asking for an earlier one begins again."""
+    """The rows of a run, made in order; asking for an earlier row starts the stream again."""
 
     readers: Sequence[ReadEpoch]
-    """For each source, how to go through it once."""
+    """For each source, the function that reads it once."""
     names: Sequence[str]
     weights: Sequence[float | None]
     rows: int
@@ -107,7 +107,7 @@ class StreamedRows:
     skipped: Collection[tuple[str, str]] = frozenset()
     """(source, record_id) of records that rows do without."""
     remembered: int = 0
-    """Rows whose dialogues can be told without reading the stream again."""
+    """Rows whose dialogues are kept, so that `dialogues` need not read the stream again."""
 
     def __post_init__(self) -> None:
         # Rows are made in a thread, and who logs asks for their sizes: that never waits for images, which may be
@@ -120,22 +120,22 @@ class StreamedRows:
         self._begin()
 
     def _begin(self) -> None:
-        self._accounts = [SourceStats(name) for name in self.names]
+        self._stats = [SourceStats(name) for name in self.names]
         self._coming = self._stream()
         self._next = 0
 
     @property
     def source_stats(self) -> list[SourceStats]:
-        """For each source, what became of its records in the first pass, as far as it has been read.
+        """The statistics of each source in its first epoch, as far as it has been read.
 
         Of several processes, each knows of images that could not be opened in its own rows, and in restored ones.
         """
         with self._reading:
-            return [self._account(number) for number in range(len(self.names))]
+            return [self._stats_of(number) for number in range(len(self.names))]
 
-    def _account(self, source: int) -> SourceStats:
+    def _stats_of(self, source: int) -> SourceStats:
         stats = SourceStats(self.names[source])
-        stats.add(self._accounts[source])
+        stats.add(self._stats[source])
         lost = sorted((one for one in self._lost if one.source == source), key=lambda one: (one.row, one.index))
         left = {one.record_id: one.of for one in lost}
         for one in lost:
@@ -290,25 +290,25 @@ class StreamedRows:
             yield from ([gathered[index] for index in packs[row]] for row in order)
 
     def _endless(self, number: int) -> Iterator[Drawn]:
-        """One pass after the other. Raises UserError after one that gave nothing, or of which nothing could be used."""
-        first = self._accounts[number]
+        """Yield epoch after epoch of a source. Raises UserError after an epoch of which no record could be used."""
+        first = self._stats[number]
         for epoch in count():
             stats = first if epoch == 0 else SourceStats(self.names[number])
             rng = np.random.default_rng([self.seed, epoch, number, 7])
             yield from shuffle(self.readers[number](epoch, stats), rng, buffer=self.buffer)
-            for one in (stats, self._account(number)):
+            for one in (stats, self._stats_of(number)):
                 if not one.kept:
                     raise UserError(f"{one.source}: {why_nothing_is_left([one])}")
 
 
 def downloads(folder: Path, sources: Sequence[Source]) -> Downloader | None:
-    """What fetches the images of sources that allow it."""
+    """Return the downloader of the sources that allow downloads; None where none does."""
     allowed: list[Any] = [source for source in sources if source.download]
     return Downloader(folder, http=any(source.download == "http" for source in allowed)) if allowed else None
 
 
 def streamed_epochs(source: Source, splitter: Splitter, number: int) -> ReadEpoch:
-    """A streamed source."""
+    """Return the function that reads a streamed source once."""
 
     def one_epoch(epoch: int, stats: SourceStats) -> Iterator[Drawn]:
         dialogues = read_dialogues(source, stats, seed=splitter.seed)
@@ -325,7 +325,7 @@ def streamed_epochs(source: Source, splitter: Splitter, number: int) -> ReadEpoc
 
 
 def prepared_epochs(found: PreparedSet, number: int, seed: int) -> ReadEpoch:
-    """A prepared source among streamed ones."""
+    """Return the function that reads a prepared source, among streamed ones, once, shuffled."""
 
     def one_epoch(epoch: int, stats: SourceStats) -> Iterator[Drawn]:
         stats.add(found.stats)
@@ -337,16 +337,16 @@ def prepared_epochs(found: PreparedSet, number: int, seed: int) -> ReadEpoch:
 
 
 def shuffle(examples: Iterable[Drawn], rng: np.random.Generator, *, buffer: int) -> Iterator[Drawn]:
-    """Each a random one of those held, at most `buffer`."""
-    held: list[Drawn] = []
+    """Yield examples in random order, each drawn from a buffer of at most `buffer` examples."""
+    kept: list[Drawn] = []
     for drawn in examples:
-        if len(held) < buffer:
-            held.append(drawn)
+        if len(kept) < buffer:
+            kept.append(drawn)
         else:
-            place = int(rng.integers(buffer))
-            yield held[place]
-            held[place] = drawn
-    yield from (held[place] for place in rng.permutation(len(held)))
+            index = int(rng.integers(buffer))
+            yield kept[index]
+            kept[index] = drawn
+    yield from (kept[index] for index in rng.permutation(len(kept)))
 
 
 def mix(streams: Sequence[Iterator[Drawn]], weights: Sequence[float], *, unit: Unit) -> Iterator[Drawn]:

@@ -95,4 +95,4 @@ def test_an_exception_of_the_tasks_themselves_is_the_callers(workers):
 def test_a_worker_that_is_killed_is_told_with_a_way_out():
     with pytest.raises(UserError) as caught:
         run_all(range(5), die, workers=2)
-    assert str(caught.value) == "a worker process died, most likely for want of memory; try fewer: data.workers=1"
+    assert str(caught.value) == "a worker process died, most likely out of memory; try fewer: data.workers=1"

@@ -303,7 +303,7 @@ def test_a_dialogue_is_kept_if_any_of_its_turns_is():
     outcomes.take(Piece(dialogue, (0, 1, 0)), made(5, 2))
     outcomes.take(Piece(dialogue, (0, 2)), error)
     outcomes.take(Piece(dialogue, (2,)), RecordError("too long", "8 tokens"))
-    outcomes.tell({0: "x:1", 1: "x:2", 2: "x:3"})
+    outcomes.count({0: "x:1", 1: "x:2", 2: "x:3"})
     assert (stats.kept, stats.examples, stats.tokens, stats.supervised_tokens) == (2, 1, 5, 2)
     assert stats.rejected == {"too long": 1}
     assert stats.parts_rejected == {"too long": 1}
@@ -317,7 +317,7 @@ def test_documents_that_became_several_are_counted_unless_all_of_it_was_lost():
     outcomes, error = Outcomes(stats), RecordError("too long", "9 tokens")
     for origin, example in ((0, made(3, 2)), (1, made(3, 2)), (1, error), (2, error), (2, error)):
         outcomes.take(Piece(text, (origin,)), example)
-    outcomes.tell({0: "x:1", 1: "x:2", 2: "x:3"})
+    outcomes.count({0: "x:1", 1: "x:2", 2: "x:3"})
     assert (stats.kept, stats.documents_cut) == (2, 1)
     assert (stats.rejected, stats.parts_rejected) == ({"too long": 1}, {"too long": 1})
 
