@@ -106,7 +106,7 @@ DOCUMENTS = ("obelics", "text", *CAPTIONS)
 
 
 class Source(Section):
-    """Where records come from; paths are relative to the recipe's folder, given as key=value to where you are."""
+    """A dataset; its paths are relative to the recipe file, or to the current folder where key=value sets them."""
 
     format: FormatName = "auto"
     """The form of the records; auto: recognised from the first ones."""
@@ -115,41 +115,41 @@ class Source(Section):
     hub: Name | None = None
     """Instead of a path: a dataset on the hub."""
     subset: Name | None = None
-    """Its configuration."""
+    """Configuration of a hub dataset."""
     split: Name = "train"
-    """Its split."""
+    """Split of the dataset: train, test, ..."""
     revision: Name | None = None
     """Branch, tag or commit of a hub dataset."""
     stream: bool = False
-    """Train on it as it is read, without preparing it."""
+    """Train on the records while they are read, without preparing them first."""
     image_root: Paths = ()
-    """Folders, zip or tar archives, or MIMIC-IT image files that image paths are looked up in, and may not leave;
-    without it, the data file's own folder."""
+    """Folders, zip or tar archives, or MIMIC-IT image files in which images are looked up; image paths may not lead out
+    of them. Default: the folder of the data file."""
     image_name: str | None = None
-    """How image files are called where records give only a number: COCO_train2014_{image_id:012d}.jpg."""
+    """Names of image files where records hold only a number: COCO_train2014_{image_id:012d}.jpg."""
     columns: dict[str, str] = {}
-    """Other names of the fields: {text: caption} reads "text" from "caption"."""
+    """Names of the fields in the records, where they differ: {text: caption} reads "text" from "caption"."""
     weight: Rate | None = None
-    """Sampling ratio among the sources that have one; without weights each example is drawn once an epoch."""
+    """Sampling ratio among the sources; without weights, each example is drawn once per epoch."""
     limit: Positive | None = None
     """Read only the first so many records."""
     on_broken: Literal["stop", "keep"] = "stop"
-    """Where a file cannot be read to its end: stop with an error, or keep the records before and report the loss."""
+    """If a file cannot be read to its end: stop with an error, or keep the records before and report the loss."""
     turns: Positive | None = None
     """Join questions about one image, and divide longer dialogues, into dialogues of at most so many turns."""
     ordered: bool | None = None
-    """Whether turns build on each other, so that their order is kept; without it, what the format says."""
+    """Whether turns build on each other, so that their order is kept; default: as the format says."""
     prompt: Prompts = ()
-    """Of captions: what a user asks for one, which makes dialogues of them; of a list, one is drawn for each record.
-    Without it captions are documents, and a model does not learn to answer from documents."""
+    """The user's question for each caption, which makes dialogues of captions; from a list, one is drawn per record.
+    Without it, captions are documents, and a model does not learn to answer from documents."""
     download: Literal[False, True, "http"] = False
-    """Fetch images that are URLs, over https; http: over plain http, too."""
+    """Fetch images whose path is a URL: true over https alone, http over plain http, too."""
     placeholders: Literal["images", "text"] = "images"
-    """What "<image>" and the like in a user's text stand for: the images that records list, or text to be kept."""
+    """What "<image>" and the like mean in a user's text: images, the listed ones, or text that is kept."""
     ignore: Keys = ()
-    """Keys of records, or of their messages, to read as if they were not there: [tools, videos]."""
+    """Keys of records or of their messages that are left out: [tools, videos]."""
     license: str | None = None
-    """For the dataset card."""
+    """License in the dataset card."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
