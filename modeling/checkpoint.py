@@ -205,7 +205,7 @@ def _require_filled(path: Path, tensors: Mapping[str, Stored], *, start: int, si
             raise UserError(f"{path}: tensors overlap or leave gaps: {name} is at {stored.offset}, not at {place}")
         place += stored.nbytes
     if place != size:
-        raise UserError(f"{path}: {size:,} bytes, and its header speaks of {place:,}: truncated, or not whole")
+        raise UserError(f"{path}: {size:,} bytes, and its header names {place:,}: truncated, or not whole")
 
 
 def read_checkpoint(folder: Path) -> dict[str, Stored]:
@@ -228,12 +228,12 @@ def _read_indexed(folder: Path) -> dict[str, Stored]:
     files = list(dict.fromkeys(weight_map.values()))
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise UserError(f"{folder}: {len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:3])}")
-    held = {(name, file): stored for file in files for name, stored in read_header(folder / file).items()}
-    if absent := sorted(weight_map.items() - held.keys()):
+    found = {(name, file): stored for file in files for name, stored in read_header(folder / file).items()}
+    if absent := sorted(weight_map.items() - found.keys()):
         raise UserError(f"{folder}: its index names {len(absent)} tensors that their files do not have: {absent[:3]}")
-    if surplus := sorted(held.keys() - weight_map.items()):
+    if surplus := sorted(found.keys() - weight_map.items()):
         raise UserError(f"{folder}: its files have {len(surplus)} tensors that its index does not name: {surplus[:3]}")
-    return {name: stored for (name, _), stored in held.items()}
+    return {name: stored for (name, _), stored in found.items()}
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:

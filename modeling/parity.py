@@ -1,7 +1,7 @@
 """Parity of a merged checkpoint with base + adapter, without the code that merged it and a few rows at a time.
 
 Each tensor: sampled rows against the formula in fp64. Each block of the model that LoRA changes: the same input through
-base + adapter, whose factors stay apart, and through the merged weights.
+base + adapter, whose factors are not merged, and through the merged weights.
 """
 
 import math

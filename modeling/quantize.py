@@ -1,7 +1,7 @@
 """Checkpoint -> the same with the matrices of two towers in NF4 (4 bits), made once and kept on disk.
 
 NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 64 weights in a row share a scale, and 256 scales one of
-their own. `cross_attention` and `decoder`, nine tenths of the parameters, are held so; vision tower, resampler,
+their own. `cross_attention` and `decoder`, nine tenths of the parameters, are in NF4; vision tower, resampler,
 embeddings, head, added tokens, norms and gates stay as they are. A matrix is quantised in blocks of rows and always
 from fp32, so that a bf16 file and its fp32 copy give the same 4 bits, whatever the size of the matrix.
 
@@ -75,7 +75,7 @@ class Nf4:
         """Quantise a matrix that `rows(start, stop)` reads, as bitsandbytes would, a block of rows at a time."""
         count = max(GROUP, BLOCK_ELEMENTS // shape[1] // GROUP * GROUP)  # whole groups, whatever the width
         elements = math.prod(shape)
-        # Made first: what is kept between blocks would hold the allocator to the room of every block.
+        # Allocated first: what is kept between blocks would keep the allocator from giving back the memory of each block.
         packed, scales = torch.empty(-(-elements // 2), 1, dtype=torch.uint8), torch.empty(-(-elements // GROUP))
         for start in range(0, shape[0], count):
             block, own = functional.quantize_4bit(rows(start, start + count).float(), blocksize=GROUP, quant_type="nf4")

@@ -52,13 +52,13 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """The official VQA accuracy (Antol et al. 2015): leaving out each human answer in turn, min(1, matches / 3).
 
     With ten human answers, an answer that 1, 2, 3, 4 of them gave gets 0.3, 0.6, 0.9, 1. Both sides are normalised,
-    except where all humans said the same: there, as in the official code, the answer has to equal it as it is. Of
+    except where all humans gave the same answer: there, as in the official code, the answer has to equal it as it is. Of
     fewer than ten the same mean is taken: an answer that all of three gave gets 2/3, and of a single one always 0.
     """
-    said, given = _one_line(answer), [_one_line(reference) for reference in references]
+    answer, given = _one_line(answer), [_one_line(reference) for reference in references]
     if len(set(given)) > 1:
-        said, given = normalise_vqa(said), [normalise_vqa(reference) for reference in given]
-    matches = given.count(said)
+        answer, given = normalise_vqa(answer), [normalise_vqa(reference) for reference in given]
+    matches = given.count(answer)
     others = len(given) - matches
     return (matches * min(1, (matches - 1) / 3) + others * min(1, matches / 3)) / len(given)
 
@@ -124,11 +124,11 @@ _TOKEN = re.compile(r"\w+?(?=n't\b)|n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:]\d+)+
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
     """ROUGE-L (Lin 2004) as COCO takes it: F, beta 1.2, of the best precision and the best recall of any reference."""
-    said, given = tokenise_caption(answer), [tokenise_caption(reference) for reference in references]
-    common = [_longest_common_subsequence(said, reference) for reference in given]
+    words, given = tokenise_caption(answer), [tokenise_caption(reference) for reference in references]
+    common = [_longest_common_subsequence(words, reference) for reference in given]
     if not any(common):
         return 0.0
-    precision = max(common) / len(said)
+    precision = max(common) / len(words)
     recall = max(length / max(len(reference), 1) for length, reference in zip(common, given, strict=True))
     return (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)
 

@@ -1,4 +1,4 @@
-"""The evaluation stage: base and tuned model on the same held-out questions, and the image-swap ablation."""
+"""The evaluation stage: base and tuned model on the same questions of the eval data, and the image-swap ablation."""
 
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from modeling.adapters import open_adapter
 
 
 def evaluate_adapter(recipe: Recipe, base: Base, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Ask the base and the tuned model the held-out questions, and the tuned one once more with images exchanged."""
+    """Score the base and the tuned model on the eval data, and the tuned one once more with images exchanged."""
     settings, seed = recipe.evaluation, recipe.training.seed
     assert settings, "the recipe has no evaluation"
-    held = dataset.eval
-    rows = make_eval_rows(recipe, base, held)
-    questions = draw_questions(held.dialogues, limit=settings.limit, seed=seed)
+    eval_data = dataset.eval
+    rows = make_eval_rows(recipe, base, eval_data)
+    questions = draw_questions(eval_data.dialogues, limit=settings.limit, seed=seed)
     documents = _document_rows(recipe, base)
     options: dict[str, Any] = {
         "max_new_tokens": settings.max_new_tokens,
@@ -46,7 +46,7 @@ def evaluate_adapter(recipe: Recipe, base: Base, dataset: Dataset, folder: Path)
     figures["tuned"] = evaluate(tuned, rows, questions, predictions=predictions, **options).to_json()
     figures["image_swap"] = None
     if len({image for images in rows.image_ids for image in images}) > 1:
-        exchanged, swapped = swap_images(rows, held.dialogues, questions, seed=seed)
+        exchanged, swapped = swap_images(rows, eval_data.dialogues, questions, seed=seed)
         figures["image_swap"] = evaluate(tuned, exchanged, swapped, **options).to_json()
     if documents and forgetting:
         forgetting["after"] = eval_loss(tuned, documents, track=track)[0]
@@ -54,7 +54,7 @@ def evaluate_adapter(recipe: Recipe, base: Base, dataset: Dataset, folder: Path)
 
 
 def _document_rows(recipe: Recipe, base: Base) -> RowCollator | None:
-    """Rows of held-out documents, where the evaluation names some."""
+    """Return rows of eval documents, where the evaluation names some."""
     if not recipe.evaluation or not recipe.evaluation.documents:
         return None
     sources = [resolve_source(source) for source in recipe.evaluation.documents]
