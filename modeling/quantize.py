@@ -75,7 +75,7 @@ class Nf4:
         """Quantise a matrix that `rows(start, stop)` reads, as bitsandbytes would, a block of rows at a time."""
         count = max(GROUP, BLOCK_ELEMENTS // shape[1] // GROUP * GROUP)  # whole groups, whatever the width
         elements = math.prod(shape)
-        # Allocated first: what is kept between blocks would keep the allocator from giving back the memory of each block.
+        # Allocated first: what is kept between blocks would keep the allocator from giving back memory.
         packed, scales = torch.empty(-(-elements // 2), 1, dtype=torch.uint8), torch.empty(-(-elements // GROUP))
         for start in range(0, shape[0], count):
             block, own = functional.quantize_4bit(rows(start, start + count).float(), blocksize=GROUP, quant_type="nf4")

@@ -52,7 +52,7 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """The official VQA accuracy (Antol et al. 2015): leaving out each human answer in turn, min(1, matches / 3).
 
     With ten human answers, an answer that 1, 2, 3, 4 of them gave gets 0.3, 0.6, 0.9, 1. Both sides are normalised,
-    except where all humans gave the same answer: there, as in the official code, the answer has to equal it as it is. Of
+    except where all humans agree: there, as in the official code, the answer has to equal theirs as it is. Of
     fewer than ten the same mean is taken: an answer that all of three gave gets 2/3, and of a single one always 0.
     """
     answer, given = _one_line(answer), [_one_line(reference) for reference in references]

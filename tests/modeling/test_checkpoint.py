@@ -383,7 +383,7 @@ def test_truncated_file(tmp_path, cut):
     """A truncated file is told."""
     save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
     os.truncate(tmp_path / "model.safetensors", (tmp_path / "model.safetensors").stat().st_size - cut)
-    with pytest.raises(UserError, match=r"model\.safetensors: \d+ bytes, and its header speaks of \d+: truncated"):
+    with pytest.raises(UserError, match=r"model\.safetensors: \d+ bytes, and its header names \d+: truncated"):
         read_checkpoint(tmp_path)
 
 
