@@ -52,13 +52,14 @@ def printed(monkeypatch):
         lambda text: console.panel(Group(Text("a"), Columns([Text(visible(text)), text])), title="t"),
     ],
 )
-def test_nothing_that_is_printed_obeys_the_data(printed, made):
+def test_printed_text_is_visible(printed, made):
+    """Nothing that is printed obeys the data."""
     shown = printed(made(HOSTILE))
     assert re.sub(r"\s", "", SHOWN) in re.sub(r"[\s│┃]", "", shown)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e\ud800]", shown)
 
 
-def test_styles_stay_where_they_were_when_characters_are_written_out():
+def test_visible_text_keeps_styles():
     text = Text.assemble("a\x1b", ("b\u202ec", "red"), ("d", "green"))
     seen = console._visible_text(text)
     assert seen.plain == "a␛b[U+202E]cd"
@@ -68,7 +69,7 @@ def test_styles_stay_where_they_were_when_characters_are_written_out():
     ]
 
 
-def test_messages_and_errors_are_filtered_and_not_broken_into_lines(capsys):
+def test_messages_are_visible_and_not_wrapped(capsys):
     long = "word " * 60
     console.log(HOSTILE + long)
     console.log_error(HOSTILE + long)
@@ -81,7 +82,7 @@ def test_messages_and_errors_are_filtered_and_not_broken_into_lines(capsys):
 @pytest.mark.parametrize(
     "text", ["\U0001f469\u200d\U0001f680 ❤\ufe0f é 犬 e\u0301 שלום नमस्ते", "two\nlines\tand a tab", "ﾊﾛｰ", "a\u200cb"]
 )
-def test_what_can_be_seen_stays(text):
+def test_visible_keeps_visible_text(text):
     assert visible(text) == text
 
 
@@ -93,32 +94,33 @@ def test_what_can_be_seen_stays(text):
         "\U000e007f",
     ],
 )
-def test_each_kind_of_unseen_character_is_written_out(character):
+def test_visible_spells_out_each_kind(character):
     shown = visible(f"a{character}b")
     assert character not in shown
     assert shown.isprintable()
 
 
 @given(st.text(st.characters(codec=None)))
-def test_json_gives_back_every_text_and_holds_no_unseen_character(text):
+def test_to_json_round_trip(text):
+    """JSON gives back every text, and holds no invisible character."""
     written = to_json({text: [text]})
     assert json.loads(written) == {text: [text]}
     assert visible(written) == written
 
 
-def test_json_has_no_number_that_is_none():
+def test_to_json_nan_is_null():
     figures = {"a": float("nan"), "b": [float("inf"), -float("inf"), 1.5], "c": (True, None)}
     assert to_json(figures) == '{"a": null, "b": [null, null, 1.5], "c": [true, null]}'
 
 
-def test_stdout_in_ascii_still_takes_an_answer(monkeypatch):
+def test_print_text_on_ascii_stdout(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", out)
     console.print_text("犬 is a dog")
     assert out.buffer.getvalue() == b"\\u72ac is a dog\n"
 
 
-def test_a_wrong_command_line_is_shown_in_visible_characters():
+def test_wrong_command_line_is_visible():
     for arguments in (["\x1b[2J"], ["--\x1b[2J"], ["plan", "r.yaml", "--\x1b[2J"], ["merge", "x", "\x1b[2Ja=1"]):
         outcome = CliRunner().invoke(app, arguments)
         assert outcome.exit_code in (1, 2)
@@ -140,7 +142,8 @@ def clock(monkeypatch):
     return now
 
 
-def test_a_log_has_a_line_a_minute_and_one_in_the_end(clock, capsys):
+def test_progress_in_a_log(clock, capsys):
+    """A line a minute, and one at the end."""
     for item in console.track(list(range(300)), "con[red]vert"):
         clock[0] = item * 0.5
     assert lines_of(capsys) == [
@@ -150,7 +153,7 @@ def test_a_log_has_a_line_a_minute_and_one_in_the_end(clock, capsys):
     ]
 
 
-def test_a_log_tells_how_far_work_came_that_failed(clock, capsys):
+def test_progress_of_failed_work(clock, capsys):
     def fail():
         with console.bar() as bar:
             task = bar.add_task("train", total=4000, note="")
@@ -162,7 +165,7 @@ def test_a_log_tells_how_far_work_came_that_failed(clock, capsys):
     assert lines_of(capsys) == ["train 1,500/4,000 loss 1.250 0:00:00"]
 
 
-def test_a_bar_on_a_terminal_parses_no_markup(monkeypatch):
+def test_bar_parses_no_markup(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(console.console, "_force_terminal", True)
     monkeypatch.setattr(console.console, "_file", out)
@@ -189,19 +192,19 @@ def test_a_bar_on_a_terminal_parses_no_markup(monkeypatch):
         ("2TB", 2_000_000_000_000),
     ],
 )
-def test_sizes(text, size):
+def test_parse_size(text, size):
     assert parse_size("--gpu", text) == size
 
 
 @pytest.mark.parametrize(
     "text", ["", "24", "GB", "0GB", "0.0000000001GB", "-5GB", "24XB", "5 G B", "1e9", "5GB5", "nan GiB", "١GB"]
 )
-def test_what_is_no_size(text):
+def test_parse_size_refuses(text):
     with pytest.raises(UserError, match="--shard-size: expected a size with its unit, such as 5GB or 24GiB, got"):
         parse_size("--shard-size", text)
 
 
-def test_sizes_shown():
+def test_show_size():
     assert show_size(25_769_803_776) == "24.00 GiB"
     assert show_size(700 * 2**20) == "700.0 MiB"
     assert show_size(2**30 - 1) == "1,024.0 MiB"

@@ -29,7 +29,7 @@ from finetune.cli import app
          "what is answered is kept beside out, and the same command goes on"),
     ],
 )  # fmt: skip
-def test_ctrl_c_leaves_what_the_verb_says(monkeypatch, verb, arguments, patched, left):
+def test_ctrl_c(monkeypatch, verb, arguments, patched, left):
     def interrupt(*given, **options):
         raise KeyboardInterrupt
 
@@ -50,18 +50,18 @@ def ended(capsys, error):
 @pytest.mark.parametrize(
     "number", [errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.ENOENT]
 )
-def test_a_place_that_cannot_be_is_one_line(capsys, number):
+def test_path_error_is_one_line(capsys, number):
     error = OSError(number, os.strerror(number), "a\x1b[2J/[bold]b")
     assert ended(capsys, error) == (1, f"a␛[2J/[bold]b: {os.strerror(number)}\n")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM])
-def test_a_disk_that_takes_no_more_is_one_line(capsys, number):
+def test_disk_error_is_one_line(capsys, number):
     said = f"f: {os.strerror(number)}; what is complete is kept, and the same command goes on\n"
     assert ended(capsys, OSError(number, os.strerror(number), "f")) == (1, said)
 
 
-def test_the_traceback_of_what_nobody_foresaw_commands_no_terminal(capsys):
+def test_traceback_is_visible(capsys):
     status, said = ended(capsys, KeyError("a\x1b]0;b\x07\u202e[/x]"))
     assert (status, said.startswith("Traceback (most recent call last)")) == (1, True)
     assert "KeyError: 'a\\x1b]0;b\\x07\\u202e[/x]'" in said
@@ -69,7 +69,7 @@ def test_the_traceback_of_what_nobody_foresaw_commands_no_terminal(capsys):
     assert "RuntimeError: a␛]0;b␇[U+202E][/x]" in said
 
 
-def test_figures_are_json_for_every_reader(capsys):
+def test_finish_prints_strict_json(capsys):
     with pytest.raises(typer.Exit) as raised:
         outcome.finish({"loss": float("nan"), "place": "\ud800\x1b\u202e", "ok": 1.5}, as_json=True, status=4)
     assert raised.value.exit_code == 4
@@ -79,6 +79,6 @@ def test_figures_are_json_for_every_reader(capsys):
 
 
 @pytest.mark.parametrize("verb", ["plan", "generate"])
-def test_help_tells_the_verb_s_own_status(verb):
+def test_help_names_status(verb):
     shown = " ".join(CliRunner().invoke(app, [verb, "--help"]).output.split())
     assert f"Ends with status {outcome.DOES_NOT_FIT if verb == 'plan' else outcome.NOT_ALL_ANSWERED}" in shown

@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from finetune.console import log, log_error
+from finetune.console import log, log_error, print_text
 from modeling.cores import available_cores
 from modeling.errors import UserError
 
@@ -248,4 +248,4 @@ def _start_folder() -> Path | None:
 
 
 if __name__ == "__main__":  # the path for `accelerate launch --config_file`
-    print(CONFIGS / f"{sys.argv[1]}.yaml")
+    print_text(str(CONFIGS / f"{sys.argv[1]}.yaml"))

@@ -36,12 +36,12 @@ def test_values(text, value):
     assert (found, str(found)) == (value, str(value))  # 1 is no True, and no 1.0
 
 
-def test_infinity_and_nan_are_left_for_the_key_to_refuse():
+def test_infinity_and_nan():
     a, b, c = parse_yaml("[.inf, -.INF, .nan]")
     assert (a, b, math.isnan(c)) == (math.inf, -math.inf, True)
 
 
-def test_what_an_alias_stands_for_is_not_shared():
+def test_aliases_are_copied():
     made = parse_yaml("a: &x {b: [1]}\nc: *x")
     made["a"]["b"].append(2)
     assert made["c"] == {"b": [1]}
@@ -83,7 +83,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("- " * 20_000, "nested too deeply"),
     ],
 )  # fmt: skip
-def test_what_a_recipe_cannot_hold(text, problem):
+def test_yaml_refused(text, problem):
     with pytest.raises(UserError) as raised:
         parse_yaml(text)
     assert str(raised.value) == f"YAML that a recipe cannot hold: {problem}"
@@ -101,7 +101,7 @@ def test_what_a_recipe_cannot_hold(text, problem):
         ("a: \ud800", 'character #xd800: special characters are not allowed in "<unicode string>", position 3'),
     ],
 )  # fmt: skip
-def test_what_is_no_yaml(text, problem):
+def test_not_yaml(text, problem):
     with pytest.raises(UserError) as raised:
         parse_yaml(text)
     assert str(raised.value).startswith("not YAML: ")
@@ -109,6 +109,6 @@ def test_what_is_no_yaml(text, problem):
     assert "\n" not in str(raised.value)
 
 
-def test_more_than_a_recipe_ever_needs_is_not_read():
+def test_too_large():
     with pytest.raises(UserError, match=r"^too large for a recipe: expected at most 256 KiB$"):
         parse_yaml("#" * (2**18 + 1))

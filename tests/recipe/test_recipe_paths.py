@@ -36,7 +36,7 @@ def places(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_paths_of_the_file_are_relative_to_it(places):
+def test_paths_of_the_file(places):
     recipe = load_recipe(places / "recipes" / "r.yaml")
     recipes, first, home = places / "recipes", recipe.data.sources[0], places / "home"
     names = [recipes / "a.jsonl", home / "b.jsonl", "/c/d.jsonl", recipes / "s/*/[ab].jsonl"]
@@ -67,25 +67,26 @@ def test_paths_of_the_file_are_relative_to_it(places):
         ("model.continue_from=x", lambda recipe: (recipe.model.continue_from,), ("here/x",)),
     ],
 )
-def test_paths_of_an_override_are_relative_to_where_the_command_is_given(override, found, expected, places):
+def test_paths_of_an_override(override, found, expected, places):
+    """They are relative to the current folder."""
     recipe = load_recipe(places / "recipes" / "r.yaml", [override])
     assert found(recipe) == tuple(str(places / path) for path in expected)
 
 
-def test_overrides_that_are_no_paths_stay(places):
+def test_overrides_without_paths(places):
     overrides = ["data.sources.0.columns={path: x}", "output=runs/y", "data.prepared=prepared", "model.base=owner/name"]
     recipe = load_recipe(places / "recipes" / "r.yaml", overrides)
     assert recipe.data.sources[0].columns == {"path": "x"}
     assert (recipe.output, recipe.data.prepared, recipe.model.base) == ("runs/y", "prepared", "owner/name")
 
 
-def test_a_whole_recipe_moves_with_its_folder(places):
+def test_recipe_moves_with_its_folder(places):
     shutil.copytree(places / "recipes", places / "elsewhere")
     recipe = load_recipe(places / "elsewhere" / "r.yaml")
     assert recipe.data.sources[0].path[0] == str(places / "elsewhere" / "a.jsonl")
 
 
-def test_a_data_file_that_is_a_link_stands_where_the_link_is(places):
+def test_path_of_a_link(places):
     (places / "recipes" / "d.jsonl").symlink_to(places / "here" / "e.jsonl")
     (places / "recipes" / "linked").symlink_to(places / "here")
     keys = ("data", "sources", "path")
@@ -98,7 +99,7 @@ def test_a_data_file_that_is_a_link_stands_where_the_link_is(places):
 
 
 @pytest.mark.parametrize("value", [7, None, True, "", [[1]], {"path": 3}, {3: "x"}, "~nobody-of-that-name/x"])
-def test_what_is_no_path_is_left_for_the_recipe_to_refuse(value, places):
+def test_values_that_are_no_paths(value, places):
     found = absolute_paths(value, ("data", "sources", "path"), places)
     assert found == (str(places / value) if isinstance(value, str) and value else value)
 
@@ -118,7 +119,7 @@ def test_home_on_the_command_line(arguments, named, places):
     assert (str(places / named) if named.startswith("home") else named) in done.output.replace("\n", "")
 
 
-def test_home_is_not_put_into_what_is_no_path():
+def test_home_in_other_arguments():
     assert [_expand_home(text) for text in ("~5 m?", "a~/b", "training.x=~/y", "--", "-~/x")] == [
         "~5 m?",
         "a~/b",
@@ -128,7 +129,7 @@ def test_home_is_not_put_into_what_is_no_path():
     ]
 
 
-def test_a_loop_of_links_is_named(places):
+def test_path_in_a_loop_of_links(places):
     (places / "recipes" / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="Too many levels of symbolic links"):
         load_recipe(places / "recipes" / "r.yaml", [f"data.sources.0.path={places}/recipes/loop/x"])

@@ -26,7 +26,8 @@ def test_there_are_recipes():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_its_header_is_the_command_and_it_is_short(name):
+def test_recipe_header(name):
+    """It holds the command, and the recipe is short."""
     lines = (FOLDER / name).read_text().splitlines()
     header = [line for line in lines if line.startswith("#")]
     assert any(f"finetune run recipes/{name}" in line for line in header)
@@ -34,11 +35,11 @@ def test_its_header_is_the_command_and_it_is_short(name):
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "80gb" in name])
-def test_what_was_not_run_here_says_so(name):
+def test_recipe_not_run_here_says_so(name):
     assert "Not run here" in (FOLDER / name).read_text()
 
 
-def test_the_folder_s_readme_lists_them_all():
+def test_readme_lists_all_recipes():
     listed = re.findall(r"^\| `([\w.-]+\.yaml)`", (FOLDER / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == RECIPES
 
@@ -55,7 +56,7 @@ def processes_of(name):
 
 
 @pytest.mark.parametrize("name", SIZED)
-def test_it_fits_the_gpus_that_it_is_named_by(name, tmp_path, monkeypatch):
+def test_recipe_fits_its_gpus(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     gpu, processes = PLANNED[name], processes_of(name)
     outcome = CliRunner().invoke(
@@ -96,7 +97,7 @@ def gib(nbytes):
 
 
 @pytest.mark.parametrize("name", PLANNED)
-def test_the_plan_in_the_folder_s_readme_is_what_finetune_plan_says(name, tmp_path, monkeypatch):
+def test_readme_shows_the_plan(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # nothing is prepared here
     assert plan_line(name, PLANNED[name]) in (FOLDER / "README.md").read_text().splitlines()
 
@@ -109,7 +110,7 @@ def place_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_it_checks(name, place_of):
+def test_recipe_checks(name, place_of):
     outcome = CliRunner().invoke(app, ["check", str(place_of(name)), "--json"])
     assert outcome.exit_code == 0, outcome.output
     result = json.loads(outcome.stdout)
@@ -136,7 +137,8 @@ def stand_in_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_it_runs_two_steps(name, place_of, stand_in_of, tmp_path):
+def test_recipe_runs(name, place_of, stand_in_of, tmp_path):
+    """Two steps, on a small stand-in of its shape."""
     recipe = load_recipe(place_of(name))
     # its vocabulary is bytes and little more, so a dialogue has more tokens than with the real one
     overrides = [f"model.base={stand_in_of(recipe)}", "model.init=null", "model.dtype=fp32"]

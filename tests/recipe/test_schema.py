@@ -37,7 +37,8 @@ def problems(path, *overrides):
     return str(raised.value).splitlines()
 
 
-def test_a_minimal_recipe_trains_both_text_towers_with_lora_and_keeps_the_rest_frozen(tmp_path):
+def test_defaults(tmp_path):
+    """LoRA on both text towers, gates and added tokens in full; everything else is frozen."""
     recipe = load_recipe(written(tmp_path))
     assert recipe.model.modes == {
         "vision": "frozen",
@@ -53,7 +54,7 @@ def test_a_minimal_recipe_trains_both_text_towers_with_lora_and_keeps_the_rest_f
     assert recipe.evaluation is None
 
 
-def test_overrides_are_yaml_and_reach_into_lists(tmp_path):
+def test_overrides_reach_into_lists(tmp_path):
     overrides = ["training.epochs=null", "training.steps=7", "data.sources.0.limit=3", "training.learning_rate=1e-4"]
     recipe = load_recipe(written(tmp_path), overrides)
     assert (recipe.training.epochs, recipe.training.steps) == (None, 7)
@@ -61,7 +62,8 @@ def test_overrides_are_yaml_and_reach_into_lists(tmp_path):
     assert recipe.training.learning_rate == 1e-4
 
 
-def test_all_errors_come_at_once_each_with_its_place_what_was_got_and_the_nearest_key(tmp_path):
+def test_all_errors_at_once(tmp_path):
+    """Each names its key, what was got, and the nearest valid key."""
     path = written(tmp_path)
     assert problems(
         path,
@@ -258,7 +260,7 @@ def test_one_mistake(tmp_path, override, problem):
     assert problems(path, override) == [f"{path}: 1 error", f"  {problem}"]
 
 
-def test_weights_are_for_every_source_or_for_none(tmp_path):
+def test_weight_for_every_source_or_none(tmp_path):
     path = written(
         tmp_path, MINIMAL.replace("[{format: easy_vqa}]", "[{format: easy_vqa, weight: 2}, {format: easy_vqa}]")
     )
@@ -304,29 +306,29 @@ training: {steps: 5}
         ),
     ],
 )
-def test_what_a_streamed_source_does_not_go_with(tmp_path, overrides, problem):
+def test_streamed_source_refused(tmp_path, overrides, problem):
     path = written(tmp_path, STREAMED)
     load_recipe(path)
     assert problems(path, *overrides) == [f"{path}: 1 error", f"  {problem}"]
 
 
-def test_a_streamed_source_alone_needs_no_weight(tmp_path):
+def test_streamed_source_alone_needs_no_weight(tmp_path):
     load_recipe(written(tmp_path, STREAMED), ["data.sources=[{path: a.jsonl, stream: true}]"])
 
 
-def test_everything_frozen_is_no_training(tmp_path):
+def test_everything_frozen_refused(tmp_path):
     off = [f"model.{tower}=frozen" for tower in ("cross_attention", "decoder", "gates", "added_tokens")]
     assert problems(written(tmp_path), *off)[1:] == [
         "  model: everything is frozen: expected at least one tower to be lora or full"
     ]
 
 
-def test_a_key_given_twice_is_an_error(tmp_path):
+def test_duplicate_key(tmp_path):
     path = written(tmp_path, MINIMAL + "training: {steps: 5}\n")
     assert problems(path) == [f"{path}: YAML that a recipe cannot hold: duplicate key 'training', line 5"]
 
 
-def test_what_is_not_a_recipe(tmp_path):
+def test_not_a_recipe(tmp_path):
     assert "expected a mapping" in problems(written(tmp_path, "- 1\n"))[0]
     assert "not YAML" in problems(written(tmp_path, "model: [\n"))[0]
     assert "did you mean" in problems(tmp_path / "mien.yaml")[0]
@@ -346,24 +348,26 @@ def test_what_is_not_a_recipe(tmp_path):
         ("training.weight_decay=1", "weight_decay", 1.0),
     ],
 )
-def test_numbers_as_people_write_them(tmp_path, override, key, value):
+def test_numbers(tmp_path, override, key, value):
     found = getattr(load_recipe(written(tmp_path), [override]).training, key)
     assert (found, type(found)) == (value, type(value))
 
 
-def test_an_override_of_a_list_s_entry_changes_no_other_that_is_an_alias_of_the_same(tmp_path):
+def test_override_of_an_alias(tmp_path):
+    """An override of a list's entry changes no other entry that is an alias of the same."""
     text = MINIMAL.replace("[{format: easy_vqa}]", "[&one {format: easy_vqa}, *one]")
     recipe = load_recipe(written(tmp_path, text), ["data.sources.0.limit=3"])
     assert [source.limit for source in recipe.data.sources] == [3, None]
 
 
-def test_a_section_that_is_null_can_be_filled(tmp_path):
+def test_override_fills_a_null_section(tmp_path):
     text = MINIMAL + "evaluation:\n"
     recipe = load_recipe(written(tmp_path, text), ["data.eval_split=0.1", "evaluation.limit=7"])
     assert recipe.evaluation.limit == 7
 
 
-def test_of_many_mistakes_the_first_are_listed_and_the_others_counted(tmp_path):
+def test_many_errors_are_counted(tmp_path):
+    """The first twenty are listed."""
     path = written(tmp_path)
     found = problems(path, "data.sources=[" + "{fromat: x}, " * 300 + "]", "y" * 100_000)
     assert found[0] == f"{path}: 301 errors"
@@ -374,7 +378,7 @@ def test_of_many_mistakes_the_first_are_listed_and_the_others_counted(tmp_path):
 @pytest.mark.parametrize(
     "keys", ["a." * 50_000 + "b", "data.sources.0.columns" + ".a" * 5_000, "data.sources." + "9" * 6_000]
 )
-def test_a_place_that_no_recipe_has_is_a_short_error(tmp_path, keys):
+def test_override_of_an_unknown_key_is_short(tmp_path, keys):
     path = written(tmp_path)
     (_, line) = problems(path, f"{keys}=1")
     assert line == f"  {keys + '=1'!r:.200}: the recipe has no {keys:.200} to set"
@@ -389,26 +393,26 @@ def test_a_place_that_no_recipe_has_is_a_short_error(tmp_path, keys):
         (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
     ],
 )
-def test_what_is_no_file_is_no_recipe(tmp_path, make, reason):
+def test_recipe_that_is_no_file(tmp_path, make, reason):
     path = tmp_path / "r.yaml"
     make(path)
     assert problems(path) == [f"{str(path)!r}: cannot be read as a recipe: {reason}"]
 
 
 @pytest.mark.parametrize(("name", "reason"), [("x" * 300, "File name too long"), ("a\0b", "embedded null byte")])
-def test_a_name_that_no_file_can_have(tmp_path, name, reason):
+def test_recipe_with_an_impossible_name(tmp_path, name, reason):
     (line,) = problems(tmp_path / name)
     assert line.endswith(f": cannot be read as a recipe: {reason}")
 
 
-def test_a_file_that_is_too_large_for_a_recipe(tmp_path):
+def test_recipe_too_large(tmp_path):
     path = tmp_path / "r.yaml"
     with path.open("wb") as sparse:
         sparse.truncate(2**40)
     assert problems(path) == [f"{path}: too large for a recipe: expected at most 256 KiB"]
 
 
-def test_a_path_that_no_folder_can_have_is_named(tmp_path):
+def test_path_too_long(tmp_path):
     (_, line) = problems(written(tmp_path), "model.base=" + "x" * 300)
     assert line.endswith(": File name too long")
     (line,) = problems(written(tmp_path, MINIMAL.replace("HuggingFaceM4/idefics-9b", "x" * 300)))
@@ -433,22 +437,23 @@ def test_a_path_that_no_folder_can_have_is_named(tmp_path):
         ({"warmup_steps": 60}, 50, ["warmup_steps (60) lasts for the whole run: the rate is never reached"]),
     ],
 )
-def test_what_a_run_will_never_come_to_is_said(tmp_path, changes, steps, doubts):
+def test_doubts(tmp_path, changes, steps, doubts):
+    """Settings that a run of so many steps never reaches are named."""
     overrides = ["data.eval_split=0.1", "training.epochs=null", "training.steps=100"]
     recipe = load_recipe(written(tmp_path), overrides + [f"training.{key}={value}" for key, value in changes.items()])
     assert recipe.doubts(steps) == [f"training, {steps or 100} steps: {doubt}" for doubt in doubts]
 
 
-def test_how_long_a_run_is_may_not_be_known_yet(tmp_path):
+def test_doubts_of_unknown_steps(tmp_path):
     assert load_recipe(written(tmp_path), ["training.warmup_steps=1000000"]).doubts(None) == []
 
 
-def test_other_lora_fields_pass_through(tmp_path):
+def test_lora_fields_pass_through(tmp_path):
     recipe = load_recipe(written(tmp_path), ["adapter.use_rslora=true"])
     assert recipe.adapter.lora["use_rslora"] is True
 
 
-def test_the_literal_list_of_lora_fields_is_peft_s():
+def test_lora_fields_are_those_of_peft():
     ours = {"r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save"}
     peft_s_own = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"}
     peft_s_own |= {"revision", "inference_mode"}
@@ -483,7 +488,7 @@ evaluation: {documents: [{format: text, path: texts}]}
 """
 
 
-def test_every_key_of_the_data_arrives_and_paths_are_relative_to_the_recipe(tmp_path):
+def test_every_key_of_data(tmp_path):
     for name in ("base", "local"):
         (tmp_path / name).mkdir()
     recipe = load_recipe(written(tmp_path, EVERY_KEY))
@@ -518,7 +523,7 @@ def test_every_key_of_the_data_arrives_and_paths_are_relative_to_the_recipe(tmp_
     assert resolve_source(hub.model_copy(update={"format": "llava"})).ordered is True
 
 
-def test_what_a_source_and_the_data_say_without_being_asked(tmp_path):
+def test_defaults_of_data(tmp_path):
     recipe = load_recipe(written(tmp_path, MINIMAL.replace("format: easy_vqa", "path: a.jsonl, format: text")))
     (source,) = recipe.data.sources
     assert resolve_source(source) == make_source(
@@ -543,7 +548,7 @@ def test_what_a_source_and_the_data_say_without_being_asked(tmp_path):
     assert (data.prepared, data.workers) == ("runs/prepared", None)
 
 
-def test_a_format_that_is_not_named_is_recognised_and_said(tmp_path, capsys):
+def test_format_auto(tmp_path, capsys):
     record = {"id": "1", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
     recipe = load_recipe(written(tmp_path, MINIMAL.replace("format: easy_vqa", "path: a.jsonl")))
@@ -556,11 +561,11 @@ def test_a_format_that_is_not_named_is_recognised_and_said(tmp_path, capsys):
         resolve_source(recipe.data.sources[0])
 
 
-def test_the_literal_list_of_formats_is_the_readers():
+def test_format_names_are_those_of_the_readers():
     assert sorted(get_args(FormatName)) == sorted(["auto", *FORMATS])
 
 
-def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
+def test_resolved_recipe_reads_back(tmp_path):
     for text in (MINIMAL, STREAMED, EVERY_KEY):
         recipe = load_recipe(written(tmp_path, text))
         again = load_recipe(written(tmp_path, recipe.to_yaml(), "again.yaml"))
@@ -574,7 +579,7 @@ def test_rows_per_step_rounds(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
-def test_moments_in_8_bits_are_not_divided(tmp_path, optimizer):
+def test_fsdp2_refuses_8bit_optimizers(tmp_path, optimizer):
     told = problems(written(tmp_path), "training.parallel=fsdp2", f"training.optimizer={optimizer}")
     assert any(f"those of training.optimizer: {optimizer} cannot be" in line for line in told)
     assert load_recipe(written(tmp_path), ["training.parallel=fsdp2"]).training.parallel == "fsdp2"
@@ -583,7 +588,7 @@ def test_moments_in_8_bits_are_not_divided(tmp_path, optimizer):
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def test_steps_given_in_the_command_replace_epochs_of_the_file_and_epochs_steps(tmp_path, capsys):
+def test_steps_replace_epochs(tmp_path, capsys):
     """README's own: finetune run RECIPE training.steps=50."""
     own_data, mixture = (
         Path(__file__).parents[2] / "recipes" / "own_data.yaml",
