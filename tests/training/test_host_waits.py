@@ -6,11 +6,12 @@ import pytest
 import torch
 from host_waits import HostWaits
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
 from training_settings import training
 from transformers import TrainerCallback
 
 from finetune.training.trainer import train
-from modeling import loading
+from modeling import flash, loading
 from modeling.adapters import attach
 from modeling.forward import packed_loss
 
@@ -73,14 +74,42 @@ def test_waits_are_counted(name):
     assert waits.found == Counter({f"tests/training/test_host_waits.py: <lambda>: {what}": 1})
 
 
+def without_numbers(model, batch, **changes):
+    """A model and a row whose tensors have a shape and a device and no numbers: whoever reads one raises."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, one in held.items():
+                if one is not None:
+                    held[name] = torch.empty_like(one, **changes).requires_grad_(one.requires_grad)
+    moved = {name: torch.empty_like(one, **changes) for name, one in batch.items() if torch.is_tensor(one)}
+    return model, batch | moved
+
+
 def test_forward_and_backward_need_no_numbers(base_folder, make_rows):
-    """On tensors that have a shape and no numbers: whoever read one would raise."""
     model, batch = attached(base_folder, LORA).train(), make_rows(row_tokens=512).at(0)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                held.update({name: fake.from_tensor(one) for name, one in held.items() if one is not None})
-        row = {name: fake.from_tensor(one) if torch.is_tensor(one) else one for name, one in batch.items()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, row = without_numbers(model, batch)
         packed_loss(model, row, config=model.config).backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch that was built with CUDA, but no GPU")
+def test_forward_on_a_gpu_that_is_not_there(base_folder, make_rows, monkeypatch):
+    """The variable-length kernels check dtypes and devices also of tensors without numbers."""
+    called = []
+
+    def kernel(*arguments, **options):
+        called.append(options)
+        return varlen_attn(*arguments, **options)
+
+    monkeypatch.setattr(flash, "varlen_attn", kernel)
+    monkeypatch.setattr(flash, "copy_numbers", lambda numbers, dtype, device: torch.empty(len(numbers), dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model, batch = attached(base_folder, LORA, dropout=0.0).bfloat16(), make_rows(row_tokens=512).at(0)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), torch.no_grad():
+        model, row = without_numbers(model, batch, device="cuda")
+        loss = packed_loss(model, row, config=model.config)
+    assert loss.device.type == "cuda"
+    layers, blocks = len(model.get_base_model().model.layers), len(model.get_base_model().model.gated_cross_attn_layers)
+    assert len(called) == layers + blocks
