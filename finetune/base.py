@@ -15,13 +15,14 @@ from finetune.data.images import Preprocessing
 from finetune.data.records import read_dialogues
 from finetune.data.stats import SourceStats
 from finetune.distributed import collectives
-from finetune.distributed.device import auto_dtype, device
+from finetune.distributed.device import device
 from finetune.recipe.schema import Recipe, Source, need_end_of_utterance
 from modeling import loading, tiny
 from modeling.adapter_files import adapter_fingerprint
 from modeling.adapter_weights import AdapterWeights
 from modeling.checkpoint import fingerprint, read_checkpoint, require_shapes
 from modeling.config import is_folder, read_config
+from modeling.device import auto_dtype
 from modeling.errors import UserError
 from modeling.files import flush, json_digest, partial_of, put_in_place
 from modeling.quantize import quantized_checkpoint

@@ -1,4 +1,4 @@
-"""What depends on the device: one table of sizes, and copies that the host does not wait for.
+"""What depends on the device: one table of sizes, dtypes, and copies that the host does not wait for.
 
 Every other place that asks for the kind of device is listed in docs/gpu.md, with the check that runs it on a GPU.
 """
@@ -48,6 +48,22 @@ CHOICES = {
 def choices(device_type: str) -> Choices:
     """Return the sizes for "cpu" or "cuda"."""
     return CHOICES[device_type]
+
+
+def auto_dtype() -> "torch.dtype":
+    """Return the dtype of a base where the recipe says auto: bf16 where the hardware has it, else fp32."""
+    import torch
+
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def compute_dtype() -> "torch.dtype":
+    """Return the dtype of products with NF4 matrices: bf16 on GPUs that have it, fp16 on others, fp32 on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32  # a CPU multiplies bf16 at a hundredth of the speed
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def copy_numbers(numbers: Sequence[int], dtype: "torch.dtype", device: "torch.device") -> "torch.Tensor":

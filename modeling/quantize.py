@@ -29,6 +29,7 @@ from transformers import BitsAndBytesConfig
 
 from modeling.checkpoint import Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
 from modeling.config import read_config
+from modeling.device import compute_dtype
 from modeling.errors import UserError
 from modeling.files import partial_of, put_in_place, write_json
 from modeling.shapes import Config, tensor_shapes
@@ -194,13 +195,6 @@ def _write(made: Path, stored: dict[str, Stored], config: Config, track: Track) 
 def _tensors(name: str, stored: Stored, *, quantized: bool) -> dict[str, torch.Tensor]:
     """Return the tensors of the new checkpoint for a stored one."""
     return Nf4.of(stored.rows, stored.shape).tensors(name) if quantized else {name: stored.rows()}
-
-
-def compute_dtype() -> torch.dtype:
-    """Return the dtype of products with NF4 matrices: bf16 on GPUs that have it, fp16 on others, fp32 on a CPU."""
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:

@@ -20,11 +20,6 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
 
 
-def auto_dtype() -> torch.dtype:
-    """Return bf16 where the hardware has it, else fp32."""
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-
-
 def gpu_memory() -> int | None:
     """Return the bytes of this process's GPU in all; None without a GPU."""
     return torch.cuda.get_device_properties(device()).total_memory if torch.cuda.is_available() else None

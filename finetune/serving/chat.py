@@ -11,12 +11,13 @@ from finetune.data.formats.build import place_images
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.records import messages_at
-from finetune.distributed.device import auto_dtype, device
+from finetune.distributed.device import device
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate
 from finetune.export.adapter_metadata import resolve_model
 from modeling.adapters import open_adapter
 from modeling.checkpoint import fingerprint, read_checkpoint
+from modeling.device import auto_dtype
 from modeling.errors import UserError
 from modeling.files import atomic_write
 

@@ -17,9 +17,10 @@ from finetune.data.images import Preprocessing
 from finetune.data.sampling import Mix, build_schedule
 from modeling.adapters import attach
 from modeling.attention import PACKED
+from modeling.device import compute_dtype
 from modeling.forward import PackedIdefics
 from modeling.loading import extend_vocabulary
-from modeling.quantize import compute_dtype, configure_quantized, quantized_names
+from modeling.quantize import configure_quantized, quantized_names
 from modeling.shapes import IDEFICS_9B, Config
 
 MODES = {"cross_attention": "lora", "decoder": "lora", "gates": "full", "added_tokens": "full"}

@@ -32,9 +32,10 @@ from finetune.training.trainer import IdeficsTrainer, _row_numbers, train
 from modeling import loading, quantize
 from modeling.adapters import attach, count_trained, open_adapter, save_adapter, trained_parameters
 from modeling.config import read_config
+from modeling.device import compute_dtype
 from modeling.errors import UserError
 from modeling.forward import packed_loss
-from modeling.quantize import Nf4, compute_dtype, dequantized, quantized_checkpoint, quantized_layers, quantized_names
+from modeling.quantize import Nf4, dequantized, quantized_checkpoint, quantized_layers, quantized_names
 from modeling.shapes import IDEFICS_9B, IDEFICS_80B, tensor_shapes
 from modeling.towers import stock_name
 
