@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Whether the toolkit is right and fast on a GPU: stages sorted by worth, each a process with its own time.
 
-    python scripts/check_gpu.py --minutes 9 --out gpu                  on a machine with a GPU, and no network
-    python scripts/check_gpu.py --device cpu --tiny --out gpu          the same code here, on a stand-in
-    python scripts/check_gpu.py --only lora stock --out gpu            some stages again
+    python scripts/check_gpu.py --minutes 9 --out runs/gpu-check                  on a machine with a GPU, and no network
+    python scripts/check_gpu.py --device cpu --tiny --out runs/gpu-check          the same code here, on a stand-in
+    python scripts/check_gpu.py --only lora stock --out runs/gpu-check            some stages again
 
 A stage prints and writes each figure as soon as it has it (FOLDER/STAGE.json), so one that fails, or runs out of time,
 loses nothing, and the next one runs. In the end: a table, and FOLDER/summary.md. Exits with 1 where a stage failed, or
@@ -145,7 +145,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [stage.name for stage in STAGES]
     parser.add_argument("--minutes", type=float, default=9, help="for all stages together (default: 9)")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="folder of the figures")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="folder of the figures")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a stand-in of 0.02 billion parameters instead of the 9B")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=f"some of: {', '.join(names)}")
