@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Whether the toolkit is right and fast on a GPU: stages sorted by worth, each a process with its own time.
 
-    python scripts/check_gpu.py --minutes 9 --out runs/gpu-check                  on a machine with a GPU, and no network
-    python scripts/check_gpu.py --device cpu --tiny --out runs/gpu-check          the same code here, on a stand-in
-    python scripts/check_gpu.py --only lora stock --out runs/gpu-check            some stages again
+    python scripts/check_gpu.py --minutes 9 --out runs/gpu-check                 on a machine with a GPU, and no network
+    python scripts/check_gpu.py --device cpu --tiny --out runs/gpu-check         the same code here, on a stand-in
+    python scripts/check_gpu.py --only lora stock --out runs/gpu-check           some stages again
 
 A stage prints and writes each figure as soon as it has it (FOLDER/STAGE.json), so one that fails, or runs out of time,
 loses nothing, and the next one runs. In the end: a table, and FOLDER/summary.md. Exits with 1 where a stage failed, or
