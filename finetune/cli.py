@@ -76,23 +76,15 @@ def _options(
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
-    """Return the recipes and folders whose names begin so: files, then the recipes that ship."""
-    from finetune.recipe.load import shipped_folder
+    from finetune.recipe.gallery import complete_recipe
 
-    start = Path(incomplete).expanduser()
-    folder, name = (start, "") if incomplete.endswith("/") else (start.parent, start.name)
-    found = sorted(path for path in folder.glob(f"{name}*") if path.is_dir() or path.suffix in (".yaml", ".yml"))
-    shipped = sorted(path.stem for path in shipped_folder().glob("*.yaml"))
-    return [*(f"{path}/" if path.is_dir() else str(path) for path in found), *shipped]
+    return complete_recipe(incomplete)
 
 
 def _complete_key(incomplete: str) -> list[str]:
-    """Return the keys of the section that has been typed: "training.le" -> training.learning_rate=, ..."""
-    from finetune.recipe.load import keys_at
+    from finetune.recipe.gallery import complete_key
 
-    *parents, _ = incomplete.split(".")
-    keys = [(*parents, key) for key in keys_at(tuple(parents))]
-    return [".".join(key) + ("=" if keys_at(key) == keys_at(tuple(parents)) else ".") for key in keys]
+    return complete_key(incomplete)
 
 
 RecipeFile = Annotated[

@@ -1,4 +1,4 @@
-"""The recipes that ship with the toolkit: what each one is for, and a copy of one to edit."""
+"""The recipes that ship with the toolkit: what each is for, a copy to edit, and what a shell completes."""
 
 import re
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.recipe.json_schema import SCHEMA_FILE
-from finetune.recipe.load import load_recipe, shipped_folder
+from finetune.recipe.load import keys_at, load_recipe, shipped_folder
 from finetune.recipe.schema import Recipe
 from modeling.errors import UserError
 from modeling.files import atomic_write, partial_of, put_in_place
@@ -75,6 +75,26 @@ def new_recipe(folder: Path, *, source: str = "own_data") -> dict[str, Any]:
     atomic_write(partial / f"{folder.name}.yaml", text)
     put_in_place(partial, folder)
     return {"recipe": str(folder / f"{folder.name}.yaml"), "from": source, "missing": missing}
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return what a shell completes a RECIPE to: files and folders whose names begin so, and the recipes that ship."""
+    start = Path(incomplete).expanduser()
+    folder, name = (start, "") if incomplete.endswith("/") else (start.parent, start.name)
+    found = sorted(path for path in folder.glob(f"{name}*") if path.is_dir() or path.suffix in (".yaml", ".yml"))
+    shipped = sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+    return [*(f"{path}/" if path.is_dir() else str(path) for path in found), *shipped]
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """Return what a shell completes a KEY=VALUE to: the keys of the section typed so far.
+
+    >>> [key for key in complete_key("training.le") if key.startswith("training.le")]
+    ['training.learning_rate=']
+    """
+    *parents, _ = incomplete.split(".")
+    keys = [(*parents, key) for key in keys_at(tuple(parents))]
+    return [".".join(key) + ("=" if keys_at(key) == keys_at(tuple(parents)) else ".") for key in keys]
 
 
 def _description(path: Path) -> str:
