@@ -65,12 +65,12 @@ def render(dialogue: Dialogue) -> Rendered:
     writer = _Writer()
     writer.special(BOS)
     for turn in dialogue.turns:
-        _WRITERS[turn.role](writer, turn)
+        _write_turn(writer, turn)
     if dialogue.is_prompt:
         writer.text("\nAssistant:")
     elif not dialogue.goes_on:
         writer.special(EOS, supervised=dialogue.is_document)
-    return writer.finish()
+    return Rendered(tuple(writer.pieces), tuple(writer.images))
 
 
 @dataclass
@@ -116,33 +116,17 @@ class _Writer:
                 continue
             previous = part
 
-    def finish(self) -> Rendered:
-        return Rendered(tuple(self.pieces), tuple(self.images))
 
-
-def _write_system(writer: _Writer, turn: Turn) -> None:
-    writer.parts(turn, lead="", between="\n")
-
-
-def _write_user(writer: _Writer, turn: Turn) -> None:
-    writer.text("User:" if writer.pieces == [Special(BOS)] else "\nUser:")
-    writer.parts(turn, lead=" ", between="\n")
-    writer.special(END_OF_UTTERANCE)
-
-
-def _write_assistant(writer: _Writer, turn: Turn) -> None:
-    writer.text("\nAssistant:")
-    writer.parts(turn, lead=" ", between="\n", supervised=turn.supervised)
-    writer.special(END_OF_UTTERANCE, supervised=turn.supervised)
-
-
-def _write_document(writer: _Writer, turn: Turn) -> None:
-    writer.parts(turn, lead="", between="\n\n", supervised=True)
-
-
-_WRITERS = {
-    "system": _write_system,
-    "user": _write_user,
-    "assistant": _write_assistant,
-    "document": _write_document,
-}
+def _write_turn(writer: _Writer, turn: Turn) -> None:
+    if turn.role == "system":
+        writer.parts(turn, lead="", between="\n")
+    elif turn.role == "user":
+        writer.text("User:" if writer.pieces == [Special(BOS)] else "\nUser:")
+        writer.parts(turn, lead=" ", between="\n")
+        writer.special(END_OF_UTTERANCE)
+    elif turn.role == "assistant":
+        writer.text("\nAssistant:")
+        writer.parts(turn, lead=" ", between="\n", supervised=turn.supervised)
+        writer.special(END_OF_UTTERANCE, supervised=turn.supervised)
+    else:
+        writer.parts(turn, lead="", between="\n\n", supervised=True)

@@ -194,10 +194,10 @@ class RowCollator(Rows):
     def _show(self, images: Sequence[int], epoch: int) -> Batch:
         if self.features is not None:
             return {"image_features": self.features(images)}
-        size, blank = self.preprocessing.size, self.blank_image
-        return {"pixel_values": stack_pixels(images, lambda image: self._pixels(image, epoch), size=size, blank=blank)}
 
-    def _pixels(self, image: int, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch, image]) if self.augment != Augment() else None
-        opened = open_image(self.images[image])
-        return self.preprocessing.pixels(opened, augment=self.augment, rng=rng)
+        def pixels(image: int) -> np.ndarray:
+            rng = np.random.default_rng([self.seed, epoch, image]) if self.augment != Augment() else None
+            return self.preprocessing.pixels(open_image(self.images[image]), augment=self.augment, rng=rng)
+
+        size, blank = self.preprocessing.size, self.blank_image
+        return {"pixel_values": stack_pixels(images, pixels, size=size, blank=blank)}

@@ -63,17 +63,14 @@ def convert(
         run_all(tasks, _Convert(source, seed, made, downloads), workers=workers)
         return tasks.count, whole
 
-    if not nodes.on_main("look for dialogues", lambda: _are_converted(made)):
+    written = {DIALOGUES: DIALOGUE_SCHEMA, IMAGES: IMAGE_SCHEMA, FILES: FILE_SCHEMA}
+    if not nodes.on_main(
+        "look for dialogues", lambda: all(is_whole(made / name, schema) for name, schema in written.items())
+    ):
         nodes.on_main("make room for parts", lambda: parts.mkdir(parents=True, exist_ok=True))
         count, whole = nodes.each(f"convert {source.label}", share)[0]
         nodes.on_main(f"join {source.label}", lambda: _merge_converted(made, count, whole))
     return nodes.on_main("read the stats", lambda: stats_of(ArrowFile(made / DIALOGUES)))
-
-
-def _are_converted(made: Path) -> bool:
-    """Whether this step is done; files that are damaged are made again."""
-    written = {DIALOGUES: DIALOGUE_SCHEMA, IMAGES: IMAGE_SCHEMA, FILES: FILE_SCHEMA}
-    return all(is_whole(made / name, schema) for name, schema in written.items())
 
 
 def _in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -258,12 +255,8 @@ def _merge_converted(made: Path, parts: int, stats: SourceStats) -> None:
         stats.add(stats_of(ArrowFile(path)))
     files = [batch for path in paths for batch in ArrowFile(path.with_suffix(".files")).batches]
     write_arrow(made / IMAGES, IMAGE_SCHEMA, images())
-    write_arrow(made / FILES, FILE_SCHEMA, _distinct(files))
+    # A file whose content changed meanwhile stays in twice, so that the set is stale.
+    distinct = pa.Table.from_batches(files, FILE_SCHEMA).group_by(FILE_SCHEMA.names, use_threads=False).aggregate([])
+    write_arrow(made / FILES, FILE_SCHEMA, distinct.to_batches())
     write_arrow(made / DIALOGUES, DIALOGUE_SCHEMA, dialogues(), stats=stats_text(stats))
     shutil.rmtree(made / "convert")
-
-
-def _distinct(files: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    """A file whose content changed meanwhile stays in twice, so that the set is stale."""
-    table = pa.Table.from_batches(files, FILE_SCHEMA)
-    return table.group_by(FILE_SCHEMA.names, use_threads=False).aggregate([]).to_batches()

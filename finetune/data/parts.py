@@ -43,14 +43,12 @@ class Unfinished:
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for number, task in enumerate(self.tasks):
             self.count = number + 1
-            if number % self.nodes.of == self.nodes.which and not self._is_whole(part_path(self.parts, number)):
+            if number % self.nodes.of != self.nodes.which:
+                continue
+            part = part_path(self.parts, number)
+            files = ((part.with_suffix(suffix), schema) for suffix, schema in self.schemas.items())
+            if not (part.is_file() and all(is_whole(file, schema) for file, schema in files)):  # or damaged
                 yield number, task
-
-    def _is_whole(self, part: Path) -> bool:
-        """A damaged part is made again."""
-        return part.is_file() and all(
-            is_whole(part.with_suffix(suffix), schema) for suffix, schema in self.schemas.items()
-        )
 
 
 def is_whole(path: Path, schema: pa.Schema) -> bool:
