@@ -12,6 +12,7 @@ inputs have changed, is done again.
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -140,49 +141,60 @@ def open_run_dir(recipe: Recipe) -> RunDir:
     is_local = bool(recipe.model.base) and base_folder.is_dir()  # what lies on the hub is known when it is fetched
     base = content_of(base_folder, recipe.model.continue_from) if is_local else None
     folder.mkdir(parents=True, exist_ok=True)
-    began = _read_inputs(folder)
+    before = _read_inputs(folder)
     now = {"recipe": recipe.model_dump(mode="json"), "data": contents, "base": base}
-    changed = None
-    if is_trained(folder):
-        before = _trained_recipe(folder, began)
-        require_same_recipe(folder, before, recipe)
-        began = began or {"recipe": before.model_dump(mode="json"), "data": contents, "base": base}
-        require_same_base(folder, began.get("base"), base)
-        noted = began.get("prepared")
+    changed, trained = None, is_trained(folder)
+    if trained:
+        trained_recipe = _trained_recipe(folder, before)
+        require_same_recipe(folder, trained_recipe, recipe)
+        values = trained_recipe.model_dump(mode="json")
+        before = before or {"recipe": values, "data": contents, "base": base}
+        require_same_base(folder, before.get("base"), base)
+        noted = before.get("prepared")
         sets = [one for one in noted if isinstance(one, str)] if isinstance(noted, list) else []
-        changed = _changed_data(recipe, began["data"], contents) or _changed_image(sets)
-        mended = {"recipe": before.model_dump(mode="json"), "data": {**contents, **began["data"]}}
-        now = {**began, **mended, "base": began.get("base") or base}
-    elif began is None or (began["recipe"], began["data"]) != (now["recipe"], now["data"]):
-        _clear(folder)
-    _write(folder, recipe, now)
+        changed = _changed_data(recipe, before["data"], contents) or _changed_image(sets)
+        data = {**contents, **before["data"]}
+        now = {**before, "recipe": values, "data": data, "base": before.get("base") or base}
+    elif before is None or (before["recipe"], before["data"]) != (now["recipe"], now["data"]):
+        # Nothing is trained here: what an earlier recipe, or earlier data, left is deleted.
+        shutil.rmtree(folder / "base", ignore_errors=True)
+        for name in ("data.json", "metrics.jsonl", "unstable.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    write_json(folder / INPUTS, now)
+    if not trained or not (folder / "environment.json").is_file():
+        environment = {
+            "versions": versions(),
+            "commit": commit(),
+            "base": recipe.model.base or f"init: {recipe.model.init}",
+            "revision": recipe.model.revision,
+            "seed": recipe.training.seed,
+        }
+        write_json(folder / "environment.json", environment)
+    atomic_write(folder / RECIPE, recipe.to_yaml())
     return RunDir(folder, recipe, contents, changed)
 
 
 def _read_inputs(folder: Path) -> dict[str, Any] | None:
-    """inputs.json; None where there is none, or none that can be read."""
+    """Return inputs.json; None where there is none, or none that can be read."""
     try:
         inputs = read_json(folder / INPUTS)
     except UserError as error:
-        log(f"{error}\n  it is written anew")
+        log(f"{error}\n  it is written again")
         return None
     if inputs is None:
         return None
-    if not isinstance(inputs.get("recipe"), dict) or not _are_contents(inputs.get("data")):
-        log(f"{folder / INPUTS}: not as this toolkit writes it; it is written anew")
+    data = inputs.get("data")
+    lists: list[Any] = list(data.values()) if isinstance(data, dict) else [None]
+    whole = isinstance(inputs.get("recipe"), dict) and all(isinstance(sources, list) for sources in lists)
+    if not whole or not all(isinstance(one, dict) and {"source", "sha256"} <= one.keys() for one in chain(*lists)):
+        log(f"{folder / INPUTS}: not as this toolkit writes it; it is written again")
         return None
     return inputs
 
 
-def _are_contents(data: Any) -> bool:
-    if not isinstance(data, dict) or not all(isinstance(kind, list) for kind in data.values()):
-        return False
-    return all(isinstance(one, dict) and {"source", "sha256"} <= one.keys() for kind in data.values() for one in kind)
-
-
-def _trained_recipe(folder: Path, began: Mapping[str, Any] | None) -> Recipe:
-    """What is trained here, by inputs.json, else by recipe.yaml. Raises UserError where neither says it."""
-    for read in (lambda: (began or {})["recipe"], lambda: parse_yaml((folder / RECIPE).read_bytes())):
+def _trained_recipe(folder: Path, inputs: Mapping[str, Any] | None) -> Recipe:
+    """Return the recipe that is trained here, by inputs.json, else by recipe.yaml. Raises UserError: by neither."""
+    for read in (lambda: (inputs or {})["recipe"], lambda: parse_yaml((folder / RECIPE).read_bytes())):
         try:
             return Recipe.model_validate(read())
         except (KeyError, OSError, UserError, ValidationError):
@@ -197,9 +209,9 @@ def require_same_recipe(folder: Path, before: Recipe, now: Recipe) -> None:
     """Raises UserError where keys that decide the training differ."""
     differing = differences(_deciding(before), _deciding(now))
     if differing:
-        told = ", ".join(f"{key} (was {_short(was)}, is {_short(has)})" for key, was, has in differing)
+        changes = ", ".join(f"{key} (was {_short(was)}, is {_short(has)})" for key, was, has in differing)
         raise UserError(
-            f"{folder}: holds the run of another recipe; they differ in {told}\n"
+            f"{folder}: holds the run of another recipe; they differ in {changes}\n"
             f"  what is trained here stays as it is: choose another folder (output=runs/NAME), or delete this one\n"
             f"  what may change in it: {', '.join(MAY_CHANGE)}"
             + ("" if held_out_decides(now) else ", data.eval_sources")
@@ -207,7 +219,7 @@ def require_same_recipe(folder: Path, before: Recipe, now: Recipe) -> None:
 
 
 def require_same_base(folder: Path, before: str | None, now: str | None) -> None:
-    """Raises UserError where the base is another one than what was trained here stands on."""
+    """Raises UserError where the base is not the one that was trained on here."""
     if before and now and before != now:
         raise UserError(
             f"{folder}: the base (or the adapter of model.continue_from) has changed since this run began: same name, "
@@ -217,7 +229,7 @@ def require_same_base(folder: Path, before: str | None, now: str | None) -> None
 
 
 def note_base(recipe: Recipe, base: Path) -> str:
-    """Write down what training stands on, and return the fingerprint of the weights of `base`, a folder.
+    """Write the hash of the base to inputs.json, and return the fingerprint of its weights; `base` is its folder.
 
     Raises UserError as `require_same_base`.
     """
@@ -230,15 +242,15 @@ def note_base(recipe: Recipe, base: Path) -> str:
 
 
 def note_prepared(folder: Path, sets: Sequence[Path]) -> None:
-    """Write down in which prepared sets the data that decides the training is: they know its images."""
+    """Write to inputs.json which prepared sets hold the data that decides the training: they know its images."""
     inputs = read_json(folder / INPUTS) or {}
     write_json(folder / INPUTS, {**inputs, "prepared": [str(one.resolve()) for one in sets]})
 
 
 def write_report(report: dict[str, Any], folder: Path, *, held_out_decides: bool) -> None:
-    """Write data.json of a run folder. Raises UserError where what is trained there was trained on other data.
+    """Write data.json of a run folder. Raises UserError where its adapter was trained on other data.
 
-    `held_out_decides`: so do changes of the held-out data.
+    `held_out_decides`: held-out data counts as well.
     """
     path = folder / "data.json"
     before = read_json(path, repair=WRITTEN_AGAIN)
@@ -257,7 +269,7 @@ def write_report(report: dict[str, Any], folder: Path, *, held_out_decides: bool
 
 
 def _changed_data(recipe: Recipe, before: Contents, now: Contents) -> str | None:
-    """Which of the data that decides the training is not what it was."""
+    """Return what has changed of the data that decides the training; None where nothing has."""
     kinds = ("sources", "eval_sources") if held_out_decides(recipe) else ("sources",)
     for kind in kinds:
         for was, has in zip(before.get(kind, []), now[kind], strict=False):
@@ -268,7 +280,7 @@ def _changed_data(recipe: Recipe, before: Contents, now: Contents) -> str | None
 
 
 def _changed_image(sets: Sequence[str]) -> str | None:
-    """The first image file that is not as it was when a set was prepared, as far as the sets are still there."""
+    """Return the first image file that changed since its set was prepared, as far as the sets are still there."""
     for one in sets:
         try:
             changes = find_changes(Path(one)) if Path(one).is_dir() else None
@@ -280,63 +292,42 @@ def _changed_image(sets: Sequence[str]) -> str | None:
 
 
 def held_out_decides(recipe: Recipe) -> bool:
-    """Whether held-out data has a say in what is trained: in which checkpoint is best, or in what is dropped."""
+    """Return whether held-out data decides what is trained: which checkpoint is best, or what is dropped."""
     return recipe.training.evaluate_every is not None or recipe.data.overlap != "report"
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
-    """The keys that decide what is trained."""
+    """Return the keys that decide what is trained, with their values."""
     values = recipe.model_dump(mode="json")
     free = [*MAY_CHANGE, *([] if held_out_decides(recipe) else ["data.eval_sources"])]
     for key in free:
         *sections, last = key.split(".")
-        place = values
-        for section in sections:
-            place = place[section]
-        place.pop(last)
+        section = values
+        for name in sections:
+            section = section[name]
+        section.pop(last)
     for source in values["data"]["sources"]:
         source.pop("license")
     return values
 
 
-def differences(one: Any, other: Any, place: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, value, other value) of every difference."""
+def differences(one: Any, other: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (key, value, other value) of every difference between two nested values."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys: Sequence[Any] = sorted({*one, *other})
         ones, others = [one.get(key) for key in keys], [other.get(key) for key in keys]
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         keys, ones, others = range(len(one)), one, other
     else:
-        return [] if one == other else [(place.removeprefix("."), one, other)]
+        return [] if one == other else [(key.removeprefix("."), one, other)]
     pairs = zip(keys, ones, others, strict=True)
-    return [found for key, was, has in pairs for found in differences(was, has, f"{place}.{key}")]
+    return [found for inner, was, has in pairs for found in differences(was, has, f"{key}.{inner}")]
 
 
 def _short(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     text = text.removesuffix("\n").removesuffix("\n...")
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _clear(folder: Path) -> None:
-    """Delete what an earlier recipe, or earlier data, left in a folder where nothing is trained."""
-    shutil.rmtree(folder / "base", ignore_errors=True)
-    for name in ("data.json", "metrics.jsonl", "unstable.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _write(folder: Path, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
-    write_json(folder / INPUTS, inputs)
-    if not is_trained(folder) or not (folder / "environment.json").is_file():
-        environment = {
-            "versions": versions(),
-            "commit": commit(),
-            "base": recipe.model.base or f"init: {recipe.model.init}",
-            "revision": recipe.model.revision,
-            "seed": recipe.training.seed,
-        }
-        write_json(folder / "environment.json", environment)
-    atomic_write(folder / RECIPE, recipe.to_yaml())
 
 
 def write_stage(folder: Path, stage: str, figures: Mapping[str, Any], inputs: str) -> None:
