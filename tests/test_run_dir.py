@@ -446,7 +446,7 @@ def test_a_checkpoint_with_a_changed_byte_in_its_state_is_not_gone_on_from(copy)
     outcome = run(path, *overrides, verb="train")
     assert outcome.exit_code == 0, outcome.output
     assert "going on from" not in outcome.stderr
-    assert "trainer_state.json is not as it was when the checkpoint was complete" in " ".join(outcome.stderr.split())
+    assert "trainer_state.json is not there, or not as it was written" in " ".join(outcome.stderr.split())
 
 
 @pytest.mark.parametrize(
