@@ -1,1 +1,1 @@
-"""Everything before the model: dialogues, text, tokens, pixels, packs. No recipe; no torch before the collator."""
+"""Everything before the model: dialogues, text, tokens, pixels, packs. Only the collator imports torch."""

@@ -1,4 +1,4 @@
-"""Rows -> an Arrow file, whole or not there -> its rows by number, memory-mapped."""
+"""Write Arrow files atomically, and read their rows by number, memory-mapped."""
 
 import os
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from modeling.files import partial_of, put_in_place
 
 
 class DamagedError(UserError):
-    """A file of ours that is not as it was written: cut short, empty, or overwritten."""
+    """A file of a prepared set is damaged: cut short, empty, or overwritten."""
 
     def __init__(self, path: Path, what: object):
         self.path, self.what = path, what
@@ -24,7 +24,7 @@ class DamagedError(UserError):
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], **metadata: str) -> None:
-    """An Arrow file that is there whole or not at all, also after a power cut."""
+    """Write an Arrow file atomically: after a power cut, either the whole file exists or none."""
     partial = partial_of(path)
     with pa.OSFile(os.fsencode(partial), "wb") as file, pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
         for batch in batches:
@@ -37,9 +37,9 @@ def to_batches(rows: list[dict[str, Any]], schema: pa.Schema) -> list[pa.RecordB
 
 
 class ArrowFile:
-    """An Arrow file, memory-mapped: its rows by number. Raises DamagedError: it is none.
+    """A memory-mapped Arrow file, whose rows are read by number. Raises DamagedError: it is no Arrow file.
 
-    Of a file that may be damaged, nothing else may be asked before `validate`: a wrong offset ends the process.
+    Call `validate` first on a file that may be damaged: reading through a wrong offset crashes the process.
     """
 
     def __init__(self, path: Path):
@@ -62,7 +62,7 @@ class ArrowFile:
         return int(self.bounds[-1])
 
     def validate(self, schema: pa.Schema) -> "ArrowFile":
-        """Itself. Raises DamagedError: other columns, or an offset or a text that leads out of its buffer."""
+        """Return itself. Raises DamagedError: other columns, or an offset or a text that leads out of its buffer."""
         if not self.schema.equals(schema):
             raise DamagedError(self.path, "other columns than were written")
         for batch in self.batches:
@@ -83,18 +83,18 @@ class ArrowFile:
         return self.batches[batch].column(column)[within].as_py()
 
     def cell(self, column: str, number: int) -> np.ndarray:
-        """One cell of a list column, without a copy where its type allows."""
+        """Return one cell of a list column, without a copy where its type allows."""
         batch, within = self._find(number)
         offsets, values = self._lists(column)[batch]
         start, stop = offsets[within], offsets[within + 1]
         return values.slice(start, stop - start).to_numpy(zero_copy_only=False)
 
     def lengths(self, column: str) -> np.ndarray:
-        """int64 [rows]: how many values each cell of a list column holds."""
+        """Return the number of values in each cell of a list column: int64 [rows]."""
         return np.concatenate([np.zeros(0, np.int64), *(np.diff(offsets) for offsets, _ in self._lists(column))])
 
     def values(self, column: str) -> np.ndarray:
-        """A whole column; of a list column, the values of all cells end to end."""
+        """Return a whole column; for a list column, the values of all cells, concatenated."""
         kind = self.schema.field(column).type
         if pa.types.is_list(kind):
             arrays, kind = [values for _, values in self._lists(column)], kind.value_type
@@ -109,7 +109,7 @@ class ArrowFile:
         return batch, int(number - self.bounds[batch])
 
     def _lists(self, column: str) -> list[tuple[np.ndarray, pa.Array]]:
-        """(offsets, values) of each batch."""
+        """Return (offsets, values) of each batch."""
         if column not in self._cells:
             arrays = [batch.column(column) for batch in self.batches]
             self._cells[column] = [(array.offsets.to_numpy(), array.values) for array in arrays]

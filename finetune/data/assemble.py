@@ -1,4 +1,4 @@
-"""The second step of preparing: dialogues -> examples. Questions about one image are joined, long dialogues divided."""
+"""Step 2 of preparing: dialogues -> examples. Questions about one image are joined, long dialogues are divided."""
 
 import hashlib
 import shutil
@@ -51,7 +51,7 @@ def assemble(
     track: Track,
     nodes: NodeGroup,
 ) -> None:
-    """dialogues.arrow -> examples.arrow and stats.json."""
+    """Turn dialogues.arrow into examples.arrow and stats.json."""
     parts = made / "assemble"
 
     def share() -> int:
@@ -66,7 +66,7 @@ def assemble(
 
 
 def _finish(made: Path, parts: Path, count: int, splitter: Splitter, stats: SourceStats) -> None:
-    """All parts -> examples.arrow and stats.json."""
+    """Combine all parts into examples.arrow and stats.json."""
     paths = [part_path(parts, number) for number in range(count)]
     for path in paths:
         stats.add(stats_of(ArrowFile(path)))
@@ -80,9 +80,10 @@ def _finish(made: Path, parts: Path, count: int, splitter: Splitter, stats: Sour
 
 
 class _Groups(Sequence[Any]):
-    """Dialogues that become examples together, as rows of dialogues.arrow, in parts of about PART_RECORDS dialogues.
+    """Groups of dialogues (rows of dialogues.arrow) that are joined, in parts of about PART_RECORDS dialogues.
 
-    To be joined are those that open with the same images; the others stand alone. In the order of their first ones.
+    A group holds the dialogues that open with the same images; any other dialogue is a group of its own. Groups are
+    sorted by their first dialogue.
     """
 
     def __init__(self, dialogues: ArrowFile, *, join: bool):
@@ -98,7 +99,7 @@ class _Groups(Sequence[Any]):
         return len(self.cuts) - 1
 
     def __getitem__(self, part: Any) -> tuple[int, list[list[int]]]:
-        """(number of the first group, the part's groups)."""
+        """Return (number of the first group, groups) of a part."""
         if not 0 <= part < len(self):
             raise IndexError(part)
         first, last = int(self.cuts[part]), int(self.cuts[part + 1])
@@ -107,7 +108,7 @@ class _Groups(Sequence[Any]):
 
 
 def _opening_keys(dialogues: ArrowFile) -> np.ndarray:
-    """int64 [dialogues]: equal for those that open with the same images; different from all for the others."""
+    """Return int64 [dialogues]: equal keys where dialogues open with the same images, unique keys for the others."""
     counts, opens = dialogues.lengths("images"), dialogues.values("opens").astype(bool)
     keys = -1 - np.arange(len(dialogues))
     ends = np.cumsum(counts)
@@ -155,7 +156,7 @@ class _Assemble:
         write_arrow(part, EXAMPLE_SCHEMA, to_batches(rows, EXAMPLE_SCHEMA), stats=stats_text(stats))
 
     def _read(self, group: list[int], numbers: dict[Image, int]) -> list[tuple[int, Dialogue]]:
-        """(row, dialogue) of each of a row's dialogues; `numbers` learns the images' numbers."""
+        """Return (row, dialogue) of every dialogue in these rows; adds the number of each image to `numbers`."""
         dialogues = []
         for row in group:
             shown = self._dialogues.cell("images", row).tolist()
@@ -188,7 +189,7 @@ class _Assemble:
 
 
 def question_key(images: Iterable[bytes], question: str) -> int:
-    """64 bits that are equal for equal words (case and spacing aside) about equal images, given by digest."""
+    """Return a 64-bit key: equal for equal questions (ignoring case and spacing) about images with equal digests."""
     words = " ".join(question.lower().split())
     content = b"".join(images) + words.encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

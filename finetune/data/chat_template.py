@@ -1,4 +1,4 @@
-"""Dialogue -> Rendered. The only file that knows "User:", "\\nAssistant:" and the tokens that stand around them.
+"""Dialogue -> Rendered. The only file that knows "User:", "\\nAssistant:" and the special tokens around them.
 
 The canonical instruct text (idefics-9b-instruct's model card, and its authors' later training code):
 
@@ -44,7 +44,7 @@ class Rendered:
 
     @property
     def text(self) -> str:
-        """The whole string with its special tokens, to be read, or compared with what transformers' processor makes."""
+        """Return the whole string with its special tokens, as transformers' processor would make it."""
         return "".join(piece.name if isinstance(piece, Special) else piece.text for piece in self.pieces)
 
 
@@ -60,7 +60,7 @@ def render(dialogue: Dialogue) -> Rendered:
      Special(name='<end_of_utterance>', supervised=True),
      Special(name='</s>', supervised=False))
 
-    A prompt (the user spoke last) ends at the colon of "\\nAssistant:", a document that goes on has no `</s>`.
+    A prompt (the last turn is the user's) ends at the colon of "\\nAssistant:"; a document that goes on has no `</s>`.
     """
     writer = _Writer()
     writer.special(BOS)
@@ -75,7 +75,7 @@ def render(dialogue: Dialogue) -> Rendered:
 
 @dataclass
 class _Writer:
-    """Collects pieces; joins neighbouring texts into one piece, so that each is encoded whole."""
+    """Collects pieces, and joins neighbouring texts into one piece so that it is tokenised at once."""
 
     pieces: list[Special | Text] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
@@ -104,7 +104,7 @@ class _Writer:
         self.images.append(image)
 
     def parts(self, turn: Turn, *, lead: str, between: str, supervised: bool = False) -> None:
-        """Texts stripped, empty ones left out; `lead` before a text that comes first, `between` two texts."""
+        """Add a turn's parts: texts stripped, empty ones left out, `lead` before a first text, `between` two texts."""
         previous: str | Image | None = None
         for part in turn.parts:
             if isinstance(part, Image):

@@ -25,7 +25,7 @@ class Batch(TypedDict, total=False):
     supervised_positions, targets     int64 [K]       positions whose next token is supervised, and that token
     layout                            plain numbers   where the sequences and the images lie
 
-    and what is shown, real images only, none padded (but see `stack_pixels`): either of
+    and the images, without padding (but see `stack_pixels`), as one of
 
     pixel_values                      float32 [N, 3, H, W]
     image_features                    [N, latents, D], in the model's dtype
@@ -49,13 +49,13 @@ def collate(
     show: Callable[[Sequence[int]], Batch],
     filler: int,
 ) -> Batch:
-    """Lay examples end to end. `image_ids[i]` names the images of example i; an image used twice is there once.
+    """Concatenate examples. `image_ids[i]` lists the images of example i; an image used twice is stored once.
 
     Two examples of 3 and 2 tokens, the second one seeing image 7:
 
     position_ids 0 1 2 0 1    image_index -1 -1 -1 0 0    layout: starts 0 3 5, run (3, 5, 0)    and `show([7])`
 
-    With no examples, a row of the one unsupervised token `filler`.
+    Without examples, the row is one unsupervised token, `filler`.
     """
     if not examples:
         one = np.zeros(1, dtype=np.int64)
@@ -82,10 +82,10 @@ def collate(
 def stack_pixels(
     images: Sequence[int], pixels: Callable[[int], np.ndarray], *, size: tuple[int, int], blank: bool = False
 ) -> torch.Tensor:
-    """float32 [N, 3, H, W] of images of `size` (height, width).
+    """Return the pixels of images of `size` (height, width): float32 [N, 3, H, W].
 
-    With `blank`, no images make a black one, which no token sees: a vision tower that is trained then has a gradient
-    (of zero) in every row.
+    With `blank`, a row without images gets one black image, which no token sees, so that a trained vision tower has a
+    gradient (of zero) in every row.
     """
     if not images:
         return torch.zeros(int(blank), 3, *size)
@@ -104,43 +104,43 @@ class Rows(Protocol):
     def at(self, number: int) -> Batch: ...
 
     def epoch(self, number: int) -> int:
-        """In which pass through the data a row was drawn."""
+        """Return the epoch in which a row was drawn."""
 
     def tokens(self, number: int) -> int:
-        """How many tokens of examples a row holds."""
+        """Return the number of example tokens in a row."""
 
     def dialogues(self, number: int) -> "list[tuple[Origin, Batch]]":
-        """Each example of a row alone, with where it comes from."""
+        """Return each example of a row as a batch of its own, with its origin."""
 
     def empty(self) -> Batch:
-        """A row without examples."""
+        """Return a row without examples."""
 
     def state(self, rows: int) -> list[Any]:
-        """What became known only as the first `rows` were made: for a checkpoint, as JSON has it."""
+        """Return the state to checkpoint after the first `rows` rows, as JSON values."""
         return []
 
     def restore(self, state: Sequence[Any]) -> None:
-        """What a checkpoint, or another process, knows."""
+        """Restore the state of a checkpoint or of another process."""
         assert not state, "of rows that have none"
 
 
 Origin = tuple[str, str]
-"""(source, record_id) of the record that an example was made of."""
+"""(source, record_id) of the record from which an example was made."""
 
 
 class Features(Protocol):
-    """What a vision tower and a resampler made of numbered images."""
+    """The resampler's features of images, by image number."""
 
     def __call__(self, images: Sequence[int]) -> torch.Tensor:
-        """[N, latents, D] of these images, in the model's dtype."""
+        """Return the features of these images: [N, latents, D] in the model's dtype."""
 
     def exchanged(self, other: Mapping[int, int]) -> "Features":
-        """Image `one` has the features of `other[one]`."""
+        """Return features in which image `i` has those of image `other[i]`."""
 
 
 @dataclass(frozen=True)
 class RowCollator(Rows):
-    """The rows of a schedule over prepared examples. Plain data, so workers can have it."""
+    """The rows of a schedule over prepared examples. It is plain data, so that it can be sent to workers."""
 
     rows: Sequence[Row]
     examples: Sequence[Example]
@@ -152,11 +152,11 @@ class RowCollator(Rows):
     seed: int = 0
     blank_image: bool = False
     features: Features | None = None
-    """Instead of pixels."""
+    """Cached features, which replace the pixels."""
     origins: Sequence[Origin] = ()
-    """Of each example."""
+    """Origin of each example."""
     skipped: Collection[Origin] = frozenset()
-    """Rows do without what was made of these."""
+    """Records whose examples are left out of the rows."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,4 +1,4 @@
-"""What training and eval examples share: images by content, and questions about equal images by their words."""
+"""Find overlap between training and eval examples: images by content, questions about equal images by their words."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from finetune.data.prepared import Prepared
 
 @dataclass(frozen=True)
 class Contamination:
-    """What is found on both sides, and the training examples it is found in."""
+    """Images and questions found in both training and eval data, and the training examples that hold them."""
 
     images: int
-    """Distinct images."""
+    """Number of distinct images in both."""
     questions: int
-    """Distinct questions about the same images (or about none)."""
+    """Number of distinct questions in both, about the same images (or about none)."""
     examples_with_images: np.ndarray
     """int64, sorted: training examples that show a held-out image."""
     examples_with_questions: np.ndarray

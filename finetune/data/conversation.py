@@ -22,7 +22,7 @@ Role = Literal["system", "user", "assistant", "document"]
 
 
 class RecordError(UserError):
-    """A record cannot be used: `reason` is what it is counted under, `detail` what was found in it."""
+    """A record cannot be used: it is counted under `reason`; `detail` describes the fault."""
 
     def __init__(self, reason: str, detail: str = ""):
         self.reason, self.detail = reason, as_unicode(detail)
@@ -33,7 +33,7 @@ class RecordError(UserError):
 
 
 def as_unicode(text: str) -> str:
-    """Return a text that can be written anywhere: lone surrogates, as in file names that are not UTF-8, as escapes."""
+    """Return a text with lone surrogates (from file names that are not UTF-8) escaped, so that it can be written."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -44,13 +44,13 @@ class Slice:
     path: Path
     offset: int
     length: int
-    """Bytes in the file."""
+    """Number of bytes in the file."""
     coding: Literal["raw", "deflate", "base64"] = "raw"
 
 
 @dataclass(frozen=True)
 class Remote:
-    """An image that is not downloaded yet, of a source that allows it."""
+    """An image that is not downloaded yet, in a source that allows downloads."""
 
     url: str
 
@@ -82,9 +82,9 @@ class Turn:
     role: Role
     parts: tuple[Part, ...]
     references: tuple[str, ...] = ()
-    """All answers that annotators gave, the one trained on among them. Only evaluation reads them."""
+    """All answers that annotators gave, including the one trained on. Only evaluation reads them."""
     supervised: bool = True
-    """Whether an answer is trained on and evaluated; if not, it is context for later ones."""
+    """Whether an answer is trained on and evaluated; if not, it is only context for later answers."""
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -92,7 +92,7 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """The texts, joined; images are left out."""
+        """Return the texts, joined; images are left out."""
         return " ".join(part.strip() for part in self.parts if isinstance(part, str) and part.strip())
 
 
@@ -107,9 +107,9 @@ class Dialogue:
 
     turns: tuple[Turn, ...]
     goes_on: bool = False
-    """Whether a document was cut here: then no `</s>` says that it ends."""
+    """Whether a document was cut here; if so, it does not end with `</s>`."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
-    """What of its record it leaves out: unknown keys, and placeholders that stay text."""
+    """Parts of the record that are not used: unknown keys, and placeholders that stay text."""
 
     def __post_init__(self) -> None:
         _check_roles(tuple(turn.role for turn in self.turns))
@@ -156,7 +156,7 @@ def _check_roles(roles: tuple[str, ...]) -> None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: it holds white space, zero-width and control characters alone."""
+    """Return whether a text is invisible: only white space, zero-width and control characters."""
     return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
 
 

@@ -1,4 +1,4 @@
-"""The first step of preparing: records -> dialogues, whose images are opened and named by their content."""
+"""Step 1 of preparing: records -> dialogues. Every image is opened once, and identified by its content."""
 
 import os
 import shutil
@@ -41,18 +41,18 @@ from finetune.recipe.schema import Source
 from modeling.files import flush
 
 PART_BYTES = 16_000_000
-"""About the bytes of the records of a part."""
+"""Approximate number of bytes of records in one part."""
 
 PART_SCHEMAS = {".images": IMAGE_SCHEMA, ".files": FILE_SCHEMA, ".arrow": DIALOGUE_SCHEMA}
-"""The files of a part, in the order in which they are written."""
+"""Suffix of each file of a part -> its schema, in the order in which the files are written."""
 
 
 def convert(
     source: Source, made: Path, *, seed: int, downloads: Path, workers: int, track: Track, nodes: NodeGroup
 ) -> SourceStats:
-    """Records -> dialogues.arrow and images.arrow. Returns the statistics so far: read, not converted, broken off.
+    """Turn records into dialogues.arrow and images.arrow. Return the statistics so far: read, not converted, broken.
 
-    Every node reads all records, and converts those of its parts.
+    Every node reads all records, and converts only those of its own parts.
     """
     parts = made / "convert"
 
@@ -74,7 +74,7 @@ def convert(
 
 
 def _in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Neighbouring records together; where a part ends depends on the records alone."""
+    """Yield parts of consecutive records; where a part ends depends on the records alone."""
     part: list[Record] = []
     size = 0
     for record in records:
@@ -88,7 +88,7 @@ def _in_parts(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _bytes_of(value: object) -> int:
-    """About how much memory the texts and bytes of a record take."""
+    """Return about how much memory the texts and bytes of a record take."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
@@ -111,7 +111,7 @@ class _Convert:
 
     @cached_property
     def _seen(self) -> OrderedDict[Image, tuple[File, bytes | None, bytes | RecordError]]:
-        """The results of the images seen last: neighbouring records often show the same image."""
+        """Cache of results for the most recent images: neighbouring records often show the same image."""
         return OrderedDict()
 
     def __call__(self, task: tuple[int, list[Record]]) -> None:
@@ -146,7 +146,7 @@ class _Convert:
         return Downloader(self.downloads, http=self.source.download == "http").fetch_all(sorted(urls))
 
     def _find(self, image: Image, images: "_PartImages", fetched: dict[str, Path | RecordError]) -> tuple[Image, bytes]:
-        """Return where the image is now, and its digest. Raises RecordError: it cannot be shown."""
+        """Return (the image where it is stored now, its digest). Raises RecordError: it cannot be shown."""
         found = fetched[image.source.url] if isinstance(image.source, Remote) else image
         located = Image(found) if isinstance(found, Path) else found
         content = located if isinstance(located, RecordError) else self._look(located, images.files)
@@ -156,7 +156,10 @@ class _Convert:
         raise RecordError(content.reason, content.detail)  # a new one: the traceback of a kept error grows
 
     def _look(self, image: Image, files: dict[File, bytes | None]) -> bytes | RecordError:
-        """Its digest, decoded so that a broken image is found now and not in training; `files` learns of its file."""
+        """Return the digest of an image, or the error from decoding it; adds its file to `files`.
+
+        Decoding finds a broken image now, instead of in training.
+        """
         if isinstance(image.source, bytes | PIL.Image.Image):
             return _digest(image)
         if image not in self._seen:
@@ -184,12 +187,12 @@ def _digest(image: Image) -> bytes | RecordError:
 
 
 class _PartImages:
-    """The distinct images of one part; those that came inside records are stored in a file, encoded as they came."""
+    """The distinct images of one part. Images inside records are stored in a file, in their original encoding."""
 
     def __init__(self, made: Path, number: int):
         self.rows: list[dict[str, Any]] = []
         self.files: dict[File, bytes | None] = {}
-        """The files in which images were looked for, with the digest of those that are one image."""
+        """File in which an image was looked up -> its digest if the whole file is the image, else None."""
         self._made, self._kept = made, made / "images" / f"{number:06}.bin"
         self._file: BinaryIO | None = None
         self._by_digest: dict[bytes, int] = {}
@@ -228,7 +231,7 @@ class _PartImages:
 
 
 def _merge_converted(made: Path, parts: int, stats: SourceStats) -> None:
-    """All parts -> dialogues.arrow and images.arrow, the images distinct by content over the whole source."""
+    """Combine all parts into dialogues.arrow and images.arrow; images are distinct by content over the whole source."""
     paths = [part_path(made / "convert", number) for number in range(parts)]
     by_part = [ArrowFile(path.with_suffix(".images")).values("digest").astype("S32") for path in paths]
     _, first, inverse = np.unique(
@@ -255,7 +258,7 @@ def _merge_converted(made: Path, parts: int, stats: SourceStats) -> None:
         stats.add(stats_of(ArrowFile(path)))
     files = [batch for path in paths for batch in ArrowFile(path.with_suffix(".files")).batches]
     write_arrow(made / IMAGES, IMAGE_SCHEMA, images())
-    # A file whose content changed meanwhile stays in twice, so that the set is stale.
+    # A file that changed during preparation is listed twice, which marks the set as stale.
     distinct = pa.Table.from_batches(files, FILE_SCHEMA).group_by(FILE_SCHEMA.names, use_threads=False).aggregate([])
     write_arrow(made / FILES, FILE_SCHEMA, distinct.to_batches())
     write_arrow(made / DIALOGUES, DIALOGUE_SCHEMA, dialogues(), stats=stats_text(stats))

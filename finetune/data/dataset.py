@@ -1,4 +1,4 @@
-"""The section `data` of a recipe -> what is trained and evaluated on, and a report of what became of each record."""
+"""The recipe's section `data` -> training and eval examples, and a report of how many records were kept or rejected."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -22,24 +22,24 @@ from modeling.cores import available_cores
 from modeling.errors import UserError
 
 Contents = Mapping[str, Sequence[Mapping[str, str | None]]]
-"""{"sources": [{"source": name, "sha256": of its files' content}], "eval_sources": [...], "documents": [...]}."""
+"""{"sources": [{"source": name, "sha256": hash of its content}], "eval_sources": [...], "documents": [...]}."""
 
 STREAMED_BYTES = 2**25
-"""Bytes at the beginning and at the end of a streamed file that tell whether it has changed."""
+"""Number of bytes hashed at both ends of a streamed file, to detect a change."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The prepared examples to train and to evaluate on; streamed sources are in neither."""
+    """The prepared examples for training and for evaluation; streamed sources are in neither."""
 
     train: Prepared
     eval: Prepared
     mix: Mix
     """How the prepared training sources are drawn."""
     source_stats: list[SourceStats]
-    """Those of the training sources, then those of the eval sources."""
+    """Statistics of the training sources, then of the eval sources."""
     report: dict[str, Any]
-    """data.json."""
+    """Content of data.json."""
 
 
 def make_dataset(
@@ -51,9 +51,9 @@ def make_dataset(
     seed: int,
     nodes: NodeGroup = ALONE,
 ) -> Dataset:
-    """Prepare the sources, or open what is prepared already.
+    """Prepare the sources, or open the sets that are prepared already.
 
-    sources: the training sources, their formats known; row_images: the most images of an example.
+    sources: the training sources, their formats resolved; row_images: the most images in one example.
     """
     options: dict[str, Any] = {"row_images": row_images, "seed": seed, "nodes": nodes}
     prepared = [source for source in sources if not source.stream]
@@ -109,8 +109,8 @@ def prepare_sources(
 def contents(data: Data, documents: Sequence[Source] = ()) -> Contents:
     """Return hashes of the content of all sources; `documents` are those of the evaluation.
 
-    The hash is None where a source is not there, and "" where the hub does not say. Folders of images are not looked
-    into, see `fingerprint`.
+    The hash is None where a source is missing, and "" where the hub gives none. Images in folders are not hashed, see
+    `fingerprint`.
     """
     kinds: dict[str, Sequence[Source]] = {
         "sources": data.sources,
@@ -131,7 +131,7 @@ def _content(source: Source, cache: Path) -> dict[str, str | None]:
 
 
 def _ends_of(files: Sequence[Path]) -> str:
-    """A hash of names, sizes, and the first and last `STREAMED_BYTES` of each file: a stream may be terabytes."""
+    """Return a hash of names, sizes, and both ends (`STREAMED_BYTES`) of each file: a stream may be terabytes."""
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
@@ -144,7 +144,7 @@ def _ends_of(files: Sequence[Path]) -> str:
 
 
 def log_losses(dataset: Dataset, report: Path) -> None:
-    """Log what was rejected, and what training and eval data share."""
+    """Log the rejected records, and the overlap of training and eval data."""
     for stats in dataset.source_stats:
         if stats.loss:
             log(f"{stats.source}: {stats.loss}; every reason is in {report}")

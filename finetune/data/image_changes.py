@@ -1,7 +1,7 @@
-"""The image files that a prepared set was made of: as they were, changed, or missing.
+"""Detect whether the image files of a prepared set are unchanged, changed, or missing.
 
-What tells is the content: a file that was only touched, copied or restored with another time of change is the same, and
-the time that it has now is kept. Archives and data files are not looked at again: their content names the set.
+The content decides: a file that only has another modification time (touched, copied, restored) counts as unchanged, and
+its new time is stored. Archives and data files are not checked here: the name of the set holds a hash of their content.
 """
 
 import hashlib
@@ -20,15 +20,16 @@ FILES = "files.arrow"
 FILE_SCHEMA = pa.schema(
     {"path": pa.binary(), "size": pa.int64(), "mtime_ns": pa.int64(), "digest": pa.binary(32)},
 )
-"""The files in which images were looked for, broken and missing ones, too, which may have been mended since (size and
-mtime_ns are -1 of a missing one); and images/*.bin, by paths relative to the set. digest: SHA-256; null of archives."""
+"""The files in which images were looked up, and images/*.bin (by paths relative to the set). Broken and missing files
+are listed too, since they may be repaired later; a missing file has size and mtime_ns -1. digest: SHA-256; null for
+archives."""
 
 File = tuple[str, int, int]
-"""Path, size, time of change: as long as they are the same, a file is."""
+"""(path, size, modification time): a file counts as unchanged while these are equal."""
 
 
 def file_now(path: Path | str) -> File:
-    """The file as it is now; size and time are -1 where it is missing or cannot be reached."""
+    """Return a file's current size and time; both are -1 where it is missing or cannot be reached."""
     try:
         status = Path(path).stat()
     except OSError:
@@ -37,7 +38,7 @@ def file_now(path: Path | str) -> File:
 
 
 def file_digest(path: Path) -> bytes | None:
-    """SHA-256 of a file; None where it cannot be read."""
+    """Return the SHA-256 of a file, or None where it cannot be read."""
     try:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").digest()
@@ -47,20 +48,20 @@ def file_digest(path: Path) -> bytes | None:
 
 @dataclass(frozen=True)
 class Changes:
-    """How the files differ from what they were."""
+    """How the image files differ from those that the set was made from."""
 
     missing: Sequence[Path]
-    """Were there, and are not."""
+    """Files that existed then, and do not exist now."""
     changed: Sequence[str]
-    """A line for each: "a.png: has other content"."""
+    """One line per changed file: "a.png: has other content"."""
     there: Sequence[Path]
-    """Where some are missing, all that are there."""
+    """If files are missing: all the others."""
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.changed)
 
     def missing_folder(self, roots: Iterable[Path]) -> Path | None:
-        """The folder of which all files are missing: one of `roots`, or the common one; None where some are there."""
+        """Return the folder whose files are all missing: one of `roots`, or the common one; None if some exist."""
         if len(self.missing) < 2:
             return None
         common = Path(os.path.commonpath([path.parent for path in self.missing]))
@@ -71,7 +72,7 @@ class Changes:
 
 
 def find_changes(folder: Path) -> Changes:
-    """Compare the files of a prepared set with what they were. Raises DamagedError."""
+    """Compare the files of a prepared set with their state when it was made. Raises DamagedError."""
     files = ArrowFile(folder / FILES).validate(FILE_SCHEMA)
     names, sizes, times, digests = (files.values(column) for column in FILE_SCHEMA.names)
     missing: list[Path] = []
@@ -98,7 +99,7 @@ def find_changes(folder: Path) -> Changes:
         else:
             touched[row] = time_now
     if touched:
-        with suppress(OSError):  # in a folder of others, they are compared by content each time
+        with suppress(OSError):  # a read-only folder: the content is then compared each time
             _write_times(files, touched)
     paths = (folder / os.fsdecode(name) for name in names) if missing else ()
     return Changes(missing, changed, [path for path in paths if path.exists()])

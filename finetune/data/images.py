@@ -1,6 +1,6 @@
 """path | bytes | PIL -> RGB -> pixels, bit-identical to transformers' `load_image` + `IdeficsImageProcessorPil`.
 
-Where `load_image` would leave a blank image, the image is scaled, or refused by name: see `_to_rgb`.
+An image that `load_image` would turn blank is scaled instead, or rejected with its name: see `_to_rgb`.
 """
 
 import base64
@@ -28,9 +28,9 @@ from modeling.errors import UserError
 from modeling.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Plain raster formats. Pillow has others that start programs (EPS) or parse far more than pixels."""
+"""Plain raster formats. Other formats of Pillow start programs (EPS) or parse far more than pixels."""
 
-PIL.Image.init()  # Pillow finds its decoders lazily, and fails on a restricted list before it has
+PIL.Image.init()  # Pillow loads its decoders lazily, and a restricted list of formats fails before that
 
 MAX_PIXELS = 89_478_485
 """Pillow's own threshold for a decompression bomb: a quarter of a gigabyte in RGB."""
@@ -39,17 +39,17 @@ MAX_SIDE = 65_535
 """JPEG's own limit; the tables that shrink a longer side would take gigabytes."""
 
 MAX_BYTES = 100_000_000
-"""Of an encoded image, unpacked from an archive."""
+"""Largest number of bytes of an encoded image, after unpacking it from an archive."""
 
 MAX_SCANS = 100
-"""Of a progressive JPEG, which usually has ten: each one decodes the whole image again."""
+"""Largest number of scans of a progressive JPEG, which usually has ten: each one decodes the whole image again."""
 
-# Pillow warns of images that it decodes nevertheless, and of sizes that are refused here.
+# Pillow warns about images that it can decode, and about sizes that are rejected here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def open_image(image: Image) -> PIL.Image.Image:
-    """Decode to RGB, EXIF rotation applied. Raises RecordError: missing, corrupt or too large."""
+    """Decode an image to RGB, with its EXIF rotation applied. Raises RecordError: missing, corrupt or too large."""
     if isinstance(image.source, PIL.Image.Image):
         return _decode(image.source, describe(image))
     content, name = encoded(image), describe(image)
@@ -60,7 +60,7 @@ def open_image(image: Image) -> PIL.Image.Image:
             return _decode(opened, name)
     except PIL.Image.DecompressionBombError as error:
         raise RecordError("image too large", f"{name}: {error}") from error
-    except PIL.UnidentifiedImageError as error:  # whose message names a place in memory
+    except PIL.UnidentifiedImageError as error:  # its message holds a memory address
         tiff = "a TIFF that is damaged, or of a kind that Pillow does not read"
         detail = tiff if content.startswith(_TIFF) else f"none of {', '.join(FORMATS)}"
         raise RecordError("corrupt image", f"{name}: {detail}") from error
@@ -88,7 +88,7 @@ def _decode(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
 
 
 def describe(image: Image) -> str:
-    """Where an image is, for a message."""
+    """Return where an image is, for a message."""
     source = image.source
     if isinstance(source, Slice):
         return f"{source.path} at byte {source.offset}"
@@ -98,9 +98,9 @@ def describe(image: Image) -> str:
 
 
 def encoded(image: Image) -> bytes:
-    """The bytes of an image file. Raises RecordError: missing, corrupt, too large, or not downloaded.
+    """Return the bytes of an image file. Raises RecordError: missing, corrupt, too large, or not downloaded.
 
-    A picture in memory is written as PNG, in the RGB that `open_image` makes of it.
+    An image in memory is converted by `open_image` and encoded as PNG.
     """
     source = image.source
     if isinstance(source, Remote):
@@ -115,7 +115,7 @@ def encoded(image: Image) -> bytes:
 
 
 def digest(image: Image) -> bytes:
-    """SHA-256 of an image's file, or of the pixels of a picture in memory, 32 bytes: the same under any name."""
+    """Return the SHA-256 (32 bytes) of an image's encoded bytes, or of its pixels if it is in memory."""
     source = image.source
     if isinstance(source, PIL.Image.Image):
         picture = _decode(source, describe(image))
@@ -124,7 +124,7 @@ def digest(image: Image) -> bytes:
 
 
 def decode_base64(content: str | bytes, name: str = "base64") -> bytes:
-    """The bytes, white space passed over. Raises RecordError: another character, a missing one, or too much."""
+    """Decode base64, ignoring white space. Raises RecordError: another character, a missing one, or too many."""
     packed = b"".join(content.encode("ascii", "replace").split() if isinstance(content, str) else content.split())
     if len(packed) > _in_base64(MAX_BYTES):
         raise RecordError("image too large", f"{name}: {len(packed):,} characters of base64")
@@ -139,7 +139,7 @@ def _in_base64(length: int) -> int:
 
 
 def _unpack(member: Slice) -> bytes:
-    """A member's bytes, of at most `MAX_BYTES`, whatever the archive says of itself."""
+    """Return a member's bytes, at most `MAX_BYTES` whatever size the archive states."""
     name = describe(Image(member))
     limit = 2 * _in_base64(MAX_BYTES) if member.coding == "base64" else MAX_BYTES  # twice: there may be white space
     content = _read(member.path, member.offset, member.length, limit=limit)
@@ -149,7 +149,7 @@ def _unpack(member: Slice) -> bytes:
 
 
 _JSON_ESCAPES = re.compile(rb"\\[nrt]")
-"""Line breaks in a JSON string; of all that base64 is written in, JSON escapes only them and, at will, the slash."""
+"""Line breaks in a JSON string: the only base64 characters that JSON escapes, besides (optionally) the slash."""
 
 
 def _inflate(content: bytes, name: str) -> bytes:
@@ -166,7 +166,7 @@ def _inflate(content: bytes, name: str) -> bytes:
 
 
 def _read(path: Path, offset: int = 0, length: int | None = None, *, limit: int | None = None) -> bytes:
-    """A whole file, or exactly `length` bytes of it; of at most `limit`, or else `MAX_BYTES`."""
+    """Return a whole file, or exactly `length` bytes of it; at most `limit` (default `MAX_BYTES`) bytes."""
     try:
         with open_regular(path) as file:
             expected = os.fstat(file.fileno()).st_size if length is None else length
@@ -188,7 +188,7 @@ def _read(path: Path, offset: int = 0, length: int | None = None, *, limit: int 
 
 
 def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """As transformers' `load_image` does it, except for levels of over 8 bits, and where all but the alpha is blank."""
+    """Convert as transformers' `load_image` does, except for levels of over 8 bits, and images blank but for alpha."""
     turned = PIL.ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         turned = _to_8_bits(turned, *_range_of(image), name)
@@ -196,14 +196,14 @@ def _to_rgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     if rgb.info.get("transparency") is None:
         if not turned.has_transparency_data or rgb.getcolors(1) is None:
             return rgb
-        rgb = turned  # such as black letters on transparent black
-    # One colour stands for "nothing here": transformers' image processor puts white in its place.
+        rgb = turned  # for example black letters on transparent black
+    # One colour means "transparent": transformers' image processor replaces it by white.
     white = PIL.Image.new("RGBA", rgb.size, "white")
     return PIL.Image.alpha_composite(white, rgb.convert("RGBA")).convert("RGB")
 
 
 def _range_of(image: PIL.Image.Image) -> tuple[int | None, bool]:
-    """(the level that means white, if the file's format says it; whether light and dark are exchanged)."""
+    """Return (the level of white, if the file format defines it; whether light and dark are inverted)."""
     inverted = False
     if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):
         inverted = image.tag_v2.get(262) == 0
@@ -214,14 +214,15 @@ def _range_of(image: PIL.Image.Image) -> tuple[int | None, bool]:
 
 
 def _to_8_bits(image: PIL.Image.Image, top: int | None, inverted: bool, name: str) -> PIL.Image.Image:
-    """Levels of 16 or 32 bits, or in floating point -> L, 0 to `top` spread over 0 to 255.
+    """Convert levels of 16 or 32 bits, or in floating point, to mode L, by scaling 0 to `top` to 0 to 255.
 
-    Without a `top`, it is the least of 1 (floating point alone), 255 and 65,535 (integers alone) that no level exceeds.
+    Without `top`, it is the smallest value of 1 (only for floating point), 255 and 65,535 (only for integers) that no
+    level exceeds.
     """
     levels = np.asarray(image)
     low, high = levels.min(), levels.max()
     tops = [top] if top else [1, 255] if image.mode == "F" else [255, 65_535]
-    top = next((each for each in tops if 0 <= low <= high <= each), None)  # none, if one is no number
+    top = next((each for each in tops if 0 <= low <= high <= each), None)  # None if a level is NaN
     if top is None:
         expected = " or ".join(f"0 to {each:,}" for each in tops)
         raise RecordError("unknown pixel range", f"{name}: levels from {low:g} to {high:g}; expected {expected}")
@@ -237,7 +238,7 @@ def _to_8_bits(image: PIL.Image.Image, top: int | None, inverted: bool, name: st
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """RGB -> pixels: squashed to `size` (height, width), scaled, normalised per channel."""
+    """RGB -> pixels: resized to `size` (height, width), ignoring the aspect ratio, scaled, normalised per channel."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
@@ -247,9 +248,9 @@ class Preprocessing:
 
     @classmethod
     def of(cls, processor: Any, base: str = "the base") -> "Preprocessing":
-        """The settings of a transformers `IdeficsImageProcessorPil`.
+        """Return the settings of a transformers `IdeficsImageProcessorPil`.
 
-        Raises UserError: one that this class cannot follow; `base` says whose they are.
+        Raises UserError: a setting that this class does not support; `base` names the model in the message.
         """
         size = (processor.size["height"], processor.size["width"])
         mean: Any = processor.image_mean if processor.do_normalize else (0.0,) * 3
@@ -280,7 +281,7 @@ class Preprocessing:
         augment: Augment | None = None,
         rng: np.random.Generator | None = None,
     ) -> np.ndarray:
-        """float32 [3, H, W]. With `augment`, `rng` decides."""
+        """Return the pixels of an image: float32 [3, H, W]. `augment` draws its changes from `rng`."""
         height, width = self.size
         levels_HWC = np.asarray(image.resize((width, height), self.resample))
         if augment and rng:
@@ -289,20 +290,20 @@ class Preprocessing:
 
     @cached_property
     def _table(self) -> np.ndarray:
-        """float32 [3, 256]: what each of the 256 levels becomes, by the arithmetic of transformers, step by step."""
+        """Lookup table float32 [3, 256], level -> pixel value, computed in the same steps as in transformers."""
         scaled = (np.arange(256).astype(np.float64) * self.scale).astype(np.float32)
         mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
         return (scaled - mean) / std
 
 
 def _are_numbers(values: Any, count: int) -> bool:
-    """Whether there are so many finite numbers."""
+    """Return whether the values are exactly `count` finite numbers."""
     listed = values if isinstance(values, list | tuple) else ()
     return len(listed) == count and all(type(value) in (int, float) and math.isfinite(value) for value in listed)
 
 
 def _augment(levels_HWC: np.ndarray, augment: Augment, rng: np.random.Generator) -> np.ndarray:
-    """Flip by a coin, then move by a vector; the border repeats its edge."""
+    """Flip with probability one half, then shift by a random vector; the border repeats the edge."""
     if augment.flip and rng.random() < 0.5:
         levels_HWC = levels_HWC[:, ::-1]
     down, right = rng.integers(-augment.shift, augment.shift, size=2, endpoint=True)
