@@ -1,28 +1,28 @@
-"""Lengths -> packs under two budgets, tokens and images. Pure integers; packs are a function of the lengths' order."""
+"""Pack sequences into rows under two budgets, tokens and images. The result depends only on the lengths, in order."""
 
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 
 LARGE = 1 / 4
-"""Of a row: sequences that are laid first, the largest first, as little else fits beside them."""
+"""Share of a row from which on a sequence is large: large ones are packed first, in decreasing size."""
 
 LAST = 1 / 10
-"""Of all sequences: the smallest, which come last, to fill what is left over."""
+"""Share of all sequences that are packed last: the smallest ones, which fill the remaining gaps."""
 
 
 def pack(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_images: int) -> list[list[int]]:
-    """Best fit: each sequence into the row that will have the fewest tokens to spare, in the order of `arrange`.
+    """Pack by best fit: each sequence, in the order of `arrange`, goes into the row with the fewest free tokens left.
 
     >>> pack((5, 3, 4), (1, 0, 1), row_tokens=8, row_images=1)
     [[0, 1], [2]]
 
-    Room for tokens is an integer up to `row_tokens`, so the rooms in use among the rows that can take so many images
-    are the bits of one integer, and the best fit is a shift and a lowest set bit. Raises ValueError for a sequence that
-    no row can hold.
+    For each number of free images, the numbers of free tokens that occur are the 1 bits of one integer, so the best
+    fit is found by a shift and the lowest set bit. Raises ValueError for a sequence that no row can hold.
     """
     rows: list[list[int]] = []
-    rooms = [0] * (row_images + 1)  # for each room for images: the set of rooms for tokens, as bits
+    # rooms[free images], bit n: a row with so many free images and n free tokens exists
+    rooms = [0] * (row_images + 1)
     rows_with: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for index, (length, pictures) in enumerate(zip(tokens, images, strict=True)):
         if length > row_tokens or pictures > row_images:
@@ -45,11 +45,11 @@ def pack(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_i
 
 
 def arrange(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_images: int) -> list[int]:
-    """The order in which sequences are laid: the large ones, the others, the smallest tenth.
+    """Return the order in which sequences are packed: the large ones, the others, the smallest tenth.
 
-    The size of a sequence is the larger of its shares of the two budgets. Those between come as they are, but so that
-    some with many tokens and few images follow some with few tokens and many images: neighbours share a row, and a row
-    then comes to the end of both budgets together. Sorted by size they would leave a quarter of one of them empty.
+    The size of a sequence is the larger of its shares of the two budgets. The others keep their order, except that
+    sequences with many tokens and sequences with many images alternate: neighbours share a row, so a row then uses up
+    both budgets together. Sorting them by size would leave a quarter of one budget empty.
     """
     sizes = [
         max(length / row_tokens, pictures / row_images if row_images else 0.0)
@@ -63,7 +63,7 @@ def arrange(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, ro
 
 
 def _in_turn(indices: Sequence[int], tokens: Sequence[int], images: Sequence[int]) -> Iterator[int]:
-    """Those with more than their share of tokens and those with more than their share of images, kept in balance."""
+    """Yield indices so that sequences heavy in tokens and sequences heavy in images stay in balance."""
     all_tokens, all_images = (max(1, sum(counts[index] for index in indices)) for counts in (tokens, images))
     excess = {index: tokens[index] / all_tokens - images[index] / all_images for index in indices}
     many_tokens, many_images = (
@@ -79,7 +79,7 @@ def _in_turn(indices: Sequence[int], tokens: Sequence[int], images: Sequence[int
 def pack_in_order(
     tokens: Sequence[int], image_ids: Sequence[Sequence[int]], *, row_tokens: int, row_images: int
 ) -> list[list[int]]:
-    """Fill one row after the other without changing the order: neighbours about one image share it in their row.
+    """Fill one row after the other without changing the order, so that neighbours share their image in a row.
 
     >>> pack_in_order((5, 3, 4), ((7,), (7,), (8,)), row_tokens=8, row_images=1)
     [[0, 1], [2]]
@@ -97,7 +97,7 @@ def pack_in_order(
 
 
 def _best_fit(rooms: Sequence[int], length: int, pictures: int, row_tokens: int) -> tuple[int, int]:
-    """(room for tokens, room for images) of the fullest row with room for both; (-1, -1) if there is none."""
+    """Return (free tokens, free images) of the fullest row that has space for both, or (-1, -1)."""
     best, chosen = row_tokens + 1, -1
     for image_room in range(pictures, len(rooms)):
         fitting = rooms[image_room] >> length

@@ -1,4 +1,4 @@
-"""Work in numbered parts, done by several processes: a part is an Arrow file, whole or not there, with statistics."""
+"""Run work in numbered parts over several processes. A part is an Arrow file, written atomically, with statistics."""
 
 import json
 import multiprocessing
@@ -19,26 +19,26 @@ from finetune.distributed.nodes import NodeGroup
 from modeling.errors import UserError
 
 PART_RECORDS = 512
-"""The most records of a part."""
+"""Largest number of records in a part."""
 
 STATS_KEY = b"stats"
-"""Of a part's metadata."""
+"""Key of the statistics in a part's metadata."""
 
 DIALOGUES = "dialogues.arrow"
 DIALOGUE_SCHEMA = pa.schema(
     {"record_id": pa.string(), "dialogues": pa.string(), "images": pa.list_(pa.int32()), "opens": pa.bool_()}
 )
-"""Between the passes of preparing, a record a row. dialogues: a line each, several where a document was cut at an image
-that is lost; opens: whether it opens with its images, so that its turns can be moved."""
+"""The file between the two steps of preparing, one record per row. dialogues: one per line, several where a document
+was cut at a lost image; opens: whether the dialogue opens with its images, so that its turns can be moved."""
 
 
 class Unfinished:
-    """The numbered tasks of this node without those that are done; `count` is how many all nodes have."""
+    """The numbered tasks of this node that are not done yet; `count` is the number of tasks of all nodes."""
 
     def __init__(self, parts: Path, tasks: Iterable[Any], nodes: NodeGroup, *, schemas: Mapping[str, pa.Schema]):
         self.parts, self.tasks, self.nodes, self.count = parts, tasks, nodes, 0
         self.schemas = schemas
-        """Suffix of a file of each part -> its columns."""
+        """Suffix of each file of a part -> its schema."""
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         for number, task in enumerate(self.tasks):
@@ -52,7 +52,7 @@ class Unfinished:
 
 
 def is_whole(path: Path, schema: pa.Schema) -> bool:
-    """Whether an Arrow file exists and is as it was written."""
+    """Return whether an Arrow file exists and is undamaged."""
     try:
         found = ArrowFile(path).validate(schema)
         if STATS_KEY in (found.schema.metadata or {}):
@@ -71,7 +71,7 @@ def stats_text(stats: SourceStats) -> str:
 
 
 def stats_of(part: ArrowFile) -> SourceStats:
-    """The stats in a file's metadata. Raises DamagedError."""
+    """Return the statistics in a file's metadata. Raises DamagedError."""
     try:
         return SourceStats.from_json(json.loads(part.schema.metadata[STATS_KEY]))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -82,7 +82,7 @@ Task = TypeVar("Task")
 
 
 def run_all(tasks: Iterable[Task], work: Callable[[Task], None], *, workers: int) -> None:
-    """Call work(task) for each; `work` is sent once to each worker. A single task, or one worker, is done right here.
+    """Call work(task) for each task; `work` is sent once to each worker. With one task or worker, no process starts.
 
     Workers are spawned, never forked: the caller may have threads.
     """
@@ -104,7 +104,7 @@ def run_all(tasks: Iterable[Task], work: Callable[[Task], None], *, workers: int
 
 
 def _bounded(pool: ProcessPoolExecutor, tasks: Iterator[Any], *, most: int) -> Iterator["Future[None]"]:
-    """Futures as they finish, with at most `most` tasks read ahead."""
+    """Yield futures as they finish, with at most `most` tasks in flight."""
     running = {pool.submit(_do, task) for task in islice(tasks, most)}
     while running:
         finished, running = wait(running, return_when=FIRST_COMPLETED)
@@ -116,7 +116,7 @@ _work: Callable[[Any], None] | None = None
 
 
 def _start(work: Callable[[Any], None]) -> None:
-    """In a worker: an interruption is the parent's business, and parallelism is ours."""
+    """Initialise a worker: it ignores Ctrl-C, which the parent handles, and uses one thread."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)

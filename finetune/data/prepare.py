@@ -1,11 +1,11 @@
-"""Sources -> prepared sets: every record accounted for, every image decoded once, every dialogue tokenised.
+"""Sources -> prepared sets: every record is counted, every image decoded once, every dialogue tokenised.
 
-A source is prepared in two steps, each in parts that are whole or not there, so that an interrupted step goes on:
+A source is prepared in two steps. Each step writes its parts atomically, so that an interrupted step can continue:
 
     convert    records -> dialogues, their images opened and named by content
     assemble   dialogues -> examples: questions about one image joined, what is too long divided or cut
 
-Memory grows with the source by a few numbers per dialogue alone.
+Memory grows only by a few numbers per dialogue.
 """
 
 import hashlib
@@ -48,9 +48,9 @@ def prepare(
     track: Track = silently,
     nodes: NodeGroup = ALONE,
 ) -> tuple[Prepared, list[SourceStats]]:
-    """Prepare each source in a folder below `folder`, or open the set that is there already.
+    """Prepare each source in a folder below `folder`, or open the existing set.
 
-    A record that cannot be used is counted under its reason, never skipped. `workers`: processes on each node.
+    A record that cannot be used is counted under its reason. `workers`: processes on each node.
     """
     encoder, limits = Encoder(tokenizer), Limits(max_length, max_images)
     options: dict[str, Any] = {"folder": folder, "workers": workers, "track": track, "nodes": nodes}
@@ -67,9 +67,9 @@ def prepare_source(
     track: Track = silently,
     nodes: NodeGroup = ALONE,
 ) -> PreparedSet:
-    """The set of one source. Its name holds a hash of its content, its settings, the tokenizer and this code.
+    """Return the set of one source. Its name holds a hash of its content, its settings, the tokenizer and this code.
 
-    A set whose image files have changed stays, and another is made beside it. Raises UserError: some are missing.
+    If image files have changed, the old set stays and a new one is made beside it. Raises UserError: some are missing.
     """
 
     def name() -> Path:
@@ -111,13 +111,13 @@ class Found:
     folder: Path
     damaged: bool = False
     anew: str = ""
-    """ " anew: ..." where a set is there, and why it is not the one."""
+    """ " anew: " and the reason why an existing set cannot be used; else empty."""
     missing: Changes | None = None
-    """Of the files that a set was made of, if some are gone: to make one without them may be far from what is meant."""
+    """Set if image files of an existing set are missing: preparing again without them is hardly intended."""
 
 
 def find_set(first: Path) -> Found:
-    """Look for the set in `first`, or beside it: the first one whose image files are as they were."""
+    """Return the first set, in `first` or beside it, whose image files are unchanged."""
     missing: tuple[Path, Changes] | None = None
     anew = ""
     for number in count(1):
@@ -157,15 +157,15 @@ def _say_missing(source: Source, made: Path, changes: Changes) -> str:
 
 
 def set_folder(source: Source, splitter: Splitter, folder: Path) -> Path:
-    """Return the folder of a source's set, whether it exists or not."""
+    """Return the folder of a source's set, which may not exist yet."""
     label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
     return folder / f"{label}-{_key(source, splitter, cache=folder / 'fingerprints.json')}"
 
 
 def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[Prepared, Prepared]:
-    """Return (train, eval): at most `fraction` of the examples, or one, to evaluate on; no image is on both sides.
+    """Return (train, eval), without a common image. Eval has at most `fraction` of the examples, but at least one.
 
-    Raises UserError: images connect the examples so that no such share exists.
+    Raises UserError: shared images connect the examples, so that no such split exists.
     """
     groups = _groups(prepared)
     order = np.random.default_rng([seed, 2]).permutation(len(groups))
@@ -185,13 +185,13 @@ def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[P
 
 
 def require_examples(prepared: Prepared, source_stats: Sequence[SourceStats]) -> None:
-    """Raise UserError when no dialogue is left, with the reasons."""
+    """Raise UserError, with the reasons, if no example is left."""
     if not len(prepared):
         raise UserError(why_nothing_is_left(source_stats))
 
 
 def _key(source: Source, splitter: Splitter, *, cache: Path) -> str:
-    """Of all that decides what the set holds: the data's content, the settings, the tokenizer, this package's code."""
+    """Return a hash of all that determines a set: the data's content, settings, tokenizer, and this package's code."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())
@@ -207,7 +207,7 @@ def _key(source: Source, splitter: Splitter, *, cache: Path) -> str:
 
 
 def _groups(prepared: Prepared) -> list[list[int]]:
-    """Examples connected by shared images, directly or through others; each without images is its own group."""
+    """Return groups of examples connected by shared images; each example without images is a group of its own."""
     parent: dict[int, int] = {}
 
     def root(image: int) -> int:

@@ -1,4 +1,4 @@
-"""The prepared set on disk: examples of one source in Arrow, memory-mapped, and several of them seen as one.
+"""The prepared set on disk: the examples of one source in memory-mapped Arrow files; several sets can be read as one.
 
 NAME-KEY/   examples.arrow   an example a row: tokens, what is supervised, images, the dialogue it was made of
             images.arrow     the distinct images: where their bytes are
@@ -42,7 +42,7 @@ EXAMPLE_SCHEMA = pa.schema(
         "dialogue": pa.string(),
     }
 )
-"""images: rows of images.arrow, in order; shown: how many distinct ones; questions: `question_key` of each."""
+"""images: row numbers in images.arrow, in order; shown: number of distinct images; questions: their `question_key`s."""
 
 IMAGE_SCHEMA = pa.schema(
     {
@@ -53,7 +53,7 @@ IMAGE_SCHEMA = pa.schema(
         "coding": pa.string(),
     }
 )
-"""offset and length are -1 where the image is the whole file."""
+"""One row per image; offset and length are -1 where the image is the whole file."""
 
 
 class View(Sequence[Item], Generic[Item]):
@@ -99,9 +99,9 @@ class PreparedSet:
 
     @classmethod
     def open(cls, folder: Path) -> Self | None:
-        """The set in this folder, or None: not there, or not finished.
+        """Return the set in this folder, or None if there is none or it is not finished.
 
-        Raises DamagedError: it is not as it was written.
+        Raises DamagedError: a file is damaged.
         """
         if not (folder / STATS).exists():
             return None
@@ -124,7 +124,7 @@ class PreparedSet:
 
     @property
     def digests(self) -> np.ndarray:
-        """S32 [images]: SHA-256 of each image's bytes."""
+        """Return the SHA-256 of each image's bytes: S32 [images]."""
         return self.images.values("digest").astype("S32")
 
     def example(self, row: int) -> Example:
@@ -144,13 +144,13 @@ class PreparedSet:
 
 
 class Prepared:
-    """Examples of several sources, ready to be packed, in the order of their sources; images distinct by content."""
+    """Examples of several sources, in the order of the sources, ready to be packed. Images are distinct by content."""
 
     def __init__(self, sets: Sequence[PreparedSet], chosen: np.ndarray | None = None):
         self.sets = tuple(sets)
         self._bounds = np.cumsum([0, *map(len, self.sets)])
         self.chosen = np.arange(self._bounds[-1]) if chosen is None else chosen
-        """int64, sorted: the examples that take part, as numbers among all."""
+        """Indices of the selected examples among all: int64, sorted."""
         digests = np.concatenate([np.zeros(0, "S32"), *(one.digests for one in self.sets)])
         self.digests, self._first, self._number = np.unique(digests, return_index=True, return_inverse=True)
         self._image_bounds = np.cumsum([0, *(len(one.images) for one in self.sets)])
@@ -159,22 +159,22 @@ class Prepared:
         return len(self.chosen)
 
     def select(self, chosen: np.ndarray) -> "Prepared":
-        """The examples with these indices, which must be sorted; images stay numbered as they were."""
+        """Return the examples with these indices, which must be sorted; images keep their numbers."""
         return Prepared(self.sets, self.chosen[chosen])
 
     @property
     def sizes(self) -> list[int]:
-        """Examples per source."""
+        """Return the number of examples of each source."""
         return np.diff(np.searchsorted(self.chosen, self._bounds)).tolist()
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [examples]: tokens."""
+        """Return the number of tokens of each example: int64 [examples]."""
         return self._column(lambda one: one.examples.lengths("input_ids"))
 
     @cached_property
     def image_counts(self) -> np.ndarray:
-        """int64 [examples]: distinct images."""
+        """Return the number of distinct images of each example: int64 [examples]."""
         return self._column(lambda one: one.examples.values("shown"))
 
     @property
@@ -191,12 +191,12 @@ class Prepared:
 
     @property
     def origins(self) -> View[tuple[str, str]]:
-        """(source, record_id) of each example's record."""
+        """Return (source, record_id) of each example's record."""
         return View(self._origin, len(self))
 
     @property
     def image_ids(self) -> View[tuple[int, ...]]:
-        """For each example, its images in order, as indices into `images`."""
+        """Return, for each example, its images in order, as indices into `images`."""
         return View(self._images_of, len(self))
 
     @property
@@ -204,19 +204,19 @@ class Prepared:
         return View(self._image, len(self._first))
 
     def shown_images(self) -> tuple[np.ndarray, np.ndarray]:
-        """(example, digest) of every image shown: int64, S32."""
+        """Return (example, digest) of every image in an example: int64, S32."""
         examples, rows = self._flat("images")
         offsets = np.repeat(self._image_bounds[:-1], [len(one.examples.values("images")) for one in self.sets])
         taken = examples >= 0
         return examples[taken], self.digests[self._number[(rows + offsets)[taken]]]
 
     def asked_questions(self) -> tuple[np.ndarray, np.ndarray]:
-        """(example, `question_key`) of every question: int64, uint64."""
+        """Return (example, `question_key`) of every question: int64, uint64."""
         examples, keys = self._flat("questions")
         return examples[examples >= 0], keys[examples >= 0]
 
     def _flat(self, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """(example, or -1 where it takes no part; value) of every value of a list column of all sets."""
+        """Return (example, value) of every value in a list column of all sets; example is -1 if not selected."""
         counts = np.concatenate([np.zeros(0, np.int64), *(one.examples.lengths(column) for one in self.sets)])
         index = np.full(int(self._bounds[-1]), -1)
         index[self.chosen] = np.arange(len(self.chosen))
@@ -267,7 +267,7 @@ def _locate(bounds: np.ndarray, number: int) -> tuple[int, int]:
 
 
 def image_row(image: Image, digest: bytes, folder: Path) -> dict[str, Any]:
-    """A row of images.arrow, of the set in `folder`."""
+    """Return an image's row of images.arrow, for the set in `folder`."""
     source = image.source
     assert isinstance(source, Path | Slice)
     path, own = (source.path if isinstance(source, Slice) else source).absolute(), folder.absolute()
@@ -282,7 +282,7 @@ def image_from_row(row: dict[str, Any], folder: Path) -> Image:
 
 
 def dialogue_to_json(dialogue: Dialogue) -> str:
-    """Without the images, which stand as null: they are the example's, in order."""
+    """Return a dialogue as JSON, with null for each image: the example lists its images in order."""
     turns = [
         [
             turn.role,

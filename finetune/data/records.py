@@ -1,4 +1,4 @@
-"""Source -> dialogues whose images open, by one rule for prepare, check, inspect, streams, generate and a vocabulary.
+"""Source -> dialogues whose images can be opened. Every command that reads records uses these functions.
 
     resolve_source    a recipe's source, its format named and its keys checked
     taken             its records: (record_id, record), as many as its limit allows
@@ -40,9 +40,9 @@ from modeling.errors import UserError
 
 
 def resolve_source(source: Source) -> Source:
-    """Return the source with its format named where it is `auto`, and print what a person must know of it.
+    """Return the source with `auto` replaced by the format found, and print the format's note.
 
-    Raises UserError where its other keys do not go with its format.
+    Raises UserError: its other keys do not fit its format.
     """
     if source.format == "auto":
         recognised = recognise_source(source)
@@ -69,7 +69,7 @@ def resolve_source(source: Source) -> Source:
 
 
 def taken(source: Source, stats: SourceStats) -> Iterator[Record]:
-    """Yield (record_id, record) up to the source's limit, and read nothing after it.
+    """Yield (record_id, record) up to the source's limit, and read nothing beyond.
 
     A file that breaks off is counted in `stats.broken`, not as a record.
     """
@@ -87,9 +87,9 @@ def taken(source: Source, stats: SourceStats) -> Iterator[Record]:
 def to_dialogue(
     record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, *, prompt: bool = False, seed: int = 0
 ) -> Dialogue:
-    """Return a record of the root's source as a dialogue that can be trained on, or, as a `prompt`, be answered.
+    """Return a record of the root's source as a dialogue to train on, or with `prompt`, as one to answer.
 
-    `seed` draws among the prompts of a source of captions. Raises RecordError: the record cannot become one.
+    `seed` selects among the prompts of a source of captions. Raises RecordError: the record cannot be converted.
     """
     if isinstance(record, RecordError):
         raise record
@@ -123,25 +123,25 @@ def _asked(caption: Dialogue, prompt: str) -> Dialogue:
 
 
 Look = Callable[[Image], Any]
-"""Opens an image. Raises RecordError: it cannot be shown."""
+"""A function that opens an image. Raises RecordError: it cannot be opened."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A record's dialogues, with the images that open."""
+    """A record's dialogues, with their opened images."""
 
     dialogues: list[Dialogue]
-    """One, or the parts of a document that is cut at a lost image."""
+    """One dialogue, or the parts of a document that was cut at a lost image."""
     images: list[Any]
     """What `look` returned for each image that is shown, in order."""
     lost: list[RecordError]
-    """Why each image that a document goes on without cannot be shown."""
+    """Error of each image that was left out of a document."""
 
 
 def open_images(dialogue: Dialogue, look: Look) -> Opened:
-    """Look at every image of a dialogue. A document goes on without a lost image, as long as another one is left.
+    """Open every image of a dialogue. A document leaves out images that cannot be opened, if at least one is left.
 
-    Raises RecordError: an image is lost without which the dialogue cannot be shown.
+    Raises RecordError: an image that the dialogue needs cannot be opened.
     """
     found: list[Any] = []
     for image in dialogue.images:
@@ -158,7 +158,7 @@ def open_images(dialogue: Dialogue, look: Look) -> Opened:
 
 
 def look(image: Image) -> None:
-    """Open an image that is on this machine; one that is still to be downloaded is left alone."""
+    """Open an image that is on this machine; ignore one that is not downloaded yet."""
     if not isinstance(image.source, Remote):
         open_image(image)
 
@@ -166,7 +166,7 @@ def look(image: Image) -> None:
 def try_dialogue(
     record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, seed: int
 ) -> Dialogue | RecordError:
-    """As `to_dialogue`, but the error is returned: rejected records are counted later, in their order."""
+    """Do as `to_dialogue`, but return the error: rejected records are counted later, in order."""
     try:
         return to_dialogue(record_id, record, root, seed=seed)
     except RecordError as error:
@@ -176,9 +176,9 @@ def try_dialogue(
 def open_and_count(
     record_id: str, dialogue: Dialogue | RecordError, look: Look | None, stats: SourceStats
 ) -> Opened | None:
-    """Return a record's dialogues with their images opened, or None where it is rejected; count what is lost.
+    """Return a record's dialogues, their images opened, or None if it is rejected; count rejections and lost images.
 
-    Without `look` no image is opened: streams open the images of a row when they make it.
+    Without `look` no image is opened: streams open images only when they make a row.
     """
     if isinstance(dialogue, RecordError):
         stats.reject(record_id, dialogue)
@@ -199,7 +199,7 @@ def open_and_count(
 def read_dialogues(
     source: Source, stats: SourceStats, *, seed: int = 0, look: Look | None = None, track: Track = silently
 ) -> Iterator[tuple[str, list[Dialogue]]]:
-    """Yield (record_id, its dialogues) for every record that is not rejected; count the others.
+    """Yield (record_id, dialogues) of every record that is not rejected; count the others.
 
     Raises UserError: the source cannot be read at all.
     """
@@ -211,12 +211,12 @@ def read_dialogues(
 
 
 def messages_at(*paths: Path) -> Source:
-    """A source of `messages` that no recipe names: a file of prompts, whose name need not be UTF-8, or a chat."""
+    """Return a source of format `messages` for files outside a recipe, such as prompts or a chat."""
     return Source.model_construct(format="messages", path=tuple(map(str, paths)))
 
 
 def say_if_documents(sources: Sequence[Source]) -> None:
-    """Say that no instruct model comes of documents alone, and what would help."""
+    """Warn that training only on documents gives no instruct model, and suggest what helps."""
     if not need_end_of_utterance(sources):
         captions = any(FORMATS[source.format].captions for source in sources)
         hint = '; prompt: "Describe the image." in a source makes dialogues of its captions' if captions else ""

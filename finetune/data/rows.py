@@ -1,4 +1,4 @@
-"""Examples -> the rows of a run: in order to evaluate, drawn and shuffled to train, or streamed as they are read."""
+"""Examples -> the rows of a run: in order for evaluation, sampled and shuffled for training, or streamed."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -50,8 +50,8 @@ def train_rows(
 ) -> Rows:
     """Return all rows of a run, a multiple of the rows of a step: a function of data and seed alone.
 
-    sources: the training sources, their formats known. blank_image: a row without images gets a blank one, for towers
-    that are trained. skipped: (source, record id) of records that rows do without.
+    sources: the training sources, their formats resolved. blank_image: a row without images gets a blank one, for
+    trained image towers. skipped: (source, record id) of records that are left out.
     """
     varied: dict[str, Any] = {
         "augment": data.augment,
@@ -101,7 +101,7 @@ def _streamed_rows(
         row_tokens=training.row_tokens,
         row_images=training.row_images,
         buffer=data.shuffle_buffer,
-        remembered=4 * training.rows_per_step,  # a step's, and those that are made ahead
+        remembered=4 * training.rows_per_step,  # rows of one step, and prefetched ones
         preprocessing=preprocessing,
         filler=tokenizer.bos_token_id,
         downloader=downloads(Path(data.prepared) / "downloads", sources),

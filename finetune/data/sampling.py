@@ -1,4 +1,4 @@
-"""Examples' sizes -> every row of a run, in order: a function of data and seed alone, of no rank and no worker."""
+"""Examples' sizes -> all rows of a run, in order. They depend on data and seed, not on ranks or workers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Unit = Literal["examples", "tokens"]
 
 @dataclass(frozen=True)
 class Row:
-    """One pack of the run: which examples, drawn in which epoch. An empty one fills the last step of an epoch."""
+    """One packed row: its examples, and the epoch they were drawn in. Empty rows fill the last step of an epoch."""
 
     epoch: int
     examples: tuple[int, ...] = ()
@@ -23,36 +23,36 @@ class Row:
 
 @dataclass(frozen=True)
 class Mix:
-    """In what ratio the sources of a run are drawn. Source s owns the examples numbered after those of sources < s.
+    """The ratio in which sources are sampled. Source s owns the examples numbered after those of sources < s.
 
-    An epoch draws as many examples (or tokens) in all as there are, divided among the sources in the ratio of their
-    weights; without weights each example is drawn once.
+    An epoch draws as many examples (or tokens) as the sources hold in total, divided in the ratio of their weights;
+    without weights, each example is drawn once.
     """
 
     sizes: Sequence[int]
-    """Examples per source."""
+    """Number of examples of each source."""
     weights: Sequence[float | None]
     lengths: np.ndarray
-    """int64 [examples]: tokens."""
+    """Number of tokens of each example: int64 [examples]."""
     unit: Unit = "examples"
 
     @cached_property
     def repeats(self) -> list[float]:
-        """How often an example of each source comes in an epoch, on average."""
+        """Return how often an example of each source is drawn per epoch, on average."""
         return [share / amount if amount else 0.0 for share, amount in zip(self._shares, self._amounts, strict=True)]
 
     @cached_property
     def draws(self) -> list[int]:
-        """Examples per source and epoch; by tokens, what the repeats come to, as an epoch may differ by an example."""
+        """Return the number of examples of each source per epoch; approximate when weighing by tokens."""
         if self.unit == "examples":
             return self._shares
         return [round(repeat * size) for repeat, size in zip(self.repeats, self.sizes, strict=True)]
 
     def draw(self, *, seed: int, epoch: int) -> np.ndarray:
-        """The examples of one epoch, shuffled: int64.
+        """Return the examples of one epoch, shuffled: int64.
 
-        Within a source every example comes equally often, to one; who comes once more is drawn anew each epoch. The
-        amount of each source is its share to one example.
+        Within a source, the numbers of draws of any two examples differ by at most one; each epoch selects anew which
+        examples are drawn once more. The amount of each source is within one example of its share.
         """
         rng = np.random.default_rng([seed, epoch])
         chosen = [np.zeros(0, np.int64)]
@@ -63,7 +63,7 @@ class Mix:
         return rng.permutation(np.concatenate(chosen))
 
     def _how_many(self, order: np.ndarray, rest: float) -> int:
-        """How many of these come nearest to the rest of a share."""
+        """Return how many of these examples come closest to the rest of a share."""
         if self.unit == "examples":
             return int(rest)
         return int(np.abs(np.cumsum([0, *self.lengths[order]]) - rest).argmin())
@@ -74,7 +74,7 @@ class Mix:
 
     @cached_property
     def _amounts(self) -> list[int]:
-        """What each source has: examples, or their tokens."""
+        """Return the size of each source, in examples or tokens."""
         if self.unit == "examples":
             return list(self.sizes)
         bounds = zip(self._firsts, self.sizes, strict=True)
@@ -82,7 +82,7 @@ class Mix:
 
     @cached_property
     def _shares(self) -> list[int]:
-        """What of each source an epoch draws, by largest remainder.
+        """Return the amount that an epoch draws from each source, by the largest remainder method.
 
         sizes (30, 10), weights (1, 1) -> [20, 20]; weights (None, None) -> [30, 10]
         """
@@ -108,9 +108,9 @@ def build_schedule(
     epochs: int | None = None,
     steps: int | None = None,
 ) -> list[Row]:
-    """All rows of the run, a multiple of `rows_per_step`: so many `epochs`, or so many `steps`.
+    """Return all rows of a run of `epochs` or `steps`; their number is a multiple of `rows_per_step`.
 
-    images: int64 [examples], distinct ones.
+    images: number of distinct images of each example, int64 [examples].
     """
 
     def one_epoch(epoch: int) -> list[Row]:

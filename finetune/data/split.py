@@ -1,9 +1,9 @@
-"""Dialogues -> examples of the wanted size: questions joined, long dialogues divided, documents cut between texts.
+"""Dialogues -> examples of bounded size: questions are joined, long dialogues divided, documents cut between texts.
 
-A text of IDEFICS sees one image: the last one before it. Whatever is joined, divided or cut here, every text sees the
-same image as before, and a text that saw none sees none.
+In IDEFICS, a text sees one image: the last one before it. After joining, dividing or cutting, every text sees the same
+image as before, and a text that saw none sees none.
 
-A dialogue *opens with its images* when all of them stand before the words of its first question. Its turns can then be
+A dialogue *opens with its images* if all of them come before the words of its first question. Its turns can then be
 put into other dialogues, with the images in front again.
 """
 
@@ -29,7 +29,7 @@ TOO_LONG, TOO_MANY_IMAGES = "too long", "too many images"
 
 
 class Exchange(NamedTuple):
-    """A question, its answer, and which of the joined dialogues they are from."""
+    """A question, its answer, and the number of the dialogue they come from."""
 
     question: Turn
     answer: Turn
@@ -38,11 +38,11 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """A dialogue, with the dialogues its exchanges came from; it may still be divided."""
+    """A dialogue, with the origin of each of its exchanges; it may still be divided."""
 
     dialogue: Dialogue
     origins: tuple[int, ...]
-    """For each exchange (or for the document) the dialogue it is from."""
+    """Number of the original dialogue, for each exchange (or for the document)."""
 
     def halves(self) -> "tuple[Piece, Piece] | None":
         """Return a conversation divided in the middle, between turns; None if it has only one question."""
@@ -55,28 +55,28 @@ class Piece:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an example may hold."""
+    """Largest size of an example."""
 
     max_length: int
-    """Tokens."""
+    """Number of tokens."""
     max_images: int
-    """Distinct ones."""
+    """Number of distinct images."""
 
 
 @dataclass(frozen=True)
 class Splitter:
-    """How the dialogues of one source become examples that fit into a row."""
+    """Turns the dialogues of one source into examples that fit into a row."""
 
     encoder: Encoder
     limits: Limits
     turns: int | None
-    """The most turns of a dialogue; None: as many as its record has."""
+    """Largest number of turns of a dialogue; None: as many as its record has."""
     ordered: bool
-    """Whether turns build on each other; if not, they are shuffled by `seed`."""
+    """Whether turns build on each other; if not, they are shuffled with `seed`."""
     seed: int
 
     def arrange(self, group: Sequence[tuple[int, Dialogue]], *, number: int) -> list[Piece]:
-        """Join and divide (origin, dialogue) that open with the same images; the group's `number` seeds their order."""
+        """Join and divide (origin, dialogue) that open with the same images; the group's `number` seeds the shuffle."""
         origin, dialogue = group[0]
         if self.turns is None or dialogue.is_document:
             return [Piece(dialogue, (origin,)) for origin, dialogue in group]
@@ -89,9 +89,9 @@ class Splitter:
     def fit(
         self, pieces: Sequence[Piece], *, same: Callable[[Image], Any]
     ) -> Iterator[tuple[Piece, Example | RecordError]]:
-        """Yield each piece with its example, or why it has none; one that is too long is divided and tried again.
+        """Yield each piece with its example, or with the error; a piece that is too long is divided and tried again.
 
-        `same` gives equal values for images that count as one.
+        `same` maps an image to a key that is equal for images that count as one.
         """
         tokenised = tokenize_all([render(piece.dialogue) for piece in pieces], self.encoder)
         for piece, example in zip(pieces, tokenised, strict=True):
@@ -118,7 +118,7 @@ class Splitter:
         return None
 
     def _divide(self, piece: Piece, same: Callable[[Image], Any]) -> Sequence[Piece]:
-        """Return smaller pieces, or none where it may not or cannot be divided."""
+        """Return smaller pieces, or none if the piece cannot (or must not) be divided."""
         if piece.dialogue.is_document:
             parts = self._cut(piece.dialogue, same)
             return [Piece(part, piece.origins) for part in parts] if len(parts) > 1 else ()
@@ -142,7 +142,7 @@ class Splitter:
 
 
 class Outcomes:
-    """Counts what becomes of dialogues that are joined and divided, each under its origin."""
+    """Counts how dialogues end up after joining and dividing: kept, divided or rejected, by origin."""
 
     def __init__(self, stats: SourceStats):
         self.stats = stats
@@ -151,7 +151,7 @@ class Outcomes:
         self._documents: Counter[int] = Counter()
 
     def take(self, piece: Piece, example: Example | RecordError) -> None:
-        """Count a piece: its example, and for each of its turns the dialogue it is from."""
+        """Count a piece and its example, under the origin of each of its turns."""
         for origin in piece.origins:
             self._documents[origin] += piece.dialogue.is_document
             if isinstance(example, RecordError):
@@ -183,11 +183,11 @@ def splitter(source: Source, encoder: Encoder, limits: Limits, *, seed: int) -> 
 
 @dataclass(eq=False)
 class Origin:
-    """A record of a streamed source."""
+    """The record of a streamed source that an example came from."""
 
     record_id: str
     examples: int
-    """Those it gave."""
+    """Number of examples made from the record."""
     encoder: Encoder
 
 
@@ -199,7 +199,7 @@ def fit_records(
     start: int = 0,
     same: Callable[[Image], object] = lambda image: image,
 ) -> list[tuple[Piece, Example, Origin]]:
-    """Return the examples of records, (record_id, dialogues) each, and count all of them in `stats`.
+    """Return the examples of records (record_id, dialogues), and count every record in `stats`.
 
     `start` is the number of the first record in its source, which seeds the order of its turns.
 
@@ -221,7 +221,7 @@ def fit_records(
 
 
 def opening_images(dialogue: Dialogue) -> tuple[Image, ...] | None:
-    """The images a dialogue opens with; None if it does not: another role, later images, a question without words."""
+    """Return the images that a dialogue opens with, or None: another role, later images, a question without words."""
     if dialogue.turns[0].role != "user":
         return None
     first = takewhile(lambda part: isinstance(part, Image), dialogue.turns[0].parts)
@@ -232,7 +232,7 @@ def opening_images(dialogue: Dialogue) -> tuple[Image, ...] | None:
 
 
 def join(dialogues: Sequence[tuple[int, Dialogue]], *, turns: int, rng: np.random.Generator | None) -> list[Piece]:
-    """(origin, dialogue) that open with the same images -> dialogues of at most `turns` turns, shuffled by `rng`."""
+    """Join (origin, dialogue) that open with the same images into dialogues of at most `turns` turns, shuffled."""
     images = dialogues[0][1].images
     all_exchanges = [exchange for origin, dialogue in dialogues for exchange in exchanges(dialogue, origin)]
     if rng is not None:
@@ -242,14 +242,14 @@ def join(dialogues: Sequence[tuple[int, Dialogue]], *, turns: int, rng: np.rando
 
 
 def bound(origin: int, dialogue: Dialogue, *, turns: int) -> list[Piece]:
-    """Consecutive dialogues of at most `turns` turns; a system message, and images shown before, stand in each."""
+    """Divide a dialogue into parts of at most `turns` turns; each repeats the system message and the earlier images."""
     count = len(exchanges(dialogue, origin))
     pieces = divide(dialogue, range(turns, count, turns))
     return [Piece(piece, (origin,) * len(exchanges(piece, origin))) for piece in pieces]
 
 
 def exchanges(dialogue: Dialogue, origin: int) -> list[Exchange]:
-    """Questions with their answers, without the images a dialogue opens with."""
+    """Return the questions with their answers, without the images that the dialogue opens with."""
     opening = opening_images(dialogue)
     spoken = [turn for turn in dialogue.turns if turn.role != "system"]
     pairs = [Exchange(question, answer, origin) for question, answer in zip(spoken[::2], spoken[1::2], strict=True)]
@@ -260,7 +260,7 @@ def exchanges(dialogue: Dialogue, origin: int) -> list[Exchange]:
 
 
 def divide(dialogue: Dialogue, places: Sequence[int]) -> list[Dialogue]:
-    """Cut before these exchanges (counted from 0); what a later part needs to be understood is repeated in it."""
+    """Cut before these exchanges (counted from 0); later parts repeat the system message and the images they need."""
     opening = opening_images(dialogue) or ()
     system = tuple(turn for turn in dialogue.turns if turn.role == "system")
     pairs = exchanges(dialogue, 0)
@@ -281,9 +281,9 @@ def by_last_appearance(images: Iterable[Item]) -> tuple[Item, ...]:
 
 
 def without_images(document: Dialogue, lost: Sequence[bool]) -> list[Dialogue]:
-    """A document without those of its images that are lost, by their order.
+    """Return a document without its lost images; `lost` has one value per image, in order.
 
-    A text that saw a lost image sees none. Where an earlier image would be seen in its place, the document is cut.
+    A text that saw a lost image sees none. The document is cut where the text would otherwise see an earlier image.
 
     A "a dog" B "a cat", B lost -> A "a dog" (goes on), "a cat"
     """
@@ -303,7 +303,7 @@ def without_images(document: Dialogue, lost: Sequence[bool]) -> list[Dialogue]:
 
 
 def document_units(document: Dialogue) -> list[tuple[Part, ...]]:
-    """A document's texts, each with the images before it; images after the last text are a unit without text."""
+    """Return a document's texts, each with the images before it; images after the last text are a unit without text."""
     units: list[tuple[Part, ...]] = []
     waiting: tuple[Part, ...] = ()
     for part in document.turns[0].parts:
@@ -318,7 +318,7 @@ def document_units(document: Dialogue) -> list[tuple[Part, ...]]:
 
 
 def document_part(document: Dialogue, units: Sequence[tuple[Part, ...]], start: int, stop: int) -> Dialogue:
-    """These units of a document; the image that the first text saw in the whole is repeated before it."""
+    """Return these units as a document; it repeats the image that its first text saw in the whole document."""
     before = [part for unit in units[:start] for part in unit if isinstance(part, Image)]
     repeated = before[-1:] if not _leading_images(units[start]) else []
     return document_of([tuple(repeated), *units[start:stop]], goes_on=document.goes_on or stop < len(units))
@@ -329,9 +329,10 @@ def document_of(units: Sequence[tuple[Part, ...]], *, goes_on: bool) -> Dialogue
 
 
 def fill(sizes: Sequence[int], *, most: int, fits: Callable[[int, int], bool]) -> list[tuple[int, int]]:
-    """(start, stop) of parts, each as full as it can be; what fits in none is a part by itself.
+    """Return (start, stop) of parts, each as full as possible; a unit that fits in none is a part by itself.
 
-    `fits` decides of a start and a stop; `sizes`, about what each unit takes of `most`, tell where to look first.
+    `fits(start, stop)` decides whether a part fits; `sizes` are estimates, to be compared with `most`, that only guide
+    the search.
 
     >>> fill((3, 3, 3), most=7, fits=lambda start, stop: 3 * (stop - start) <= 7)
     [(0, 2), (2, 3)]
@@ -350,7 +351,7 @@ def fill(sizes: Sequence[int], *, most: int, fits: Callable[[int, int], bool]) -
 
 
 def _repeated(opening: Sequence[Image], pairs: Sequence[Exchange], start: int) -> tuple[Image, ...]:
-    """Images shown before an exchange, the last one last, but for those with which its question begins itself."""
+    """Return the images shown before an exchange, the latest one last, except those that begin its own question."""
     before = [turn for pair in pairs[:start] for turn in (pair.question, pair.answer)]
     shown = by_last_appearance([*opening, *(image for turn in before for image in turn.images)])
     own = _leading_images(pairs[start].question.parts)
@@ -358,13 +359,13 @@ def _repeated(opening: Sequence[Image], pairs: Sequence[Exchange], start: int) -
 
 
 def _leading_images(parts: Sequence[Part]) -> tuple[Image, ...]:
-    """Those before the first words."""
+    """Return the images before the first words."""
     words = (index for index, part in enumerate(parts) if isinstance(part, str) and part.strip())
     return tuple(part for part in parts[: next(words, len(parts))] if isinstance(part, Image))
 
 
 def _with_images(images: Sequence[Image], pairs: Sequence[Exchange]) -> Dialogue:
-    """Exchanges with these images in front."""
+    """Return a dialogue of these exchanges, with these images in front."""
     first = replace(pairs[0].question, parts=(*images, *pairs[0].question.parts))
     rest = [turn for pair in pairs[1:] for turn in (pair.question, pair.answer)]
     return Dialogue((first, pairs[0].answer, *rest))

@@ -1,4 +1,4 @@
-"""Source statistics: what became of every record of a source, each rejected one under its reason."""
+"""Source statistics: how many records of a source were read, kept, and rejected under which reason."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, Self
 from finetune.data.conversation import RecordError, as_unicode
 
 MOST_NAMES = 50
-"""Names of ignored keys that are counted one by one; the rest are \"other keys\"."""
+"""Largest number of ignored keys that are counted by name; the rest are \"other keys\"."""
 
 _COUNTERS = ("rejected", "parts_rejected", "ignored")
 
@@ -22,29 +22,29 @@ class SourceStats:
     kept: int = 0
     """Records that gave at least one example."""
     limited: bool = False
-    """Whether reading ended at the limit, so that what follows was not counted."""
+    """Whether reading stopped at the source's limit, so that later records were not counted."""
     broken: list[str] = field(default_factory=list)
-    """Files that break off, with what was wrong and how much of them was not read: records that nobody can count."""
+    """Files that break off, each with the fault and how much was not read; those records cannot be counted."""
     rejected: dict[str, int] = field(default_factory=Counter)
-    """Reason -> records."""
+    """Reason -> number of records."""
     first_rejected: dict[str, str] = field(default_factory=dict)
-    """Reason -> the id of the first such record, and the detail."""
+    """Reason -> id and detail of the first such record."""
     parts_rejected: dict[str, int] = field(default_factory=Counter)
-    """Reason -> turns, texts or images of documents, that were left out of records not rejected for it."""
+    """Reason -> number of turns, texts or images left out of records that were kept nevertheless."""
     documents_cut: int = 0
-    """Documents that became several examples: too long for one, or an image within them is lost."""
+    """Number of documents cut into several examples, because of their length or a lost image."""
     ignored: dict[str, int] = field(default_factory=Counter)
-    """What dialogues do without -> records that have it: keys that are not known, and placeholders that stay text."""
+    """Unknown key, or placeholder that stays text -> number of records that have it."""
     dialogues: int = 0
-    """Dialogues and documents the records became, before they were joined, divided or cut."""
+    """Number of dialogues and documents, before they were joined, divided or cut."""
     examples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     images: int = 0
-    """Distinct ones that examples show."""
+    """Number of distinct images in the examples."""
     draws_per_epoch: int | None = None
     repeats_per_epoch: float | None = None
-    """How often an example of this source comes in an epoch, on average."""
+    """How often an example of this source is drawn per epoch, on average."""
 
     def reject(self, record_id: str, error: RecordError) -> None:
         self.rejected[error.reason] += 1
@@ -55,7 +55,7 @@ class SourceStats:
         self._remember(record_id, error)
 
     def ignore(self, names: Iterable[str]) -> None:
-        """Count what a record holds that its dialogue does without."""
+        """Count the parts of a record that its dialogue does not use."""
         for name in names:
             known = as_unicode(name[:80])
             self.ignored[known if known in self.ignored or len(self.ignored) < MOST_NAMES else "other keys"] += 1
@@ -80,7 +80,7 @@ class SourceStats:
 
     @property
     def loss(self) -> str | None:
-        """ "4 of 10 records rejected: corrupt image 2, missing image 2", or None."""
+        """Return "4 of 10 records rejected: corrupt image 2, missing image 2", or None."""
         said = list(self.broken)
         if self.rejected:
             said.append(f"{sum(self.rejected.values())} of {self.read} records rejected: {_list(self.rejected)}")
@@ -95,13 +95,13 @@ class SourceStats:
         return self.partial()
 
     def partial(self) -> dict[str, Any]:
-        """The same of a source's statistics that is not complete yet; "ignored" where there is anything."""
+        """Return the statistics of a source that is not complete yet; "ignored" only if something was ignored."""
         values = {**vars(self), **{name: dict(getattr(self, name)) for name in _COUNTERS}}
         return values if self.ignored else {name: value for name, value in values.items() if name != "ignored"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The stats that `to_json` or `partial` wrote. Raises ValueError: it is none."""
+        """Read what `to_json` or `partial` wrote. Raises ValueError: other values."""
         empty = vars(cls(""))
         values = {"ignored": {}, **values}
         if values.keys() != empty.keys():
@@ -119,7 +119,7 @@ class SourceStats:
 
 
 def most_frequent(counts: Mapping[str, int], most: int = 8) -> str:
-    """ "score 10, url 3 and 7 more"."""
+    """Return the largest counts as text: "score 10, url 3 and 7 more"."""
     first = sorted(counts.items(), key=lambda item: -item[1])[:most]
     return _list(dict(first)) + (f" and {len(counts) - most} more" if len(counts) > most else "")
 
@@ -142,7 +142,7 @@ def why_nothing_is_left(source_stats: Sequence[SourceStats]) -> str:
 def loss_lines(stats: Mapping[str, Any]) -> list[str]:
     """Return a line for each reason why records of a source, or parts of them, are not trained on.
 
-    `stats`: as `to_json` gives them.
+    `stats` is the result of `to_json`.
     """
     first = stats["first_rejected"]
     lines = [f"{records} x {reason} (first: {first[reason]})" for reason, records in stats["rejected"].items()]

@@ -1,7 +1,7 @@
-"""Rows of sources that are read while training: nothing is prepared, no size is needed, memory is bounded.
+"""Rows of sources that are read during training: nothing is prepared, and memory is bounded whatever their size.
 
-The rows are the same on every rank: each reads all records, and opens the images of its own rows alone. A resumed run
-reads the stream again up to its row, without opening an image.
+The rows are the same on every rank: each rank reads all records, and opens only the images of its own rows. A resumed
+run reads the stream again up to its row, without opening images.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,10 +29,10 @@ from finetune.recipe.schema import Augment, Source
 from modeling.errors import UserError
 
 TOKENISED_AT_ONCE = 64
-"""Records."""
+"""Number of records that are tokenised at once."""
 
 WINDOW_ROWS = 64
-"""Rows that are packed together: more of them are fuller, and hold more examples in memory."""
+"""Number of rows that are packed together. A larger window fills rows better, and keeps more examples in memory."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class Drawn:
     images: tuple[Image, ...]
     source: int
     epoch: int
-    """How often its source has been read before."""
+    """Number of times that its source was read to the end before."""
     record_id: str
     """The id of its record."""
     origin: Origin | None = None
-    """None where the source is prepared, so that its images have been opened before."""
+    """Its record; None where the source is prepared, so that its images are known to open."""
     document: Dialogue | None = None
-    """Of a streamed document: itself, which goes on without an image that does not open."""
+    """The document, if it is a streamed one: images that cannot be opened are left out of it."""
 
     def without(self, lost: Sequence[bool]) -> "list[Drawn]":
-        """The examples of a document without those of its images that are lost, by their order."""
+        """Return the examples of a document without its lost images; `lost` has one value per image, in order."""
         assert self.document is not None
         assert self.origin is not None
         documents = without_images(self.document, lost)
@@ -65,20 +65,20 @@ class Drawn:
 
 
 ReadEpoch = Callable[[int, SourceStats], Iterator[Drawn]]
-"""(epoch, where records are counted) -> all examples of a source, once."""
+"""(epoch, statistics to count records in) -> all examples of a source, once."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """An example that is left out because an image of it cannot be opened, or an image without which it goes on."""
+    """An example (or only one image of a document) that is left out because an image cannot be opened."""
 
     row: int
     index: int
-    """In its row."""
+    """Index in its row."""
     source: int
     record_id: str
     of: int
-    """Examples of its record."""
+    """Number of examples of its record."""
     reason: str
     detail: str
     goes_on: bool = False
@@ -86,7 +86,7 @@ class Lost:
 
 @dataclass
 class StreamedRows:
-    """The rows of a run, made in order; asking for an earlier row starts the stream again."""
+    """The rows of a run, made in order. Asking for an earlier row restarts the stream."""
 
     readers: Sequence[ReadEpoch]
     """For each source, the function that reads it once."""
@@ -101,13 +101,13 @@ class StreamedRows:
     downloader: Downloader | None = None
     unit: Unit = "examples"
     buffer: int = 1000
-    """Examples of each source among which the next one is drawn."""
+    """Size of each source's shuffle buffer, in examples."""
     augment: Augment = field(default_factory=Augment)
     blank_image: bool = False
     skipped: Collection[tuple[str, str]] = frozenset()
-    """(source, record_id) of records that rows do without."""
+    """(source, record_id) of records that are left out."""
     remembered: int = 0
-    """Rows whose dialogues are kept, so that `dialogues` need not read the stream again."""
+    """Number of latest rows whose dialogues are kept, so that `dialogues` need not restart the stream."""
 
     def __post_init__(self) -> None:
         # Rows are made in a thread, and who logs asks for their sizes: that never waits for images, which may be
@@ -126,9 +126,9 @@ class StreamedRows:
 
     @property
     def source_stats(self) -> list[SourceStats]:
-        """The statistics of each source in its first epoch, as far as it has been read.
+        """Return the statistics of each source in its first epoch, as far as it has been read.
 
-        Of several processes, each knows of images that could not be opened in its own rows, and in restored ones.
+        Each process counts only images that could not be opened in its own rows, and in restored ones.
         """
         with self._reading:
             return [self._stats_of(number) for number in range(len(self.names))]
@@ -206,7 +206,7 @@ class StreamedRows:
         )
 
     def _go_on(self, number: int) -> list[Drawn]:
-        """Row `number`. Rows are made in order, so for an earlier one all begins again."""
+        """Return row `number`. Rows are made in order, so an earlier row restarts the stream."""
         if number < self._next:
             self._begin()
         row: list[Drawn] = []
@@ -222,9 +222,9 @@ class StreamedRows:
     def _opened(
         self, row: Sequence[Drawn], number: int, *, lose: Callable[[Drawn, int, int, RecordError, bool], None]
     ) -> tuple[list[Drawn], dict[Image, np.ndarray]]:
-        """(examples whose images can be opened, the pixels of these images); `lose` counts the others.
+        """Return (examples whose images can be opened, the pixels of these images); `lose` counts the others.
 
-        As in preparing, a document goes on without an image, as long as it has another.
+        As in preparing, a document leaves out lost images, if at least one is left.
         """
         rng = np.random.default_rng([self.seed, number, 8]) if self.augment != Augment() else None
         fetched, pixels = self._fetch(row), dict[Image, np.ndarray]()
@@ -242,7 +242,7 @@ class StreamedRows:
         return usable, pixels
 
     def _fetch(self, row: Sequence[Drawn]) -> dict[str, Path | RecordError]:
-        """The images of a row that are URLs, downloaded all at once."""
+        """Download all images of a row that are URLs, at once."""
         urls = [image.source.url for drawn in row for image in drawn.images if isinstance(image.source, Remote)]
         if not urls:
             return {}
@@ -263,7 +263,7 @@ class StreamedRows:
             return error
 
     def _lose(self, drawn: Drawn, row: int, index: int, error: RecordError, goes_on: bool) -> None:
-        """Remember what is left out, in the first pass. Raises the error of a prepared source."""
+        """Record a lost example or image in the first epoch. Raises the error if the source is prepared."""
         if drawn.origin is None:
             raise error
         if not drawn.epoch:
@@ -274,7 +274,7 @@ class StreamedRows:
                 self._lost.add(lost)
 
     def _stream(self) -> Iterator[list[Drawn]]:
-        """Rows without end: examples mixed by weight, gathered in windows, packed, and the window's rows shuffled."""
+        """Yield rows without end: mix examples by weight, collect a window, pack it, and shuffle its rows."""
         streams = [self._endless(number) for number in range(len(self.readers))]
         examples = mix(streams, [weight or 1.0 for weight in self.weights], unit=self.unit)
         for window in count():
@@ -290,7 +290,7 @@ class StreamedRows:
             yield from ([gathered[index] for index in packs[row]] for row in order)
 
     def _endless(self, number: int) -> Iterator[Drawn]:
-        """Yield epoch after epoch of a source. Raises UserError after an epoch of which no record could be used."""
+        """Yield epoch after epoch of a source. Raises UserError after an epoch without any usable record."""
         first = self._stats[number]
         for epoch in count():
             stats = first if epoch == 0 else SourceStats(self.names[number])
@@ -302,7 +302,7 @@ class StreamedRows:
 
 
 def downloads(folder: Path, sources: Sequence[Source]) -> Downloader | None:
-    """Return the downloader of the sources that allow downloads; None where none does."""
+    """Return a downloader for the sources that allow downloads, or None if none does."""
     allowed: list[Any] = [source for source in sources if source.download]
     return Downloader(folder, http=any(source.download == "http" for source in allowed)) if allowed else None
 
@@ -325,7 +325,7 @@ def streamed_epochs(source: Source, splitter: Splitter, number: int) -> ReadEpoc
 
 
 def prepared_epochs(found: PreparedSet, number: int, seed: int) -> ReadEpoch:
-    """Return the function that reads a prepared source, among streamed ones, once, shuffled."""
+    """Return the function that reads a prepared source once, shuffled, to be mixed with streamed ones."""
 
     def one_epoch(epoch: int, stats: SourceStats) -> Iterator[Drawn]:
         stats.add(found.stats)
@@ -350,9 +350,9 @@ def shuffle(examples: Iterable[Drawn], rng: np.random.Generator, *, buffer: int)
 
 
 def mix(streams: Sequence[Iterator[Drawn]], weights: Sequence[float], *, unit: Unit) -> Iterator[Drawn]:
-    """Endless streams -> one. However many are taken, each stream has its share of them, to one example.
+    """Merge endless streams into one. At any point, each stream is within one example of its share.
 
-    Of the streams whose next example would not lead them beyond their share, the one that would fall behind first
+    Among the streams whose next example does not exceed their share, the one that would fall behind first is next
     (earliest deadline first, as in proportionate scheduling: Baruah et al. 1996).
     """
     shares = [weight / sum(weights) for weight in weights]

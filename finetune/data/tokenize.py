@@ -1,4 +1,4 @@
-"""Rendered -> Example: ids, labels by character offsets within a piece, and the image each token sees."""
+"""Rendered -> Example: token ids, labels from character offsets within a piece, and the image that each token sees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SPECIALS = (BOS, EOS, FAKE, IMAGE, END_OF_UTTERANCE)
 
 @dataclass(frozen=True)
 class Example:
-    """A dialogue as the model trains on it; all three int64 [T].
+    """A tokenised dialogue; all three arrays are int64 [T].
 
     "<s>User:<fake><image><fake>Who?<eou>\\nAssistant: Me.<eou></s>" gives
 
@@ -37,7 +37,7 @@ class Example:
 
 
 class Encoder:
-    """The fast tokenizer inside a transformers one, without the rest: worker processes can have it in a moment.
+    """The fast backend of a transformers tokenizer, which can be sent to worker processes quickly.
 
     Text is encoded with special-token parsing off, so a literal "<image>" in a dataset stays text.
     """
@@ -51,32 +51,32 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Everything that decides what a text becomes."""
+        """Return a string of all settings that determine the token ids of a text."""
         self._settle()
         return f"{self.backend.to_str()}{sorted(self.specials.items())}"
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         if not texts:
             return []
         self._settle()
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def prefix(self, text: str) -> list[int]:
-        """The ids of what stands before a supervised text: nearly always "\\nAssistant:"."""
+        """Return the ids of the text before a supervised text: nearly always "\\nAssistant:"."""
         if text not in self._prefixes:
             (self._prefixes[text],) = self.encode([text])
         return self._prefixes[text]
 
     def _settle(self) -> None:
-        """Before each use: the transformers tokenizer, which shares the backend, leaves its last call's settings."""
+        """Reset the backend before each use: the transformers tokenizer shares it, and changes its settings."""
         self.backend.encode_special_tokens = True
         self.backend.no_padding()
         self.backend.no_truncation()
 
 
 def tokenize(rendered: Rendered, tokenizer: Any) -> Example:
-    """One dialogue with a fast transformers tokenizer. Raises RecordError where the text cannot be kept apart."""
+    """Tokenise one dialogue. Raises RecordError: prompt and answer cannot be tokenised separately."""
     (example,) = tokenize_all([rendered], Encoder(tokenizer))
     if isinstance(example, RecordError):
         raise example
@@ -84,7 +84,7 @@ def tokenize(rendered: Rendered, tokenizer: Any) -> Example:
 
 
 def tokenize_all(rendered: Sequence[Rendered], encoder: Encoder) -> list[Example | RecordError]:
-    """Encode piece by piece: the same ids as each whole string would give."""
+    """Encode piece by piece, with the same ids as encoding each whole string."""
     texts = [piece.text for one in rendered for piece in one.pieces if isinstance(piece, Text)]
     encoded = iter(encoder.encode(texts))
     examples: list[Example | RecordError] = []
@@ -98,7 +98,7 @@ def tokenize_all(rendered: Sequence[Rendered], encoder: Encoder) -> list[Example
 
 
 def see_images(input_ids: np.ndarray, image: int) -> np.ndarray:
-    """int64 [T]: the number of the last image before each token, -1 = none; `image` is the id of "<image>"."""
+    """Return the index of the last image before each token, -1 = none: int64 [T]; `image` is the id of "<image>"."""
     return (input_ids == image).cumsum() - 1
 
 
@@ -128,7 +128,7 @@ def _example(rendered: Rendered, encoded: Sequence[list[int]], encoder: Encoder)
 
 
 def _require_prefix(tokens: list[int], piece: Text, encoder: Encoder) -> int:
-    """How many tokens stand before the supervised text: those of a prompt that ends there, which must begin it."""
+    """Return the number of tokens before the supervised text; they must equal those of the prompt alone."""
     prompt = piece.text[: piece.supervised_from]
     before = encoder.prefix(prompt)
     if tokens[: len(before)] != before:

@@ -1,4 +1,4 @@
-"""Dataset families: how the records of each are read, recognised and converted into dialogues. FORMATS is the table.
+"""Dataset formats: how records are read, recognised and converted into dialogues. FORMATS is the table.
 
 To add a format, write a function that converts one record, and one that recognises such a record; then add a row to
 FORMATS, and the format's name to `FormatName` in finetune/recipe/schema.py. For example, for records such as
@@ -43,9 +43,9 @@ class Format:
     converter: Callable[[dict[str, Any], ImageRoot], Dialogue]
     """(record, where its source's images are looked up) -> its dialogue. Raises RecordError."""
     fits: Callable[[dict[str, Any]], bool] = lambda record: False
-    """Whether a record looks like one of this family, for `format: auto`."""
+    """Returns whether a record looks like one of this family, for `format: auto`."""
     reads: tuple[str, ...] = ()
-    """The fields it reads, each with its names; the first name with a value is read: ("image|jpg", "text|caption")."""
+    """The fields that it reads, each with its names; the first name with a value is read: ("image|jpg", "text")."""
     read: Callable[[Source], Iterator[Record]] = read_records
     """Yields the records of a source in a stable order."""
     documents: bool = False
@@ -55,11 +55,11 @@ class Format:
     ordered: bool = True
     """Whether the turns of a dialogue build on each other; if not, they may be shuffled."""
     note: str = ""
-    """A fact that a person who trains on it must know."""
+    """A fact to print for everyone who trains on it."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names of the fields it reads."""
+        """Return all names of the fields that it reads."""
         return tuple(name for names in self.reads for name in names.split("|"))
 
     def convert(self, record: dict[str, Any], root: ImageRoot) -> Dialogue:
@@ -124,7 +124,7 @@ FORMATS = {
     "easy_vqa_captions": Format(easy_vqa.convert_caption, read=easy_vqa.read_captions, documents=True, captions=True),
 }
 # fmt: on
-"""Of two formats that fit equally many records, `format: auto` takes the first: the more special one comes first.
+"""If two formats fit equally many records, `format: auto` takes the first, so the more special one comes first.
 
-SVIT's turns stay in order, although its conversations could change places: inside one, they build on each other.
+SVIT keeps the order of turns: its conversations are independent, but the turns inside each build on each other.
 """

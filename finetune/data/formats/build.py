@@ -1,4 +1,4 @@
-"""The turns and images that a format has read of a record -> its Dialogue, by one rule for all formats.
+"""Build a Dialogue from the turns and images that a format has read, by one rule for all formats.
 
 A placeholder ("<image>", in the spelling of any toolkit) in a user's text or a document is the place of the next image
 that the record lists; a numbered one ("<image_2>") says which image. Every listed image must have a place and every
