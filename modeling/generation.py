@@ -157,7 +157,10 @@ class _Decoder:
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Take one token of each prompt, int64 [B], and return the logits fp32 [B, V] of the next ones."""
         inner = self.model.model
-        hidden, rotation, mask = inner.embed_tokens(tokens[:, None]), None, self._mask()
+        hidden, rotation, mask = inner.embed_tokens(tokens[:, None]), None, None
+        if self.padding is not None:  # bool [B, 1, 1, T + 1]: false at the prompts' padding
+            places = torch.arange(self.texts[0].length + 1, device=self.padding.device)
+            mask = (places >= self.padding)[:, None, None]
         for number, (layer, text) in enumerate(zip(inner.layers, self.texts, strict=True)):
             if number % inner.cross_layer_interval == 0:
                 block = number // inner.cross_layer_interval
@@ -176,10 +179,3 @@ class _Decoder:
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         self.positions = self.positions + 1
         return self.model.lm_head(inner.norm(hidden))[:, 0].float()
-
-    def _mask(self) -> torch.Tensor | None:
-        """bool [B, 1, 1, T + 1]: false at the prompts' padding; None where there is none."""
-        if self.padding is None:
-            return None
-        places = torch.arange(self.texts[0].length + 1, device=self.padding.device)
-        return (places >= self.padding)[:, None, None]

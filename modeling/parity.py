@@ -7,7 +7,7 @@ base + adapter, whose factors are not merged, and through the merged weights.
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,21 +55,19 @@ def compare_tensor(
     What rounding explains is known for every element: half a step of the merged dtype, and the sums in fp32.
     """
     stored, found = merged[name], []
-    for start, stop in _chosen_rows(name, stored.shape, every=name in adapter.replaced):
+    chosen: Iterable[tuple[int, int]]
+    if name in adapter.replaced or math.prod(stored.shape) <= SMALL:
+        chosen = row_blocks(stored.shape)
+    else:
+        rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        sampled = torch.randperm(stored.shape[0], generator=rng)[:SAMPLED_ROWS].tolist()
+        chosen = [(row, row + 1) for row in sampled]
+    for start, stop in chosen:
         exact, slack = _expected(name, start, stop, config, base, adapter)
         differing = (stored.rows(start, stop).double() - exact).abs()
         explained = _step(exact, stored.dtype) / 2 + slack
         found.append(torch.stack([differing.max(), (differing / explained).max()]))
     return Difference(*torch.stack(found).amax(0).tolist())  # amax, unlike max, keeps what is not a number
-
-
-def _chosen_rows(name: str, shape: tuple[int, ...], *, every: bool) -> Iterator[tuple[int, int]]:
-    if every or math.prod(shape) <= SMALL:
-        yield from row_blocks(shape)
-        return
-    rng = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    for row in torch.randperm(shape[0], generator=rng)[:SAMPLED_ROWS].tolist():
-        yield row, row + 1
 
 
 def _expected(
@@ -134,8 +132,14 @@ def build_block(
     block: str, config: IdeficsConfig, tensors: Mapping[str, Rows], adapter: AdapterWeights | None = None
 ) -> nn.Module:
     """Return a block (`model.layers.7`) in fp32, its LoRA not merged; large weights are read when they are used."""
+    kind = _kind(block)
     with init_empty_weights(include_buffers=False):
-        module = _make_block(_kind(block), config)
+        if kind == "decoder":
+            module: nn.Module = IdeficsDecoderLayer(config, 0)
+        elif kind == "cross_attention":
+            module = IdeficsGatedCrossAttentionLayer(config, 0)
+        else:
+            module = IdeficsVisionEncoderLayer(config.vision_config) if kind == "vision" else make_resampler(config)
     for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
             module.set_submodule(path, _Linear(f"{block}.{path}.weight", layer, tensors, adapter))
@@ -169,14 +173,6 @@ def feed(block: str, module: nn.Module, config: IdeficsConfig) -> torch.Tensor:
 def _kind(block: str) -> str:
     """Return the tower of a block's module path."""
     return next(kind for kind, pattern in BLOCKS.items() if re.fullmatch(pattern, block))
-
-
-def _make_block(kind: str, config: IdeficsConfig) -> nn.Module:
-    if kind == "decoder":
-        return IdeficsDecoderLayer(config, 0)
-    if kind == "cross_attention":
-        return IdeficsGatedCrossAttentionLayer(config, 0)
-    return IdeficsVisionEncoderLayer(config.vision_config) if kind == "vision" else make_resampler(config)
 
 
 def _weight(

@@ -143,20 +143,15 @@ def quantized_checkpoint(
     made = cache / f"{name}-{_fingerprint(folder, stored)}"
     made.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_name(f".{made.name}.lock")):
-        _drop_damaged(made)
+        for path in made.glob("*.safetensors"):
+            try:
+                read_header(path)
+            except UserError:  # cut short; without config.json the folder is not whole
+                (made / "config.json").unlink(missing_ok=True)
+                path.unlink()
         if not (made / "config.json").is_file():
             _write(made, stored, config, track)
     return made
-
-
-def _drop_damaged(made: Path) -> None:
-    """Delete files that were cut short, and then config.json, without which a folder is not whole."""
-    for path in made.glob("*.safetensors"):
-        try:
-            read_header(path)
-        except UserError:
-            (made / "config.json").unlink(missing_ok=True)
-            path.unlink()
 
 
 def _fingerprint(folder: Path, stored: dict[str, Stored]) -> str:
@@ -176,7 +171,8 @@ def _write(made: Path, stored: dict[str, Stored], config: Config, track: Track) 
         if not (made / file).is_file():
             tensors: dict[str, torch.Tensor] = {}
             for member in members:
-                tensors |= _tensors(member, stored[member], quantized=member in quantized)
+                one = stored[member]
+                tensors |= Nf4.of(one.rows, one.shape).tensors(member) if member in quantized else {member: one.rows()}
             save_file(tensors, partial_of(made / file), metadata={"format": "pt"})
             put_in_place(partial_of(made / file), made / file)
     written = {file: read_header(made / file) for file in shards}
@@ -190,11 +186,6 @@ def _write(made: Path, stored: dict[str, Stored], config: Config, track: Track) 
     )
     content = {"model_type": "idefics", **config, "quantization_config": method.to_dict()}
     write_json(made / "config.json", content)
-
-
-def _tensors(name: str, stored: Stored, *, quantized: bool) -> dict[str, torch.Tensor]:
-    """Return the tensors of the new checkpoint for a stored one."""
-    return Nf4.of(stored.rows, stored.shape).tensors(name) if quantized else {name: stored.rows()}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
