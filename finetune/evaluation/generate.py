@@ -1,6 +1,6 @@
 """Dialogue in, answer out: prompts by the template of training, batches of similar length, greedy decoding."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -103,16 +103,16 @@ def _batches(
 
     def answer(batch: list[int]) -> list[Answer]:
         inputs = make_inputs(assistant, [examples[index] for index in batch], [rendered[index] for index in batch])
-        written = greedy(assistant.idefics.eval(), inputs, config)
-        return [_decode(assistant.tokenizer, ids, config.eos_token_id) for ids in written]
+        answers = []
+        for ids in greedy(assistant.idefics.eval(), inputs, config):
+            length = next((index for index, token in enumerate(ids) if token in config.eos_token_id), None)
+            text = assistant.tokenizer.decode(
+                ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            answers.append(Answer(text.strip(), stopped=length is not None))
+        return answers
 
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)], answer
-
-
-def _decode(tokenizer: Any, ids: Sequence[int], ends: Collection[int]) -> Answer:
-    length = next((index for index, token in enumerate(ids) if token in ends), None)
-    text = tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Answer(text.strip(), stopped=length is not None)
 
 
 def make_inputs(

@@ -23,20 +23,16 @@ def write_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> P
     """Write README.md and the recipe to a folder of the run's name beside the prepared sets, and return the folder."""
     output = Path(recipe.output).resolve()
     folder = Path(recipe.data.prepared) / output.name
-    if _output_of(folder / "recipe.yaml") not in (None, str(output)):  # a run of the same name in another folder
+    try:
+        there = str(parse_yaml((folder / "recipe.yaml").read_bytes())["output"])
+    except (OSError, UserError, TypeError, KeyError):  # no recipe, or none that can be read
+        there = str(output)
+    if there != str(output):  # a run of the same name in another folder
         folder = folder.with_name(f"{output.name}-{hashlib.sha256(str(output).encode()).hexdigest()[:8]}")
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "recipe.yaml", recipe.model_copy(update={"output": str(output)}).to_yaml())
     atomic_write(folder / "README.md", dataset_card(recipe, sources, dataset))
     return folder
-
-
-def _output_of(path: Path) -> str | None:
-    """Return the run folder that a card's recipe names; None where there is no such recipe, or it cannot be read."""
-    try:
-        return str(parse_yaml(path.read_bytes())["output"])
-    except (OSError, UserError, TypeError, KeyError):
-        return None
 
 
 def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> str:

@@ -304,7 +304,13 @@ def _write_weights(
                 read_header(path)
             except UserError:  # cut short
                 path.unlink()
-        _require_disk(partial, shards, planned)
+        left = [name for file, names in shards.items() if not (partial / file).is_file() for name in names]
+        missing = sum(planned[name].nbytes for name in left)
+        disk = next(place for place in (partial, *partial.parents) if place.exists())
+        free = shutil.disk_usage(disk).free
+        if missing + SPARE_BYTES > free:
+            needed = f"the merged model needs {missing / 1e9:.1f} GB more"
+            raise UserError(f"{disk}: {free / 1e9:.1f} GB are free, and {needed}")
         partial.mkdir(parents=True, exist_ok=True)
         write_json(partial / MADE_OF, made_of)
     except OSError as error:
@@ -314,15 +320,6 @@ def _write_weights(
             write_shard(partial / file, {name: planned[name] for name in names})
     write_index(partial, shards, planned)
     return partial
-
-
-def _require_disk(folder: Path, shards: Mapping[str, list[str]], planned: Mapping[str, Planned]) -> None:
-    left = [name for file, names in shards.items() if not (folder / file).is_file() for name in names]
-    missing = sum(planned[name].nbytes for name in left)
-    disk = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(disk).free
-    if missing + SPARE_BYTES > free:
-        raise UserError(f"{disk}: {free / 1e9:.1f} GB are free, and the merged model needs {missing / 1e9:.1f} GB more")
 
 
 def _write_rest(folder: Path, config: Mapping[str, Any], processor: IdeficsProcessor, card: str | None) -> None:

@@ -37,7 +37,7 @@ from finetune.planning.memory import (
 from finetune.planning.suggest import Change, apply_change, cheapest_changes
 from finetune.recipe.schema import Recipe, need_end_of_utterance
 from modeling.config import read_config
-from modeling.shapes import SHAPES, Config
+from modeling.shapes import SHAPES
 from modeling.towers import LORA_TOWERS
 
 PARTS = ("weights", GATHERED, "adapters", "optimizer", GRADIENTS, *LORA_TOWERS, "head", "batch")
@@ -173,7 +173,10 @@ class Planner:
 
     def __init__(self, recipe: Recipe, *, on_gpu: bool, processes: int = 1):
         self.recipe, self.on_gpu, self.processes = recipe, on_gpu, processes
-        self.config = _config(recipe)
+        model = recipe.model
+        self.config = SHAPES[model.init] if model.init else read_config(str(model.base), revision=model.revision)
+        if need_end_of_utterance(recipe.data.sources):  # training adds it
+            self.config = {**self.config, "additional_vocab_size": 3}
         self.layers: int = self.config["num_hidden_layers"]
         self.lengths = prepared_lengths(recipe)
         training = recipe.training
@@ -232,13 +235,6 @@ class Planner:
         """Return the cheapest changes that make the recipe fit. `may_shard`: over the processes that there are, too."""
         fits, may_shard = partial(self.fits, budget=budget), may_shard and self.processes > 1
         return cheapest_changes(self.recipe, fits, layers=self.layers, number=number, may_shard=may_shard)
-
-
-def _config(recipe: Recipe) -> Config:
-    """Return the config of the model that is trained: `<end_of_utterance>` is added where dialogues need it."""
-    model = recipe.model
-    config = SHAPES[model.init] if model.init else read_config(str(model.base), revision=model.revision)
-    return {**config, "additional_vocab_size": 3} if need_end_of_utterance(recipe.data.sources) else config
 
 
 def _totals(parameters: Mapping[str, Parameters]) -> dict[str, int]:

@@ -29,11 +29,13 @@ def list_recipes() -> list[dict[str, Any]]:
         if Path(base).is_relative_to(folder):
             base = Path(base).name
         needed = _needed_files(recipe, folder)
+        comment = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+        prose = " ".join(line for line in comment if not line.startswith(("yaml-language-server", " ")))
         packaged = dict.fromkeys(source.format for source in recipe.data.sources if source.format in PACKAGED)
         found.append(
             {
                 "name": path.stem,
-                "description": _description(path),
+                "description": re.split(r"(?<=\.)\s", prose, maxsplit=1)[0],  # its first sentence
                 "gpus": f"{gpus[1]} x {gpus[2]} GB" if gpus else None,
                 "base": base,
                 "data": [*packaged, *(name for name in needed if name != base)],
@@ -95,13 +97,6 @@ def complete_key(incomplete: str) -> list[str]:
     *parents, _ = incomplete.split(".")
     keys = [(*parents, key) for key in keys_at(tuple(parents))]
     return [".".join(key) + ("=" if keys_at(key) == keys_at(tuple(parents)) else ".") for key in keys]
-
-
-def _description(path: Path) -> str:
-    """Return the first sentence of a recipe's comment."""
-    lines = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
-    text = " ".join(line for line in lines if not line.startswith(("yaml-language-server", " ")))
-    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
 
 
 def _needed_files(recipe: Recipe, folder: Path) -> list[str]:

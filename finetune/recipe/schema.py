@@ -268,20 +268,17 @@ class Data(Section):
         if any(weighted) and not all(weighted):
             raise ValueError(f"expected a weight for every source or for none, got {sum(weighted)} of {len(weighted)}")
         if self.streams:
-            self._check_streams()
+            if len(self.sources) > 1 and self.sources[0].weight is None:
+                raise ValueError("a streamed source has no size: expected a weight for every source")
+            if self.eval_split:
+                raise ValueError("a streamed source cannot be split: set eval_sources instead of eval_split")
+            if self.overlap != "report":
+                raise ValueError("overlap: a streamed source cannot be compared with the held-out data before the run")
         return self
 
     @property
     def streams(self) -> bool:
         return any(source.stream for source in self.sources)
-
-    def _check_streams(self) -> None:
-        if len(self.sources) > 1 and self.sources[0].weight is None:
-            raise ValueError("a streamed source has no size: expected a weight for every source")
-        if self.eval_split:
-            raise ValueError("a streamed source cannot be split: set eval_sources instead of eval_split")
-        if self.overlap != "report":
-            raise ValueError("overlap: a streamed source cannot be compared with the held-out data before the run")
 
 
 Action = Literal["skip", "lower_rate", "stop"]

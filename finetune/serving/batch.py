@@ -133,21 +133,16 @@ def _answers(
             yield number, found[number]
             continue
         try:
-            waiting.append((number, _prompt(record_id, record, root, assistant.tokenizer)))
+            prompt = to_dialogue(record_id, record, root, prompt=True)
+            open_images(prompt, open_image)
+            tokenize(render(prompt), assistant.tokenizer)
+            waiting.append((number, prompt))
         except RecordError as error:
             yield number, {"error": str(error)}
         if len(waiting) == AT_ONCE:
             yield from ask()
             waiting = []
     yield from ask()
-
-
-def _prompt(record_id: str, record: dict[str, Any] | RecordError, root: ImageRoot, tokenizer: Any) -> Dialogue:
-    """Return a record as a prompt whose images open and whose text can be tokenised. Raises RecordError."""
-    dialogue = to_dialogue(record_id, record, root, prompt=True)
-    open_images(dialogue, open_image)
-    tokenize(render(dialogue), tokenizer)
-    return dialogue
 
 
 def _write_whole(out: Path, source: Source, found: Mapping[int, dict[str, Any]]) -> None:

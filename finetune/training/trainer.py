@@ -307,25 +307,21 @@ class IdeficsTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Mark it complete when all processes have written. Raises UserError where there is no room."""
-        folder, needed = Path(self.args.output_dir), self._checkpoint_bytes()
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        states = [one for state in self.optimizer.state.values() for one in state.values() if torch.is_tensor(one)]
+        folder, needed = Path(self.args.output_dir), sum(one.nbytes for one in (*trained, *states))
         collectives.on_main("look for room", lambda: require_room(folder, needed))
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError):
             require_room(folder, needed)  # other programs may have filled the disk meanwhile
             raise
-        states = collectives.gather(self.rows.state(self.state.global_step * self.settings.rows_per_step))
+        rows = collectives.gather(self.rows.state(self.state.global_step * self.settings.rows_per_step))
         if collectives.is_main():
             checkpoint = folder / f"checkpoint-{self.state.global_step}"
-            (checkpoint / ROWS_STATE).write_text(json.dumps(states), encoding="utf-8")
+            (checkpoint / ROWS_STATE).write_text(json.dumps(rows), encoding="utf-8")
             mark_complete(checkpoint)
         collectives.barrier()
-
-    def _checkpoint_bytes(self) -> int:
-        """Return the bytes of the trained parameters and the optimiser's state, of one process."""
-        trained = [one for one in self.model.parameters() if one.requires_grad]
-        states = [one for state in self.optimizer.state.values() for one in state.values() if torch.is_tensor(one)]
-        return sum(one.nbytes for one in (*trained, *states))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_new_best = super()._determine_best_metric(metrics, trial)
