@@ -168,24 +168,21 @@ class _Assemble:
         return dialogues
 
     def _row(self, piece: Piece, example: Example, images: list[int]) -> dict[str, Any]:
+        questions, shown = [], 0
+        for turn in piece.dialogue.turns:
+            shown += len(turn.images)
+            if turn.role == "user":  # by last appearance: the same whether its dialogue was divided before it or not
+                digests = [self._images.row(image)["digest"] for image in by_last_appearance(images[:shown])]
+                questions.append(question_key(digests, turn.text))
         return {
             "input_ids": example.input_ids,
             "supervised": example.labels != IGNORED,
             "images": images,
             "shown": len(set(images)),
-            "questions": self._questions(piece.dialogue, images),
+            "questions": questions,
             "record_id": self._dialogues.text("record_id", piece.origins[0]),
             "dialogue": dialogue_to_json(piece.dialogue),
         }
-
-    def _questions(self, dialogue: Dialogue, images: list[int]) -> list[int]:
-        keys, shown = [], 0
-        for turn in dialogue.turns:
-            shown += len(turn.images)
-            if turn.role == "user":  # by last appearance: the same whether its dialogue was divided before it or not
-                digests = [self._images.row(image)["digest"] for image in by_last_appearance(images[:shown])]
-                keys.append(question_key(digests, turn.text))
-        return keys
 
 
 def question_key(images: Iterable[bytes], question: str) -> int:

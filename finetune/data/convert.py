@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,30 +120,27 @@ class _Convert:
         dialogues = [
             (record_id, try_dialogue(record_id, record, self._root, self.seed)) for record_id, record in records
         ]
-        fetched = self._fetch([dialogue for _, dialogue in dialogues if isinstance(dialogue, Dialogue)])
+        converted = [dialogue for _, dialogue in dialogues if isinstance(dialogue, Dialogue)]
+        shown = [image.source for dialogue in converted for image in dialogue.images]
+        urls = sorted({source.url for source in shown if isinstance(source, Remote)})
+        fetched: dict[str, Path | RecordError] = {}
+        if urls:
+            fetched = Downloader(self.downloads, http=self.source.download == "http").fetch_all(urls)
         images = _PartImages(self.made, number)
         rows = []
         for record_id, dialogue in dialogues:
             opened = open_and_count(record_id, dialogue, lambda image: self._find(image, images, fetched), stats)
             if opened:
-                shown = [images.add(*located) for located in opened.images]
+                numbers = [images.add(*located) for located in opened.images]
                 opens = opening_images(opened.dialogues[0]) is not None
                 lines = "\n".join(map(dialogue_to_json, opened.dialogues))
-                rows.append({"record_id": record_id, "dialogues": lines, "images": shown, "opens": opens})
+                rows.append({"record_id": record_id, "dialogues": lines, "images": numbers, "opens": opens})
         stats.dialogues = len(rows)
         images.close()
         part = part_path(self.made / "convert", number)
         write_arrow(part.with_suffix(".images"), IMAGE_SCHEMA, to_batches(images.rows, IMAGE_SCHEMA))
         write_arrow(part.with_suffix(".files"), FILE_SCHEMA, to_batches(images.file_rows, FILE_SCHEMA))
         write_arrow(part, DIALOGUE_SCHEMA, to_batches(rows, DIALOGUE_SCHEMA), stats=stats_text(stats))
-
-    def _fetch(self, dialogues: Sequence[Dialogue]) -> dict[str, Path | RecordError]:
-        urls = {
-            image.source.url for dialogue in dialogues for image in dialogue.images if isinstance(image.source, Remote)
-        }
-        if not urls:
-            return {}
-        return Downloader(self.downloads, http=self.source.download == "http").fetch_all(sorted(urls))
 
     def _find(self, image: Image, images: "_PartImages", fetched: dict[str, Path | RecordError]) -> tuple[Image, bytes]:
         """Return (the image where it is stored now, its digest). Raises RecordError: it cannot be shown."""
@@ -200,18 +197,15 @@ class _PartImages:
     def add(self, image: Image, content: bytes) -> int:
         row = self._by_digest.setdefault(content, len(self.rows))
         if row == len(self.rows):
-            inside = isinstance(image.source, bytes | PIL.Image.Image)
-            self.rows.append(image_row(self._keep(image) if inside else image, content, self._made))
+            if isinstance(image.source, bytes | PIL.Image.Image):
+                if self._file is None:
+                    self._kept.parent.mkdir(exist_ok=True)
+                    self._file = self._kept.open("wb")
+                data = encoded(image)
+                image = Image(Slice(self._kept, self._file.tell(), len(data)))
+                self._file.write(data)
+            self.rows.append(image_row(image, content, self._made))
         return row
-
-    def _keep(self, image: Image) -> Image:
-        if self._file is None:
-            self._kept.parent.mkdir(exist_ok=True)
-            self._file = self._kept.open("wb")
-        data = encoded(image)
-        inside = Slice(self._kept, self._file.tell(), len(data))
-        self._file.write(data)
-        return Image(inside)
 
     @property
     def file_rows(self) -> list[dict[str, Any]]:

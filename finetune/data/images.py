@@ -111,7 +111,15 @@ def encoded(image: Image) -> bytes:
         return content.getvalue()
     if isinstance(source, Path):
         return _read(source)
-    return _unpack(source) if isinstance(source, Slice) else source
+    if isinstance(source, bytes):
+        return source
+    # Of an archive's member, at most MAX_BYTES are read, whatever size the archive states.
+    name = describe(image)
+    limit = 2 * _in_base64(MAX_BYTES) if source.coding == "base64" else MAX_BYTES  # twice: there may be white space
+    packed = _read(source.path, source.offset, source.length, limit=limit)
+    if source.coding == "base64":
+        return decode_base64(_JSON_ESCAPES.sub(b"", packed.replace(rb"\/", b"/")), name)
+    return _inflate(packed, name) if source.coding == "deflate" else packed
 
 
 def digest(image: Image) -> bytes:
@@ -136,16 +144,6 @@ def decode_base64(content: str | bytes, name: str = "base64") -> bytes:
 
 def _in_base64(length: int) -> int:
     return (length + 2) // 3 * 4
-
-
-def _unpack(member: Slice) -> bytes:
-    """Return a member's bytes, at most `MAX_BYTES` whatever size the archive states."""
-    name = describe(Image(member))
-    limit = 2 * _in_base64(MAX_BYTES) if member.coding == "base64" else MAX_BYTES  # twice: there may be white space
-    content = _read(member.path, member.offset, member.length, limit=limit)
-    if member.coding == "base64":
-        return decode_base64(_JSON_ESCAPES.sub(b"", content.replace(rb"\/", b"/")), name)
-    return _inflate(content, name) if member.coding == "deflate" else content
 
 
 _JSON_ESCAPES = re.compile(rb"\\[nrt]")
@@ -285,7 +283,12 @@ class Preprocessing:
         height, width = self.size
         levels_HWC = np.asarray(image.resize((width, height), self.resample))
         if augment and rng:
-            levels_HWC = _augment(levels_HWC, augment, rng)
+            if augment.flip and rng.random() < 0.5:
+                levels_HWC = levels_HWC[:, ::-1]
+            down, right = rng.integers(-augment.shift, augment.shift, size=2, endpoint=True)
+            rows = np.clip(np.arange(height) - down, 0, height - 1)  # the border repeats the edge
+            columns = np.clip(np.arange(width) - right, 0, width - 1)
+            levels_HWC = levels_HWC[rows][:, columns]
         return np.stack([self._table[channel][levels_HWC[..., channel]] for channel in range(3)])
 
     @cached_property
@@ -300,13 +303,3 @@ def _are_numbers(values: Any, count: int) -> bool:
     """Return whether the values are exactly `count` finite numbers."""
     listed = values if isinstance(values, list | tuple) else ()
     return len(listed) == count and all(type(value) in (int, float) and math.isfinite(value) for value in listed)
-
-
-def _augment(levels_HWC: np.ndarray, augment: Augment, rng: np.random.Generator) -> np.ndarray:
-    """Flip with probability one half, then shift by a random vector; the border repeats the edge."""
-    if augment.flip and rng.random() < 0.5:
-        levels_HWC = levels_HWC[:, ::-1]
-    down, right = rng.integers(-augment.shift, augment.shift, size=2, endpoint=True)
-    rows = np.clip(np.arange(levels_HWC.shape[0]) - down, 0, levels_HWC.shape[0] - 1)
-    columns = np.clip(np.arange(levels_HWC.shape[1]) - right, 0, levels_HWC.shape[1] - 1)
-    return levels_HWC[rows][:, columns]

@@ -109,17 +109,13 @@ def to_dialogue(
     answers = [turn for turn in dialogue.turns if turn.role == "assistant"]
     if not prompt and answers and not any(turn.supervised for turn in answers):
         raise RecordError("nothing supervised", "every answer has a weight of 0")
-    if source.prompt:
+    if source.prompt:  # images "A cat." -> user: images, prompt; assistant: "A cat."
         drawn = hashlib.blake2b(f"{seed}/{record_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return _asked(dialogue, source.prompt[int.from_bytes(drawn) % len(source.prompt)])
+        question = source.prompt[int.from_bytes(drawn) % len(source.prompt)]
+        (caption,) = dialogue.turns
+        words = tuple(part for part in caption.parts if isinstance(part, str))
+        return replace(dialogue, turns=(user(*caption.images, question), assistant(*words)))
     return dialogue
-
-
-def _asked(caption: Dialogue, prompt: str) -> Dialogue:
-    """Return a caption as the answer to a prompt: images "A cat." -> user: images, prompt; assistant: "A cat."."""
-    (turn,) = caption.turns
-    words = tuple(part for part in turn.parts if isinstance(part, str))
-    return replace(caption, turns=(user(*turn.images, prompt), assistant(*words)))
 
 
 Look = Callable[[Image], Any]

@@ -59,14 +59,12 @@ class Mix:
         for first, size, share, amount in zip(self._firsts, self.sizes, self._shares, self._amounts, strict=True):
             whole, rest = divmod(share, amount) if amount else (0, 0)
             order = first + rng.permutation(size)
-            chosen += [np.arange(first, first + size)] * int(whole) + [order[: self._how_many(order, rest)]]
+            if self.unit == "examples":
+                count = int(rest)
+            else:  # those that come closest to the rest of the share
+                count = int(np.abs(np.cumsum([0, *self.lengths[order]]) - rest).argmin())
+            chosen += [np.arange(first, first + size)] * int(whole) + [order[:count]]
         return rng.permutation(np.concatenate(chosen))
-
-    def _how_many(self, order: np.ndarray, rest: float) -> int:
-        """Return how many of these examples come closest to the rest of a share."""
-        if self.unit == "examples":
-            return int(rest)
-        return int(np.abs(np.cumsum([0, *self.lengths[order]]) - rest).argmin())
 
     @property
     def _firsts(self) -> np.ndarray:

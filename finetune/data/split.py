@@ -96,8 +96,13 @@ class Splitter:
         tokenised = tokenize_all([render(piece.dialogue) for piece in pieces], self.encoder)
         for piece, example in zip(pieces, tokenised, strict=True):
             error = self._crowd(piece.dialogue, same) or self._misfit(piece.dialogue, example)
-            parts = self._divide(piece, same) if error and error.reason in (TOO_LONG, TOO_MANY_IMAGES) else ()
-            if parts:
+            parts: Sequence[Piece] = ()
+            if error and error.reason in (TOO_LONG, TOO_MANY_IMAGES):
+                if piece.dialogue.is_document:
+                    parts = [Piece(part, piece.origins) for part in self._cut(piece.dialogue, same)]
+                elif self.turns is not None:
+                    parts = piece.halves() or ()
+            if len(parts) > 1:
                 yield from self.fit(parts, same=same)
             else:
                 yield piece, error or example
@@ -116,13 +121,6 @@ class Splitter:
         if not example.supervised or (dialogue.is_document and not dialogue.turns[0].text):
             return RecordError("nothing supervised", "no text of it is trained on")
         return None
-
-    def _divide(self, piece: Piece, same: Callable[[Image], Any]) -> Sequence[Piece]:
-        """Return smaller pieces, or none if the piece cannot (or must not) be divided."""
-        if piece.dialogue.is_document:
-            parts = self._cut(piece.dialogue, same)
-            return [Piece(part, piece.origins) for part in parts] if len(parts) > 1 else ()
-        return piece.halves() or () if self.turns is not None else ()
 
     def _cut(self, document: Dialogue, same: Callable[[Image], Any]) -> list[Dialogue]:
         """Cut a document between its texts, each part as full as possible. Only the last one ends with `</s>`."""
@@ -266,7 +264,12 @@ def divide(dialogue: Dialogue, places: Sequence[int]) -> list[Dialogue]:
     pairs = exchanges(dialogue, 0)
     parts = []
     for start, stop in pairwise([0, *places, len(pairs)]):
-        images = opening if start == 0 else _repeated(opening, pairs, start)
+        images = opening
+        if start:  # repeat the images shown before, the latest one last, except those that begin its own question
+            before = [turn for pair in pairs[:start] for turn in (pair.question, pair.answer)]
+            shown = by_last_appearance([*opening, *(image for turn in before for image in turn.images)])
+            own = _leading_images(pairs[start].question.parts)
+            images = tuple(image for image in shown if image not in own)
         parts.append(Dialogue((*system, *_with_images(images, pairs[start:stop]).turns)))
     return parts
 
@@ -348,14 +351,6 @@ def fill(sizes: Sequence[int], *, most: int, fits: Callable[[int, int], bool]) -
         parts.append((start, stop))
         start = stop
     return parts
-
-
-def _repeated(opening: Sequence[Image], pairs: Sequence[Exchange], start: int) -> tuple[Image, ...]:
-    """Return the images shown before an exchange, the latest one last, except those that begin its own question."""
-    before = [turn for pair in pairs[:start] for turn in (pair.question, pair.answer)]
-    shown = by_last_appearance([*opening, *(image for turn in before for image in turn.images)])
-    own = _leading_images(pairs[start].question.parts)
-    return tuple(image for image in shown if image not in own)
 
 
 def _leading_images(parts: Sequence[Part]) -> tuple[Image, ...]:

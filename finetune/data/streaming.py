@@ -227,7 +227,12 @@ class StreamedRows:
         As in preparing, a document leaves out lost images, if at least one is left.
         """
         rng = np.random.default_rng([self.seed, number, 8]) if self.augment != Augment() else None
-        fetched, pixels = self._fetch(row), dict[Image, np.ndarray]()
+        urls = [image.source.url for drawn in row for image in drawn.images if isinstance(image.source, Remote)]
+        fetched: dict[str, Path | RecordError] = {}
+        if urls:
+            assert self.downloader is not None
+            fetched = self.downloader.fetch_all(urls)
+        pixels = dict[Image, np.ndarray]()
         usable: list[Drawn] = []
         for index, drawn in enumerate(row):
             found = {image: self._pixels(image, fetched, rng) for image in drawn.images if image not in pixels}
@@ -240,14 +245,6 @@ class StreamedRows:
                 usable += drawn.without(gone) if errors else [drawn]
                 pixels |= {image: one for image, one in found.items() if not isinstance(one, RecordError)}
         return usable, pixels
-
-    def _fetch(self, row: Sequence[Drawn]) -> dict[str, Path | RecordError]:
-        """Download all images of a row that are URLs, at once."""
-        urls = [image.source.url for drawn in row for image in drawn.images if isinstance(image.source, Remote)]
-        if not urls:
-            return {}
-        assert self.downloader is not None
-        return self.downloader.fetch_all(urls)
 
     def _pixels(
         self, image: Image, fetched: Mapping[str, Path | RecordError], rng: np.random.Generator | None

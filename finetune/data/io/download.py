@@ -109,19 +109,17 @@ class Downloader:
         from urllib3.exceptions import HTTPError
 
         deadline = time.monotonic() + self._timeout_s
+        target = url
         try:
-            return self._follow(url, deadline)
+            for _ in range(MAX_REDIRECTS + 1):
+                found = self._request(target, deadline)
+                if isinstance(found, bytes):
+                    return found
+                target = urljoin(target, found)
+            raise _RefusedError(f"over {MAX_REDIRECTS} redirects")
         except (_RefusedError, HTTPError, HTTPException, OSError, ValueError) as error:
             late = f"over {self._timeout_s:g} s" if time.monotonic() >= deadline else None
             raise RecordError("download failed", f"{url[:200]!a}: {late or error or type(error).__name__}") from error
-
-    def _follow(self, url: str, deadline: float) -> bytes:
-        for _ in range(MAX_REDIRECTS + 1):
-            found = self._request(url, deadline)
-            if isinstance(found, bytes):
-                return found
-            url = urljoin(url, found)
-        raise _RefusedError(f"over {MAX_REDIRECTS} redirects")
 
     def _request(self, url: str, deadline: float) -> bytes | str:
         """Return the body, or the URL of a redirect."""
@@ -160,21 +158,17 @@ class Downloader:
 
     def _connect(self, host: str, port: int, deadline: float) -> socket.socket:
         """Connect to an address that was checked; the host's name could lead to another one the next time."""
+        addresses = [str(address[0]) for *_, address in _look_up(host, port, deadline)]
+        for address in addresses:
+            if not self._allow(ip_address(address)):
+                raise _RefusedError(f"{host} is at {address}, which is no public address")
         failure: Exception = _RefusedError(f"{host}: no address")
-        for address in self._resolve(host, port, deadline):
+        for address in addresses:
             try:
                 return socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.001))
             except OSError as error:
                 failure = error
         raise failure
-
-    def _resolve(self, host: str, port: int, deadline: float) -> list[str]:
-        """Return the addresses of a host. Raises _RefusedError: one of them is not allowed."""
-        addresses = [str(address[0]) for *_, address in _look_up(host, port, deadline)]
-        for address in addresses:
-            if not self._allow(ip_address(address)):
-                raise _RefusedError(f"{host} is at {address}, which is no public address")
-        return addresses
 
     def _answer(self, response: "BaseHTTPResponse", deadline: float) -> bytes | str:
         location = response.headers.get("Location")

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 from string import Formatter
@@ -30,7 +29,11 @@ class ImageRoot:
         self.source = source
         folders = [] if source.image_root else _default_folders(source)
         if source.image_root:
-            self._stores = _open_stores(source.image_roots)
+            located = [found for path in source.image_roots for found in locate(path)]
+            resolved = tuple(found.resolve() for found, _ in located if found.is_dir())
+            self._stores = tuple(
+                Folder(found, resolved) if found.is_dir() else _open_file(found, inner) for found, inner in located
+            )
         else:
             resolved = tuple(dict.fromkeys(folder.resolve() for folder in folders))
             self._stores = tuple(Folder(folder, resolved) for folder in resolved)
@@ -67,7 +70,11 @@ class ImageRoot:
         if local := _FILE_URL.fullmatch(reference):
             return self._stored(unquote(local["path"]))
         if _URL.match(reference):
-            return self._remote(reference)
+            scheme, fetches = reference.partition(":")[0].lower(), self.source.download
+            if fetches and (scheme == "https" or (scheme == "http" and fetches == "http")):
+                return Image(Remote(reference))
+            hint = {"https": "; `download: true` fetches it", "http": "; `download: http` fetches it"}.get(scheme, "")
+            raise RecordError("image is a URL", f"{reference:.200}: expected a path{hint}")
         if _BASE64.fullmatch(reference):
             return Image(decode_base64(reference))
         return self._stored(reference)
@@ -101,14 +108,6 @@ class ImageRoot:
         """
         template = self.source.image_name or default
         return self.image("".join(_fill(*part, record) for part in _check_template(template)))
-
-    def _remote(self, url: str) -> Image:
-        scheme = url.partition(":")[0].lower()
-        allowed = self.source.download and (scheme == "https" or (scheme == "http" and self.source.download == "http"))
-        if allowed:
-            return Image(Remote(url))
-        hint = {"https": "; `download: true` fetches it", "http": "; `download: http` fetches it"}
-        raise RecordError("image is a URL", f"{url:.200}: expected a path{hint.get(scheme, '')}")
 
     def _stored(self, name: str) -> Image:
         """Return the image of that name: of the first store of `image_root`, or the only one among default folders."""
@@ -152,13 +151,6 @@ _NO_PATH = re.compile(r"[\0\ud800-\udc7f\udd00-\udfff]")
 r"""\udc80 to \udcff are allowed: os.fsdecode writes the bytes of a file's name that is not UTF-8 as these."""
 _FILE_URL = re.compile(r"(?i)file:(?://(?:localhost)?)?(?P<path>/[^/].*)", re.DOTALL)
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|https?|ftp):")
-
-
-def _open_stores(paths: Iterable[Path]) -> tuple[Store, ...]:
-    """Return the stores that paths lead to. Raises UserError: nothing is there, or no folder or archive of images."""
-    located = [found for path in paths for found in locate(path)]
-    folders = tuple(found.resolve() for found, _ in located if found.is_dir())
-    return tuple(Folder(found, folders) if found.is_dir() else _open_file(found, inner) for found, inner in located)
 
 
 def _open_file(found: Path, inner: str) -> Store:
