@@ -1,4 +1,4 @@
-"""A base's name -> its folder, processor and model; and fresh bases, whose tokenizer learns from the sources' texts."""
+"""Find and load a base by its name, or make a fresh one, whose tokenizer is trained on the sources' texts."""
 
 import hashlib
 import shutil
@@ -29,18 +29,18 @@ from modeling.quantize import quantized_checkpoint
 from modeling.shapes import SHAPES, Config, tensor_shapes
 
 QUANTIZED = "quantized"
-"""Folder of quantised weights, beside that of prepared sets."""
+"""Name of the folder of quantised weights, beside the folder of prepared sets."""
 
 DECIDING_FILES = (
     *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
 )
-"""Of a base, beside its weights, what training depends on."""
+"""Files of a base that training depends on, besides its weights."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base of one recipe: what it is called, its processor, and how its model is loaded."""
+    """The base of one recipe: its name, its processor, and how its model is loaded."""
 
     name: str
     """Folder or hub id."""
@@ -49,9 +49,9 @@ class Base:
     """transformers' IdeficsProcessor."""
     preprocessing: Preprocessing
     instruct: bool
-    """Whether the model learns `<end_of_utterance>`: a run on documents alone leaves a base a base."""
+    """Whether the model has `<end_of_utterance>`; a run only on documents does not add it to a base."""
     dtype: torch.dtype
-    """Of what is not trained."""
+    """Dtype of the frozen weights."""
     quantize: str | None
     cache: Path
     """Folder of quantised weights."""
@@ -61,7 +61,7 @@ class Base:
         return self.processor.tokenizer
 
     def fetch(self) -> Path:
-        """Return the folder of its files; of a hub id, they are downloaded first."""
+        """Return the folder of its files; for a hub id, download them first."""
         return local_base(self.name, revision=self.revision)
 
     def load(self, *, image_towers: bool = True, divided: bool = False) -> nn.Module:
@@ -79,10 +79,10 @@ class Base:
 
 
 def open_base(recipe: Recipe, sources: Sequence[Source], run_folder: Path) -> Base:
-    """Return the base that a recipe names, or make the fresh one that it asks for, in `run_folder`/base.
+    """Return a recipe's base; for `model.init`, make a fresh one in `run_folder`/base.
 
-    sources: the training sources, their formats known; a fresh base's tokenizer learns from their texts. Of a hub id
-    only its processor is downloaded. Every process of a group calls this.
+    sources: the training sources, their formats resolved; a fresh base's tokenizer is trained on their texts. For a hub
+    id, only the processor is downloaded. Every process of a group must call this.
     """
     model, instruct = recipe.model, need_end_of_utterance(sources)
     if model.base:
@@ -116,13 +116,15 @@ def _make_base_once(recipe: Recipe, sources: Sequence[Source], folder: Path) -> 
 
 
 def local_base(base: str, *, revision: str | None) -> Path:
-    """Folder of a base; a hub id is fetched, by the main process first: the others find what it fetched."""
+    """Return the folder of a base; for a hub id, the main process downloads it, then the others use the same files."""
     return collectives.main_first("fetch the base", lambda: loading.local_folder(base, revision=revision))
 
 
 def content_of(base: Path, continue_from: str | None = None) -> str | None:
-    """A hash of what a run stands on: a base's weights, as `fingerprint` sees them, its settings and its tokenizer; and
-    the adapter that it continues from. None where the folder holds no whole base."""
+    """Return a hash of the model that a run starts from, or None if the folder holds no whole base.
+
+    It covers the base's weights (by `fingerprint`), settings and tokenizer, and the adapter that is continued.
+    """
     try:
         weights = fingerprint(read_checkpoint(base))
         others = [path for path in sorted(base.iterdir()) if path.name in DECIDING_FILES]
@@ -134,9 +136,9 @@ def content_of(base: Path, continue_from: str | None = None) -> str | None:
 
 
 def require_whole(base: str, *, revision: str | None, continue_from: str | None) -> None:
-    """Base and adapter are whole and fit each other, as far as headers say: before hours of work, not after.
+    """Check from the file headers, before any long work, that base and adapter are complete and fit each other.
 
-    Of a hub id, whose files may not be here yet, the config alone. Raises UserError.
+    For a hub id, whose files may not be downloaded yet, only the config is checked. Raises UserError.
     """
     config = read_config(base, revision=revision)
     if is_folder(base):
@@ -158,10 +160,10 @@ def load_model(
     image_towers: bool = True,
     divided: bool = False,
 ) -> loading.Idefics:
-    """A model on the device that this machine has, in 4 bits where `quantize` says so; its NF4 is kept in `cache`.
+    """Load a model on this machine's device; `quantize` loads it in 4 bits (NF4), cached in the folder `cache`.
 
-    `divided`: for FSDP, which gives every process its share: the first one alone has the weights, in main memory, and
-    the others room for them.
+    `divided`: for FSDP, which then gives every process its shard. Only the first process loads the weights, in main
+    memory; the others allocate empty parameters.
     """
     quantized, folder = None, local_base(base, revision=revision)
     if quantize:
@@ -180,7 +182,7 @@ def load_model(
 
 
 def make_base(shape: str, sources: Sequence[Source], folder: Path, *, seed: int) -> None:
-    """A fresh base of a shape, on disk; its tokenizer learns from the texts of the sources."""
+    """Write a fresh base of a shape to disk; its tokenizer is trained on the texts of the sources."""
     config = SHAPES[shape]
     tokenizer = learn_tokenizer(config, sources, seed=seed, instruct=False)
     processor = tiny.build_processor(tokenizer, image_size=config["vision_config"]["image_size"])

@@ -1,1 +1,1 @@
-"""The recipe: its schema, how a file is read, and the recipes that ship. Knows no data and no torch."""
+"""The recipe: its schema, loading from a file, and the recipes that ship. Imports neither data/ nor torch."""

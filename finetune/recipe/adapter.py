@@ -1,4 +1,4 @@
-"""The section `adapter`: LoRA's rank, alpha and dropout, and those fields of PEFT's whose results can be merged."""
+"""The section `adapter`: LoRA's rank, alpha and dropout, and the fields of PEFT whose results can be merged."""
 
 import difflib
 import re
@@ -25,7 +25,7 @@ def _is_pattern(value: Any) -> bool:
 
 
 def _is_by_pattern(value: Any, *, types: tuple[type, ...]) -> bool:
-    """Whether a value is a mapping of patterns to numbers of these types."""
+    """Return whether a value is a mapping of patterns to numbers of these types."""
     if not isinstance(value, dict) or not all(map(_is_pattern, value)):
         return False
     return all(_is_number(one) and type(one) in types for one in value.values())
@@ -62,8 +62,8 @@ LORA_FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "loftq_config": ("{}: the matrices of the base stay as they are", lambda value: value in (None, {})),
     "qalora_group_size": ("a whole number", lambda value: type(value) is int and _is_number(value)),
 }
-"""Fields of peft.LoraConfig a recipe may set, and what each takes: literals, because importing peft takes seconds. A
-test compares."""
+"""Fields of peft.LoraConfig that a recipe may set, and their accepted values. They are listed here because importing
+peft takes seconds; a test compares them with peft."""
 
 
 class Adapter(BaseModel):
@@ -97,5 +97,5 @@ class Adapter(BaseModel):
 
     @property
     def lora(self) -> dict[str, Any]:
-        """Arguments of `peft.LoraConfig`."""
+        """Return the arguments of `peft.LoraConfig`."""
         return {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **(self.model_extra or {})}

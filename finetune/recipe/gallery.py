@@ -1,4 +1,4 @@
-"""The recipes that ship with the toolkit: what each is for, a copy to edit, and what a shell completes."""
+"""The recipes that ship with the toolkit: list them, copy one to edit, and complete their names in a shell."""
 
 import re
 import shutil
@@ -13,11 +13,11 @@ from modeling.errors import UserError
 from modeling.files import atomic_write, partial_of, put_in_place
 
 PACKAGED = ("easy_vqa", "easy_vqa_captions")
-"""Formats whose data comes with an installed package."""
+"""Formats whose data is inside a Python package."""
 
 
 def list_recipes() -> list[dict[str, Any]]:
-    """Return the recipes that ship, by name: what each does, on which GPUs, and what it needs.
+    """Return the recipes that ship, sorted by name: purpose, GPUs and requirements.
 
     A GPU recipe is named after its GPUs: idefics-9b_qlora_1x24gb needs one of 24 GB. "missing" are files or folders
     beside the recipe that do not ship; recipes/README.md says where they come from.
@@ -47,7 +47,7 @@ def list_recipes() -> list[dict[str, Any]]:
 
 
 def new_recipe(folder: Path, *, source: str = "own_data") -> dict[str, Any]:
-    """Copy a recipe that ships, and the files that it needs, into a new folder; the recipe gets the folder's name.
+    """Copy a recipe that ships, and the files that it needs, into a new folder; name the recipe after the folder.
 
     `new_recipe(Path("mine"))` writes mine/mine.yaml, mine/recipe.schema.json and mine/own_data/. Raises UserError where
     no recipe of the name `source` ships, or where `folder` exists: nothing is overwritten.
@@ -80,7 +80,7 @@ def new_recipe(folder: Path, *, source: str = "own_data") -> dict[str, Any]:
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Return what a shell completes a RECIPE to: files and folders whose names begin so, and the recipes that ship."""
+    """Return the shell completions of a RECIPE: files and folders whose names begin so, and recipes that ship."""
     start = Path(incomplete).expanduser()
     folder, name = (start, "") if incomplete.endswith("/") else (start.parent, start.name)
     found = sorted(path for path in folder.glob(f"{name}*") if path.is_dir() or path.suffix in (".yaml", ".yml"))
@@ -89,7 +89,7 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 def complete_key(incomplete: str) -> list[str]:
-    """Return what a shell completes a KEY=VALUE to: the keys of the section typed so far.
+    """Return the shell completions of a KEY=VALUE: the keys of the section typed so far.
 
     >>> [key for key in complete_key("training.le") if key.startswith("training.le")]
     ['training.learning_rate=']
@@ -100,7 +100,7 @@ def complete_key(incomplete: str) -> list[str]:
 
 
 def _needed_files(recipe: Recipe, folder: Path) -> list[str]:
-    """Return the files and folders beside a recipe that it names, each by the first part of its path, in order."""
+    """Return the files and folders that a recipe uses beside it: the first part of each path, in order."""
 
     def named() -> Iterator[str | None]:
         yield from (recipe.model.base, recipe.model.continue_from)

@@ -1,4 +1,4 @@
-"""The recipe's JSON schema, with which editors complete and check a recipe while it is written."""
+"""The recipe's JSON schema, which editors use to complete and check a recipe."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ SCHEMA_FILE = "recipe.schema.json"
 """The schema's file name, beside a recipe."""
 
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
-"""First line of a recipe: it points the YAML language server, as in VS Code, to the schema."""
+"""First line of a recipe, which gives the schema to the YAML language server (for example in VS Code)."""
 
 
 class _Untitled(GenerateJsonSchema):
-    """Without titles, which would repeat the keys."""
+    """Generates schemas without titles, which would repeat the keys."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
-        """Leave the title of a key out."""
+        """Return False: no key gets a title."""
         return False
 
 
 def recipe_schema() -> JsonSchemaValue:
-    """Return the JSON schema of a recipe as it is written: with descriptions, and without `output`'s being required.
+    """Return the JSON schema of a recipe file: with descriptions, and with `output` optional.
 
-    LoRA's further fields are those of `peft.LoraConfig` that a recipe may set.
+    The section `adapter` includes the fields of `peft.LoraConfig` that a recipe may set.
     """
     schema = Recipe.model_json_schema(schema_generator=_Untitled)
     schema["required"].remove("output")  # the file's name is the default

@@ -1,4 +1,4 @@
-"""recipe.yaml + key=value overrides -> Recipe. All errors are raised at once, each with its key, got and expected.
+"""Load recipe.yaml and key=value overrides. All errors are raised at once, each with its key, got and expected.
 
 Paths in the file are relative to the file; paths in key=value are relative to the current folder. Paths of results
 (`output`, `data.prepared`) are relative to the current folder in both, and stay as they are.
@@ -23,7 +23,7 @@ from modeling.errors import UserError
 from modeling.files import open_regular
 
 LISTED_ERRORS = 20
-"""Errors that are listed; further ones are counted."""
+"""Largest number of errors that are listed; further errors are only counted."""
 
 _SOURCES = (("data", "sources"), ("data", "eval_sources"), ("evaluation", "documents"))
 _PATHS = {("model", "continue_from"), *((*source, key) for source in _SOURCES for key in ("path", "image_root"))}
@@ -32,7 +32,7 @@ _RESULTS = {("output",), ("data", "prepared")}
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file, or one that ships by its name; `overrides` are "section.key=value" with YAML values.
+    """Read a recipe: a file, or the name of one that ships; `overrides` are "section.key=value" with YAML values.
 
     Raises UserError with every error found.
     """
@@ -57,13 +57,13 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
 
 
 def shipped_folder() -> Path:
-    """Return the folder of the recipes that ship: inside an installed package, or recipes/ of a clone."""
+    """Return the folder of the recipes that ship: inside the installed package, or recipes/ in a clone."""
     installed = Path(__file__).with_name("shipped")
     return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def find_recipe(path: Path | str) -> Path:
-    """Return the path of a recipe: `quickstart` is the one that ships, unless a file of this name is here."""
+    """Return the path of a recipe. A name such as `quickstart` means a recipe that ships, unless such a file exists."""
     path = Path(path)
     if path.suffix or len(path.parts) != 1 or path.is_file():
         return path
@@ -94,7 +94,7 @@ def absolute_paths(value: Any, keys: tuple[str, ...], folder: Path) -> Any:
     if where in _RESULTS or (where in _PATHS_OR_HUB_IDS and not (folder / path).is_dir()):
         return str(path) if value.startswith("~") else value
     path = folder / path
-    try:  # links are resolved in the parents alone: a linked data file stands beside the images of the link's folder
+    try:  # only the parents are resolved: the images of a linked data file are beside the link
         return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
     except RuntimeError as error:  # pathlib's error for a loop of links
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _apply(document: dict[str, Any], override: str) -> str | None:
-    """Set one "section.key=value" in place; a number selects from a list. Returns what is wrong, if anything."""
+    """Set one "section.key=value" in place; a number is an index into a list. Return an error message, or None."""
     keys, equals, text = override.partition("=")
     if not equals or not keys:
         return f"{override!r:.200}: expected key=value, such as training.steps=10"
@@ -150,7 +150,7 @@ def _apply(document: dict[str, Any], override: str) -> str | None:
 
 
 def _replace_steps_or_epochs(document: dict[str, Any], overridden: set[str]) -> None:
-    """Let `training.steps=50` replace the file's `epochs`, and the other way round: a recipe has one of them."""
+    """Let an override of `training.steps` replace the file's `epochs`, and vice versa: a recipe has only one."""
     training = document.get("training")
     if not isinstance(training, dict):
         return
@@ -163,8 +163,8 @@ def _replace_steps_or_epochs(document: dict[str, Any], overridden: set[str]) -> 
 
 
 def _explain(details: ErrorDetails) -> str:
-    """Return one of pydantic's errors as "key: expected, got, nearest valid key"."""
-    # Parts that name one of several types of a key are pydantic's own, and no keys.
+    """Format one of pydantic's errors as "key: expected, got, nearest valid key"."""
+    # Some parts are pydantic's names for the types of a union, not keys.
     types_alone = r"(function-|constrained-|literal\[|list\[|dict\[)"
     keys = [part for part in details["loc"] if not (isinstance(part, str) and re.match(types_alone, part))]
     location = ".".join(f"{key!s:.80}" for key in keys)[:200] or "recipe"

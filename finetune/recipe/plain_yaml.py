@@ -1,7 +1,7 @@
 """YAML -> the plain values of a recipe: dict, list, text, numbers, true, false, null.
 
-Any input is answered quickly: with values, or with one line that says what a recipe cannot hold, and where. Keys are
-text, tags that build objects are refused, and the size of what aliases expand to is counted before it is built.
+Any input quickly gives either values, or an error of one line with its place. Keys must be text, tags that build
+objects are refused, and the size of expanded aliases is computed before they are expanded.
 """
 
 import re
@@ -26,7 +26,7 @@ _TRUE, _FALSE = ("yes", "true", "on"), ("no", "false", "off")
 
 
 def parse_yaml(content: bytes | str) -> Any:
-    """Return the values of one YAML document, none of them shared. Raises UserError: one line, without a file name.
+    """Return the values of one YAML document, without shared objects. Raises UserError: one line, without a file name.
 
     >>> parse_yaml("{steps: 1_000, betas: [0.9, 0.95], evaluation: null}")
     {'steps': 1000, 'betas': [0.9, 0.95], 'evaluation': None}
@@ -50,7 +50,7 @@ def parse_yaml(content: bytes | str) -> Any:
 
 
 def _measure(node: Node, measured: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """Return (values and characters, depth) of a node with aliases expanded. Raises UserError where it is too much.
+    """Return (values and characters, depth) of a node with aliases expanded. Raises UserError: too many, or too deep.
 
     `measured` holds the results by node, and None for a node whose children are being measured.
     """
@@ -83,7 +83,7 @@ def _value(node: Node) -> Any:
         return _mapping(node)
     if not isinstance(node, ScalarNode):
         raise _refused(f"the tag {node.tag.replace(_TAG, '!!')!r:.80}", node)
-    # A number in another notation (0x10, 010, 1:30) stays text, and its key refuses it.
+    # A number in another notation (0x10, 010, 1:30) stays text, which is then an error for its key.
     text = node.value
     if node.tag == f"{_TAG}null":
         return None
@@ -110,7 +110,7 @@ def _text(node: Node) -> str:
 
 
 def _mapping(node: MappingNode) -> dict[str, Any]:
-    """Return a mapping with its `<<` filled in; of several mappings in a `<<`, the first one that has a key decides."""
+    """Return a mapping with its `<<` expanded; if several mappings in a `<<` have a key, the first one is used."""
     own: dict[str, Any] = {}
     merged: dict[str, Any] | None = None
     for key_node, value_node in node.value:

@@ -1,6 +1,6 @@
 """The recipe: one class per section, each key with its default and its description, which editors and docs/ show.
 
-Keys that do not fit together are refused here, with the reason and the repair.
+Keys that contradict each other are refused here, with the reason and the repair.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ class Model(Section):
     base: Name | None = None
     """Folder or hub id of a base or instruct IDEFICS."""
     init: Literal["tiny", "idefics-9b", "idefics-80b"] | None = None
-    """Instead of `base`: the shape of a fresh model, whose vocabulary is learnt from the recipe's own texts."""
+    """Instead of `base`: the shape of a new, random model, whose vocabulary is learnt from the recipe's own texts."""
     revision: Name | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -42,7 +42,7 @@ class Model(Section):
     vision: Mode = "frozen"
     """The image encoder (CLIP)."""
     resampler: Mode = "frozen"
-    """The perceiver resampler, which turns the features of an image into a fixed number of latents."""
+    """The perceiver resampler, which turns the patches of an image into a fixed number of features."""
     cross_attention: Mode = "lora"
     """The gated cross-attention layers, through which the text looks at images."""
     decoder: Mode = "lora"
@@ -54,7 +54,7 @@ class Model(Section):
     embeddings_and_head: Switch = "frozen"
     """The embeddings and the output layer of all other tokens."""
     continue_from: Name | None = None
-    """An adapter folder from an earlier run, to train on."""
+    """An adapter folder of an earlier run, whose training is continued."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -109,11 +109,11 @@ class Source(Section):
     """A dataset; its paths are relative to the recipe file, or to the current folder where key=value sets them."""
 
     format: FormatName = "auto"
-    """The form of the records; auto: recognised from the first ones."""
+    """Format of the records; auto: recognised from the first ones."""
     path: Paths = ()
     """Files, folders or patterns: json, jsonl (also .gz, .zst), csv, parquet, arrow, webdataset tar, txt, images."""
     hub: Name | None = None
-    """Instead of a path: a dataset on the hub."""
+    """Id of a dataset on the hub, instead of a path."""
     subset: Name | None = None
     """Configuration of a hub dataset."""
     split: Name = "train"
@@ -126,28 +126,28 @@ class Source(Section):
     """Folders, zip or tar archives, or MIMIC-IT image files in which images are looked up; image paths may not lead out
     of them. Default: the folder of the data file."""
     image_name: str | None = None
-    """Names of image files where records hold only a number: COCO_train2014_{image_id:012d}.jpg."""
+    """Template of image file names, if records hold only a number: COCO_train2014_{image_id:012d}.jpg."""
     columns: dict[str, str] = {}
-    """Names of the fields in the records, where they differ: {text: caption} reads "text" from "caption"."""
+    """Names of fields in the records, if other than the format's: {text: caption} reads "text" from "caption"."""
     weight: Rate | None = None
     """Sampling ratio among the sources; without weights, each example is drawn once per epoch."""
     limit: Positive | None = None
-    """Read only the first so many records."""
+    """Number of records to read, from the first on."""
     on_broken: Literal["stop", "keep"] = "stop"
-    """If a file cannot be read to its end: stop with an error, or keep the records before and report the loss."""
+    """If a file cannot be read to its end: stop with an error, or keep the records read so far and report the loss."""
     turns: Positive | None = None
-    """Join questions about one image, and divide longer dialogues, into dialogues of at most so many turns."""
+    """Largest number of turns of a dialogue: questions about one image are joined, and longer dialogues divided."""
     ordered: bool | None = None
-    """Whether turns build on each other, so that their order is kept; default: as the format says."""
+    """Whether turns build on each other, so that their order is kept; default: depends on the format."""
     prompt: Prompts = ()
-    """The user's question for each caption, which makes dialogues of captions; from a list, one is drawn per record.
-    Without it, captions are documents, and a model does not learn to answer from documents."""
+    """A question to put before each caption, which turns captions into dialogues; from a list, one is drawn per record.
+    Without it, captions are documents, from which a model does not learn to answer."""
     download: Literal[False, True, "http"] = False
-    """Fetch images whose path is a URL: true over https alone, http over plain http, too."""
+    """Download images whose path is a URL. true: only over https; http: also over plain http."""
     placeholders: Literal["images", "text"] = "images"
-    """What "<image>" and the like mean in a user's text: images, the listed ones, or text that is kept."""
+    """Meaning of "<image>" and the like in a user's text. images: places of the listed images; text: ordinary text."""
     ignore: Keys = ()
-    """Keys of records or of their messages that are left out: [tools, videos]."""
+    """Keys of records or messages that are ignored: [tools, videos]."""
     license: str | None = None
     """License in the dataset card."""
 
@@ -160,17 +160,17 @@ class Source(Section):
         return tuple(map(Path, self.image_root))
 
     def at(self, *paths: Path) -> Self:
-        """The same source, but of these files or folders."""
+        """Return a copy of the source with these files or folders."""
         return self.model_copy(update={"path": tuple(map(str, paths))})
 
     @property
     def label(self) -> str:
-        """A short name, for a progress bar."""
+        """Return a short name for a progress bar."""
         return self.paths[0].name if self.path else self.hub or self.format
 
     @property
     def name(self) -> str:
-        """The name in messages and reports, such as "data/train.jsonl[train]"; always valid Unicode."""
+        """Return the name for messages and reports, such as "data/train.jsonl[train]"; always valid Unicode."""
         where = ", ".join(map(str, self.paths)) or self.hub or self.format
         name = f"{where}{f'/{self.subset}' if self.subset else ''}[{self.split}]"
         return name.encode("utf-8", "backslashreplace").decode()
@@ -190,10 +190,10 @@ class Source(Section):
 
 
 def need_end_of_utterance(sources: Iterable[Source]) -> bool:
-    """Whether training on these sources needs `<end_of_utterance>`: dialogues end with it, documents do not.
+    """Return whether training on these sources needs `<end_of_utterance>`: dialogues end with it, documents do not.
 
-    A source of `format: auto` counts as one of dialogues until its format is recognised. A base that is trained on
-    documents alone stays a base.
+    A source of `format: auto` counts as dialogues until its format is recognised. A base that is trained only on
+    documents stays a base.
     """
     return any(source.format not in DOCUMENTS or source.prompt for source in sources)
 
@@ -221,42 +221,42 @@ class Augment(Section):
     """Random changes to training images."""
 
     flip: bool = False
-    """Mirror left to right, by a coin."""
+    """Mirror left to right, with probability one half."""
     shift: Whole = 0
-    """Move by up to so many pixels of the model's input, each way."""
+    """Largest shift in each direction, in pixels of the model's input."""
 
 
 class Data(Section):
-    """What is trained on, what is held out for evaluation, and how it is prepared."""
+    """The data for training and for evaluation, and how it is prepared."""
 
     sources: Annotated[list[Source], Field(min_length=1)]
-    """What is trained on."""
+    """Training data."""
     eval_sources: list[HeldOut] = []
-    """Held-out data that has its own split or file."""
+    """Eval data in its own split or file."""
     eval_split: Share = 0.0
-    """Without `eval_sources`: the share of the examples that is held out; no image is on both sides."""
+    """Share of the examples kept for evaluation, if there are no `eval_sources`; no image is on both sides."""
     max_length: Annotated[Positive, Field(ge=8)] = 1024
-    """Longest example in tokens. A longer document is cut between its texts; a longer dialogue is divided where `turns`
-    allows, else rejected and counted."""
+    """Longest example in tokens. A longer document is cut between its texts; a longer dialogue is divided if `turns`
+    allows it, else rejected and counted."""
     weigh: Literal["examples", "tokens"] = "examples"
-    """What the weights of the sources are ratios of."""
+    """Unit of the weights of the sources."""
     overlap: Literal["report", "drop_questions", "drop_images"] = "report"
-    """Training examples that ask a held-out question about the same image, or that show a held-out image: report counts
-    them; drop_questions and drop_images leave them out of training."""
+    """Handling of training examples that ask an eval question about the same image, or show an eval image. report:
+    count them; drop_questions, drop_images: leave them out of training."""
     shuffle_buffer: Positive = 1000
-    """Examples of a streamed source from which the next one is drawn."""
+    """Size of a streamed source's shuffle buffer, in examples."""
     prepared: Name = "runs/prepared"
     """Folder of prepared data, shared by runs; relative to the current folder."""
     changed: Literal["refuse", "keep"] = "refuse"
-    """What a finished run does when its data has changed since: refuse ends with the reason; keep leaves the adapter as
-    it is, and it can still be merged."""
+    """Behaviour if the data of a finished run has changed. refuse: end with an error; keep: keep the trained adapter,
+    which can still be merged."""
     workers: Positive | None = None
-    """Processes that prepare; default: one per core."""
+    """Number of processes for preparing; default: one per core."""
     augment: Augment = Augment()
     """Random changes to training images."""
     cache_features: bool = True
-    """Compute the features of each image once, where vision and resampler are frozen, and keep them beside the prepared
-    data; with `augment`, and for streamed sources, they are computed in every step."""
+    """Compute the features of each image once, if vision and resampler are frozen, and keep them on disk beside the
+    prepared data. With `augment`, and for streamed sources, they are computed in every step."""
     feature_cache_size: Annotated[str, AfterValidator(_size)] = "50GB"
     """Largest size of all cached features on disk; the least recently used ones are deleted."""
 
@@ -282,30 +282,30 @@ class Data(Section):
 
 
 Action = Literal["skip", "lower_rate", "stop"]
-"""What is done about an unstable step; see `Instability`."""
+"""Reaction to an unstable step; see `Instability`."""
 
 
 class Instability(Section):
-    """What is done about a loss or a gradient that is not finite, and about a loss far above those before it.
+    """Reaction to a loss or a gradient that is not finite, and to a loss spike.
 
-    Such a step is never taken. The run goes back to its last checkpoint, and `unstable.jsonl` lists the dialogues.
+    Such a step is never applied. The run goes back to its last checkpoint, and `unstable.jsonl` lists the dialogues.
     """
 
     action: Action = "skip"
-    """skip: leave out the dialogues with the highest losses from then on; lower_rate: halve the learning rates; stop:
+    """skip: from then on, leave out the dialogues with the highest losses; lower_rate: halve the learning rates; stop:
     end the run with the reason."""
     spike: Rate | None = 20.0
-    """A loss is a spike if it is above the median of the last 64 losses by so many robust standard deviations and by 1
-    nat; null: losses are not compared."""
+    """Threshold of a loss spike, in robust standard deviations above the median of the last 64 losses; a spike is also
+    at least 1 nat above it. null: spikes are not detected."""
     rollbacks: Whole = 3
-    """How often the run may go back before it ends with the reason."""
+    """Largest number of returns to a checkpoint; then the run ends with the reason."""
 
 
 class Training(Section):
-    """How long is trained, how much in one step, and how fast."""
+    """Length of the training, size of a step, and optimiser."""
 
     epochs: Positive | None = None
-    """How often each example is trained on; either this or `steps`."""
+    """Number of passes through the data; either this or `steps`."""
     steps: Positive | None = None
     """Number of optimiser steps; either this or `epochs`."""
     row_tokens: Positive = 2048
@@ -319,20 +319,20 @@ class Training(Section):
     final_learning_rate: Real = 0.0
     """Learning rate at the end of a linear or cosine schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate changes after the warm-up."""
+    """Shape of the learning rate after the warm-up."""
     warmup_steps: Whole = 0
     """Steps in which the learning rate rises from 0 to its peak."""
     weight_decay: Real = 0.0
     """AdamW's weight decay."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """8bit: both moments in 8 bits; paged: they move to main memory while the GPU's memory is short."""
+    """8bit: both moments are stored in 8 bits; paged: they move to main memory when the GPU's memory is short."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     clip: Real = 1.0
     """Largest gradient norm; 0 does not clip."""
     checkpointing: bool | Positive = False
-    """Store only the input of each layer for the backward pass, and compute the rest again: less memory, a third more
-    work. A number: in so many layers of the decoder, and in the cross-attention before them."""
+    """Gradient checkpointing: store only the input of each layer, and compute the rest again in the backward pass: less
+    memory, a third more work. A number: only in so many decoder layers, and in the cross-attention before them."""
     gates_learning_rate: Rate | None = None
     """Peak learning rate of the gates; default: `learning_rate`."""
     added_tokens_learning_rate: Rate | None = None
@@ -342,18 +342,18 @@ class Training(Section):
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; default: `evaluate_every`, else a tenth of the run."""
     evaluate_every: Positive | None = None
-    """Steps between eval losses. Each new best one is a checkpoint and is kept; the best one becomes the adapter."""
+    """Steps between evaluations of the eval loss. Each new best step is saved; the best one becomes the adapter."""
     early_stop: Positive | None = None
-    """Stop after so many eval losses without a better one."""
+    """Number of evaluations without a better eval loss after which training stops."""
     trackers: list[str] = []
     """Experiment trackers of the transformers trainer: tensorboard, wandb, trackio, mlflow, ..."""
     instability: Instability = Instability()
-    """What is done about a loss that is not finite, or far too high."""
+    """Reaction to a loss that is not finite, or far too high."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-    """Over several processes: each has the whole model (ddp), or a shard of each layer (fsdp2)."""
+    """With several processes, each holds the whole model (ddp), or a shard of each layer (fsdp2)."""
     auto_fit: bool = False
-    """Where the recipe does not fit the GPU of this machine, apply the cheapest change that makes it fit, as `finetune
-    plan` suggests it. The run folder's recipe.yaml and auto_fit.json record it."""
+    """If the recipe does not fit this machine's GPU, apply the cheapest change that makes it fit, as `finetune plan`
+    suggests it. The run folder's recipe.yaml and auto_fit.json record it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -373,16 +373,16 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Questions of the held-out data, asked to the base and to the tuned model."""
+    """Questions of the eval data, which the base and the tuned model answer."""
 
     max_new_tokens: Positive = 64
     """Longest answer in tokens."""
     limit: Positive | None = None
-    """Ask only so many questions, drawn by the seed."""
+    """Largest number of questions, drawn with the seed."""
     batch_size: Positive = 32
-    """Questions that are answered at once."""
+    """Number of questions in one batch."""
     documents: list[HeldOut] = []
-    """Held-out documents: the loss on them before and after training shows what was forgotten."""
+    """Eval documents: the loss on them before and after training shows how much the model has forgotten."""
 
 
 class Recipe(Section):
@@ -393,11 +393,11 @@ class Recipe(Section):
     adapter: Adapter = Adapter()
     """LoRA's settings."""
     data: Data
-    """What is trained on, and what is held out."""
+    """Data for training and evaluation."""
     training: Training
-    """How long is trained, how much in one step, and how fast."""
+    """Length of the training, size of a step, and optimiser."""
     evaluation: Evaluation | None = None
-    """Questions of the held-out data, asked to the base and to the tuned model; leave it out to skip this stage."""
+    """Questions of the eval data, which the base and the tuned model answer; without this section, no evaluation."""
     merge: bool = True
     """Whether the run ends with a standalone model, base + adapter."""
     output: Name
@@ -432,7 +432,7 @@ class Recipe(Section):
         return self
 
     def doubts(self, steps: int | None) -> list[str]:
-        """Return warnings about settings that a run of so many steps, by default the recipe's, never reaches."""
+        """Return warnings about settings without effect in a run of this many `steps` (default: the recipe's)."""
         training, steps = self.training, steps or self.training.steps
         found = []
         if steps and training.warmup_steps >= steps:
@@ -447,7 +447,7 @@ class Recipe(Section):
 
     @property
     def caches_features(self) -> bool:
-        """Whether the features of images stay the same in the whole run, and the recipe wants them cached."""
+        """Return whether image features are constant during the run, and the recipe caches them."""
         same = not self.model.trains_image_towers and self.data.augment == Augment()
         return self.data.cache_features and same and not self.data.streams
 
@@ -460,5 +460,5 @@ MAY_CHANGE = (
     *("evaluation", "merge", "output", "data.prepared", "data.workers", "data.feature_cache_size", "data.changed"),
     *("training.checkpointing", "training.checkpoint_every", "training.trackers", "training.instability"),
 )
-"""Keys that may change in a run folder where something is trained: those of later stages, and those that say where, how
-fast, in how much memory and how carefully work is done. Training comes to the same result whatever their values."""
+"""Keys that may change after training has begun in a run folder: they concern later stages, places, speed, memory or
+safety, and do not change the result of training."""

@@ -1,4 +1,4 @@
-"""The types of a recipe's values: numbers without booleans, names, paths, texts; and one value in place of a list."""
+"""The types of a recipe's values: numbers (no booleans), names, paths, texts; lists that accept a single value."""
 
 import math
 from typing import Annotated, Any
@@ -6,18 +6,18 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 MOST = 10**15
-"""Largest whole number of a recipe: more than there is to count, and far below the end of 64 bits."""
+"""Largest whole number of a recipe: larger than any sensible count, and far below the limit of 64 bits."""
 
 
 def _number(value: Any) -> Any:
-    """Refuse true and yes, which Python counts as 1."""
+    """Refuse booleans, which Python treats as 0 and 1."""
     if isinstance(value, bool):
         raise ValueError(f"expected a number, got {value} (bool)")
     return value
 
 
 def _whole_number(value: Any) -> Any:
-    """Return 1000 for 1e3 and 1000.0; anything else is left to pydantic to accept or refuse."""
+    """Return 1000 for 1e3 and 1000.0, and any other value as it is, for pydantic to accept or refuse."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -32,7 +32,7 @@ Real = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_numbe
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_number)]
 Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_whole_number)]
-"""Below 2 to the 32, numpy's limit."""
+"""A random seed below 2**32, numpy's limit."""
 
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 

@@ -3,7 +3,7 @@
 A placeholder ("<image>", in the spelling of any toolkit) in a user's text or a document is the place of the next image
 that the record lists; a numbered one ("<image_2>") says which image. Every listed image must have a place and every
 placeholder an image, or the record is rejected. Without any placeholder the listed images open the first user turn.
-"<img>cat.jpg</img>" names its image.
+The placeholder "<img>cat.jpg</img>" gives its image's file.
 
 A placeholder of a medium that cannot be shown, such as "<video>", rejects the record. In an answer, a system message,
 or a message that holds its own images as parts, a placeholder is text; it is reported, so that it is counted.
@@ -70,11 +70,11 @@ _UNSEEN = {"v": "video", "a": "audio", "s": "audio", "b": "grounding", "r": "gro
 """First letter of a placeholder that is no image -> the medium that it stands for."""
 
 _HIDING = "\ufdd0"
-"""A noncharacter, which occurs in no text; inside a placeholder it hides it from `_PLACEHOLDER`."""
+"""A Unicode noncharacter, which occurs in no text. Inside a placeholder, it keeps `_PLACEHOLDER` from matching."""
 
 
 class Slot(str):
-    """An image part of a message that names no file: a listed image belongs there, in any turn."""
+    """An image part of a message without a file: the place of the next listed image, in any turn."""
 
     __slots__ = ()
 
@@ -116,7 +116,7 @@ def place_images(turns: Sequence[Turn], images: Sequence[Image], root: ImageRoot
         if any(isinstance(piece, Image) for one in pieces for piece in one):
             raise RecordError("image count", f"{len(images)} images listed beside others that have a place, 0 placed")
         first = next((number for number, turn in enumerate(turns) if _asks(turn)), None)
-        if first is not None:  # without a user it is no dialogue anyway
+        if first is not None:  # without a user's turn, the record is rejected later
             pieces[first] = [*images, *pieces[first]]
     parts = [tuple(piece for piece in one if not isinstance(piece, _Placeholder)) for one in pieces]
     return tuple(replace(turn, parts=own) for turn, own in zip(turns, parts, strict=True)), literal
@@ -179,7 +179,7 @@ def _number(match: re.Match[str]) -> int | None:
 
 
 def _without_doubles(pieces: Sequence[_Piece]) -> list[_Piece]:
-    """Return the pieces without the placeholders beside as many image parts: they mean the same images."""
+    """Drop placeholders from a message with equally many image parts: both mean the same images."""
     kept: list[_Piece] = []
     for _, group in groupby(pieces, key=lambda piece: isinstance(piece, str)):
         run = list(group)

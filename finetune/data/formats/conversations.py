@@ -7,7 +7,7 @@
     {"image": "000000033471.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat colour is the bus?"},
                                                     {"from": "gpt", "value": "White and red."}]}
 
-An image part names its image under "image", "path" or "url" (OpenAI: "image_url"). A part that names none takes the
+An image part gives its image under "image", "path" or "url" (OpenAI: "image_url"). A part without one takes the
 next of the record's own "images", as a placeholder in a text does. An assistant's message with "weight": 0,
 "loss": false or "train": false is context: it is not trained on.
 """
@@ -41,7 +41,7 @@ _READ_OF_IMAGE = frozenset({"type", "text", "index", "detail", *_REFERENCES})
 
 
 def convert_messages(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """OpenAI's and TRL's messages."""
+    """Convert OpenAI's and TRL's messages."""
     messages = record.get("messages")
     if not isinstance(messages, list):
         raise RecordError("no messages", f'expected "messages": [...], got keys {sorted(map(str, record))[:8]}')
@@ -57,7 +57,7 @@ def is_messages(record: dict[str, Any]) -> bool:
 
 
 def convert_sharegpt(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """ShareGPT, LLaVA-Instruct, LLaVAR, LLaVA's mix665k; also with the keys "role" and "content"."""
+    """Convert ShareGPT, LLaVA-Instruct, LLaVAR and LLaVA's mix665k; also with the keys "role" and "content"."""
     ignored: list[str] = []
     turns = [turn_of(message, root, ignored) for message in required_list(record, "conversations", dict)]
     return build(record, root, turns, listed_images(record, root), ignored=ignored)
@@ -74,7 +74,7 @@ def is_sharegpt(record: dict[str, Any]) -> bool:
 
 
 def convert_svit(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """SVIT: an image by its number, and one conversation about it, or several that are joined into one.
+    """Convert SVIT: an image, given by number, and one conversation about it, or several, which are joined.
 
     {"image_id": 2410153, "conversations": [{"content": [{"from": "user", "value": ...}, ...]}, ...]}
     """
@@ -95,7 +95,7 @@ def is_svit(record: dict[str, Any]) -> bool:
 
 
 def convert_ultrachat(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """UltraChat: {"id": "0", "data": [question, answer, question, answer, ...]}."""
+    """Convert UltraChat: {"id": "0", "data": [question, answer, question, answer, ...]}."""
     texts = required_list(record, "data", str)
     turns = [Turn("assistant" if index % 2 else "user", (text,)) for index, text in enumerate(texts)]
     return build(record, root, turns)
@@ -113,9 +113,9 @@ def _is_message(item: object) -> bool:
 
 
 def turn_of(message: object, root: ImageRoot, ignored: list[str]) -> Turn:
-    """Return the turn of {"role", "content"} or {"from", "value"}; what is not used of it is added to `ignored`.
+    """Return the turn of {"role", "content"} or {"from", "value"}; add the names of unused content to `ignored`.
 
-    Images that the message itself lists stand at their placeholders; those of the record not yet. Raises RecordError.
+    Images that the message lists are put at its placeholders; images of the record come later. Raises RecordError.
     """
     if not isinstance(message, dict):
         raise RecordError("unknown role", f"expected one of {', '.join(_ROLES)}; got {type(message).__name__}")

@@ -48,7 +48,7 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def convert_obelics(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """OBELICS: {"images": [url, null], "texts": [null, "A paragraph."]}, an image or a text at every position."""
+    """Convert OBELICS: {"images": [url, null], "texts": [null, "Text."]}, an image or a text at every position."""
     images, texts = required_list(record, "images", object), required_list(record, "texts", object)
     if len(images) != len(texts):
         raise RecordError("images and texts do not match", f"{len(images)} images, {len(texts)} texts")
@@ -68,7 +68,7 @@ def is_obelics(record: dict[str, Any]) -> bool:
 
 
 def convert_pair(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """PMD, LAION, COCO's captions, webdataset: an image, then its caption, the first where there are several.
+    """Convert PMD, LAION, COCO's captions and webdataset to an image and its (first) caption.
 
     COCO gives an image by its number: "image_id".
     """
@@ -102,7 +102,7 @@ def is_pair(record: dict[str, Any]) -> bool:
 
 
 def convert_text(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """Plain text, and Wikipedia's {"title", "text"}: the title comes first, unless the text begins with it."""
+    """Convert plain text, and Wikipedia's {"title", "text"}: the title comes first, unless the text begins with it."""
     title, text = (optional(record, "title", str) or "").strip(), required(record, "text", str)
     opening = [] if text.lstrip().startswith(title) else [title]
     return build(record, root, [Turn("document", (*opening, *_paragraphs(text)))])

@@ -38,7 +38,7 @@ def read(source: Source) -> Iterator[Record]:
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """A question and its answer; the package names its own image files, so the image root is not used."""
+    """Convert a question and its answer; records hold the paths of the package's images, so `root` is not used."""
     image = Image(Path(required(record, "image", str)))
     return Dialogue((user(image, required(record, "question", str)), assistant(required(record, "answer", str))))
 
@@ -55,7 +55,7 @@ def read_captions(source: Source) -> Iterator[Record]:
 
 
 def convert_caption(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """A document about an image, without a question or an answer; the image's number chooses the words."""
+    """Convert to a document about an image, without question and answer; the image's number selects the words."""
     image, statements = Path(required(record, "image", str)), record.get("kind") == "statements"
     if not image.stem.isdecimal():
         raise RecordError("unknown content", f'"image": expected a file called by its number, got {image.name!r:.80}')
@@ -94,7 +94,7 @@ _BOTH = (
 )
 _COLOR = ("the color of the shape is {color}.",)
 _SHAPE = ("the shape is a {shape}.",)
-# The thing is named before the words that say whether it is there, so that these words depend on the image alone.
+# The object comes first, then the words "is there" or "is not there", so that these depend only on the image.
 _STATEMENTS = ("a {thing} is{negation} present.", "a {thing} is{negation} in the image.")
 
 

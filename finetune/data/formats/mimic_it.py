@@ -25,9 +25,9 @@ _READ = frozenset({"instruction", "answer", "image_ids", "images", "rel_ins_ids"
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """Related instructions are earlier turns; images are shown again only where others were shown in between.
+    """Convert an instruction: related ones become earlier turns; images are repeated only after other images.
 
-    Placeholders are the places of an instruction's own images.
+    The placeholders in an instruction stand for its own images.
     """
     related = required_list(record, "related", dict) if has(record, "related") else []
     turns, ignored = list[Turn](), list[str]()

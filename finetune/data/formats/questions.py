@@ -36,11 +36,11 @@ from finetune.data.io.image_roots import ImageRoot
 DIFFERENCES = "What are the differences between the two images?"
 
 PROMPTS = ("prompt", "question", "query", "instruction", "problem")
-"""Names of the question that a preference is about."""
+"""Keys that can hold the question of a preference record."""
 
 
 def convert_lrv(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """LRV-Instruction: {"image_id": "2392588", "question": ..., "answer": ..., "task": ...}, or "image" itself."""
+    """Convert LRV-Instruction: {"image_id": "2392588" or "image": file, "question", "answer", "task"}."""
     turns = (user(required(record, "question", str)), assistant(answer_of(record, "answer")))
     return build(record, root, [*history(record), *turns], [own_image(record, root, "{image_id}.jpg")])
 
@@ -52,7 +52,7 @@ def is_lrv(record: dict[str, Any]) -> bool:
 
 
 def convert_m3it(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """M3IT: {"instruction", "inputs", "outputs", "image_base64_str": [base64, ...]}, on the hub with "image"."""
+    """Convert M3IT: {"instruction", "inputs", "outputs", "image_base64_str": [base64, ...]}, on the hub "image"."""
     encoded = record.get("image_base64_str")
     if isinstance(encoded, str) or encoded is None:
         texts = [encoded] if encoded is not None else []
@@ -70,7 +70,7 @@ def is_m3it(record: dict[str, Any]) -> bool:
 
 
 def convert_alpaca(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """Alpaca: {"instruction", "input", "output"}, with "system", "history" and images where there are any."""
+    """Convert Alpaca: {"instruction", "input", "output"}, optionally "system", "history" and images."""
     question = joined((required(record, "instruction", str), optional(record, "input", str)))
     turns = (user(question), assistant(answer_of(record, "output")))
     return build(record, root, [*history(record), *turns], listed_images(record, root))
@@ -82,7 +82,7 @@ def is_alpaca(record: dict[str, Any]) -> bool:
 
 
 def convert_cauldron(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """The Cauldron: {"images": [...], "texts": [{"user", "assistant", "source"}, ...]}, all texts about all images."""
+    """Convert The Cauldron: {"images": [...], "texts": [{"user", "assistant"}, ...]}, all texts about all images."""
     turns, ignored = list[Turn](), list[str]()
     for text in required_list(record, "texts", dict):
         turns += [user(required(text, "user", str)), assistant(answer_of(text, "assistant"))]
@@ -97,7 +97,7 @@ def is_cauldron(record: dict[str, Any]) -> bool:
 
 
 def convert_spot_the_diff(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """Spot-the-Diff: {"img_id": "2019", "sentences": [...]}; its images are 2019.png and 2019_2.png."""
+    """Convert Spot-the-Diff: {"img_id": "2019", "sentences": [...]}; its images are 2019.png and 2019_2.png."""
     first = root.named(record, "{img_id}.png")
     second = root.named({**record, "img_id": f"{record.get('img_id')}_2"}, "{img_id}.png")
     sentences = [_sentence(text) for text in required_list(record, "sentences", str) if text.strip()]
@@ -116,7 +116,7 @@ def is_spot_the_diff(record: dict[str, Any]) -> bool:
 
 
 def convert_qa(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """A question and its answer; earlier ones in "history", the text that the question is about in "context"."""
+    """Convert a question and its answer; "history" holds earlier ones, "context" the text that is asked about."""
     question, answer = name_of(record, QUESTIONS), name_of(record, ANSWERS)
     asks = [name for name in QUESTIONS if has(record, name, str) and record[name].strip()]
     if len(asks) > 1 and asks != ["instruction", "input"]:
@@ -138,7 +138,7 @@ def is_qa(record: dict[str, Any]) -> bool:
 
 
 def convert_prompt_completion(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """TRL's {"prompt", "completion"}: both are texts, or both are lists of messages."""
+    """Convert TRL's {"prompt", "completion"}: both are texts, or both are lists of messages."""
     ignored: list[str] = []
     turns = [*_turns(record, "prompt", root, ignored), *_turns(record, "completion", root, ignored)]
     return build(record, root, [*history(record), *turns], _images(record, root), ignored=ignored)
@@ -150,7 +150,10 @@ def is_prompt_completion(record: dict[str, Any]) -> bool:
 
 
 def convert_preference(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """TRL's {"prompt", "chosen", "rejected"}, "chosen" also as the whole conversation; others with a question."""
+    """Convert TRL's {"prompt", "chosen", "rejected"} to the prompt and the chosen answer.
+
+    "chosen" may be the whole conversation, and the prompt may have another name.
+    """
     ignored: list[str] = []
     chosen = _turns(record, "chosen", root, ignored)
     whole = bool(chosen) and chosen[0].role != "assistant"
@@ -170,7 +173,7 @@ def is_preference(record: dict[str, Any]) -> bool:
 
 
 def _turns(record: Mapping[str, Any], name: str, root: ImageRoot, ignored: list[str]) -> list[Turn]:
-    """Return the turns of a list of messages; of a text the assistant's turn if it is an answer, else the user's."""
+    """Return the turns of a list of messages; a text is one turn: the assistant's for an answer, else the user's."""
     value = record.get(name)
     if isinstance(value, list):
         return [turn_of(message, root, ignored) for message in value]
@@ -184,7 +187,7 @@ def _has_turns(record: Mapping[str, Any], name: str) -> bool:
 
 
 def _images(record: dict[str, Any], root: ImageRoot) -> tuple[Image, ...]:
-    """Return the images that a record lists, under whichever name, or the one whose number it gives."""
+    """Return the images that a record lists, under any of their names, or the image of its "image_id"."""
     if any(has(record, name) for name in ("image", "images")):
         return listed_images(record, root)
     if name := first_name(record, IMAGES):

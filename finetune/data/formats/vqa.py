@@ -40,7 +40,7 @@ ANSWERED = ("answers", "answer", "label", "direct_answers")
 
 
 def convert(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """The most common answer (the earliest of equals) is trained; without any, "multiple_choice_answer"."""
+    """Convert to the question and its most common answer (on a tie the first), else "multiple_choice_answer"."""
     listed = _listed(record)
     answers = all_answers(record, listed) if listed and record[listed] else []
     if not answers and not has(record, "multiple_choice_answer"):

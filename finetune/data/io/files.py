@@ -1,4 +1,4 @@
-"""A source's paths -> its data files, their records as they hold them, and a digest of their content."""
+"""A source's paths -> its data files, their unchanged records, and a digest of their content."""
 
 import hashlib
 import json
@@ -56,7 +56,9 @@ def read_source(source: Source) -> Iterator[Record]:
         _suffix(path)  # an unknown one is an error before anything is read
     common = os.path.commonpath(folders_of(source.paths)) if source.paths else ""
     for path in files:
-        folder = path.absolute().parent.relative_to(common)  # a record's images may lie there, so its id says it
+        folder = path.absolute().parent.relative_to(
+            common
+        )  # the record id keeps the folder: images may be relative to it
         for record_id, record in read_file(path, source.split, source.on_broken):
             yield (folder / record_id).as_posix() if folder.parts else record_id, record
 
@@ -106,10 +108,10 @@ def _data_files(folder: Path, split: str) -> list[Path]:
 def fingerprint(source: Source, cache: Path | None = None) -> str:
     """Return the SHA-256 over the content of all that a source reads, in hexadecimal.
 
-    In a folder the names of all files below it count (splits and captions depend on them), and the content of those
-    that are no images; archives of images count as any file, a dataset on the hub by its version there, folders of
-    `image_root` not at all. `cache` is a JSON file that keeps the digests of files, so that unchanged ones are not read
-    again.
+    For a folder, it covers the names of all files below (splits and captions depend on them), and the content of all
+    files but images. Archives of images are hashed like any file, a dataset on the hub by its version; folders of
+    `image_root` are left out. `cache` is a JSON file that keeps the digests of files, so that unchanged ones are not
+    read again.
     """
     parts: list[str] = []
     files: list[Path] = []
@@ -139,7 +141,7 @@ def _digests(files: list[Path], cache: Path | None) -> list[str]:
     """Return the SHA-256 of each file, from the cache as long as its size and time of change are the same."""
     kept: dict[str, object] = {}
     if cache:
-        with suppress(OSError, ValueError):  # a cache that cannot be read is made anew
+        with suppress(OSError, ValueError):  # an unreadable cache is written again
             loaded = json.loads(cache.read_bytes())
             kept = loaded if isinstance(loaded, dict) else {}
     digests = []

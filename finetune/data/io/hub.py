@@ -42,7 +42,7 @@ def _batches(source: Source) -> Iterator[Checked]:
 
 
 def name_of_version(source: Source) -> str:
-    """Return what the library calls the data that it would load: it changes with every change on the hub."""
+    """Return the library's fingerprint of the data that it would load; it changes with every change on the hub."""
     import datasets
 
     with _as_user_error(source):
@@ -52,7 +52,7 @@ def name_of_version(source: Source) -> str:
 
 @contextmanager
 def _as_user_error(source: Source, *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn any error of the library into a UserError, except those of `but` that are no lost connections."""
+    """Turn any error of the library into a UserError, except errors of types `but` that are no connection errors."""
     try:
         yield
     except Exception as error:

@@ -40,7 +40,7 @@ class ImageRoot:
         self._common = Path(os.path.commonpath(folders)) if source.paths and folders else None
         """The folder that record ids are relative to; None with `image_root`."""
         self._own: Folder | None = None
-        """The folder of the record's own file, in a root that `beside` made."""
+        """The folder of the record's own file, if `beside` made this root."""
         self._beside: dict[Path, ImageRoot] = {}
         if source.image_name is not None:
             _check_template(source.image_name)
@@ -51,7 +51,7 @@ class ImageRoot:
     def image(self, reference: object) -> Image:
         """Return the image that a record's value refers to. Raises RecordError.
 
-        A path under a root, an id in a MIMIC-IT file, base64 with `data:image/...;base64,` before it or without, an
+        `reference` is a path under a root, an id in a MIMIC-IT file, base64 (also as `data:image/...;base64,`), an
         https URL if the source allows it, encoded bytes, {"bytes", "path"}, or an image.
         """
         if isinstance(reference, Image):
@@ -100,7 +100,7 @@ class ImageRoot:
         return Image(decode_base64(text))
 
     def named(self, record: dict[str, Any], default: str) -> Image:
-        """Return the image whose name `image_name`, or else `default`, makes of a record's fields.
+        """Return the image whose name is the template `image_name` (or else `default`) filled with a record's fields.
 
         "COCO_train2014_{image_id:012d}.jpg" and {"image_id": 9} -> COCO_train2014_000000000009.jpg
 
@@ -110,7 +110,7 @@ class ImageRoot:
         return self.image("".join(_fill(*part, record) for part in _check_template(template)))
 
     def _stored(self, name: str) -> Image:
-        """Return the image of that name: of the first store of `image_root`, or the only one among default folders."""
+        """Return the image of this name from the first store of `image_root` that has it, or a default folder."""
         if _NO_PATH.search(name):
             raise RecordError("not an image reference", f"{name[:200]!a}: expected a path")
         if self._own and (image := self._own.find(name)):
@@ -129,7 +129,7 @@ class ImageRoot:
                     break
         first = self._own or next(iter(self._stores), None)
         if not found and not refusal and isinstance(first, Folder):
-            return Image(first.locate(name))  # opening it reports that it is missing; a document goes on without it
+            return Image(first.locate(name))  # opening it will report that it is missing; a document leaves it out
         if refusal and not found:
             raise refusal
         if not found:
