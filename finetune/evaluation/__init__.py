@@ -1,1 +1,1 @@
-"""Answers of a model to questions it was not trained on, and the figures made of them."""
+"""Evaluation: a model's answers to eval questions, and their scores."""

@@ -1,7 +1,7 @@
 """Eval dialogues -> figures: loss per supervised token, scores of answers, eos rate; and the image-swap ablation.
 
-Several processes all call `evaluate` or `eval_loss` alike: each does its share, and all get the same figures, which are
-those of one process.
+All processes of a run call `evaluate` or `eval_loss` together: each does its share, and all get the same figures, equal
+to those of a single process.
 """
 
 import json
@@ -28,7 +28,7 @@ from modeling.device import copy_batch
 from modeling.forward import packed_loss
 
 Question = tuple[Dialogue, tuple[str, ...]]
-"""A prompt, and its reference answers: one, or all that people gave."""
+"""A prompt, and its reference answers: one, or those of all annotators."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Scores:
     exact: float | None
     """Share of answers equal to a reference."""
     exact_open: float | None
-    """The same, of questions whose most common reference is not yes or no."""
+    """`exact` of questions whose most common reference is not yes or no."""
     exact_yes_no: float | None
-    """The same, of yes/no questions, as many yes as no for each wording: guessing from the words gets one half."""
+    """`exact` of yes/no questions, as many yes as no for each wording: guessing from the wording scores one half."""
     first_word: float | None
-    """Share of answers whose first word is a reference's: fair to a model that does not know when to stop."""
+    """Share of answers whose first word is a reference's first word: fair to a model that does not stop by itself."""
     eos_rate: float | None
     """Share of answers that ended with an end token within the limit."""
     vqa: float | None
@@ -54,7 +54,7 @@ class Scores:
     cider: float | None
     """Mean CIDEr-D, of the questions whose references are sentences (four words or more). Papers print it times 100."""
     rouge_l: float | None
-    """Mean ROUGE-L of the same questions."""
+    """Mean ROUGE-L of the same questions as `cider`."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def balanced_yes_no(questions: Sequence[Question]) -> list[int]:
-    """Return the indices of yes/no questions, as many yes as no for each wording: the first ones of each.
+    """Return indices of yes/no questions, with as many yes as no for each wording: the first ones of each.
 
     A guess from the wording alone is right half of the time.
     """
@@ -118,9 +118,9 @@ def balanced_yes_no(questions: Sequence[Question]) -> list[int]:
 def swap_images(
     rows: RowCollator, dialogues: Sequence[Dialogue], questions: Sequence[Question], *, seed: int
 ) -> tuple[RowCollator, list[Question]]:
-    """Return the data of the image-swap ablation: every image is replaced by another eval image, the same everywhere.
+    """Return the data of the image-swap ablation: each image is replaced by another eval image, the same everywhere.
 
-    What a model loses on it comes from the images. There are at least two distinct ones.
+    The drop in score shows how much the model uses the images. The data must have at least two distinct images.
     """
     used = sorted({image for images in rows.image_ids for image in images})
     order = np.random.default_rng([seed, 5]).permutation(used)
@@ -149,7 +149,7 @@ def swap_images(
 
 @torch.no_grad()
 def eval_loss(assistant: Assistant, rows: RowCollator, *, track: Track = silently) -> tuple[float, int]:
-    """Return (mean loss in nats, supervised tokens): every token weighs the same, whatever row it is in."""
+    """Return (mean loss in nats, number of supervised tokens); every supervised token has the same weight."""
     model = assistant.model.eval()
     device = assistant.idefics.device
 
@@ -163,7 +163,7 @@ def eval_loss(assistant: Assistant, rows: RowCollator, *, track: Track = silentl
 
 
 def draw_questions(dialogues: Sequence[Dialogue], *, limit: int | None, seed: int) -> list[Question]:
-    """Return every assistant turn as a question in its context; with a `limit`, so many of them, drawn by `seed`."""
+    """Return every assistant turn as a question in its context; `limit` draws that many of them, with `seed`."""
     questions = [question for dialogue in dialogues for question in dialogue.prompts()]
     if limit is None or limit >= len(questions):
         return questions
@@ -174,7 +174,8 @@ def draw_questions(dialogues: Sequence[Dialogue], *, limit: int | None, seed: in
 def _write_predictions(
     path: Path, questions: Sequence[Question], answers: Sequence[Answer], scores: Sequence[dict[str, float]]
 ) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as lines:  # surrogates, as JSON escapes them
+    # backslashreplace writes lone surrogates as JSON escapes
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as lines:
         for (prompt, references), answer, own in zip(questions, answers, scores, strict=True):
             line = {
                 "images": [_describe(image) for image in prompt.images],
@@ -188,21 +189,21 @@ def _write_predictions(
 
 
 def _describe(image: Image) -> str | None:
-    """Return where an image was read from; None for one that is in memory alone."""
+    """Return where an image was read from, or None if it is only in memory."""
     return None if isinstance(image.source, bytes | PIL.Image.Image) else describe(image)
 
 
 def _first_word(text: str) -> str:
-    """Return the first word in lower case; "" where there is none."""
+    """Return the first word in lower case, or "" if there is none."""
     words = re.findall(r"\w+", text.lower())
     return words[0] if words else ""
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    """Return the mean, or None of no values."""
+    """Return the mean, or None if there are no values."""
     return sum(values) / len(values) if values else None
 
 
 def _mean_score(scores: Sequence[dict[str, float]], name: str) -> float | None:
-    """Return the mean over those that have such a score; None where none has."""
+    """Return the mean of a score over the answers that have it, or None."""
     return _mean([one[name] for one in scores if name in one])

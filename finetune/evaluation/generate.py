@@ -1,4 +1,4 @@
-"""Dialogue in, answer out: prompts by the template of training, batches of similar length, greedy decoding."""
+"""Dialogue -> answer: prompts by the template of training, batches of similar length, greedy decoding."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from modeling.generation import greedy
 from modeling.loading import generation_config
 
 PADDING = 32
-"""Most tokens by which two prompts of one batch differ in length."""
+"""Largest difference in length, in tokens, between prompts of one batch."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote."""
+    """An answer of the model."""
 
     text: str
     stopped: bool
@@ -42,16 +42,16 @@ class Assistant:
     tokenizer: Any
     preprocessing: Preprocessing
     features: Callable[[Sequence[Image]], torch.Tensor] | None = None
-    """images -> their features [N, latents, D], for a model without its image towers."""
+    """Function from images to their features [N, latents, D], for a model without image towers."""
 
     @property
     def idefics(self) -> IdeficsForVisionText2Text:
-        """The plain model, adapters inside it."""
+        """Return the unwrapped model, which contains the adapter layers."""
         return self.model if isinstance(self.model, IdeficsForVisionText2Text) else self.model.get_base_model()
 
 
 def features_by_image(rows: RowCollator) -> Callable[[Sequence[Image]], torch.Tensor] | None:
-    """Return what looks up the features of images that rows show, by image instead of by number; None without any."""
+    """Return a function from images to their cached features, or None if `rows` has no features."""
     features = rows.features
     if features is None:
         return None
@@ -70,7 +70,7 @@ def generate(
 ) -> list[Answer]:
     """Answer each prompt (a dialogue that ends with the user) greedily; answers are in the order of the prompts.
 
-    `together`: all processes call this alike, each answers its share of the batches, and all get all answers.
+    `together`: all processes call this, each answers its share of the batches, and all get all answers.
     """
     batches, answer = _batches(assistant, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if together:
@@ -84,7 +84,7 @@ def generate(
 def generate_each(
     assistant: Assistant, prompts: Sequence[Dialogue], *, max_new_tokens: int, batch_size: int
 ) -> Iterator[tuple[int, Answer]]:
-    """Yield (index of a prompt, its answer) as soon as it is made."""
+    """Yield (index of a prompt, answer) as soon as an answer is made."""
     batches, answer = _batches(assistant, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     for batch in batches:
         yield from zip(batch, answer(batch), strict=True)
@@ -96,7 +96,7 @@ def _batches(
     """Return batches of prompts (by index), and the function that answers one batch."""
     rendered = [render(prompt) for prompt in prompts]
     examples = [tokenize(text, assistant.tokenizer) for text in rendered]
-    # Similar lengths together, so that little is padded; else in order, so that neighbours share an image's features.
+    # Sort by length to pad little; similar lengths stay in order, so that neighbours share an image's features.
     order = sorted(range(len(prompts)), key=lambda index: len(examples[index]) // PADDING)
     config = generation_config(assistant.tokenizer)
     config.max_new_tokens = max_new_tokens

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """Return the scores of each answer, by name: those that apply to it.
+    """Return, for each answer, the scores that apply to it, by name.
 
     Always `exact`; `rouge_l` and `cider` where the references are sentences; else `vqa` where there are several. The
     n-gram weights of CIDEr-D come from all the sentences together.
@@ -28,18 +28,18 @@ def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[d
 
 
 def _are_sentences(references: Sequence[str]) -> bool:
-    """Of four words or more on average, most of them worded differently; else they are short answers."""
+    """Return whether references are sentences: four words or more on average, and mostly worded differently."""
     words = sum(len(reference.split()) for reference in references)
     return words >= 4 * len(references) and 2 * len(set(references)) > len(references)
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Return whether the answer is one of the references, letter by letter."""
+    """Return whether the answer is equal to one of the references."""
     return answer in references
 
 
 def most_common(references: Sequence[str]) -> str:
-    """Return the reference that most people gave; of equals the first."""
+    """Return the most common reference; on a tie, the first."""
     return Counter(references).most_common(1)[0][0]
 
 
@@ -49,11 +49,11 @@ def is_yes_no(references: Sequence[str]) -> bool:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """The official VQA accuracy (Antol et al. 2015): leaving out each human answer in turn, min(1, matches / 3).
+    """Return the official VQA accuracy (Antol et al. 2015): min(1, matches / 3), leaving out each human answer in turn.
 
-    With ten human answers, an answer that 1, 2, 3, 4 of them gave gets 0.3, 0.6, 0.9, 1. Both sides are normalised,
-    except where all humans agree: there, as in the official code, the answer has to equal theirs as it is. Of
-    fewer than ten the same mean is taken: an answer that all of three gave gets 2/3, and of a single one always 0.
+    With ten human answers, an answer that 1, 2, 3, 4 of them gave scores 0.3, 0.6, 0.9, 1. Both sides are normalised,
+    except if all humans agree: then, as in the official code, the answer must be equal without normalisation. With
+    fewer than ten, the same mean is taken: an answer that all of three gave scores 2/3, and with one always 0.
     """
     answer, given = _one_line(answer), [_one_line(reference) for reference in references]
     if len(set(given)) > 1:
@@ -64,9 +64,10 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def normalise_vqa(text: str) -> str:
-    """The official VQA normalisation: "The two  dogs." -> "2 dogs".
+    """Apply the official VQA normalisation: "The two  dogs." -> "2 dogs".
 
-    Punctuation, number words up to ten, articles and forgotten apostrophes, in this order; lower case, single spaces.
+    It handles punctuation, number words up to ten, articles and missing apostrophes, in this order; the result is in
+    lower case with single spaces.
     """
     words = [_NUMBERS.get(word, word) for word in _without_punctuation(_one_line(text)).lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
@@ -77,9 +78,12 @@ def _one_line(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """A mark with a space on either side goes; one without becomes a space, unless a comma parts two digits somewhere.
+    """Remove punctuation: a mark that is beside a space anywhere is deleted, any other becomes a space.
 
-    Then full stops, except before a digit: the first 32, for the official code hands re.UNICODE over as the count.
+    If a comma is between two digits anywhere, all marks are deleted.
+
+    Then full stops are deleted, except before a digit: only the first 32, because the official code passes re.UNICODE
+    as the count.
     """
     parts_digits = re.search(r"\d,\d", text)
     cleaned = text
@@ -107,14 +111,14 @@ _CONTRACTIONS = {
     for word in _APOSTROPHES.split()
     for place in re.finditer("'", word)
 } | {"somebody'd": "somebodyd"}
-"""The official table: each word with one apostrophe left out, and an entry that is the wrong way round there."""
+"""The official table: words with one apostrophe left out, including one entry that is reversed there."""
 
 
 def tokenise_caption(text: str) -> list[str]:
-    """Lower-case words without punctuation: "A dog's ball isn't off-white!" -> a, dog, 's, ball, is, n't, off-white.
+    """Split into lower-case words: "A dog's ball isn't off-white!" -> a, dog, 's, ball, is, n't, off-white.
 
-    An approximation, for English, of the PTB tokenizer of COCO's evaluation, a Java program: it shares the division of
-    contractions and the whole numbers and hyphenated words; symbols it drops, and abbreviations ("u.s.") it divides.
+    An approximation, for English, of the PTB tokenizer (a Java program) of COCO's evaluation: it also splits
+    contractions and keeps numbers and hyphenated words whole; unlike it, it drops symbols and splits "u.s.".
     """
     return _TOKEN.findall(text.lower().replace("’", "'"))
 
@@ -123,7 +127,7 @@ _TOKEN = re.compile(r"\w+?(?=n't\b)|n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,:]\d+)+
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float:
-    """ROUGE-L (Lin 2004) as COCO takes it: F, beta 1.2, of the best precision and the best recall of any reference."""
+    """Return ROUGE-L (Lin 2004) as in COCO: F, with beta 1.2, of the best precision and recall over references."""
     words, given = tokenise_caption(answer), [tokenise_caption(reference) for reference in references]
     common = [_longest_common_subsequence(words, reference) for reference in given]
     if not any(common):
@@ -134,7 +138,7 @@ def rouge_l(answer: str, references: Sequence[str]) -> float:
 
 
 def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Its length, a row of the usual table at a time: a bit is zero where the row steps up (Hyyrö 2004)."""
+    """Return the length, by rows of the usual table as bits: a bit is 0 where the row increases (Hyyrö 2004)."""
     places: dict[str, int] = defaultdict(int)
     for index, word in enumerate(first):
         places[word] |= 1 << index
@@ -147,10 +151,10 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
 
 
 def cider_d(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """CIDEr-D of each answer (Vedantam et al. 2015): n-grams up to 4, sigma 6, times 10, as COCO's code gives it.
+    """Return CIDEr-D of each answer (Vedantam et al. 2015): n-grams up to 4, sigma 6, times 10, as in COCO's code.
 
-    An n-gram weighs by how few items have it in their references: an item alone in its set gets 0. Papers print the
-    mean times 100.
+    The weight of an n-gram decreases with the number of items that have it in their references; a set of one item
+    scores 0. Papers print the mean times 100.
     """
     assert len(answers) == len(references)
     assert all(references)
@@ -166,7 +170,7 @@ def cider_d(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list
 
 
 def _ngrams(captions: Sequence[Sequence[str]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For n = 1, 2, 3, 4: (caption, number of the n-gram), int64 [n-grams], of all n-grams of all captions."""
+    """Yield, for n = 1, 2, 3, 4, (caption, n-gram id) of all n-grams in all captions: int64 [n-grams]."""
     numbers: dict[str, int] = {}
     word = np.array([numbers.setdefault(w, len(numbers)) for caption in captions for w in caption], dtype=np.int64)
     lengths = np.array([len(caption) for caption in captions], dtype=np.int64)
@@ -180,7 +184,7 @@ def _ngrams(captions: Sequence[Sequence[str]]) -> Iterator[tuple[np.ndarray, np.
 
 
 def _cosine(caption: np.ndarray, gram: np.ndarray, *, item: np.ndarray, items: int) -> np.ndarray:
-    """float64 [captions]: each caption's clipped cosine with the answer of its item, by the n-grams of one length.
+    """Return each caption's clipped cosine with the answer of its item, for n-grams of one length: float64 [captions].
 
     Caption i < items is the answer of item i; the others are references, of `item`.
     """
@@ -193,7 +197,7 @@ def _cosine(caption: np.ndarray, gram: np.ndarray, *, item: np.ndarray, items: i
     weight = counts * (np.log(max(items, 1)) - np.log(frequency))[gram]
     norm = np.sqrt(np.bincount(caption, weight**2, minlength=len(item)))
     answers = item[caption] * width + gram
-    place = np.searchsorted(pairs, answers)  # inside: an answer's pairs stand before those of its references
+    place = np.searchsorted(pairs, answers)  # always inside: an answer's pairs come before those of its references
     clipped = np.minimum(weight, np.where(pairs[place] == answers, weight[place], 0))
     product = np.bincount(caption, clipped * weight, minlength=len(item))
     norms = norm * norm[item]

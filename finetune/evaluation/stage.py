@@ -1,4 +1,4 @@
-"""The evaluation stage: base and tuned model on the same questions of the eval data, and the image-swap ablation."""
+"""The evaluation stage: base and tuned model answer the same eval questions, and the image-swap ablation."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from modeling.adapters import open_adapter
 
 
 def evaluate_adapter(recipe: Recipe, base: Base, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    """Score the base and the tuned model on the eval data, and the tuned one once more with images exchanged."""
+    """Score the base and the tuned model on the eval data, and the tuned model again with swapped images."""
     settings, seed = recipe.evaluation, recipe.training.seed
     assert settings, "the recipe has no evaluation"
     eval_data = dataset.eval
@@ -41,7 +41,7 @@ def evaluate_adapter(recipe: Recipe, base: Base, dataset: Dataset, folder: Path)
     figures: dict[str, Any] = {"base": evaluate(before, rows, questions, **options).to_json()}
     forgetting = {"before": eval_loss(before, documents, track=track)[0]} if documents else None
     tuned = assistant(open_adapter(model, folder / "adapter"))
-    (folder / "predictions.html").unlink(missing_ok=True)  # of other answers
+    (folder / "predictions.html").unlink(missing_ok=True)  # it would show the previous answers
     predictions = folder / "predictions.jsonl"
     figures["tuned"] = evaluate(tuned, rows, questions, predictions=predictions, **options).to_json()
     figures["image_swap"] = None
@@ -54,7 +54,7 @@ def evaluate_adapter(recipe: Recipe, base: Base, dataset: Dataset, folder: Path)
 
 
 def _document_rows(recipe: Recipe, base: Base) -> RowCollator | None:
-    """Return rows of eval documents, where the evaluation names some."""
+    """Return the rows of `evaluation.documents`, or None if there are none."""
     if not recipe.evaluation or not recipe.evaluation.documents:
         return None
     sources = [resolve_source(source) for source in recipe.evaluation.documents]

@@ -1,4 +1,4 @@
-"""What an adapter was trained on: finetune.json beside its weights, written with them, read to merge or use it."""
+"""Metadata of an adapter (its base, precision and hashes): finetune.json, beside the adapter's weights."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,23 +11,23 @@ from modeling.errors import UserError
 from modeling.files import digests, is_text, read_json, write_json
 
 NOTE = "finetune.json"
-"""The file's name. An adapter that another toolkit trained has none."""
+"""Name of the metadata file. An adapter from another toolkit has none."""
 
 SHA256 = "sha256"
-"""Its key for the hash of each weight file, by which a flipped byte is noticed."""
+"""Key of the weight files' hashes, which reveal damaged files."""
 
 _REPAIR = "copy the adapter again; or delete this file, and name the base: --base FOLDER_OR_HUB_ID"
 
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What an adapter was trained on: the content of finetune.json."""
+    """The content of finetune.json: the model that an adapter was trained on."""
 
     base: str
     """Folder or hub id."""
     revision: str | None = None
     instruct: bool = False
-    """Whether a base gained `<end_of_utterance>`."""
+    """Whether `<end_of_utterance>` was added to the base."""
     quantize: str | None = None
     """The recipe's `model.quantize`."""
     fingerprint: str | None = None
@@ -35,7 +35,7 @@ class AdapterMetadata:
 
     @property
     def base_precision(self) -> BasePrecision:
-        """The base that training added to: its released weights, or these in NF4."""
+        """Return the precision of the base in training: the released weights ("full"), or these in NF4."""
         return "nf4" if self.quantize == "nf4" else "full"
 
     def write(self, adapter: Path) -> None:
@@ -44,7 +44,7 @@ class AdapterMetadata:
 
     @classmethod
     def read(cls, adapter: Path, base: str | None = None) -> "AdapterMetadata":
-        """Read finetune.json; of an adapter that another toolkit trained, PEFT's own file, else take `base`.
+        """Read finetune.json, or else PEFT's own config (for an adapter from another toolkit), or else use `base`.
 
         Raises UserError: no base is known, or the weights are no longer those that finetune.json was written with.
         """
@@ -86,29 +86,29 @@ class AdapterMetadata:
         beside = adapter.parent / Path(metadata.base).name
         if (
             not is_folder(metadata.base) and is_folder(str(beside)) and (beside / "config.json").is_file()
-        ):  # the run's folder has moved, base and all
+        ):  # the run folder, with the base in it, was moved
             return cls(**{**note, "base": str(beside)})
         return metadata
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """The model, and the adapter on it, that a user named."""
+    """The model that a user named, and the adapter to load on it."""
 
     model: str
     """Folder or hub id."""
     adapter: Path | None = None
     revision: str | None = None
     instruct: bool = False
-    """Whether a base gains `<end_of_utterance>`."""
+    """Whether `<end_of_utterance>` is added to the base."""
     fingerprint: str | None = None
     """Fingerprint of the base that the adapter was trained on, where it is known."""
 
 
 def resolve_model(name: str, adapter: Path | None = None) -> NamedModel:
-    """Return what a name stands for: a model, a run folder, an adapter folder, or a base and its adapter.
+    """Resolve a name: a model, a run folder, an adapter folder, or a base with its `adapter`.
 
-    A run folder stands for its merged model, or for its base and adapter while nothing is merged. Raises UserError.
+    A run folder means its merged model or, before merging, its base and adapter. Raises UserError.
     """
     folder = Path(name)
     is_model = not is_folder(name) or (folder / "config.json").is_file()
@@ -132,7 +132,7 @@ def resolve_model(name: str, adapter: Path | None = None) -> NamedModel:
 
 
 def _on_base(base: str | None, adapter: Path) -> NamedModel:
-    """Return an adapter on the base that was named, or on the one that it was trained on."""
+    """Return an adapter with the named base, or with the base that it was trained on."""
     metadata = AdapterMetadata.read(adapter, base)
     instruct = metadata.instruct if (adapter / NOTE).is_file() else True
     revision = None if base else metadata.revision

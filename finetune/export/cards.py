@@ -1,4 +1,4 @@
-"""README.md of a dataset and of a merged model: markdown with the hub's metadata header."""
+"""Write README.md of a dataset and of a merged model: markdown with the hub's metadata header."""
 
 import hashlib
 import re
@@ -36,7 +36,7 @@ def write_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> P
 
 
 def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> str:
-    """Return README.md of a dataset: sources, licences, revisions, counts, rejections, and the recipe that made it."""
+    """Return README.md of a dataset: sources, licences, revisions, counts, rejections, and its recipe."""
     name = Path(recipe.output).name
     licences = sorted({source.license for source in sources if source.license})
     count = dataset.report["training_examples"]
@@ -104,7 +104,7 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
 
 
 def model_card(base: str, out: Path, run: Path | None) -> str:
-    """Return README.md of a merged model: base, data and figures, as far as the run folder has them, and licences."""
+    """Return README.md of a merged model: base, licences and, if the run folder has them, data and figures."""
     header = ModelCardData(
         base_model=None if Path(base).is_dir() else base,
         library_name="transformers",
@@ -132,7 +132,7 @@ def model_card(base: str, out: Path, run: Path | None) -> str:
 
 
 def _described(path: Path, describe: Callable[[dict[str, Any]], list[str]]) -> list[str]:
-    """Return the sections made of a file of the run folder. Raises UserError: it is not as this toolkit writes it."""
+    """Return the sections made from a JSON file of the run folder. Raises UserError: its content is unexpected."""
     repair = "delete it, and the card does without"
     values = read_json(path, repair=repair) or {}
     try:
@@ -155,7 +155,7 @@ def _figures(figures: dict[str, Any]) -> list[str]:
 
 
 def _code(text: str) -> str:
-    """Return inline code, whatever characters a file's name has."""
+    """Return text as inline code, in enough backticks for any text."""
     fence, line = _backticks(text, least=1), " ".join(text.split())
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
@@ -185,7 +185,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Return plain text for one cell, whatever characters a file's name has."""
+    """Return text for one table cell, with any characters escaped."""
     if value is None:
         return "-"
     text = f"{value:,}" if isinstance(value, int) else str(value)

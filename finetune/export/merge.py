@@ -1,7 +1,7 @@
-"""base + adapter -> a standalone instruct checkpoint for plain transformers, a few rows at a time, and its parity.
+"""Merge base + adapter, a few rows at a time, into a standalone checkpoint for plain transformers, and verify it.
 
-LoRA is added to its matrix in fp32; gates and towers trained in full replace the base's; the rows of the added tokens
-bring their number to three. A tensor of the adapter that has no place in the base is an error.
+LoRA is added to its matrix in fp32; gates and towers trained in full replace the base's; a base's two added tokens
+become three. A tensor of the adapter that does not fit the base is an error.
 
     OUT/  *.safetensors (and index) · config.json · tokenizer, processor and generation files · README.md
           provenance.json: what it was made of, hashes, and its parity with base + adapter
@@ -40,13 +40,13 @@ from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
 
 SHARD_BYTES = 5 * 10**9
-"""Bytes of the largest weight file."""
+"""Largest size of a weight file, in bytes."""
 
 MADE_OF = "made_of.json"
-"""The file beside weights that are still being written: it says what they are made of."""
+"""Name of the file, beside weights that are still being written, that records base, adapter and settings."""
 
 SPARE_BYTES = 200_000_000
-"""Bytes of disk that stay free beyond the weights."""
+"""Bytes of disk that must stay free beside the weights."""
 
 
 def merge(
@@ -68,18 +68,18 @@ def merge(
 ) -> dict[str, Any]:
     """Write the merged model to `out`, which appears only when it is complete and verified; return provenance.json.
 
-    adapter, base: an adapter folder, and the folder or hub id (`revision`) of its base. `instruct`: a base gains
-    `<end_of_utterance>`, as in training. `base_fingerprint`: of the weights that the adapter was trained on, to tell
-    another base of the same shapes.
+    adapter, base: an adapter folder, and the folder or hub id (`revision`) of its base. `instruct`: add
+    `<end_of_utterance>` to a base, as in training. `base_fingerprint`: fingerprint of the weights that the adapter was
+    trained on, to detect another base of the same shapes.
 
-    `base_precision`: nf4 adds to the matrices as a 4-bit training saw them, quantised and back. Where the adapter was
-    `trained_on` another precision, the difference to base + adapter in that one is reported, too.
+    `base_precision`: nf4 merges into the dequantised 4-bit matrices, as 4-bit training saw them. If the adapter was
+    `trained_on` another precision, the difference to base + adapter in that precision is reported, too.
 
-    `may_replace`: files in `out` that an earlier merge left. `provenance`: more to write down. `card`: the model's
-    README.md. `dtype`: of the merged weights; None: as the base's.
+    `may_replace`: files in `out` from an earlier merge. `provenance`: further entries of provenance.json. `card`: text
+    of the model's README.md. `dtype`: dtype of the merged weights; None: the base's.
 
-    In memory are the adapter and a few blocks of one matrix. Interrupted, it goes on with the first shard that is not
-    complete. Raises UserError: another base, not enough disk, something else in `out`.
+    Memory holds the adapter and a few blocks of one matrix. After an interruption, the same call continues with the
+    first incomplete shard. Raises UserError: another base, not enough disk, something else in `out`.
     """
     out = out.resolve()
     folder, base_config = open_base(base, revision=revision)
@@ -155,9 +155,9 @@ def merge(
 
 
 def _make_parent(out: Path) -> None:
-    """Make the folder around `out`. Raises UserError: it cannot be made, or no model can be written under the name."""
+    """Make the parent folder of `out`. Raises UserError: it cannot be made, or the name is not valid UTF-8."""
     try:
-        str(out).encode()  # tokenizers and safetensors take no other names
+        str(out).encode()  # tokenizers and safetensors accept only UTF-8 names
         out.parent.mkdir(parents=True, exist_ok=True)
     except UnicodeEncodeError as error:
         raise UserError(f"{out}: the name is not UTF-8, and a model cannot be written there; choose --out") from error
@@ -166,7 +166,7 @@ def _make_parent(out: Path) -> None:
 
 
 def _merged_config(base_config: Config, instruct: bool, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Return config.json of the merged model; transformers loads weights in the dtype that it names."""
+    """Return config.json of the merged model, whose `dtype` is the one that transformers loads weights in."""
     config = {**base_config, "architectures": ["IdeficsForVisionText2Text"]}
     if instruct:
         config["additional_vocab_size"] = 3
@@ -177,10 +177,10 @@ def _merged_config(base_config: Config, instruct: bool, dtype: torch.dtype | Non
 
 
 def _done(out: Path, made_of: Mapping[str, Any], may_replace: Collection[Path]) -> dict[str, Any] | None:
-    """Return provenance.json of the same merge, done before; None where `out` is free.
+    """Return provenance.json if the same merge was done before, or None if `out` is free.
 
-    If files of the same merge are missing or cut short, those that are whole become the beginning of a new one.
-    Raises UserError: something else lies in `out`.
+    If files of the same merge are missing or truncated, the others are reused by the new merge. Raises UserError:
+    something else is in `out`.
     """
     if out.is_mount():
         raise UserError(f"{out}: is a mount point, and is to appear as a whole; name a folder inside it")
@@ -206,7 +206,7 @@ def _done(out: Path, made_of: Mapping[str, Any], may_replace: Collection[Path]) 
 
 
 def _complete(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Finish an interrupted merge of the same that lacks only its name, and return its provenance.json, or None."""
+    """Finish the same merge if only its renaming is missing, and return its provenance.json; else return None."""
     record = _record_of(_partial(out))
     if record is None or record["made_of"] != made_of or not _is_whole(_partial(out), record):
         return None
@@ -224,18 +224,18 @@ def _put_in_place(out: Path) -> None:
 
 
 def _partial(out: Path) -> Path:
-    """Return the hidden folder beside `out` in which a merged model is made."""
+    """Return the hidden folder beside `out` in which the merged model is written."""
     return out.with_name(f".{out.name}.partial")
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
-    """Return provenance.json; None where there is none that says what the folder was made of."""
+    """Return provenance.json, or None if there is none with the merge's inputs."""
     record = _read(folder / PROVENANCE)
     return record if record and isinstance(record.get("made_of"), dict) else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file; None where there is none that can be read."""
+    """Return the JSON object in a file, or None if it cannot be read."""
     try:
         return read_json(path)
     except UserError:
@@ -247,7 +247,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _is_whole(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Return whether every file is there with the size that it had."""
+    """Return whether every file exists with its recorded size."""
     files = record.get("files")
     there = {path.name: path.stat().st_size for path in _files_in(folder)}
     return isinstance(files, dict) and files.items() <= there.items()
@@ -261,7 +261,7 @@ def _planned(
     weights: Mapping[str, Rows],
     config: Config,
 ) -> Planned:
-    """Plan a merged tensor, made of a few rows of the base and the adapter at a time."""
+    """Plan a merged tensor, to be computed a few rows at a time."""
     base = weights[name]
 
     def rows(start: int, stop: int) -> torch.Tensor:
@@ -294,7 +294,7 @@ def _write_weights(
     shards: Mapping[str, list[str]],
     track: Track,
 ) -> Path:
-    """Write all weights to the hidden folder, and return it; shards that an interrupted merge left there are kept."""
+    """Write all weights to the hidden folder, and return it; shards from an interrupted merge are kept."""
     partial = _partial(out)
     try:
         if partial.exists() and _read(partial / MADE_OF) != made_of:

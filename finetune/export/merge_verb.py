@@ -1,4 +1,4 @@
-"""`finetune merge FOLDER`: the adapter of a run, or any other -> a merged model, its card, and its parity."""
+"""`finetune merge FOLDER`: merge the adapter of a run, or any adapter, verify the model, and write its card."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,8 +32,8 @@ def merge_folder(
 ) -> dict[str, Any]:
     """Merge the adapter of a run folder, or an adapter folder, and return provenance.json. Raises UserError.
 
-    `base`: its base, where the adapter does not name it; `out`: default is the folder merged/ beside it; `shard_size`:
-    largest weight file, such as "5GB"; `show`: print the parity, too.
+    `base`: the base, if the adapter's files do not name it; `out`: default is the folder merged/ beside the adapter;
+    `shard_size`: size of the largest weight file, such as "5GB"; `show`: also print the parity.
     """
     run = what if (what / "recipe.yaml").is_file() else None
     adapter = what / "adapter" if run else what
@@ -42,7 +42,8 @@ def merge_folder(
     out = out or (run or adapter.parent) / "merged"
     check_place("--out", out, folder=True)
     in_a_run = (adapter.parent / "recipe.yaml").is_file()
-    with working_in(adapter.parent) if in_a_run else nullcontext():  # whoever trains there writes the adapter, too
+    # A training run in this folder would overwrite the adapter.
+    with working_in(adapter.parent) if in_a_run else nullcontext():
         metadata = AdapterMetadata.read(adapter, base)
         record = merge(
             adapter,

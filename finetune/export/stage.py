@@ -1,4 +1,4 @@
-"""The merge stage: the adapter merged into a standalone model, its weights verified, its answers compared."""
+"""The merge stage: merge the adapter into a standalone model, verify its weights, and compare its answers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,7 +40,7 @@ def merge_adapter(
     *,
     may_replace: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Merge, verify by weights, and ask the merged model and base + adapter the same, where there is `dataset`."""
+    """Merge and verify the weights; with a `dataset`, also compare answers of the merged model and base + adapter."""
     rows: Rows | None = None
     if dataset and len(dataset.eval):
         rows = make_eval_rows(recipe, base, dataset.eval, live=True)
@@ -86,7 +86,7 @@ def merge_adapter(
 def _compare_answers(
     base: Base, adapter: Path, merged: Path, rows: Rows, dataset: Dataset, seed: int
 ) -> dict[str, Any]:
-    """What the merged model says, against base + adapter; nothing where it is too large for this machine."""
+    """Compare answers of the merged model with base + adapter; return {} if the model is too large for this machine."""
     needed = weight_bytes(read_checkpoint(merged), base.dtype)
     if needed > (free := free_memory()):
         log(

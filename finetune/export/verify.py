@@ -1,4 +1,4 @@
-"""A merged model against base + adapter: files by hashes, weights by `modeling.parity`, answers by asking."""
+"""Compare a merged model with base + adapter: files by hashes, weights by `modeling.parity`, and answers."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,34 +26,35 @@ from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
 
 PROVENANCE = "provenance.json"
-"""The file of a merged folder that says what it was made of, with hashes and its parity."""
+"""The file of a merged folder that records base, adapter, hashes and parity."""
 
 NOT_HASHED = (PROVENANCE, "README.md")
-"""Files of a merged folder that are not hashed, beside hidden ones: people may edit the model card."""
+"""Files of a merged folder that are not hashed, besides hidden ones: users may edit the model card."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The parity of merged weights with base + adapter, by `modeling.parity`."""
+    """Parity of merged weights with base + adapter, by `modeling.parity`."""
 
     tensors: int
     largest_tensor_difference: float
-    """Of a row from the formula in fp64 / what rounding to the merged dtype explains: at most 1 in a right merge."""
+    """Largest difference from the formula in fp64, divided by the rounding error of the merged dtype: at most 1 if the
+    merge is correct."""
     worst_tensor: str
     blocks: int
     largest_block_difference: float
-    """Of a block's outputs for the same input / its largest output."""
+    """Largest difference of a block's outputs for the same input, divided by its largest output."""
     worst_block: str | None
-    """None where no block holds LoRA."""
+    """Module path of the block with the largest difference; None if no block has LoRA."""
     tensor_differences: dict[str, float]
-    """Name -> difference, of the tensors that differ at all."""
+    """Tensor name -> difference, for tensors that differ."""
     block_differences: dict[str, float]
 
 
 def verify(merged: Path, *, track: Track = silently) -> dict[str, Any]:
-    """Verify a merged folder again: its files, its base and its adapter are those it was made of, and agree.
+    """Verify a merged folder again: files, base and adapter are unchanged, and the weights agree.
 
-    Returns its parity. Raises UserError: one of them is not there any more, or has changed.
+    Return its parity. Raises UserError: a file is missing, or has changed.
     """
     made = _read_provenance(merged)
     if changed := _changes(made.merged, folder_digests(merged, track)):
@@ -122,7 +123,7 @@ def _are_hashes(value: Any, names: Collection[str] | None = None) -> bool:
 
 
 def _changes(expected: Mapping[str, str], got: Mapping[str, str]) -> list[str]:
-    """Return what is not as it was, in words; weights come last, because they are many."""
+    """Return a description of each change; weights come last, because there are many."""
     found = [(name, "is gone") for name in expected.keys() - got.keys()]
     found += [(name, "is new") for name in got.keys() - expected.keys()]
     found += [(name, "is another") for name in expected.keys() & got.keys() if expected[name] != got[name]]
@@ -158,7 +159,7 @@ def compare(
 
 
 def require_rounding(comparison: Comparison, merged: Mapping[str, Stored]) -> None:
-    """Raises UserError for a tensor that is not base + adapter, and for a block that gives no numbers."""
+    """Raise UserError if a tensor is not base + adapter, or a block's outputs are not finite."""
     for name, difference in comparison.tensor_differences.items():
         if not difference <= 1:
             raise UserError(
@@ -171,7 +172,7 @@ def require_rounding(comparison: Comparison, merged: Mapping[str, Stored]) -> No
 
 
 def folder_digests(folder: Path, track: Track = silently) -> dict[str, str]:
-    """Return the SHA-256 of each file of a merged folder, by its path in it, but for NOT_HASHED."""
+    """Return path -> SHA-256 of each file of a merged folder, except NOT_HASHED."""
     found = {}
     for path in track(sorted(folder.rglob("*")), "hash"):
         name = path.relative_to(folder).as_posix()
@@ -188,17 +189,17 @@ def weight_digests(folder: Path, track: Track = silently) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class AnswerParity:
-    """The merged model against base + adapter, asked the same; differences of logits are absolute."""
+    """Comparison of the merged model with base + adapter on the same prompts; differences of logits are absolute."""
 
     tokens: int
-    """Tokens whose logits were compared."""
+    """Number of tokens whose logits were compared."""
     largest_difference: float
-    """Between base + adapter and merged: rounding alone, in fp32."""
+    """Largest difference between base + adapter and merged: only rounding, in fp32."""
     largest_difference_to_base: float
-    """Between base and merged: what the training changed."""
+    """Largest difference between base and merged: the effect of training."""
     answers: int
     same_answers: int
-    """How many of the greedy answers are equal."""
+    """Number of equal greedy answers."""
 
 
 def compare_answers(
@@ -231,7 +232,7 @@ def compare_answers(
 
 @torch.no_grad()
 def _logits(assistant: Assistant, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """fp32 [T, V + added] of every batch, on the CPU."""
+    """Return the logits of every batch: fp32 [T, V + added], on the CPU."""
     device, config = assistant.idefics.device, assistant.idefics.config
     logits = []
     for batch in batches:

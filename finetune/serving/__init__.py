@@ -1,1 +1,1 @@
-"""A model in use: a conversation on the terminal, and answers to a file of prompts."""
+"""Use a model: chat on the terminal, and answer a file of prompts."""

@@ -1,7 +1,7 @@
-"""`finetune generate`: a file of prompts -> the same records with their answers, each kept as soon as it is made.
+"""`finetune generate`: a file of prompts -> the same records with answers; each answer is saved as soon as it is made.
 
-OUT.journal   the command and its model, then a line an answer: {"record": 7, "answer": "A cat.", "stopped": true}
-OUT           written when all are answered: a line a record, in their order; then the journal is deleted
+OUT.journal   the command and its model, then one line per answer: {"record": 7, "answer": "A cat.", "stopped": true}
+OUT           written when all are answered: one line per record, in order; then the journal is deleted
 """
 
 import json
@@ -27,10 +27,10 @@ from modeling.errors import UserError
 from modeling.files import partial_of, put_in_place
 
 AT_ONCE = 1024
-"""Prompts that are read together; among them, those of similar length share a batch."""
+"""Number of prompts that are read at once, and put into batches of similar length."""
 
 ADDED_KEYS = ("answer", "stopped", "error")
-"""Keys that are added to a record, in place of its own of the same name."""
+"""Keys that are added to a record; they replace its own keys of the same names."""
 
 
 def count_prompts(prompts: Path, out: Path) -> int:
@@ -43,7 +43,7 @@ def count_prompts(prompts: Path, out: Path) -> int:
 
 
 def identify_model(model: str, *, adapter: Path | None, quantize: str | None) -> dict[str, Any]:
-    """Return what tells one model from another, for the journal: its name, and its weight files by size and date."""
+    """Return the model's identity for the journal: its name, and size and date of its weight files."""
     named = resolve_model(model, adapter)
     folders = [Path(named.model), *([named.adapter] if named.adapter else [])]
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
@@ -64,8 +64,8 @@ def answer_file(
 ) -> dict[str, int]:
     """Write a line of `out` for every record of `prompts`: the record, with "answer" and "stopped", or with "error".
 
-    Records are of the format `messages`, and end with the user. Interrupted, the same call goes on where it was.
-    `model` is what `identify_model` returned.
+    Records are in the format `messages`, and end with the user. After an interruption, the same call continues.
+    `model` is the result of `identify_model`.
     """
     source = messages_at(prompts)
     command = {**model, "max_new_tokens": max_new_tokens, "prompts": fingerprint(source)}
@@ -86,7 +86,7 @@ def answer_file(
 
 
 def _open_journal(journal: Path, command: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return number of a record -> its answer, as far as the same command came before; else begin a new journal.
+    """Return record number -> answer from the journal of the same command, or begin a new journal.
 
     Raises UserError: the journal is of another command.
     """
@@ -120,7 +120,7 @@ def _open_journal(journal: Path, command: dict[str, Any]) -> dict[int, dict[str,
 def _answers(
     assistant: Assistant, source: Source, found: Mapping[int, dict[str, Any]], **options: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number of a record, what is added to it), in the order in which answers are made."""
+    """Yield (record number, keys to add), in the order in which answers are made."""
     waiting: list[tuple[int, Dialogue]] = []
 
     def ask() -> Iterator[tuple[int, dict[str, Any]]]:
@@ -146,7 +146,7 @@ def _answers(
 
 
 def _write_whole(out: Path, source: Source, found: Mapping[int, dict[str, Any]]) -> None:
-    """Write all records with their answers; one that cannot be written as JSON again is named by its id."""
+    """Write all records with their answers; a record that cannot be written as JSON is replaced by its id."""
     partial = partial_of(out)
     with partial.open("w", encoding="utf-8") as lines:
         for number, (record_id, record) in enumerate(read_records(source)):

@@ -1,4 +1,4 @@
-"""`finetune chat`: a model, and a conversation with it on the terminal."""
+"""`finetune chat`: load a model, and talk to it on the terminal."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ HELP = (
 
 
 def load_assistant(model: str, *, adapter: Path | None = None, quantize: str | None = None) -> Assistant:
-    """Load a model to ask: an instruct model (folder or hub id), a run, an adapter, or a base and its `adapter`.
+    """Load a model for questions: an instruct model (folder or hub id), a run, an adapter, or a base and its `adapter`.
 
     `quantize`: "nf4" loads the matrices of decoder and gated blocks in 4 bits. Raises UserError.
     """
@@ -59,15 +59,15 @@ class Conversation:
     waiting: list[Image] = field(default_factory=list)
 
     def show(self, path: str) -> None:
-        """Add an image to the next question. Raises RecordError if it is none."""
+        """Add an image to the next question. Raises RecordError: it is not an image."""
         image = Image(Path(path).expanduser())
         open_image(image)
         self.waiting.append(image)
 
     def ask(self, question: str) -> str:
-        """Return the model's answer, and keep both turns; "<image>" in a question is the place of a waiting image.
+        """Return the model's answer, and keep both turns; "<image>" in a question marks the place of an added image.
 
-        Raises RecordError: an empty question, or another number of places than of images.
+        Raises RecordError: an empty question, or unequal numbers of places and images.
         """
         asked: tuple[Turn, ...] = (user(question),)
         if self.waiting:
