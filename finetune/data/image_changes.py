@@ -6,7 +6,7 @@ its new time is stored. Archives and data files are not checked here: the name o
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,14 +100,10 @@ def find_changes(folder: Path) -> Changes:
             touched[row] = time_now
     if touched:
         with suppress(OSError):  # a read-only folder: the content is then compared each time
-            _write_times(files, touched)
+            times = times.copy()
+            times[list(touched)] = list(touched.values())
+            table = pa.Table.from_batches(files.batches, FILE_SCHEMA)
+            table = table.set_column(FILE_SCHEMA.get_field_index("mtime_ns"), "mtime_ns", pa.array(times))
+            write_arrow(files.path, FILE_SCHEMA, table.to_batches())
     paths = (folder / os.fsdecode(name) for name in names) if missing else ()
     return Changes(missing, changed, [path for path in paths if path.exists()])
-
-
-def _write_times(files: ArrowFile, touched: Mapping[int, int]) -> None:
-    times = files.values("mtime_ns").copy()
-    times[list(touched)] = list(touched.values())
-    table = pa.Table.from_batches(files.batches, FILE_SCHEMA)
-    column = FILE_SCHEMA.get_field_index("mtime_ns")
-    write_arrow(files.path, FILE_SCHEMA, table.set_column(column, "mtime_ns", pa.array(times)).to_batches())

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
@@ -94,22 +94,18 @@ def run_all(tasks: Iterable[Task], work: Callable[[Task], None], *, workers: int
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(work,))
+    waiting = chain(first, coming)
     try:
-        for finished in _bounded(pool, chain(first, coming), most=3 * workers):
-            finished.result()
+        running = {pool.submit(_do, task) for task in islice(waiting, 3 * workers)}  # no more tasks are read ahead
+        while running:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                future.result()
+            running |= {pool.submit(_do, task) for task in islice(waiting, len(finished))}
     except BrokenProcessPool as error:
         raise UserError("a worker process died, most likely out of memory; try fewer: data.workers=1") from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _bounded(pool: ProcessPoolExecutor, tasks: Iterator[Any], *, most: int) -> Iterator["Future[None]"]:
-    """Yield futures as they finish, with at most `most` tasks in flight."""
-    running = {pool.submit(_do, task) for task in islice(tasks, most)}
-    while running:
-        finished, running = wait(running, return_when=FIRST_COMPLETED)
-        yield from finished
-        running |= {pool.submit(_do, task) for task in islice(tasks, len(finished))}
 
 
 _work: Callable[[Any], None] | None = None

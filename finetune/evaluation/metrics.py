@@ -14,7 +14,10 @@ def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[d
     Always `exact`; `rouge_l` and `cider` where the references are sentences; else `vqa` where there are several. The
     n-gram weights of CIDEr-D come from all the sentences together.
     """
-    described = [_are_sentences(given) for given in references]
+    described = []  # by sentences: four words or more on average, most of them worded differently
+    for given in references:
+        words = sum(len(reference.split()) for reference in given)
+        described.append(words >= 4 * len(given) and 2 * len(set(given)) > len(given))
     ciders = iter(cider_d(list(compress(answers, described)), list(compress(references, described))))
     scores: list[dict[str, float]] = []
     for answer, given, sentences in zip(answers, references, described, strict=True):
@@ -25,12 +28,6 @@ def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[d
             own["vqa"] = vqa_accuracy(answer, given)
         scores.append(own)
     return scores
-
-
-def _are_sentences(references: Sequence[str]) -> bool:
-    """Return whether references are sentences: four words or more on average, and mostly worded differently."""
-    words = sum(len(reference.split()) for reference in references)
-    return words >= 4 * len(references) and 2 * len(set(references)) > len(references)
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
