@@ -1,1 +1,1 @@
-"""IDEFICS as tensors: shapes, towers, loading, adapters, packed attention. Knows no recipe and no dialogue."""
+"""IDEFICS as tensors: shapes, towers, loading, adapters, packed attention. Independent of recipes and dialogues."""

@@ -1,7 +1,7 @@
-"""The files of an adapter folder, read without the hub; a fault is named with its file and its repair.
+"""Read the files of an adapter folder, without the hub; an error names the file and the repair.
 
 adapter_config.json          PEFT's LoraConfig
-adapter_model.safetensors    PEFT's tensors (of old versions, adapter_model.bin: a pickle, opened without running it)
+adapter_model.safetensors    PEFT's tensors (in old versions adapter_model.bin, a pickle: no code in it is run)
 trained.safetensors          ours: gates and towers trained in full, under stock names
 """
 
@@ -26,11 +26,11 @@ ADAPTER_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE, TRAINED_FILE)
 _FETCH = "fetch or save the adapter again"
 
 MOST_NAMES = 10_000
-"""Largest number of names in one field of a config; the 80B has 1,600 modules."""
+"""Largest number of names in one field of a config. For comparison: the 80B has 1,600 modules."""
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder looks like an adapter's, whole or not."""
+    """Return whether a folder looks like an adapter, complete or not."""
     return any((folder / name).is_file() for name in ADAPTER_FILES)
 
 
@@ -39,7 +39,7 @@ def has_peft_tensors(folder: Path) -> bool:
 
 
 def require_adapter(folder: Path) -> None:
-    """Raise UserError for a folder that holds no adapter, or is not there."""
+    """Raise UserError if a folder does not exist, or holds no adapter."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such adapter folder; one of the hub is downloaded first: hf download OWNER/NAME")
     if not is_adapter(folder):
@@ -50,7 +50,7 @@ def require_adapter(folder: Path) -> None:
 
 
 def read_lora_config(folder: Path) -> LoraConfig | None:
-    """Return PEFT's config, if it is LoRA whose merge is a sum of matrices; None where there is no config.
+    """Return PEFT's config, which must be LoRA whose merge is a sum of matrices, or None if there is no config.
 
     Raises UserError: fields of other types, fields that this PEFT does not know, another kind of adapter.
     """
@@ -131,13 +131,14 @@ _EXPECTED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "use_rslora": ("true or false", _is_bool),
     "use_dora": ("true or false", _is_bool),
 }
-"""Field -> what it must be. Only these reach PEFT: others concern the start of training, or must have one value."""
+"""Field -> (expected value in words, test). Only these fields are passed to PEFT: the others matter only when training
+starts, or must have one value."""
 
 _REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
 def read_peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return PEFT's tensors by PEFT's names. Raises UserError: no tensors, or not as training leaves them."""
+    """Return PEFT's tensors by PEFT's names. Raises UserError: no tensors, or invalid ones."""
     for name, read in ((PEFT_WEIGHTS, read_tensors), (PEFT_PICKLE, _read_pickle)):
         if (folder / name).is_file():
             return _checked(folder / name, read(folder / name))
@@ -145,7 +146,7 @@ def read_peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_trained(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of trained.safetensors by stock name; none where there is no such file. Raises UserError."""
+    """Return the tensors of trained.safetensors by stock name; {} if there is no such file. Raises UserError."""
     path = folder / TRAINED_FILE
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: expected a file of tensors, found something else; {_FETCH}")
@@ -158,10 +159,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Return a pickled state dict; torch unpickles tensors alone, and calls nothing else."""
+    """Return a pickled state dict; torch unpickles only tensors, and runs no code in it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and pickle have no common one for what a damaged file may raise
+    except Exception as error:  # torch and pickle raise many types of errors for a damaged file
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a pickle of tensors alone: {reason}; {_FETCH}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
@@ -180,7 +181,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _checked(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors, if they are as training leaves them. Raises UserError."""
+    """Return the tensors after checking their dtypes and values. Raises UserError."""
     if not tensors:
         raise UserError(f"{path}: holds no tensor (saved under ZeRO-3 or FSDP, without gathering?); save it gathered")
     for name, tensor in tensors.items():

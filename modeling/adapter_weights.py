@@ -1,7 +1,7 @@
-"""What an adapter changes: base tensor in, merged tensor out, a few rows at a time.
+"""The tensors of an adapter, and their merge: base tensor -> merged tensor, a few rows at a time.
 
-Merging, chat, evaluation and continued training take an adapter by one rule, `AdapterWeights.read` and `require_fit`:
-all of it is there, all of it fits, or it is refused by name.
+Merging, chat, evaluation and continued training all read an adapter by `AdapterWeights.read` and `require_fit`: it must
+be complete, and every tensor must fit the base; else the error names the tensor.
 """
 
 import math
@@ -33,11 +33,11 @@ from modeling.shapes import Config
 from modeling.towers import ADDED_WEIGHTS, LORA_TOWERS, lora_pattern, stock_name
 
 BasePrecision = Literal["full", "nf4"]
-"""The weights of the base as they were released (full), or as a model in NF4 computes with them."""
+"""Precision of the base: the released weights (full), or these in NF4, dequantised."""
 
 
 def weights_of(stored: Mapping[str, Stored], config: Config, base_precision: BasePrecision) -> dict[str, Rows]:
-    """Return stock name -> tensor of the base that an adapter is added to."""
+    """Return stock name -> tensor of the base, in the precision that an adapter is added to."""
     names = quantized_names(config) if base_precision == "nf4" else set()
     return {name: Dequantized(one) if name in names else one for name, one in stored.items()}
 
@@ -57,7 +57,7 @@ class Dequantized:
         return self.stored.shape
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """fp32, whatever `dtype` it is stored in."""
+        """Return rows in fp32, whatever dtype they are stored in."""
         with _ONE_AT_A_TIME:
             quantized = _quantized(self.stored)
         return quantized.rows(start, stop)
@@ -67,13 +67,13 @@ _ONE_AT_A_TIME = Lock()
 """A matrix is quantised once, however many threads ask for its rows."""
 
 
-@lru_cache(maxsize=2)  # of the matrix before, threads may still ask for the last rows
+@lru_cache(maxsize=2)  # two: threads may still read the last rows of the previous matrix
 def _quantized(stored: Stored) -> Nf4:
     return Nf4.of(stored.rows, stored.shape)
 
 
 _HEADS = {"lm_head.weight", "model.embed_tokens.weight"}
-"""Matrices beside which the added tokens' rows are in a module of their own."""
+"""Matrices whose rows for added tokens are in a separate module."""
 
 
 @dataclass
@@ -83,9 +83,9 @@ class AdapterWeights:
     lora: dict[str, dict[str, torch.Tensor]]
     """Stock weight name -> "lora_A" [r, n], "lora_B" [m, r] (, "lora_magnitude_vector" [m]): factors of [m, n]."""
     replaced: dict[str, torch.Tensor]
-    """Stock name -> gates, added rows, towers trained in full."""
+    """Stock name -> tensor that replaces the base's: gates, added rows, towers trained in full."""
     config: LoraConfig | None
-    """None where there is no LoRA."""
+    """PEFT's config; None if there is no LoRA."""
     folder: Path = Path()
 
     @classmethod
@@ -117,17 +117,17 @@ class AdapterWeights:
 
     @property
     def names(self) -> set[str]:
-        """Stock names of all tensors that change."""
+        """Return the stock names of all tensors that the adapter changes."""
         return {*self.lora, *self.replaced}
 
     @property
     def added_tokens(self) -> int | None:
-        """The number of added tokens that it has rows for; None where it has none."""
+        """Return the number of added tokens that the adapter has rows for, or None."""
         rows = [len(tensor) for name, tensor in self.replaced.items() if name in ADDED_WEIGHTS and tensor.ndim]
         return rows[0] if rows else None
 
     def require_fit(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless the adapter is whole, and made for a model of these `shapes` (by stock name)."""
+        """Raise UserError unless the adapter is complete and fits a model of these `shapes` (by stock name)."""
         if foreign := sorted(self.names - shapes.keys()):
             raise UserError(
                 f"{self.folder}: {len(foreign)} tensors of the adapter have no place in the base: {foreign[:3]}; "
@@ -144,7 +144,7 @@ class AdapterWeights:
         if self.config:
             self._require_all(self.config, shapes)
             for name in self.lora:
-                self.scaling(name)  # its patterns are matched here, before anything is written
+                self.scaling(name)  # matches the patterns now, before anything is written
 
     def _require_shape(self, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if got != expected:
@@ -153,7 +153,7 @@ class AdapterWeights:
             )
 
     def _require_all(self, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless the modules that the config names, and no others, have tensors, of the right rank."""
+        """Raise UserError unless exactly the modules in the config have tensors, of the right rank."""
         if on_head := sorted(self.lora.keys() & _HEADS):
             raise UserError(
                 f"{self.folder}: LoRA on {on_head[0]}, which in IDEFICS is two matrices, to which PEFT's LoRA does "
@@ -193,7 +193,7 @@ class AdapterWeights:
 
     @cached_property
     def _alphas(self) -> dict[str, float]:
-        """Module with LoRA -> alpha."""
+        """Return module -> alpha, for the modules with LoRA."""
         assert self.config is not None
         modules, where = [name.removesuffix(".weight") for name in self.lora], self.folder / PEFT_CONFIG
         return by_pattern(self.config.alpha_pattern, self.config.lora_alpha, modules, where=f"{where}: alpha_pattern")
@@ -211,14 +211,14 @@ class AdapterWeights:
         # PEFT's order: the product first, then the scale, then the sum.
         merged = (factors["lora_B"][rows].float() @ factors["lora_A"].float()).mul_(self.scaling(name))
         merged.add_(weight.float())
-        if "lora_magnitude_vector" in factors:  # DoRA, Liu et al. 2024: the direction is what LoRA changes
+        if "lora_magnitude_vector" in factors:  # DoRA (Liu et al. 2024): LoRA changes only the direction
             magnitude = factors["lora_magnitude_vector"][rows].float()
             merged.mul_((magnitude / torch.linalg.norm(merged, dim=1)).view(-1, 1))
         return merged
 
 
 def _require_factors(folder: Path, name: str, factors: dict[str, torch.Tensor]) -> None:
-    """Raise UserError unless there are two matrices of one rank, and DoRA's magnitudes or nothing else."""
+    """Raise UserError unless there are two matrices of equal rank and, optionally, DoRA's magnitudes."""
     shapes = {key: tuple(tensor.shape) for key, tensor in factors.items()}
     known = shapes.keys() - {"lora_magnitude_vector"} == {"lora_A", "lora_B"}
     if known and all(tensor.ndim == 2 for key, tensor in factors.items() if key != "lora_magnitude_vector"):
@@ -239,18 +239,18 @@ Number = TypeVar("Number", int, float)
 OWN = frozenset(
     lora_pattern(towers) for count in range(1, len(LORA_TOWERS) + 1) for towers in combinations(LORA_TOWERS, count)
 )
-"""Patterns that our own adapters name their targets by: they take no time to match."""
+"""Patterns for the targets of our own adapters, which are fast to match."""
 
 NO_PLAIN_LINEAR = ("embed_tokens", "additional_embedding", "position_embedding", "patch_embedding", "lm_head")
 """Last names of modules with a matrix that PEFT's `all-linear` leaves out."""
 
 
 def lora_targets(config: LoraConfig, modules: Sequence[str], *, where: str) -> set[str]:
-    """Return those of `modules` that a config puts LoRA on. Raises UserError, which begins with `where`.
+    """Return the modules that a config puts LoRA on. Raises UserError, whose message begins with `where`.
 
-    The rules of `peft.tuners.tuners_utils.check_target_module_exists`, of PEFT 0.21: exclude_modules and
-    modules_to_save come first; a name out of a list stands for every module whose path ends with it, unless
-    layers_to_transform leaves its layer out.
+    The rules are those of `peft.tuners.tuners_utils.check_target_module_exists` in PEFT 0.21: exclude_modules and
+    modules_to_save come first; a name in a list means every module whose path ends with it, unless
+    layers_to_transform excludes its layer.
     """
     excluded = _named(config.exclude_modules or [], modules, where=f"{where}: exclude_modules")
     whole = [Pattern(name, r"(^|.*\.)", r"($|\..*)") for name in config.modules_to_save or []]
@@ -273,7 +273,7 @@ def lora_targets(config: LoraConfig, modules: Sequence[str], *, where: str) -> s
 
 
 def _named(names: Collection[str], modules: Sequence[str], *, where: str) -> set[str]:
-    """Return the modules that a pattern matches in full, or that end with one of a list of names."""
+    """Return the modules that a pattern matches completely, or whose path ends with one of the names."""
     if isinstance(names, str) and names.lower() == "all-linear":
         return {module for module in modules if module.rpartition(".")[2] not in NO_PLAIN_LINEAR}
     if isinstance(names, str):
@@ -285,7 +285,7 @@ def _named(names: Collection[str], modules: Sequence[str], *, where: str) -> set
 def by_pattern(
     patterns: Mapping[str, Number], default: Number, modules: Sequence[str], *, where: str
 ) -> dict[str, Number]:
-    """Return module -> its rank or alpha by a pattern: that of the first key which its path ends with."""
+    """Return module -> rank or alpha: that of the first pattern that matches the end of its path, or `default`."""
     keys = list(patterns)
     values = dict.fromkeys(modules, default)
     found = matching([Pattern(key, r"(.*\.)?(", r")$") for key in keys], modules, where=where)
@@ -295,5 +295,5 @@ def by_pattern(
 
 
 def saved_modules(names: Collection[str], modules: Collection[str]) -> set[str]:
-    """Return the modules that PEFT saves whole for `modules_to_save`: those whose path ends with these letters."""
+    """Return the modules that PEFT saves in full for `modules_to_save`: those whose path ends with a name."""
     return {module for module in modules if module.endswith(tuple(names))}

@@ -1,4 +1,4 @@
-"""Attach what is trained to a model (LoRA through PEFT, towers in full), count it, save it, and load it again.
+"""Make parts of a model trainable (LoRA through PEFT, towers in full), count, save and load the trained parameters.
 
 An adapter folder holds PEFT's own files (LoRA, and the added tokens through `modules_to_save`) and
 `trained.safetensors` (gates and towers trained in full, in fp32, under stock names). Without LoRA there are no PEFT
@@ -36,7 +36,7 @@ Modes = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Counts:
-    """The numbers of trained parameters by tower: those of LoRA factors, and those trained in full."""
+    """Numbers of trained parameters by tower: in LoRA factors, and trained in full."""
 
     lora: dict[str, int]
     full: dict[str, int]
@@ -47,7 +47,7 @@ class Counts:
 
 
 def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str, Any], base: str) -> nn.Module:
-    """Freeze all of `model`, make trainable what `modes` says, and return it, wrapped by PEFT if any tower has LoRA.
+    """Freeze all of `model`, make towers trainable by `modes`, and return it, wrapped by PEFT if any tower has LoRA.
 
     `lora` are `peft.LoraConfig` fields (r, lora_alpha, ...); `base` is the name under which PEFT users load the
     base. Every trained parameter is fp32, whatever the dtype of the base.
@@ -68,7 +68,7 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
         raise UserError(f"adapter: PEFT refuses these LoRA fields: {error}") from error
     keep_in_fp32(model, full)
     wrapped = _attach(model, full, config)
-    wrapped.peft_config["default"].base_model_name_or_path = base  # PEFT has written the model's own name
+    wrapped.peft_config["default"].base_model_name_or_path = base  # PEFT sets the model's own name
     adapted = sum(name.endswith(".lora_A.default.weight") for name, _ in wrapped.named_parameters())
     expected, _ = count_lora(model.config.to_dict(), towers, config.r)
     selected = "exclude_modules" in lora or "layers_to_transform" in lora
@@ -79,7 +79,7 @@ def attach(model: IdeficsForVisionText2Text, modes: Modes, *, lora: Mapping[str,
 
 
 def _refuse_quantized(model: IdeficsForVisionText2Text, full: Collection[str]) -> None:
-    """Raise UserError for a tower trained in full whose matrices are in 4 bits: these cannot be trained."""
+    """Raise UserError if a tower to train in full has matrices in 4 bits, which cannot be trained."""
     quantized = {tower_of(f"{name}.weight") for name in quantized_layers(model)} & set(full)
     if quantized:
         towers = " and ".join(sorted(quantized))
@@ -87,11 +87,11 @@ def _refuse_quantized(model: IdeficsForVisionText2Text, full: Collection[str]) -
 
 
 def _attach(model: IdeficsForVisionText2Text, full: Collection[str], lora: LoraConfig | None) -> nn.Module:
-    """Freeze all, put LoRA where its config says, and let the towers in `full` require gradients."""
+    """Freeze all, add LoRA by its config, and let the towers in `full` require gradients."""
     model.requires_grad_(False)
     if lora is not None and not quantized_layers(model):
         fuse_linears(lora)
-    wrapped = model if lora is None else get_peft_model(model, lora)  # PEFT freezes whatever it does not own
+    wrapped = model if lora is None else get_peft_model(model, lora)  # PEFT freezes all other parameters
     for name, parameter in wrapped.named_parameters():
         if tower_of(stock_name(name)) in full and not is_lora(name) and ".original_module." not in name:
             parameter.requires_grad_(True)
@@ -103,7 +103,7 @@ def lora_towers(modes: Modes) -> tuple[str, ...]:
 
 
 def count_trained(model: nn.Module) -> Counts:
-    """Return the numbers of parameters that require gradients. Raises AssertionError for one that is not in fp32."""
+    """Return the numbers of parameters that require gradients. Raises AssertionError if one is not in fp32."""
     lora: dict[str, int] = {}
     full: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -115,7 +115,7 @@ def count_trained(model: nn.Module) -> Counts:
 
 
 def expected_counts(config: Config, modes: Modes, *, rank: int) -> Counts:
-    """Return the counts that `modes` must give for a model of this config (plain LoRA, one rank everywhere)."""
+    """Return the expected counts of `modes` for a model of this config (plain LoRA, one rank everywhere)."""
     sizes = count_parameters(config)
     return Counts(
         lora={tower: count_lora(config, (tower,), rank)[1] for tower in lora_towers(modes)},
@@ -124,7 +124,7 @@ def expected_counts(config: Config, modes: Modes, *, rank: int) -> Counts:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return stock name -> trained parameter, of those that PEFT does not save: gates, towers in full."""
+    """Return stock name -> trained parameter that PEFT does not save: gates, and towers trained in full."""
     of_peft = ("lora_", ".modules_to_save.")
     return {
         stock_name(name): parameter
@@ -134,17 +134,17 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of a parameter, detached. Of one divided over processes, all of them call this, and get a copy."""
+    """Return a whole parameter, detached. If it is sharded, all processes must call this, and get a copy."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def gathered_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all that is trained, by name, on the CPU. Where parameters are divided, all processes call this."""
+    """Return all trained parameters by name, on the CPU. If they are sharded, all processes must call this."""
     return {name: whole(one).cpu() for name, one in model.named_parameters() if one.requires_grad}
 
 
 def save_adapter(model: nn.Module, folder: Path, *, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write all that is trained to a folder. `state_dict`: the gathered one, where parameters are divided."""
+    """Write all trained parameters to a folder. `state_dict`: the gathered state, if parameters are sharded."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
@@ -158,7 +158,7 @@ def save_adapter(model: nn.Module, folder: Path, *, state_dict: Mapping[str, tor
 
 
 def copy_adapter(folder: Path, to: Path) -> None:
-    """Copy the files of an adapter out of a folder that has others beside them."""
+    """Copy only the files of an adapter out of a folder."""
     to.mkdir(parents=True, exist_ok=True)
     for name in (PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE):
         if (folder / name).is_file():
@@ -166,9 +166,9 @@ def copy_adapter(folder: Path, to: Path) -> None:
 
 
 def load_adapter_weights(model: nn.Module, folder: Path) -> None:
-    """Fill an attached model from an adapter folder: every tensor has a parameter, and every parameter a tensor.
+    """Load an adapter folder into an attached model; tensors and parameters must correspond one to one.
 
-    Raises UserError: the adapter is not whole, was made for another base, or trains other towers.
+    Raises UserError: the adapter is incomplete, was made for another base, or trains other towers.
     """
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     adapter = AdapterWeights.read(folder)
@@ -185,7 +185,7 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
 
 
 def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
-    """Attach an adapter folder to its (extended) base, filled and frozen, ready for generation.
+    """Load an adapter folder onto its (extended) base, frozen, ready for generation.
 
     What was trained in full is rounded to the base's dtype, as it will be in the merged model. Raises UserError.
     """
@@ -193,7 +193,7 @@ def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
     adapter.require_fit(tensor_shapes(model.config.to_dict()))
     full = {tower_of(name) for name in adapter.replaced}
     _refuse_quantized(model, full)
-    if adapter.config:  # modules by name: patterns out of files are not matched again
+    if adapter.config:  # list modules by name, so that PEFT does not match the file's patterns again
         ranks = {name.removesuffix(".weight"): len(one["lora_A"]) for name, one in adapter.lora.items()}
         lora = LoraConfig(
             r=adapter.config.r,
@@ -214,14 +214,14 @@ def open_adapter(model: IdeficsForVisionText2Text, folder: Path) -> nn.Module:
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield (stock name of its weight, layer) of each layer with LoRA."""
+    """Yield (stock name of the weight, layer) of each layer with LoRA."""
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield f"{stock_name(name)}.weight", module
 
 
 def _fill(model: nn.Module, adapter: AdapterWeights, places: Mapping[str, nn.Parameter]) -> None:
-    """Copy the adapter's tensors into parameters of the model. Names and shapes must agree. Raises UserError."""
+    """Copy the adapter's tensors into the model's parameters. Raises UserError: names or shapes do not agree."""
     got = {(name, ""): tensor for name, tensor in adapter.replaced.items()}
     got |= {(name, key): tensor for name, factors in adapter.lora.items() for key, tensor in factors.items()}
     into = {(stock_name(name), _factor(name)): parameter for name, parameter in places.items()}
@@ -240,6 +240,6 @@ def _fill(model: nn.Module, adapter: AdapterWeights, places: Mapping[str, nn.Par
 
 
 def _factor(parameter: str) -> str:
-    """Return which factor a parameter is: lora_A, lora_B, lora_magnitude_vector; "" for the weight itself."""
+    """Return a parameter's kind: lora_A, lora_B or lora_magnitude_vector; "" for the weight itself."""
     found = re.search(r"\.(lora_\w+)\.", parameter)
     return found[1] if found else ""

@@ -9,9 +9,9 @@ A row of three sequences, two images (a, b); `.` marks tokens that have seen no 
     self-attention    [0,5) [5,8) [8,12)          causal, each slice alone
     cross-attention   [1,5) -> a   [9,12) -> b    `image_runs`; the rest is zero
 
-No padding and no neighbour is ever multiplied, so no mask exists. On GPUs that have them, variable-length kernels
-compute the same (`modeling.flash`). Without `sequence_starts` (generation, the vision
-tower) the function is transformers' own sdpa. Axes: B batch (1 when packed), H heads, T tokens, D head size,
+There is no padding, and sequences are never multiplied with each other, so no mask is needed. Where a GPU supports
+them, variable-length kernels compute the same (`modeling.flash`). Without `sequence_starts` (generation, the vision
+tower), the function is transformers' own sdpa. Axes: B batch (1 when packed), H heads, T tokens, D head size,
 N images, L latents of an image.
 """
 
@@ -49,7 +49,7 @@ def packed_attention(
     image_latents: int = 0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over one packed row. Returns ([B, T, H, D], None), as transformers' interface asks.
+    """Compute attention over one packed row. Return ([B, T, H, D], None), as transformers' interface requires.
 
     `sequence_starts` holds the S + 1 cumulative lengths; `image_runs` are sorted and disjoint; `image_latents` is the
     number of latents L of one image.
@@ -78,7 +78,7 @@ def _attend_sequences(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Causal attention inside each sequence. [1, H, T, D] -> [1, T, H, D]."""
+    """Compute causal attention inside each sequence: [1, H, T, D] -> [1, T, H, D]."""
     lengths = [stop - start for start, stop in pairwise(starts)]
     sequences = zip(*(_split(tensor, lengths) for tensor in (query, key, value)), strict=True)
     return _join(
@@ -98,11 +98,11 @@ def _attend_images(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """Each run of tokens attends to the latents of its one image; tokens that see none get zeros.
+    """Let each run of tokens attend to the latents of its one image; tokens without an image get zeros.
 
-    query [1, H, T, D], key and value [1, H, N * L, D] -> [1, T, H, D]. Everything is reached by the graph even when
-    nothing is attended to, so that a rank whose row has no image still has a gradient (of zero) for every parameter:
-    without it DistributedDataParallel waits for ever.
+    query [1, H, T, D], key and value [1, H, N * L, D] -> [1, T, H, D]. The result depends on all inputs even if no
+    token sees an image, so that every parameter has a gradient (of zero) on every rank: without it,
+    DistributedDataParallel would wait for ever.
     """
     if not runs:
         return (query * 0 + 0 * (key.sum() + value.sum())).transpose(1, 2)
@@ -117,15 +117,15 @@ def _attend_images(
 
 
 def _split(tensor_BHTD: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
-    """[1, H, T, D] -> views [1, H, t, D]. The backward is one concatenation, where slices would each make T zeros.
+    """Split [1, H, T, D] into views [1, H, t, D]. The backward is one concatenation; each slice would allocate T zeros.
 
-    Split as [1, T, H, D], the order in which projections leave it in memory, so that joining copies whole blocks.
+    It splits [1, T, H, D], the memory order of the projections' results, so that joining copies contiguous blocks.
     """
     return [part.transpose(1, 2) for part in tensor_BHTD.transpose(1, 2).split(list(lengths), dim=1)]
 
 
 def _join(parts_BHTD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[1, H, t, D] of all -> [1, T, H, D], contiguous."""
+    """Join parts [1, H, t, D] to a contiguous [1, T, H, D]."""
     return torch.cat([part.transpose(1, 2) for part in parts_BHTD], dim=1)
 
 

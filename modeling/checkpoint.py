@@ -1,4 +1,4 @@
-"""Safetensors checkpoints read and written by offset: a part of a tensor at a time, whatever the size of the model.
+"""Read and write safetensors checkpoints by offset, a part of a tensor at a time, whatever the size of the model.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes with the length of a JSON header, the header with each
 tensor's dtype, shape and offsets, then the tensors' bytes.
@@ -37,34 +37,35 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes of a model's weights. Eight bits need scales beside them, for which IDEFICS has no names."""
+"""Accepted dtypes of a model's weights. 8-bit weights would need scales, for which IDEFICS has no tensor names."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 LFS_POINTER = b"version "
-"""The first bytes of the text that git-lfs leaves in place of a large file."""
+"""First bytes of the pointer file that git-lfs puts in place of a large file."""
 
 MAX_HEADER = 100_000_000
-"""Bytes; the format's own limit."""
+"""Largest header in bytes: the format's own limit."""
 
 MAX_SIZE = 2**62
 """Largest size of one axis of a tensor: above it, torch's arithmetic with sizes could overflow."""
 
 MAX_NAME = 500
-"""Characters of a tensor's name, which messages show."""
+"""Largest number of characters of a tensor's name that messages show."""
 
 FINGERPRINT_BYTES = 4096
 """Bytes of each tensor that `fingerprint` reads, at its beginning and at its end."""
 
 PIECE_BYTES = 2**18
-"""Bytes written at once: Linux takes larger pieces into its page cache at less than half the speed."""
+"""Bytes per write: larger writes go into Linux's page cache at less than half the speed."""
 
 BLOCK_ELEMENTS = 2**20
-"""Elements of a tensor in one block of work: a few megabytes, and threads rarely meet."""
+"""Elements of a tensor in one block of work: a few megabytes, large enough that threads rarely wait."""
 
 ROW_GROUP = 64
-"""The height of a block is a multiple of this, and this one of the rows that matrix kernels work on together.
+"""The height of a block is a multiple of this, which is a multiple of the rows that a matrix kernel processes at once.
 
-Rows left over go to other kernels, which add in another order: a block of any height rounds unlike the whole matrix.
+Remaining rows are computed by other kernels, which add in another order, so that a block of any other height would be
+rounded differently from the whole matrix.
 """
 
 
@@ -87,7 +88,7 @@ class Rows(Protocol):
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of consecutive blocks of rows, of about `BLOCK_ELEMENTS` each.
 
-    Each starts at a multiple of `ROW_GROUP`; the last also takes the rows that are no whole group.
+    Each starts at a multiple of `ROW_GROUP`; the last one includes the rows that are not a whole group.
     """
     rows, width = (shape[0] if shape else 1), math.prod(shape[1:])
     height = max(1, BLOCK_ELEMENTS // max(1, width) // ROW_GROUP) * ROW_GROUP
@@ -98,10 +99,9 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 def in_threads(
     work: Callable[[*Block], Result], blocks: Iterable[tuple[*Block]], *, threads: int | None = None
 ) -> Iterator[Result]:
-    """Yield `work(*block)` of every block, in order, computed by threads a few blocks ahead.
+    """Yield `work(*block)` for every block, in order; threads compute a few blocks ahead.
 
-    One thread does the whole of a block: where other programs run, threads that share a block wait for each other far
-    longer than they work.
+    Each block is computed by one thread: on a busy machine, threads that share a block mostly wait for each other.
     """
     threads = threads or available_cores()
     before, waiting = torch.get_num_threads(), deque[Future[Result]]()
@@ -129,7 +129,7 @@ class Extent:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one index of the first axis (of a scalar: of itself)."""
+        """Return the bytes of one row, an index of the first axis (for a scalar: of itself)."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
@@ -142,7 +142,7 @@ class Stored(Extent):
     """Offset of its first byte in the file."""
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Read rows [start:stop] of its first axis (of a scalar: itself)."""
+        """Read rows [start:stop] of its first axis (for a scalar: itself)."""
         if not self.shape:
             return self._read(0, self.dtype.itemsize).view(())
         start, stop, _ = slice(start, stop).indices(self.shape[0])
@@ -162,7 +162,7 @@ class Stored(Extent):
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Return name -> tensor of one file. Raises UserError: no safetensors, truncated, or tensors that overlap."""
+    """Return name -> tensor of one file. Raises UserError: not safetensors, truncated, or overlapping tensors."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
@@ -198,7 +198,7 @@ def _stored(path: Path, start: int, entry: Mapping[str, Any]) -> Stored:
 
 
 def _require_filled(path: Path, tensors: Mapping[str, Stored], *, start: int, size: int) -> None:
-    """Raise UserError unless tensors lie one behind the other from `start` to the end of the file."""
+    """Raise UserError unless tensors fill the file from `start` to its end, without gaps or overlaps."""
     place = start
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if stored.offset != place:
@@ -209,7 +209,7 @@ def _require_filled(path: Path, tensors: Mapping[str, Stored], *, start: int, si
 
 
 def read_checkpoint(folder: Path) -> dict[str, Stored]:
-    """Return name -> tensor of a model folder, in the order of its files. Raises UserError, saying how to repair it."""
+    """Return name -> tensor of a model folder, in the order of its files. Raises UserError, with the repair."""
     if (folder / INDEX).is_file():
         return _read_indexed(folder)
     if (folder / SINGLE).is_file():
@@ -237,7 +237,7 @@ def _read_indexed(folder: Path) -> dict[str, Stored]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    """Return tensor -> file beside the index. Raises UserError: no index, or one that leads out of its folder."""
+    """Return tensor -> file beside the index. Raises UserError: not an index, or a file outside the folder."""
     content = read_json(index, repair="fetch it again, or delete it where one file holds all weights") or {}
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -251,7 +251,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def require_shapes(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError unless a checkpoint holds every tensor that its config implies, as floating-point weights."""
+    """Raise UserError unless a checkpoint holds every `expected` tensor, as floating-point weights."""
     if missing := sorted(expected.keys() - stored.keys()):
         raise UserError(f"{folder}: lacks {len(missing)} tensors of its own config: {missing[:3]}")
     if others := [name for name, shape in expected.items() if stored[name].shape != shape]:
@@ -271,7 +271,7 @@ def weight_bytes(tensors: Mapping[str, Stored], dtype: torch.dtype) -> int:
 
 
 def fingerprint(tensors: Mapping[str, Stored]) -> str:
-    """Return a hash of a checkpoint that does not read all of it: names, dtypes, shapes, both ends of each tensor."""
+    """Return a hash of names, dtypes, shapes and both ends of each tensor, without reading the whole checkpoint."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         stored = tensors[name]
@@ -289,11 +289,11 @@ class Planned(Extent):
     """A tensor to be written, and the function that computes its rows."""
 
     rows: Callable[[int, int], torch.Tensor]
-    """rows(start, stop) -> those rows in `dtype` (of a scalar: itself); called from several threads."""
+    """rows(start, stop) -> these rows in `dtype` (for a scalar: itself); called from several threads."""
 
 
 def plan_shards(tensors: Mapping[str, Extent], shard_bytes: int) -> dict[str, list[str]]:
-    """Return file name -> tensors, in order, of at most `shard_bytes` a file (or one tensor)."""
+    """Return file name -> tensors, in order, with at most `shard_bytes` (or one tensor) per file."""
     shards: list[list[str]] = []
     size = shard_bytes + 1
     for name, tensor in tensors.items():
@@ -308,7 +308,7 @@ def plan_shards(tensors: Mapping[str, Extent], shard_bytes: int) -> dict[str, li
 
 
 def write_index(folder: Path, shards: Mapping[str, list[str]], tensors: Mapping[str, Extent]) -> None:
-    """Write the index that transformers reads beside several files."""
+    """Write the index that transformers needs for a model of several files."""
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(one.nbytes for one in tensors.values())}, "weight_map": weight_map}
@@ -316,7 +316,7 @@ def write_index(folder: Path, shards: Mapping[str, list[str]], tensors: Mapping[
 
 
 def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
-    """Write one file, whole or not there. Threads compute and write its blocks, each at its own place."""
+    """Write one file atomically. Threads compute its blocks, and write each at its offset."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     size = 0
     for name, planned in tensors.items():
@@ -346,7 +346,7 @@ def write_shard(path: Path, tensors: Mapping[str, Planned]) -> None:
 
 
 def _blocks(tensors: Mapping[str, Planned], place: int) -> Iterator[tuple[Planned, int, int, int]]:
-    """Yield (tensor, start, stop, place in the file) of each block of rows; tensors lie one behind the other."""
+    """Yield (tensor, start, stop, offset in the file) of each block of rows; tensors follow each other without gaps."""
     for planned in tensors.values():
         for start, stop in row_blocks(planned.shape):
             yield planned, start, stop, place + start * planned.row_bytes

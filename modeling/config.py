@@ -1,7 +1,7 @@
-"""config.json of an IDEFICS -> a complete configuration, or a UserError.
+"""Read and check config.json of an IDEFICS: it becomes a complete configuration, or a UserError.
 
-A config of someone else decides what is allocated and for how long a loop runs: every field is bounded before it is
-used, and a field that is missing gets the value that transformers assumes.
+A config from elsewhere determines memory and running time, so every field is bounded before it is used. A missing field
+gets transformers' default.
 """
 
 import math
@@ -19,7 +19,7 @@ from modeling.shapes import RELEASED, Config
 def read_config(base: str, *, revision: str | None = None) -> Config:
     """Return the config.json of a folder or hub id, checked and complete. Raises UserError.
 
-    Those of the released models are known without the hub.
+    The configs of the released models are built in, and need no hub.
     """
     if is_folder(base):
         path = Path(base) / "config.json"
@@ -39,10 +39,10 @@ def read_config(base: str, *, revision: str | None = None) -> Config:
 
 
 def is_folder(name: str) -> bool:
-    """Return whether a base's name is that of a folder on this machine."""
+    """Return whether a base's name is a folder on this machine."""
     try:
         return name != "" and Path(name).is_dir()
-    except OSError:  # longer than any name can be
+    except OSError:  # the name is too long
         return False
 
 
@@ -50,7 +50,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
 
 
 def require_hub_id(base: str) -> None:
-    """Raise UserError for a name that is no OWNER/NAME, or looks like a folder that is not here."""
+    """Raise UserError if a name is not OWNER/NAME, or looks like a folder that does not exist."""
     if not _HUB_ID.fullmatch(base) or is_folder(str(Path(base).parent)):
         raise UserError(f"{base!r} is neither a folder here nor a hub id (OWNER/NAME)")
 
@@ -60,7 +60,7 @@ def hub_errors(base: str) -> Iterator[None]:
     """Turn any error of the hub, offline or not, into a UserError of one line."""
     try:
         yield
-    except Exception as error:  # of the hub's client, of its transport, of the file system: they have no common one
+    except Exception as error:  # the hub's client, its transport and the file system have no common type
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{base!r} is neither a folder here nor a model the hub gave: {reason}") from error
 
@@ -74,7 +74,7 @@ def _read_json(path: Path) -> Config:
 
 
 def require_idefics(config: Config, *, where: str) -> Config:
-    """Return `config`, complete, if it is that of an IDEFICS this project can train. Raises UserError."""
+    """Return the completed `config`. Raises UserError: not an IDEFICS, or one that this project cannot train."""
     model_type = config.get("model_type", "idefics")
     if model_type != "idefics":
         other = {"idefics2": ", another architecture", "idefics3": ", another architecture"}
@@ -134,7 +134,7 @@ DEFAULTS: Mapping[str, Any] = {
 PARTS = ("vision_config", "perceiver_config")
 
 Test = tuple[str, Callable[[Any], bool]]
-"""(what is expected, in words; whether a value is that)"""
+"""(expected value in words, function that tests a value)"""
 
 
 def _size(most: int) -> Test:
@@ -204,11 +204,11 @@ FIELDS: Mapping[str, Mapping[str, Test]] = {
         "qk_layer_norms_perceiver": _BOOL,
     },
 }
-"""Part of the config ("": its top) -> field -> what it must be, if it is there."""
+"""Section of the config ("": the top level) -> field -> test for its value, if the field is present."""
 
 
 def complete(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """Return the config with transformers' defaults. Raises UserError: a field has a value that no IDEFICS has."""
+    """Return the config with transformers' defaults filled in. Raises UserError: a value that no IDEFICS has."""
     whole = {**DEFAULTS, **config}
     for part in PARTS:
         given = config.get(part)
@@ -245,6 +245,6 @@ def _require_agreement(config: Mapping[str, Any], where: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Return a value of a file, short enough for a message."""
+    """Return a value as text, short enough for a message."""
     text = f"{value:.6g}" if isinstance(value, float) and math.isfinite(value) else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."

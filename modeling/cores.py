@@ -1,4 +1,4 @@
-"""Cores that this process may use, which can be far fewer than the machine has."""
+"""Count the cores that this process may use, which can be far fewer than the machine has."""
 
 import math
 import os
@@ -14,12 +14,12 @@ def available_cores(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the cores that each limit allows, on the control group of this process and on those around it."""
+    """Yield the number of cores of each limit, for the control group of this process and its parents."""
     for group in _groups(root):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # of version 2, of version 1
             try:
                 quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
-            except (OSError, ValueError):  # not there, or "max": no limit
+            except (OSError, ValueError):  # missing, or "max": no limit
                 continue
             if quota > 0 and period > 0:
                 yield quota / period

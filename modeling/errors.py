@@ -1,4 +1,4 @@
-"""Exceptions whose message says everything: a verb prints it without a traceback."""
+"""Exceptions whose message is enough for the user: a command prints it without a traceback."""
 
 
 class UserError(ValueError):

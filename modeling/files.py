@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut; JSON whose errors name the file."""
+"""Write files atomically (safe against a power cut), and read JSON with errors that name the file."""
 
 import errno
 import hashlib
@@ -24,20 +24,20 @@ KINDS = {
 def open_regular(path: Path) -> BufferedReader:
     """Open a file to read its bytes; never wait for a pipe, a socket or a device.
 
-    Raises OSError: nothing is there, or something else than a file.
+    Raises OSError: the path does not exist, or is not a regular file.
     """
     kind = stat.S_IFMT(path.stat().st_mode)
-    if kind != stat.S_IFREG:  # a device is not opened at all: that alone can rewind a tape
+    if kind != stat.S_IFREG:  # never open a device: opening alone can rewind a tape
         raise OSError(errno.EINVAL, f"expected a file, found {KINDS.get(kind, 'something else')}", str(path))
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was exchanged meanwhile
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced between the two calls
         os.close(descriptor)
         raise OSError(errno.EINVAL, "expected a file, found something else", str(path))
     return os.fdopen(descriptor, "rb")
 
 
 def flush(path: Path) -> None:
-    """Make sure that a file's content, or a folder's list of names, is on the disk (fsync)."""
+    """Flush a file's content, or a folder's entries, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,31 +46,31 @@ def flush(path: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Return the name under which a file is written before it gets its own."""
+    """Return the temporary name under which a file is written before it is renamed."""
     return path.with_name(f"{path.name}.partial")
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Give a finished file its name. Without the fsync, a power cut could keep the name of an empty file."""
+    """Rename a finished file to its name, after an fsync: else a power cut could leave an empty file of this name."""
     flush(partial)
     partial.replace(path)
     flush(path.parent)
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all; what is no Unicode in a text is written as an escape."""
+    """Write a file atomically; lone surrogates in a text are written as escapes."""
     partial = partial_of(path)
     partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
     put_in_place(partial, path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is there whole or not at all."""
+    """Write a JSON file atomically."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def digests(files: Iterable[Path]) -> dict[str, str]:
-    """Return file name -> SHA-256, which is "" for a file that is not there."""
+    """Return file name -> SHA-256, or "" for a missing file."""
     found = {}
     for path in files:
         found[path.name] = ""
@@ -81,9 +81,9 @@ def digests(files: Iterable[Path]) -> dict[str, str]:
 
 
 def read_json(path: Path, *, repair: str = "delete it, and give the same command again") -> dict[str, Any] | None:
-    """Return the JSON object in a file, or None where there is no file.
+    """Return the JSON object in a file, or None if the file does not exist.
 
-    Raises UserError: the file holds something else; `repair` says what a user can do.
+    Raises UserError: the file holds something else; `repair` is the advice in the message.
     """
     try:
         with open_regular(path) as file:
@@ -105,5 +105,5 @@ def json_digest(value: Any) -> str:
 
 
 def is_text(value: Any) -> bool:
-    """Return whether a value out of a file can be a name or a path: a string, not empty, without NUL."""
+    """Return whether a value from a file can be a name or a path: a string, not empty, without NUL."""
     return isinstance(value, str) and value != "" and "\0" not in value

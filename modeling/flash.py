@@ -1,8 +1,8 @@
-"""Packed attention by variable-length kernels: one launch for all sequences of a row, one for all its images.
+"""Compute packed attention with variable-length kernels: one launch for all sequences of a row, one for all its images.
 
-torch's FlashAttention (Dao 2023; torch.nn.attention.varlen) on GPUs that have it. `modeling.attention` says what is
-computed, and is the reference: same arguments, same result. Axes: H heads, T tokens, D head size, L latents of an
-image, R runs.
+The kernels are torch's FlashAttention (Dao 2023; torch.nn.attention.varlen), on GPUs that have it. `modeling.attention`
+is the documented reference: same arguments, same result. Axes: H heads, T tokens, D head size, L latents of an image, R
+runs.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from torch.nn.attention.varlen import varlen_attn
 from modeling.device import copy_numbers
 
 AMPERE = (8, 0)
-"""The first compute capability with a kernel."""
+"""Lowest compute capability that has the kernels."""
 
 LARGEST_HEAD, HEAD_STEP = 256, 8
-"""Head sizes that the kernels know: multiples of 8 up to 256."""
+"""Supported head sizes: multiples of 8 up to 256."""
 
 
 def serves(query_BHTD: torch.Tensor, dropout: float) -> bool:
-    """Whether the kernels can: a GPU from Ampere on, half precision, a head size they know, no dropout."""
+    """Return whether the kernels support this query: a GPU from Ampere on, half precision, head size, no dropout."""
     size = query_BHTD.shape[-1]
     return (
         query_BHTD.is_cuda
@@ -37,7 +37,7 @@ def serves(query_BHTD: torch.Tensor, dropout: float) -> bool:
 def attend_sequences(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: Sequence[int], scaling: float | None
 ) -> torch.Tensor:
-    """Causal attention inside each sequence. [1, H, T, D] -> [1, T, H, D]."""
+    """Compute causal attention inside each sequence: [1, H, T, D] -> [1, T, H, D]."""
     bounds = _int32(tuple(starts), query.device)
     longest = max(stop - start for start, stop in pairwise(starts))
     rows = map(_by_token, (query, key, value))
@@ -52,7 +52,7 @@ def attend_images(
     latents: int,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Each run (start, stop, image) attends to its one image; tokens that see none get zeros.
+    """Let each run (start, stop, image) attend to its one image; tokens without an image get zeros.
 
     query [1, H, T, D], key and value [1, H, N * L, D] -> [1, T, H, D]. There is at least one run.
     """
@@ -65,13 +65,13 @@ def attend_images(
 
 
 def _by_token(tensor_BHTD: torch.Tensor) -> torch.Tensor:
-    """[1, H, T, D] -> a view [T, H, D]: the order in which projections leave it in memory."""
+    """Return a view [T, H, D] of [1, H, T, D], in the memory order of the projections' results."""
     return tensor_BHTD[0].transpose(0, 1)
 
 
 @lru_cache(maxsize=4)
 def _int32(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Copied to the device once for all layers."""
+    """Return the numbers on the device, copied once for all layers."""
     return copy_numbers(numbers, torch.int32, device)
 
 
@@ -79,7 +79,7 @@ def _int32(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
 def _places(
     runs: tuple[tuple[int, int, int], ...], latents: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(tokens that see an image, the image of each run, cumulative lengths of runs, and of their images' latents)."""
+    """Return (tokens that see an image, image of each run, cumulative lengths of runs, and of images' latents)."""
     tokens = [token for start, stop, _ in runs for token in range(start, stop)]
     lengths = accumulate((stop - start for start, stop, _ in runs), initial=0)
     return (
