@@ -1,8 +1,8 @@
-"""A packed row -> arguments of the stock forward -> sum of token losses, with logits of supervised tokens only.
+"""Run a packed row through the stock forward, and sum its token losses; logits are computed only where supervised.
 
 The loss is ours because transformers 5.23 reshapes to `vocab_size` logits where IDEFICS has
 `vocab_size + additional_vocab_size`, and because TRL's fused head leaves the added rows out of the normaliser.
-It belongs to the model's forward, so that PEFT, DDP and FSDP see one.
+The loss is part of the model's forward, so that PEFT, DDP and FSDP see a single call.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ from modeling.fused import use_fused_modules
 from modeling.tokens import IGNORED
 
 ROWS = 16
-"""Rows of logits whose losses are computed at once: with 32,000 words they fit a processor's cache."""
+"""Number of rows of logits whose losses are computed at once: with 32,000 words they fit a processor's cache."""
 
 FP16_SCALE = 2.0**12
-"""Scale of gradients inside a head in fp16, which would lose probabilities below 6e-8."""
+"""Scale of the gradients inside a head in fp16, where probabilities below 6e-8 would underflow."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences and the images of a packed row lie.
+    """Positions of the sequences and the images in a packed row.
 
-    Plain numbers, made with the row on the CPU: to read them from a tensor on a GPU, the host would wait for it.
+    They are plain numbers, made on the CPU: reading them from a tensor on a GPU would block the host.
     """
 
     sequence_starts: tuple[int, ...]
@@ -47,7 +47,7 @@ class PackedIdefics(IdeficsForVisionText2Text):
         use_fused_modules(self.model)
 
     def forward(self, *args: Any, targets: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """`targets` int64 [K] follow the K positions that `logits_to_keep` names, of the only row."""
+        """Return the loss if `targets` are given: int64 [K], the next tokens of the K positions in `logits_to_keep`."""
         if targets is None:
             return super().forward(*args, **kwargs)
         positions = kwargs.pop("logits_to_keep")
@@ -56,9 +56,9 @@ class PackedIdefics(IdeficsForVisionText2Text):
 
 
 def packed_loss(model: nn.Module, batch: Mapping[str, Any], *, config: IdeficsConfig) -> torch.Tensor:
-    """Return the sum of the token losses of one packed row: fp32 scalar, 0 with gradients when nothing is supervised.
+    """Return the sum of the token losses of one packed row: fp32 scalar; 0, with gradients, if nothing is supervised.
 
-    `model` is a `PackedIdefics` that PEFT, DDP or FSDP may have wrapped; `config` is the plain model's. `batch` holds
+    `model` is a `PackedIdefics`, possibly wrapped by PEFT, DDP or FSDP; `config` is the plain model's. `batch` holds
     input_ids, position_ids and image_index int64 [1, T], what `lay_out` makes, and pixel_values [N, 3, H, W] or
     image_features [N, latents, D] in the model's dtype.
     """
@@ -67,7 +67,7 @@ def packed_loss(model: nn.Module, batch: Mapping[str, Any], *, config: IdeficsCo
 
 
 def lay_out(sequence_starts: Sequence[int], image_index: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Return the part of a row's batch that is derived: its layout, and which tokens are supervised by which.
+    """Return the derived part of a row's batch: its layout, its supervised positions and their targets.
 
     image_index and labels int64 [1, T], on the CPU -> {"layout", "supervised_positions" and "targets" int64 [K]}.
     """
@@ -90,9 +90,9 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the sum of the token losses of `head(hidden)`: [K, D], [K] -> fp32 scalar.
 
-    Logits of a few rows exist at once. The loss is a sum, so gradients of `hidden` and of what is trained in the head
-    are made on the way, and the backward only scales them. A head that FSDP divides is whole only inside its own
-    forward and backward, and so runs once.
+    Only a few rows of logits are in memory at once. The loss is a sum, so the gradients of `hidden` and of the trained
+    parameters of the head are computed in the forward, and the backward only scales them. A head that FSDP shards is
+    whole only inside its own forward and backward, and so runs once.
     """
     if any(isinstance(parameter, DTensor) for parameter in head.parameters()):
         return token_losses(head(hidden), targets).sum()
@@ -102,10 +102,10 @@ def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> t
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Two buffers serve all rows: logits, and in fp32 their log-probabilities, which become the logits' gradient.
+    """Sum of token losses, with two buffers: logits, and fp32 log-probabilities, later the logits' gradient.
 
-    The product with the vocabulary is written out; the few added rows, which may be wrapped and of another dtype, are
-    left to autograd.
+    The product with the vocabulary has a manual backward; the few added rows, which may be wrapped and have another
+    dtype, use autograd.
     """
 
     @staticmethod
@@ -161,7 +161,7 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Cross-entropy a few rows at a time: beside the logits and their gradient, nothing is as large as the logits."""
+    """Cross-entropy, a few rows at a time: besides the logits and their gradient, no tensor is as large."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """softmax - one-hot, weighted."""
+        """Return softmax - one-hot, weighted."""
         logits, targets, sums = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         parts = (tensor.split(ROWS) for tensor in (gradient, logits, targets, sums, weights))
@@ -183,15 +183,15 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def forward_arguments(batch: Mapping[str, Any], config: IdeficsConfig) -> dict[str, Any]:
-    """Return the arguments of `IdeficsForVisionText2Text.forward` for a packed row, but for `logits_to_keep`."""
+    """Return the arguments of `IdeficsForVisionText2Text.forward` for a packed row, except `logits_to_keep`."""
     image_index, layout = batch["image_index"], batch["layout"]
     arguments: dict[str, Any] = {
         "input_ids": batch["input_ids"],
-        # Packed attention reads no mask. Of one with four axes transformers makes no other; of none, or of one with
-        # two, it asks whether anything is masked, and a GPU's answer is waited for.
+        # Packed attention reads no mask. transformers leaves a mask with four axes as it is; for none, or one with two
+        # axes, it checks whether anything is masked, which would wait for the GPU.
         "attention_mask": image_index.new_ones((1, 1, 1, 1), dtype=torch.bool),
         "position_ids": batch["position_ids"],
-        # The stock forward derives its "sees an image" gate from this mask; which image, our attention knows.
+        # The stock forward uses this mask only for its "sees an image" gate; our attention selects the image.
         "image_attention_mask": (image_index >= 0).long()[..., None],
         "use_cache": False,
         "sequence_starts": layout.sequence_starts,
@@ -203,7 +203,7 @@ def forward_arguments(batch: Mapping[str, Any], config: IdeficsConfig) -> dict[s
     elif len(batch["pixel_values"]):
         arguments["pixel_values"] = batch["pixel_values"][None]
     else:
-        # No pixels crash the stock reshape, no features do not.
+        # The stock reshape crashes on empty pixels, but not on empty features.
         shape = (1, 0, config.perceiver_config.resampler_n_latents, config.vision_config.embed_dim)
         arguments["perceiver_embeddings"] = batch["pixel_values"].new_zeros(shape, dtype=config.dtype)
     return arguments
@@ -212,7 +212,7 @@ def forward_arguments(batch: Mapping[str, Any], config: IdeficsConfig) -> dict[s
 def image_runs(image_index: torch.Tensor) -> list[ImageRun]:
     """Return maximal runs of tokens that see the same image: [[-1, 0, 0, 1, -1]] -> [(1, 3, 0), (3, 4, 1)].
 
-    Runs may join neighbouring sequences that share an image: cross-attention has no term between tokens.
+    A run may extend over neighbouring sequences that share an image, since cross-attention does not mix tokens.
     """
     seen, lengths = torch.unique_consecutive(image_index[0], return_counts=True)
     stops = lengths.cumsum(0)

@@ -1,9 +1,9 @@
-"""Parameters that are trained in full are kept in fp32 on a base in bf16, and hand their results on in bf16.
+"""Keep parameters that are trained in full in fp32 on a bf16 base, with results in bf16.
 
 A gate is one scalar of about 0.1 to 0.5: in bf16 an update below 1e-3 rounds away. Its parameter is kept in fp32, and
 the block's Tanh is replaced by one that returns the model's dtype, because a fp32 tensor of shape (1,) would promote
-every hidden state behind it. The same for the rows of the added tokens, whose stock embedding fails when two dtypes
-meet.
+every hidden state after it. The rows of the added tokens are treated in the same way; their stock embedding fails if
+two dtypes meet.
 """
 
 from collections.abc import Collection
@@ -16,24 +16,24 @@ from modeling.towers import GATES, tower_of
 
 
 def keep_in_fp32(model: nn.Module, full: Collection[str]) -> None:
-    """Turn the parameters of the towers in `full` to fp32, and what they meet so that it takes them.
+    """Convert the parameters of the towers in `full` to fp32, and replace the modules that need equal dtypes.
 
     `model` is the plain IDEFICS, before PEFT wraps it.
     """
     whole = set(full) - {"gates", "added_tokens"}
     if "vision" in full:
-        whole.add("resampler")  # its layer norms would not take fp32 features in bf16
+        whole.add("resampler")  # its layer norms in bf16 would not accept fp32 features
     for name, parameter in model.named_parameters():
         if tower_of(name) in whole:
             parameter.data = parameter.data.float()
     if "gates" in full:
         keep_gates_in_fp32(model)
-    if "added_tokens" in full or "embeddings_and_head" in full:  # rows of both meet in one embedding
+    if "added_tokens" in full or "embeddings_and_head" in full:  # one embedding joins the rows of both
         keep_added_rows_in_fp32(model)
 
 
 def keep_gates_in_fp32(model: nn.Module) -> None:
-    """Make every gate a fp32 parameter behind a `Gate`."""
+    """Make every gate a fp32 parameter, applied by a `Gate`."""
     for block in model.model.gated_cross_attn_layers:
         for name in GATES:
             alpha = getattr(block, name)
@@ -43,7 +43,7 @@ def keep_gates_in_fp32(model: nn.Module) -> None:
 
 
 def keep_added_rows_in_fp32(model: nn.Module) -> None:
-    """Turn the added tokens' rows to fp32, on both sides."""
+    """Convert the rows of the added tokens to fp32, in the embedding and in the head."""
     embedding, head = model.model.embed_tokens.additional_embedding, model.lm_head.additional_fc
     if embedding.weight.dtype == torch.float32:
         return
@@ -67,7 +67,7 @@ class Gate(nn.Module):
 
 
 class AddedEmbedding(nn.Embedding):
-    """Input rows of the added tokens in fp32: int64 [...] -> [..., D] in the dtype of the rows of LLaMA's words."""
+    """Input rows of the added tokens in fp32: int64 [...] -> [..., D] in the dtype of LLaMA's embedding."""
 
     output_dtype: torch.dtype
 
@@ -76,7 +76,7 @@ class AddedEmbedding(nn.Embedding):
 
 
 class AddedHead(nn.Linear):
-    """Output rows of the added tokens, kept and multiplied in fp32: [..., D] -> [..., added] in the input's dtype."""
+    """Output rows of the added tokens, stored and multiplied in fp32: [..., D] -> [..., added] in the input's dtype."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input.float(), self.weight.float()).to(input.dtype)

@@ -1,10 +1,10 @@
-"""Modules of IDEFICS with a faster forward: norms, rotations, gated products, LoRA and the embedding.
+"""Modules of IDEFICS with a faster forward: norms, rotary embedding, gated products, LoRA and the embedding.
 
-    norm       x / rms(x) * w          keeps x and a root for each vector; autograd keeps x in fp32 besides
-    rotation   q cos + (-q2, q1) sin   three passes each way; autograd's make five tensors, and nine going back
-    product    silu(gate) * up         keeps gate and up; autograd keeps silu(gate) besides
-    LoRA       W x + s B A x           added in place; PEFT makes three results as large as W x, two in the backward
-    embedding  two tables, one of them for the added tokens; transformers' asks the device where those are
+    norm       x / rms(x) * w          saves x and 1 / rms per vector; autograd also saves x in fp32
+    rotation   q cos + (-q2, q1) sin   three passes each way; autograd makes five tensors, and nine in the backward
+    product    silu(gate) * up         saves gate and up; autograd also saves silu(gate)
+    LoRA       W x + s B A x           added in place; PEFT makes three results as large as W x, and two in the backward
+    embedding  two tables, one for the added tokens; transformers waits for the device to find these tokens
 
 Each is a subclass of the module of transformers or PEFT, with the same names and weights and another `forward`.
 """
@@ -30,10 +30,10 @@ from transformers.models.idefics.modeling_idefics import (
 
 
 def use_fused_modules(model: IdeficsModel) -> None:
-    """Replace the embedding, and norms, MLPs and self-attention of the decoder and the gated blocks, by this page's.
+    """Replace the embedding, and the norms, MLPs and self-attention of decoder and gated blocks, by those of this file.
 
-    For a model that was just constructed. A replacement is made without memory (on the meta device), and takes over
-    the stock module's own parameters and children, so nothing is initialised twice.
+    The model must be newly constructed. A replacement is made without memory (on the meta device), and takes over the
+    stock module's parameters and children, so that nothing is initialised twice.
     """
     for path, stock in list(model.named_modules()):
         with torch.device("meta"):
@@ -45,7 +45,7 @@ def use_fused_modules(model: IdeficsModel) -> None:
 
 
 def _make_fused(stock: nn.Module, activation: str) -> nn.Module | None:
-    """Return this page's module in place of a stock one, or None where there is none."""
+    """Return the replacement for a stock module, or None if there is none."""
     if isinstance(stock, IdeficsRMSNorm):
         return RMSNorm(len(stock.weight), eps=stock.variance_epsilon)
     if isinstance(stock, IdeficsMLP) and activation == "silu":
@@ -60,9 +60,9 @@ def _make_fused(stock: nn.Module, activation: str) -> nn.Module | None:
 
 
 class RMSNorm(IdeficsRMSNorm):
-    """[..., D] -> [..., D] in the dtype of the weight; computed in fp32.
+    """RMS norm: [..., D] -> [..., D] in the dtype of the weight; computed in fp32.
 
-    Without gradients torch's own: for one token of a generation an autograd function costs more than the norm.
+    Without gradients, it is torch's own: for a single token, an autograd function costs more than the norm.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class RMSNorm(IdeficsRMSNorm):
 
 class DecoupledEmbedding(IdeficsDecoupledEmbedding):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [B, T] -> [B, T, D]. Every token is looked up in both tables, so that no index is read from a GPU."""
+        """Look up int64 [B, T] -> [B, T, D]. Every token uses both tables, so that no index is read back from a GPU."""
         is_added = input_ids >= self.num_embeddings
         rows = embedding(input_ids.masked_fill(is_added, 0), self.weight)
         added = self.additional_embedding((input_ids - self.num_embeddings).clamp(min=0))
@@ -81,7 +81,7 @@ class DecoupledEmbedding(IdeficsDecoupledEmbedding):
 
 
 class GatedMLP(IdeficsMLP):
-    """[..., D] -> [..., D]: down(silu(gate) * up), SwiGLU (Shazeer 2020)."""
+    """SwiGLU (Shazeer 2020), down(silu(gate) * up): [..., D] -> [..., D]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
@@ -89,7 +89,7 @@ class GatedMLP(IdeficsMLP):
 
 
 class SelfAttention(IdeficsAttention):
-    """Self-attention of a decoder layer, rotated in the order in which its projections leave heads in memory."""
+    """Self-attention of a decoder layer, with rotation in the memory order of the projections' results."""
 
     def forward(
         self,
@@ -100,7 +100,7 @@ class SelfAttention(IdeficsAttention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [B, T, H * D], position_ids int64 [B, T] -> ([B, T, H * D], the scores, if any)."""
+        """Attend: hidden_states [B, T, H * D], position_ids int64 [B, T] -> ([B, T, H * D], scores or None)."""
         query, key, value = (
             project(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -121,9 +121,9 @@ class SelfAttention(IdeficsAttention):
 
 
 class FusedLoraLinear(Linear):
-    """PEFT's LoRA layer, result.addmm_(low, B) in place of result + (low @ B) * scaling: [..., n] -> [..., m].
+    """PEFT's LoRA layer with result.addmm_(low, B) instead of result + (low @ B) * scaling: [..., n] -> [..., m].
 
-    Anything but one plain adapter in the layer's own dtype is left to PEFT. On a CPU that is 5 to 10 % of a step.
+    PEFT handles anything but one plain adapter in the layer's own dtype. On a CPU, this saves 5 to 10 % of a step.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -141,13 +141,13 @@ class FusedLoraLinear(Linear):
         if result.dtype != x.dtype:
             return super().forward(x)
         low = first(self.lora_dropout[adapter](rows))
-        # In place: no backward reads what a linear layer gave.
+        # In place is safe: no backward reads the result of a linear layer.
         result.addmm_(low, second.weight.T, alpha=self.scaling[adapter])
         return result.unflatten(0, x.shape[:-1])
 
 
 def fuse_linears(config: LoraConfig) -> None:
-    """Make PEFT build `FusedLoraLinear` on plain linear layers; 4-bit layers, which are linear too, need PEFT's own.
+    """Make PEFT use `FusedLoraLinear` for plain linear layers; 4-bit layers, which are also linear, keep PEFT's own.
 
     https://huggingface.co/docs/peft/developer_guides/custom_models: dynamic dispatch of custom modules.
     """
@@ -167,7 +167,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """With u = g w: root u - x root^3 mean(u x), and for the weight the sum over vectors of g x root."""
+        """Return root u - x root^3 mean(u x) with u = g w, and for the weight the sum over vectors of g x root."""
         hidden, weight, root = ctx.saved_tensors
         wide, gradient = hidden.float(), gradient.float()
         weight_gradient = None
@@ -197,7 +197,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 class _Rotation(torch.autograd.Function):
-    """`rotate` (RoPE, Su et al. 2021), and back by the same angles the other way."""
+    """`rotate` (RoPE, Su et al. 2021); the backward rotates by the negative angles."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -213,12 +213,12 @@ class _Rotation(torch.autograd.Function):
 def angles(
     attention: IdeficsAttention, like: torch.Tensor, position_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cosine, sine) [B, T, 1, D] of positions, in the dtype of `like`; the sine's first half is negative."""
+    """Return (cosine, sine) [B, T, 1, D] of positions, in the dtype of `like`; the sine's first half is negative."""
     cosine, sine = (turn[:, :, None] for turn in attention.rotary_emb(like, position_ids))
     first, second = sine.chunk(2, dim=-1)
     return cosine, torch.cat([-first, second], dim=-1)
 
 
 def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, way: int = 1) -> torch.Tensor:
-    """States [B, T, H, D] turned by `angles`; way -1: back."""
+    """Rotate states [B, T, H, D] by `angles`; way -1 rotates back."""
     return torch.addcmul(states * cosine, states.roll(states.shape[-1] // 2, dims=-1), sine, value=way)

@@ -1,9 +1,9 @@
-"""Greedy generation, token for token what transformers' `generate` writes, with KV caches for text and images.
+"""Greedy generation with KV caches for text and images; it gives the same tokens as transformers' `generate`.
 
-For each token, transformers 5.23 multiplies the latents of all images by k_proj and v_proj of every gated block again
-(in the 9B five images are 320 rows, where a token is one row for every other matrix), attends to all images to see one,
-makes its masks anew, and copies the keys and values of all earlier tokens. Here the prompt goes through the stock
-forward; then a token costs its own products, attention to the text before it, and to the one image that it sees.
+For each token, transformers 5.23 again multiplies the latents of all images by k_proj and v_proj of every gated block
+(in the 9B, five images are 320 rows, while a token is one row for every other matrix), attends to all images although
+it sees one, makes new masks, and copies the keys and values of all earlier tokens. Here the prompt goes through the stock
+forward; then each token costs only its own products, and attention to the earlier text and to its one image.
 
 Axes: B prompts, T tokens so far, H heads, D head size, N images, L latents of an image.
 """
@@ -21,7 +21,7 @@ from modeling.device import choices, copy_numbers
 from modeling.fused import angles, rotate
 
 ROOM = 64
-"""Tokens for which there is room each time that keys and values move."""
+"""Number of tokens by which the memory for keys and values grows."""
 
 
 @torch.no_grad()
@@ -30,10 +30,10 @@ def greedy(
 ) -> list[list[int]]:
     """Return the tokens that follow B left-padded prompts, each with its end, padded to the longest.
 
-    `inputs`, as the stock `generate` takes them: input_ids and attention_mask int64 [B, T], image_attention_mask int64
-    [B, T, N], in whose last token each prompt sees one image at most, image_hidden_states [B, N, L, width]. Of
-    `config`: max_new_tokens, min_new_tokens, eos_token_id, pad_token_id and suppress_tokens. The model may hold LoRA or
-    4-bit layers. Memory: keys and values of the text, and in each gated block those of one image a prompt.
+    `inputs` are those of the stock `generate`: input_ids and attention_mask int64 [B, T], image_attention_mask int64
+    [B, T, N], where the last token of each prompt sees at most one image, image_hidden_states [B, N, L, width]. It uses
+    max_new_tokens, min_new_tokens, eos_token_id, pad_token_id and suppress_tokens of `config`. The model may have LoRA
+    or 4-bit layers. Memory: keys and values of the text and, in each gated block, of one image per prompt.
     """
     device, shortest = model.device, config.min_new_tokens or 0
     ends, never = (
@@ -57,7 +57,7 @@ def greedy(
 
 
 class _TextCache:
-    """KV cache of the text in one layer: keys and values [B, H, T, D], in memory that has room for more."""
+    """KV cache of the text in one layer: keys and values [B, H, T, D], in memory with room for more tokens."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         self.length = keys.shape[2]
@@ -69,7 +69,7 @@ class _TextCache:
         return roomy
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
-        """[B, 1, H, D] twice -> all keys and values so far."""
+        """Append a key and a value, [B, 1, H, D] each, and return all keys and values so far."""
         if self.length == self.states[0].shape[2]:
             self.states = [self._with_room(one) for one in self.states]
         for known, new in zip(self.states, (key, value), strict=True):
@@ -80,15 +80,15 @@ class _TextCache:
 
 @dataclass(frozen=True)
 class _ImageCache:
-    """KV cache of the one image that the tokens to come see, in one gated block, and the block's gates."""
+    """KV cache of the one image that the new tokens see, in one gated block, and the block's gates."""
 
     key: torch.Tensor
-    """[B, H, L, D]; so is `value`."""
+    """Keys of the image: [B, H, L, D]; `value` has the same shape."""
     value: torch.Tensor
     attention_gate: torch.Tensor
-    """tanh of the gate [B, 1, 1 or H * D], zero where a prompt sees no image."""
+    """tanh of the attention gate: [B, 1, 1 or H * D], zero where a prompt sees no image."""
     dense_gate: torch.Tensor
-    """tanh of the gate [1], or [1, 1, H * D]."""
+    """tanh of the MLP's gate: [1], or [1, 1, H * D]."""
 
     @classmethod
     def of(cls, block: Any, image: torch.Tensor, sees: torch.Tensor) -> "_ImageCache":
@@ -104,7 +104,7 @@ class _ImageCache:
         return cls(key.contiguous(), value.contiguous(), gate * sees[:, None, None].to(gate.dtype), dense)
 
     def run_block(self, block: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the gated block for one token of each prompt: [B, 1, H * D] -> the same."""
+        """Run the gated block for one token of each prompt: [B, 1, H * D] -> [B, 1, H * D]."""
         attention, normed = block.cross_attn, block.input_layernorm(hidden)
         query = attention.q_proj(normed).view(len(hidden), 1, attention.num_heads, attention.head_dim).transpose(1, 2)
         if attention.qk_layer_norms:
@@ -115,7 +115,7 @@ class _ImageCache:
 
 
 class _Decoder:
-    """The model with its KV caches: one token after another."""
+    """The model with its KV caches, run token by token."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class _Decoder:
     def read(
         cls, model: IdeficsForVisionText2Text, inputs: Mapping[str, torch.Tensor]
     ) -> tuple["_Decoder", torch.Tensor]:
-        """Read the prompts by the stock forward -> (a decoder that goes on, logits fp32 [B, V] of the next tokens)."""
+        """Run the prompts through the stock forward, and return (decoder, logits fp32 [B, V] of the next tokens)."""
         cache, seen = DynamicCache(config=model.config), inputs["image_attention_mask"]
         images, attended = inputs["image_hidden_states"], inputs["attention_mask"]
         output = model(
@@ -170,7 +170,7 @@ class _Decoder:
             query, key, value = (
                 project(normed).view(shape) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            if rotation is None:  # one for all layers
+            if rotation is None:  # shared by all layers
                 rotation = angles(attention, value, self.positions)
             keys, values = text.append(rotate(key, *rotation), value)
             query = rotate(query, *rotation).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Checkpoint -> model, tokenizer and processor; base -> instruct (2 -> 3 added tokens); tokenizer -> disk, verified."""
+"""Load model, tokenizer and processor; extend a base to instruct (2 -> 3 added tokens); save a verified tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,18 +52,18 @@ def load(
     image_towers: bool = True,
     weights: bool = True,
 ) -> Idefics:
-    """Load an IDEFICS with packed attention; with `instruct`, a base gains `<end_of_utterance>`. Raises UserError.
+    """Load an IDEFICS with packed attention; `instruct` adds `<end_of_utterance>` to a base. Raises UserError.
 
-    `quantized` is the base's quantised checkpoint, to load the weights from: what it holds in NF4 stays in NF4, and
-    `dtype` is that of the rest. Without `image_towers` (vision tower and resampler), which are then not read, the
-    model takes `image_features` alone. Without `weights` nothing is read, and its parameters are memory that is not
-    filled: for a process to which FSDP sends its share of another's.
+    `quantized` is the folder of the base's quantised checkpoint: weights in NF4 stay in NF4, and `dtype` applies to the
+    others. Without `image_towers` (vision tower and resampler), these are not read, and the model accepts only
+    `image_features`. Without `weights`, nothing is read, and parameters are uninitialised: for processes that receive
+    their shard by FSDP.
     """
     folder, config = open_base(base, revision=revision)
     place = quantized or folder
     architecture = _read_architecture(place, image_towers=image_towers)
     if weights:
-        if not quantized:  # transformers fills what a file lacks with random numbers
+        if not quantized:  # transformers would initialise missing tensors at random
             require_shapes(folder, read_checkpoint(folder), tensor_shapes(config))
         model = PackedIdefics.from_pretrained(
             str(place),
@@ -71,7 +71,7 @@ def load(
             dtype=dtype,
             attn_implementation=PACKED,
             use_safetensors=True,
-            generation_config=GenerationConfig(),  # ours is set below; the base's file is not read
+            generation_config=GenerationConfig(),  # set below; the base's file is not read
             device_map={"": device} if quantized else None,
         )
     else:
@@ -93,9 +93,9 @@ def load(
 
 
 def _allocate(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give parameters of the meta device memory; it is not written to, and so takes none until it is.
+    """Allocate memory for parameters on the meta device; it is not written to, so the system commits none yet.
 
-    accelerate 1.15 tells parameters apart by their place in memory, of which the meta device has none.
+    accelerate 1.15 identifies parameters by their memory address, which the meta device does not have.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -106,11 +106,11 @@ def _allocate(model: nn.Module, dtype: torch.dtype) -> None:
 def _read_architecture(folder: Path, *, image_towers: bool) -> IdeficsConfig:
     """Return the folder's configuration as transformers reads it. Raises UserError.
 
-    Without `image_towers` they have no layers, and transformers skips the weights of those in the file.
+    Without `image_towers`, these have no layers, and transformers skips their weights in the file.
     """
     try:
         config = IdeficsConfig.from_pretrained(str(folder), attn_implementation=PACKED)
-    except Exception as error:  # transformers checks fields by libraries of its own, each with its own exceptions
+    except Exception as error:  # the libraries by which transformers checks fields raise exceptions of their own
         raise UserError(f"{folder / 'config.json'}: transformers refuses it: {_in_one_line(error)}") from error
     if not image_towers:
         config.vision_config.num_hidden_layers = config.perceiver_config.resampler_depth = 0
@@ -122,14 +122,14 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _remove_image_towers(model: IdeficsForVisionText2Text, config: Config) -> None:
-    """Remove what is left of the image towers: it would compute something from pixels, without an error."""
+    """Remove the rest of the image towers, which would compute wrong features from pixels without an error."""
     model.config.vision_config.num_hidden_layers = config["vision_config"]["num_hidden_layers"]
     model.config.perceiver_config.resampler_depth = config["perceiver_config"]["resampler_depth"]
     model.model.vision_model = model.model.perceiver_resampler = None
 
 
 def local_folder(base: str, *, revision: str | None = None) -> Path:
-    """Return the folder of the base's files; those of a hub id are downloaded first. Raises UserError."""
+    """Return the folder of the base's files; for a hub id, download them first. Raises UserError."""
     if is_folder(base):
         return Path(base)
     require_hub_id(base)
@@ -142,7 +142,7 @@ def local_folder(base: str, *, revision: str | None = None) -> Path:
 
 def open_base(base: str, *, revision: str | None = None) -> tuple[Path, Config]:
     """Return the base's folder on this machine, and its config. Raises UserError: no such folder, no such hub id."""
-    read_config(base, revision=revision)  # of a hub id, before its weights are fetched
+    read_config(base, revision=revision)  # for a hub id, before its weights are downloaded
     folder = local_folder(base, revision=revision)
     config = read_config(str(folder))
     _read_architecture(folder, image_towers=True)
@@ -150,9 +150,9 @@ def open_base(base: str, *, revision: str | None = None) -> tuple[Path, Config]:
 
 
 def load_processor(base: str, *, revision: str | None = None, instruct: bool = True) -> IdeficsProcessor:
-    """Load the stock processor, with the PIL image processor that IDEFICS was trained with, whatever is installed.
+    """Load the stock processor, always with the PIL image processor that IDEFICS was trained with.
 
-    Raises UserError: files that are missing, damaged, or ask for code of their own.
+    Raises UserError: files that are missing, damaged, or require remote code.
     """
     if not is_folder(base):
         require_hub_id(base)
@@ -162,7 +162,7 @@ def load_processor(base: str, *, revision: str | None = None, instruct: bool = T
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, **options)
         images = AutoImageProcessor.from_pretrained(base, backend="pil", **options)
-    except Exception as error:  # tokenizers, written in Rust, raises bare ones
+    except Exception as error:  # tokenizers, written in Rust, raises bare Exceptions
         raise UserError(
             f"{base}: expected tokenizer and image processor files beside the weights: {_in_one_line(error)}"
         ) from error
@@ -172,10 +172,10 @@ def load_processor(base: str, *, revision: str | None = None, instruct: bool = T
 
 
 def extend_vocabulary(model: IdeficsForVisionText2Text) -> None:
-    """Give a base (2 added tokens) `<end_of_utterance>` as the third, its rows copied from those of `</s>`.
+    """Add `<end_of_utterance>` to a base as its third added token, with rows copied from `</s>`.
 
-    An instruct model stays as it is. Rows 0 and 1 are kept bit for bit. Never `resize_token_embeddings`: it turns the
-    decoupled head into a plain Linear and orphans the added rows.
+    An instruct model is not changed. Rows 0 and 1 are kept bit for bit. `resize_token_embeddings` must not be used: it
+    turns the decoupled head into a plain Linear and orphans the added rows.
     """
     if model.config.additional_vocab_size != 2:
         return
@@ -228,8 +228,8 @@ def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
 def save_processor(processor: IdeficsProcessor, folder: Path) -> None:
     """Write tokenizer and processor files that give the same ids when loaded again.
 
-    transformers 5.23 forgets LlamaTokenizer's `legacy` flag when it saves: a reloaded tokenizer would drop the space
-    it puts before the text that follows a special token. The flag is written, and the result compared.
+    transformers 5.23 does not save LlamaTokenizer's `legacy` flag: a reloaded tokenizer would drop the space before
+    text that follows a special token. This function writes the flag, and checks the result.
     """
     tokenizer = processor.tokenizer
     if hasattr(tokenizer, "legacy"):

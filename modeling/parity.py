@@ -1,7 +1,7 @@
-"""Parity of a merged checkpoint with base + adapter, without the code that merged it and a few rows at a time.
+"""Check the parity of a merged checkpoint with base + adapter, a few rows at a time, without the code that merged it.
 
-Each tensor: sampled rows against the formula in fp64. Each block of the model that LoRA changes: the same input through
-base + adapter, whose factors are not merged, and through the merged weights.
+Tensors: sampled rows of each are compared with the formula in fp64. Blocks with LoRA: the same input goes through base
++ adapter, with factors not merged, and through the merged weights.
 """
 
 import math
@@ -25,34 +25,34 @@ from modeling.towers import BLOCKS
 from modeling.vision import make_resampler
 
 SAMPLED_ROWS = 4
-"""Of a large tensor that LoRA changed, or nothing did."""
+"""Number of rows compared in a large tensor, unless it was replaced."""
 
 SMALL = 2**16
-"""Elements of a tensor of which every row is compared."""
+"""Largest number of elements of a tensor whose rows are all compared."""
 
 POSITIONS = 16
-"""Of a block's random input: tokens, or patches of an image."""
+"""Length of a block's random input: tokens, or patches of an image."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference between what was got and what was expected."""
+    """The difference between actual and expected values."""
 
     largest: float
     """The largest absolute difference."""
     relative: float
-    """Of a tensor: relative to what rounding explains; above 1, something else is wrong.
+    """For a tensor: relative to the possible rounding error; above 1, the merge is wrong.
 
-    Of a block: relative to its largest output.
+    For a block: relative to its largest output.
     """
 
 
 def compare_tensor(
     name: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: AdapterWeights
 ) -> Difference:
-    """Compare sampled rows of a merged tensor with the formula; all rows, if it is small or was replaced.
+    """Compare sampled rows of a merged tensor with the formula, or all rows if it is small or was replaced.
 
-    What rounding explains is known for every element: half a step of the merged dtype, and the sums in fp32.
+    The possible rounding error is known for every element: half a step of the merged dtype, and the sums in fp32.
     """
     stored, found = merged[name], []
     chosen: Iterable[tuple[int, int]]
@@ -67,26 +67,26 @@ def compare_tensor(
         differing = (stored.rows(start, stop).double() - exact).abs()
         explained = _step(exact, stored.dtype) / 2 + slack
         found.append(torch.stack([differing.max(), (differing / explained).max()]))
-    return Difference(*torch.stack(found).amax(0).tolist())  # amax, unlike max, keeps what is not a number
+    return Difference(*torch.stack(found).amax(0).tolist())  # amax, unlike max, keeps NaN
 
 
 def _expected(
     name: str, start: int, stop: int, config: Config, base: Mapping[str, Rows], adapter: AdapterWeights
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """Return fp64 rows of a merged tensor, and how far sums in fp32 may be from them."""
+    """Return the expected fp64 rows of a merged tensor, and the possible error of sums in fp32."""
     if name in adapter.replaced:
         return adapter.replaced[name][start:stop].double(), 0.0
     rows = base[name].rows(start, stop).double()
-    if len(rows) < stop - start:  # the row of `<end_of_utterance>`, which starts as `</s>`
+    if len(rows) < stop - start:  # the row of `<end_of_utterance>` is initialised from `</s>`
         owner, end = base[name.removesuffix(".weight").rpartition(".")[0] + ".weight"], config["eos_token_id"]
         rows = torch.cat([rows, owner.rows(end, end + 1).double()])
     return _formula(rows, adapter, name, start) if name in adapter.lora else (rows, 0.0)
 
 
 def _formula(weight: torch.Tensor, adapter: AdapterWeights, name: str, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of W + s B A (LoRA, Hu et al. 2021), or of DoRA's m (W + s B A) / |W + s B A| (Liu et al. 2024).
+    """Return rows of W + s B A (LoRA, Hu et al. 2021), or of DoRA's m (W + s B A) / |W + s B A| (Liu et al. 2024).
 
-    And the error of a sum of r + 1 products in fp32: at most r + 2 roundings of the largest partial sum.
+    Also return the error of a sum of r + 1 products in fp32: at most r + 2 roundings of the largest partial sum.
     """
     factors = {key: tensor.double() for key, tensor in adapter.lora[name].items()}
     rows, scaling = slice(start, start + len(weight)), adapter.scaling(name)
@@ -112,7 +112,7 @@ def _step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def compare_block(
     block: str, config: Config, base: Mapping[str, Rows], merged: Mapping[str, Stored], adapter: AdapterWeights
 ) -> Difference:
-    """Compare the outputs of a block (`model.layers.7`) for one random input, in fp32; few rows are in memory."""
+    """Compare the outputs of a block (`model.layers.7`) for one random input, in fp32, with few rows in memory."""
     shape = IdeficsConfig(**config, attn_implementation="sdpa")
     got, expected = (
         feed(block, build_block(block, shape, tensors, added), shape)
@@ -131,7 +131,7 @@ def changed_blocks(adapter: AdapterWeights) -> list[str]:
 def build_block(
     block: str, config: IdeficsConfig, tensors: Mapping[str, Rows], adapter: AdapterWeights | None = None
 ) -> nn.Module:
-    """Return a block (`model.layers.7`) in fp32, its LoRA not merged; large weights are read when they are used."""
+    """Return a block (`model.layers.7`) in fp32 with LoRA not merged; large weights are read only when used."""
     kind = _kind(block)
     with init_empty_weights(include_buffers=False):
         if kind == "decoder":
@@ -150,9 +150,9 @@ def build_block(
 
 @torch.no_grad()
 def feed(block: str, module: nn.Module, config: IdeficsConfig) -> torch.Tensor:
-    """Return what a block makes of a random input, the same for every module that stands for it: fp32 [1, N, width].
+    """Return a block's output for a fixed random input: fp32 [1, N, width].
 
-    N is `POSITIONS`; of the resampler, its latents.
+    N is `POSITIONS`, or for the resampler its number of latents.
     """
     rng = torch.Generator().manual_seed(zlib.crc32(block.encode()))
     kind, image_width = _kind(block), config.vision_config.embed_dim
@@ -178,14 +178,14 @@ def _kind(block: str) -> str:
 def _weight(
     name: str, tensors: Mapping[str, Rows], adapter: AdapterWeights | None, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
-    """Return rows in fp32; what the adapter replaces is rounded as in the merged model."""
+    """Return rows in fp32; tensors that the adapter replaces are rounded as in the merged model."""
     if adapter and name in adapter.replaced:
         return adapter.replaced[name][start:stop].to(tensors[name].dtype).float()
     return tensors[name].rows(start, stop).float()
 
 
 class _Linear(nn.Module):
-    """A linear layer with its LoRA factors not merged, as in training; its weight is read when it is used."""
+    """A linear layer with LoRA factors not merged, as in training; its weight is read only when used."""
 
     def __init__(self, name: str, layer: nn.Linear, tensors: Mapping[str, Rows], adapter: AdapterWeights | None):
         super().__init__()
@@ -197,7 +197,7 @@ class _Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def _outputs(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Return the outputs [..., stop - start] that these rows of the weight make."""
+        """Return the outputs of these rows of the weight: [..., stop - start]."""
         weight = _weight(self.name, self.tensors, self.adapter, start, stop)
         if self.adapter is None or self.name not in self.adapter.lora:
             return linear(x, weight)

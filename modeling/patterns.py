@@ -1,7 +1,7 @@
-"""Regular expressions out of other people's files, matched in bounded time and memory.
+"""Match untrusted regular expressions in bounded time and memory.
 
-PEFT gives the patterns of an adapter's config to `re`, where `(\\w+\\.?)*x` takes longer than a life on one name. Here
-a pattern with a quantifier is matched by another process, which is ended when its time is over.
+PEFT passes the patterns of an adapter's config to `re`, where `(\\w+\\.?)*x` can take years for one name. Here, a
+pattern with a quantifier is matched by another process, which is killed when its time is over.
 """
 
 import json
@@ -16,35 +16,35 @@ from pathlib import Path
 from modeling.errors import UserError
 
 LIMIT_S = 10
-"""Seconds for all patterns of one call; a pattern that people write takes a millisecond."""
+"""Time limit in seconds for all patterns of one call; an ordinary pattern takes a millisecond."""
 
 MEMORY_BYTES = 2**30
-"""Address space of the process that matches."""
+"""Limit of the matching process's address space."""
 
 FEW = 10**6
-"""Patterns x names that are matched at once, where no match can take long."""
+"""Largest number of patterns x names that are matched in this process, if no match can take long."""
 
 _LINEAR = re.compile(r"[\w.\\-]*")
-"""Patterns without quantifiers and alternatives: they can be matched at once."""
+"""Matches patterns without quantifiers and alternatives, which can be matched in this process."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern as a file has it, and what is written around it."""
+    """A pattern from a file, and the text around it."""
 
     text: str
     before: str = ""
     after: str = ""
     whole: bool = False
-    """Whether it must match a name to its end."""
+    """Whether it must match a whole name."""
 
 
 def matching(
     patterns: Sequence[Pattern], names: Sequence[str], *, where: str, known: Collection[str] = ()
 ) -> list[dict[str, str]]:
-    """Return, for each pattern, the names that it matches from their beginning -> what its group `idx` found (or "").
+    """Return, for each pattern, {name that it matches from the beginning: text of its group `idx`, or ""}.
 
-    `known` patterns are our own. Raises UserError, which begins with `where`: no regular expression, or a match that
+    `known` patterns are our own. Raises UserError, beginning with `where`: not a regular expression, or a match that
     takes longer than `LIMIT_S`.
     """
     try:
@@ -93,7 +93,7 @@ def _match_elsewhere(patterns: Sequence[Pattern], names: Sequence[str]) -> list[
 
 
 def _main() -> None:
-    """Read patterns and names on stdin, write what they match to stdout, or what is wrong with a pattern."""
+    """Read patterns and names from stdin, and write the matches, or the error of a pattern, to stdout."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     patterns, names = json.load(sys.stdin)
     try:

@@ -1,9 +1,9 @@
-"""Checkpoint -> the same with the matrices of two towers in NF4 (4 bits), made once and kept on disk.
+"""Quantise the matrices of two towers of a checkpoint to NF4 (4 bits), once, and keep the result on disk.
 
-NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 64 weights in a row share a scale, and 256 scales one of
-their own. `cross_attention` and `decoder`, nine tenths of the parameters, are in NF4; vision tower, resampler,
-embeddings, head, added tokens, norms and gates stay as they are. A matrix is quantised in blocks of rows and always
-from fp32, so that a bf16 file and its fp32 copy give the same 4 bits, whatever the size of the matrix.
+The format is NF4 with double quantisation (Dettmers et al. 2023, QLoRA): 64 consecutive weights share a scale, and 256
+scales share another. `cross_attention` and `decoder`, nine tenths of the parameters, are in NF4; vision tower,
+resampler, embeddings, head, added tokens, norms and gates are not quantised. A matrix is quantised in blocks of rows
+and always from fp32, so that a bf16 file and its fp32 copy give the same 4 bits, whatever the size of the matrix.
 
     <cache>/<base>-<fingerprint>/   model-*.safetensors, in the layout of transformers and bitsandbytes
                                  config.json, written last: a folder that has it is whole
@@ -36,29 +36,29 @@ from modeling.shapes import Config, tensor_shapes
 from modeling.towers import NOT_QUANTIZED, QUANTIZED_TOWERS, lora_pattern
 
 GROUP, NESTED_GROUP = 64, 256
-"""Weights that share a scale, and scales that share a scale."""
+"""Number of weights that share a scale, and number of scales that share another."""
 
 BLOCK_ELEMENTS = 2 * 2**20
-"""Weights quantised at once, in fp32 several times over."""
+"""Number of weights quantised at once; memory holds several fp32 copies of them."""
 
 SHARD_BYTES = 256 * 2**20
-"""Bytes of the checkpoint (or one tensor) that become one file: in memory at once, lost by an interruption."""
+"""Bytes of the checkpoint (or one tensor) per output file, which are in memory at once, and lost if interrupted."""
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
-"""(items, description) -> items, shown as they go by."""
+"""(items, description) -> items, with a progress bar."""
 
 
 def quantized_names(config: Config) -> set[str]:
-    """Return the stock names of the weights in NF4: of the linear layers of `QUANTIZED_TOWERS`.
+    """Return the stock names of the weights in NF4: those of the linear layers of `QUANTIZED_TOWERS`.
 
-    Of the released models, all of them. Rows that are no whole number of groups stay as they are: bitsandbytes 0.50
-    gives them the scales of other groups on a CPU.
+    In the released models, these are all of them. A matrix whose rows are not a whole number of groups is not
+    quantised: on a CPU, bitsandbytes 0.50 would use the scales of other groups.
     """
     return {name for name, (_, columns) in _matrices(config).items() if columns % GROUP == 0}
 
 
 def _matrices(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return stock name -> shape, of every weight of a linear layer of `QUANTIZED_TOWERS`."""
+    """Return stock name -> shape of every weight of a linear layer of `QUANTIZED_TOWERS`."""
     pattern = re.compile(rf"({lora_pattern(QUANTIZED_TOWERS)})\.weight")
     return {name: shape for name, shape in tensor_shapes(config).items() if pattern.fullmatch(name)}
 
@@ -68,15 +68,15 @@ class Nf4:
     """A matrix in NF4."""
 
     packed: torch.Tensor
-    """uint8 [rows * columns / 2, 1]: two weights a byte."""
+    """Packed weights, two per byte: uint8 [rows * columns / 2, 1]."""
     state: functional.QuantState
 
     @classmethod
     def of(cls, rows: Callable[[int, int], torch.Tensor], shape: Sequence[int]) -> "Nf4":
-        """Quantise a matrix that `rows(start, stop)` reads, as bitsandbytes would, a block of rows at a time."""
+        """Quantise a matrix that `rows(start, stop)` reads, a block of rows at a time, with bitsandbytes' result."""
         count = max(GROUP, BLOCK_ELEMENTS // shape[1] // GROUP * GROUP)  # whole groups, whatever the width
         elements = math.prod(shape)
-        # Allocated first: what is kept between blocks would keep the allocator from giving back memory.
+        # Allocate the results first: later allocations between blocks would keep the allocator from freeing memory.
         packed, scales = torch.empty(-(-elements // 2), 1, dtype=torch.uint8), torch.empty(-(-elements // GROUP))
         for start in range(0, shape[0], count):
             block, own = functional.quantize_4bit(rows(start, start + count).float(), blocksize=GROUP, quant_type="nf4")
@@ -97,7 +97,7 @@ class Nf4:
         return cls(packed, state)
 
     def rows(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Return fp32 [stop - start, columns]: what the model multiplies with."""
+        """Return dequantised rows, as the model multiplies with them: fp32 [stop - start, columns]."""
         count, width = self.state.shape
         stop = count if stop is None else min(stop, count)
         first, last = start * width // GROUP, -(-stop * width // GROUP)  # groups
@@ -116,13 +116,13 @@ class Nf4:
         return flat[offset : offset + (stop - start) * width].view(stop - start, width)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of a checkpoint for a weight of this name."""
+        """Return the checkpoint's tensors for a weight of this name."""
         parts = self.state.as_dict(packed=True)
         return {name: self.packed, **{f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}}
 
 
 def dequantized(weight: torch.Tensor) -> torch.Tensor:
-    """Return dequant(NF4(weight)), a matrix as the quantised model computes with it, fp32 of the same shape."""
+    """Return dequant(NF4(weight)), the matrix that the quantised model computes with: fp32 of the same shape."""
     return Nf4.of(lambda start, stop: weight[start:stop], weight.shape).rows()
 
 
@@ -133,9 +133,9 @@ def quantized_checkpoint(
     name: str,
     track: Track = lambda items, description: items,
 ) -> Path:
-    """Return the folder of a checkpoint in NF4: one in `cache`, or a new one named by `name` and a fingerprint.
+    """Return the folder of a checkpoint in NF4, from `cache` or newly made, named by `name` and a fingerprint.
 
-    Interrupted, it goes on with the next file. In memory are the tensors of one file. Raises UserError.
+    After an interruption, it continues with the next file. Memory holds the tensors of one file. Raises UserError.
     """
     stored = read_checkpoint(folder)
     config = read_config(str(folder))
@@ -189,20 +189,20 @@ def _write(made: Path, stored: dict[str, Stored], config: Config, track: Track) 
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Linear4bit]:
-    """Return module name -> layer, of the layers in NF4."""
+    """Return module name -> layer for the layers in NF4."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
 def configure_quantized(model: nn.Module, config: Config, *, dtype: torch.dtype) -> None:
-    """Set what transformers does not: the dtype of weights that stay, and the one dtype that NF4 layers compute in."""
+    """Set what transformers does not: the dtype of weights not quantised, and the compute dtype of NF4 layers."""
     layers, expected = quantized_layers(model), quantized_names(config)
     assert {f"{name}.weight" for name in layers} == expected, f"{len(layers)} layers in NF4, expected {len(expected)}"
     for layer in layers.values():
-        # The backward pass dequantises to the state's own dtype: fp32 in the file.
+        # The backward pass dequantises to the dtype of the state, which is fp32 in the file.
         layer.compute_dtype = layer.weight.quant_state.dtype = compute_dtype()
-        # On a CPU with AVX512-BF16, inference would repack the weights for a bf16 kernel, and training that follows
-        # would go through that kernel, which has no gradient.
+        # On a CPU with AVX512-BF16, inference would repack the weights for a bf16 kernel, and later training would use
+        # that kernel, which has no gradient.
         layer.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
-        if parameter.is_floating_point():  # transformers keeps every kept ".weight" as it is in the file
+        if parameter.is_floating_point():  # transformers keeps the file's dtype for every ".weight" not quantised
             parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Configurations as literals, and the tensors each implies: nothing here needs torch, weights, files or the hub.
+"""Model configurations as literals, and their tensor shapes, without torch, weights, files or the hub.
 
 The published values are those of the released config.json files (HuggingFaceM4/idefics-9b and -80b).
 """
@@ -11,7 +11,7 @@ from typing import Any
 from modeling.towers import TOWERS, lora_pattern, tower_of
 
 Config = Mapping[str, Any]
-"""What a config.json holds: the arguments of `transformers.IdeficsConfig`."""
+"""The content of config.json: the arguments of `transformers.IdeficsConfig`."""
 
 _VISION_H14 = {
     "embed_dim": 1280,
@@ -76,9 +76,9 @@ TINY: Config = {
     "rms_norm_eps": 1e-6,
     "cross_layer_interval": 2,
     "max_position_embeddings": 1024,
-    # A fresh gate of exactly zero gives the towers behind it zero gradients: fresh shapes start open.
+    # A gate of exactly zero would give the towers behind it zero gradients, so fresh models start with open gates.
     "alpha_initializer": "ones",
-    # 1 / sqrt(width): at the usual 0.02, a tower this narrow hands on next to nothing of what it reads.
+    # 1 / sqrt(width): with the usual 0.02, the outputs of such a narrow tower would hardly depend on its inputs.
     "initializer_range": 0.09,
     "vision_config": {
         "embed_dim": 96,
@@ -105,7 +105,7 @@ RELEASED: Mapping[str, Config] = {
     "HuggingFaceM4/idefics-80b": IDEFICS_80B,
     "HuggingFaceM4/idefics-80b-instruct": {**IDEFICS_80B, "additional_vocab_size": 3},
 }
-"""Hub id -> config, so that a recipe for a released model can be checked without the hub."""
+"""Hub id -> config of the released models, so that their recipes can be checked without the hub."""
 
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -122,7 +122,7 @@ def count_parameters(config: Config) -> dict[str, int]:
 
 
 def count_lora(config: Config, towers: tuple[str, ...], rank: int) -> tuple[int, int]:
-    """Return (linear layers, LoRA parameters) where every linear layer of `towers` has factors of one rank."""
+    """Return (number of linear layers, number of LoRA parameters) if all linear layers of `towers` have this rank."""
     pattern = lora_pattern(towers)
     matrices = [
         shape
@@ -156,7 +156,7 @@ def _tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _block(path: str, attention: str, hidden: int, source: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """A LLaMA-style block whose keys and values read `source` features."""
+    """Yield (name, shape) of a LLaMA-style block whose keys and values read `source` features."""
     yield f"{path}.{attention}.q_proj.weight", (hidden, hidden)
     yield f"{path}.{attention}.k_proj.weight", (hidden, source)
     yield f"{path}.{attention}.v_proj.weight", (hidden, source)

@@ -30,7 +30,7 @@ SMALLEST_VOCABULARY = len(CONTROL) + len(BYTES) + 1
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, added: int = 2) -> LlamaTokenizer:
     """Train a LLaMA-style tokenizer (BPE, byte fallback, a space before words) of exactly `vocab_size` + `added` ids.
 
-    Pieces never reach across a space. Ids: unk, bos, eos 0 to 2, bytes from 3, then the learnt pieces.
+    Pieces never contain an inner space. Ids: unk, bos, eos 0 to 2, bytes from 3, then the learnt pieces.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(f"vocab_size: expected at least {SMALLEST_VOCABULARY} (256 bytes and 4 more), got {vocab_size}")

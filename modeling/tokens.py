@@ -8,7 +8,7 @@ BOS, EOS = "<s>", "</s>"
 FAKE, IMAGE, END_OF_UTTERANCE = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 
 ADDED = (FAKE, IMAGE, END_OF_UTTERANCE)
-"""In the order of their ids, which follow those of LLaMA's vocabulary; a base has the first two."""
+"""The added tokens in the order of their ids, which follow LLaMA's vocabulary; a base has the first two."""
 
 IGNORED = -100
 """The label of a token that is not supervised: torch's own `ignore_index`."""

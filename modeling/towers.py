@@ -1,4 +1,4 @@
-"""Parameter and module paths of IDEFICS -> tower names. The only file that spells module paths.
+"""Map parameter and module paths of IDEFICS to towers. The only file that spells module paths.
 
 Every parameter of `IdeficsForVisionText2Text` belongs to exactly one tower:
 
@@ -24,20 +24,20 @@ QUANTIZED_TOWERS = ("cross_attention", "decoder")
 """Towers whose linear layers `quantize: nf4` keeps in 4 bits: nine tenths of the parameters."""
 
 NOT_QUANTIZED = ("lm_head", "model.embed_tokens", "model.vision_model", "model.perceiver_resampler")
-"""Modules whose linear layers are not quantised, as transformers takes them: by the start of a name."""
+"""Modules whose linear layers are not quantised, as prefixes of names, the form that transformers expects."""
 
 GATES = ("alpha_cross_attn", "alpha_dense")
-"""Attributes of a gated cross-attention block."""
+"""Names of the gates in a gated cross-attention block."""
 
 ADDED_ROWS = ("additional_embedding", "additional_fc")
-"""Modules with the rows of the added tokens: input side, output side."""
+"""Names of the modules with the rows of the added tokens: in the embedding, in the head."""
 
 ADDED_WEIGHTS = ("model.embed_tokens.additional_embedding.weight", "lm_head.additional_fc.weight")
 """The tensors of these modules."""
 
 EXACT_LORA: Mapping[str, tuple[object, ...]] = {
     "bias": ("none",),
-    # The others rewrite the base's own matrices before training starts.
+    # Other values change the base's matrices before training starts.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "layer_replication": (None,),
     "lora_bias": (False,),
@@ -52,7 +52,7 @@ EXACT_LORA: Mapping[str, tuple[object, ...]] = {
     "megatron_config": (None,),
     "velora_config": (None,),
 }
-"""LoraConfig fields and the values under which base + adapter is a sum of matrices, so that a merge is exact."""
+"""LoraConfig field -> values with which base + adapter is a sum of matrices, so that a merge is exact."""
 
 _PARAMETERS = {
     "gates": r"model\.gated_cross_attn_layers\.\d+\.(alpha_cross_attn|alpha_dense)",
@@ -64,7 +64,7 @@ _PARAMETERS = {
     "decoder": r"model\.(layers\..+|norm\.weight)",
 }
 
-# A bare suffix such as "q_proj" hits all four towers, so every LoRA target is spelt in full.
+# A suffix such as "q_proj" would match all four towers, so every LoRA target is spelt in full.
 _LINEARS = {
     "vision": r"model\.vision_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
     "resampler": r"model\.perceiver_resampler\.blocks\.\d+\.(0\.(q|k|v|output)_proj|1\.(fc|c_proj))",
@@ -80,12 +80,12 @@ BLOCKS = {
 }
 """Patterns of the module paths of a tower's blocks."""
 
-# What PEFT adds to a stock name: its two outer modules, and the wrappers of LoRA and of modules_to_save.
+# The parts that PEFT adds to a stock name: two outer modules, and the wrappers of LoRA and of modules_to_save.
 _PEFT = re.compile(r"^base_model\.model\.|\.(base_layer|original_module|(modules_to_save|lora_\w+)\.[^.]+)(?=\.)")
 
 
 def stock_name(parameter: str) -> str:
-    """Return a parameter's name in the plain model; a LoRA factor has the name of the weight that it adapts.
+    """Return a parameter's name in the plain model; for a LoRA factor, the name of the weight that it adapts.
 
     `base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight` -> `model.layers.0.mlp.up_proj.weight`
     """
@@ -93,7 +93,7 @@ def stock_name(parameter: str) -> str:
 
 
 def is_computed(tensor: str) -> bool:
-    """Return whether a tensor follows from the config: old versions of transformers saved a few such buffers."""
+    """Return whether a tensor is computed from the config, like a few buffers that old transformers versions saved."""
     return bool(re.fullmatch(r"model\.(.+\.rotary_emb\.inv_freq|vision_model\.embeddings\.position_ids)", tensor))
 
 
@@ -110,17 +110,17 @@ def tower_of(parameter: str) -> str:
 
 
 def lora_pattern(towers: Iterable[str]) -> str:
-    """Return one pattern for PEFT's `target_modules`, matched in full: exactly these towers' linear layers."""
+    """Return a pattern for PEFT's `target_modules` that matches exactly the linear layers of these towers."""
     return "|".join(f"({_LINEARS[tower]})" for tower in towers)
 
 
 def matrices_trained_in_full(modes: Mapping[str, str]) -> list[str]:
-    """Return the towers whose matrices are trained in full, and are fp32 then: gates and added tokens are none."""
+    """Return the towers whose matrices are trained in full, hence in fp32; gates and added tokens have none."""
     return [tower for tower, mode in modes.items() if mode == "full" and tower not in ("gates", "added_tokens")]
 
 
 def no_decay(parameter: str) -> bool:
-    """Return whether weight decay is left out: for norms, biases, gates, latents, positions and added rows."""
+    """Return whether a parameter has no weight decay: norms, biases, gates, latents, positions and added rows."""
     return tower_of(parameter) in ("gates", "added_tokens") or bool(
         re.search(r"norm\w*\.weight$|\.ln\.weight$|\.bias$|\.latents$|class_embedding$|position_embedding", parameter)
     )

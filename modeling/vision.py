@@ -1,4 +1,4 @@
-"""The image towers alone, vision tower and perceiver resampler: pixels -> features that a run can cache."""
+"""The image towers without the rest (vision tower and resampler): pixels -> features that a run can cache."""
 
 import hashlib
 from pathlib import Path
@@ -33,7 +33,7 @@ class ImageTowers(nn.Module):
 
 
 def load_image_towers(folder: Path, *, dtype: torch.dtype, device: torch.device) -> ImageTowers:
-    """Load the two towers of a checkpoint; none of its other tensors is read. Raises UserError."""
+    """Load only the two image towers of a checkpoint. Raises UserError."""
     config = IdeficsConfig(**read_config(str(folder)), attn_implementation=PACKED)
     with init_empty_weights(include_buffers=False):
         towers = ImageTowers(config)
@@ -45,7 +45,7 @@ def load_image_towers(folder: Path, *, dtype: torch.dtype, device: torch.device)
 
 
 def image_towers_fingerprint(folder: Path) -> str:
-    """Return a hash of the two towers: their weights, and the configuration they compute with. Raises UserError."""
+    """Return a hash of the weights and the configuration of the two image towers. Raises UserError."""
     config = read_config(str(folder))
     settings = [sorted(config[part].items()) for part in ("vision_config", "perceiver_config")]
     return hashlib.sha256(f"{fingerprint(_tower_tensors(folder))} {settings}".encode()).hexdigest()
