@@ -2,8 +2,8 @@
 
 For each token, transformers 5.23 again multiplies the latents of all images by k_proj and v_proj of every gated block
 (in the 9B, five images are 320 rows, while a token is one row for every other matrix), attends to all images although
-it sees one, makes new masks, and copies the keys and values of all earlier tokens. Here the prompt goes through the stock
-forward; then each token costs only its own products, and attention to the earlier text and to its one image.
+it sees one, makes new masks, and copies the keys and values of all earlier tokens. Here the prompt goes through the
+stock forward; then each token costs only its own products, and attention to the earlier text and to its one image.
 
 Axes: B prompts, T tokens so far, H heads, D head size, N images, L latents of an image.
 """
