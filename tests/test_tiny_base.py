@@ -61,7 +61,9 @@ def test_its_recipe_reads_documents_only_and_no_test_image():
 def test_it_completes_text_about_an_image():
     from finetune.data.chat_template import render
     from finetune.data.tokenize import tokenize
-    from finetune.evaluation.generate import Assistant, _continue, _inputs
+    from finetune.evaluation.generate import Assistant, make_inputs
+    from modeling.generation import greedy
+    from modeling.loading import generation_config
 
     loaded = loading.load(str(FOLDER), instruct=False)
     assistant = Assistant(loaded.model, loaded.tokenizer, Preprocessing.of(loaded.processor.image_processor))
@@ -69,5 +71,7 @@ def test_it_completes_text_about_an_image():
     rendered = render(Dialogue((Turn("document", (Image(Path(record["image"])), "the color of the shape is")),)))
     example = tokenize(rendered, loaded.tokenizer)
     cut = type(example)(*(part[:-1] for part in (example.input_ids, example.labels, example.image_index)))
-    (ids,) = _continue(assistant, _inputs(assistant, [cut], [rendered]), 8)
+    config = generation_config(loaded.tokenizer)
+    config.max_new_tokens = 8
+    (ids,) = greedy(loaded.model.eval(), make_inputs(assistant, [cut], [rendered]), config)
     assert loaded.tokenizer.decode(ids, skip_special_tokens=True).strip() == "red."

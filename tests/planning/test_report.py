@@ -45,4 +45,4 @@ def test_plan_refuses_a_wrong_option(recipe_file, tmp_path):
 def test_plan_help_has_an_example():
     shown = invoke("plan", "--help")
     assert shown.exit_code == 0
-    assert "Example: finetune plan recipes/" in " ".join(shown.output.split())
+    assert "Example: finetune plan idefics-9b_lora_1x80gb" in " ".join(shown.output.split())
