@@ -16,9 +16,9 @@ class Contamination:
     questions: int
     """Number of distinct questions in both, about the same images (or about none)."""
     examples_with_images: np.ndarray
-    """int64, sorted: training examples that show a held-out image."""
+    """Indices of training examples that show an eval image: int64, sorted."""
     examples_with_questions: np.ndarray
-    """int64, sorted: training examples that ask a held-out question."""
+    """Indices of training examples that ask an eval question: int64, sorted."""
 
     def to_json(self) -> dict[str, int]:
         return {

@@ -35,7 +35,7 @@ class Dataset:
     train: Prepared
     eval: Prepared
     mix: Mix
-    """How the prepared training sources are drawn."""
+    """The sampling ratio of the prepared training sources."""
     source_stats: list[SourceStats]
     """Statistics of the training sources, then of the eval sources."""
     report: dict[str, Any]

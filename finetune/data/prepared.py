@@ -2,7 +2,7 @@
 
 NAME-KEY/   examples.arrow   an example a row: tokens, what is supervised, images, the dialogue it was made of
             images.arrow     the distinct images: where their bytes are
-            files.arrow      the files in which images were looked for, as they were
+            files.arrow      the files in which images were looked up, with size, time and digest
             images/*.bin     images that came inside records, encoded as they came; pixels are never stored
             stats.json     what became of every record; written last, so a set that has it is complete
 

@@ -129,7 +129,7 @@ class Opened:
     dialogues: list[Dialogue]
     """One dialogue, or the parts of a document that was cut at a lost image."""
     images: list[Any]
-    """What `look` returned for each image that is shown, in order."""
+    """The result of `look` for each image that is kept, in order."""
     lost: list[RecordError]
     """Error of each image that was left out of a document."""
 

@@ -89,7 +89,7 @@ class StreamedRows:
     """The rows of a run, made in order. Asking for an earlier row restarts the stream."""
 
     readers: Sequence[ReadEpoch]
-    """For each source, the function that reads it once."""
+    """The function that reads each source once."""
     names: Sequence[str]
     weights: Sequence[float | None]
     rows: int

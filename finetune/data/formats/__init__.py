@@ -41,7 +41,7 @@ class Format:
     """A dataset family."""
 
     converter: Callable[[dict[str, Any], ImageRoot], Dialogue]
-    """(record, where its source's images are looked up) -> its dialogue. Raises RecordError."""
+    """(record, image root of its source) -> dialogue. Raises RecordError."""
     fits: Callable[[dict[str, Any]], bool] = lambda record: False
     """Returns whether a record looks like one of this family, for `format: auto`."""
     reads: tuple[str, ...] = ()

@@ -36,7 +36,7 @@ READERS: dict[str, Reader] = {
     ".arrow": read_arrow,
     **dict.fromkeys((".tar", *COMPRESSED_TARS), read_shard),
 }
-"""How a file of each suffix is read."""
+"""Suffix of a file -> the function that reads it."""
 
 _NO_RECORDS = (*hub.SAVED, "dataset_info.json", "dataset_infos.json")
 """Files of the datasets library that hold no records."""

@@ -20,7 +20,7 @@ from modeling.errors import UserError
 
 
 class ImageRoot:
-    """Where the images of a source are looked up. Raises UserError: a root that does not exist, or a bad `image_name`.
+    """Finds the images of a source. Raises UserError: a root that does not exist, or an invalid `image_name`.
 
     It can be pickled; archives are opened again in the other process.
     """

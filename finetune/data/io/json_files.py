@@ -131,13 +131,13 @@ _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _WORD = re.compile(r'[^\s"\[\]{},:]++')
 _STRING = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)
-"""As much of a string as the window holds, without its quotes."""
+"""The part of a string that is in the window, without its quotes."""
 _FLAT = r'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")'
 _NESTED = rf"(?:{_FLAT}|\[{_FLAT}*+\]|\{{{_FLAT}*+\}})"
 _WITHIN = re.compile(rf"(?:{_NESTED}|\[{_NESTED}*+\]|\{{{_NESTED}*+\}})++", re.DOTALL)
-"""What can be passed over at once inside brackets: everything but brackets three deep, and what the window cuts."""
+"""Text inside brackets that is skipped at once: all but brackets three deep, and values that the window cuts."""
 _NEAR_END = 16
-"""A value that ends so few characters before the window's end may continue after it; the longest word is -Infinity."""
+"""A value that ends within this distance of the window's end may continue after it; the longest word is -Infinity."""
 
 
 class Scan:

@@ -15,7 +15,7 @@ from modeling.errors import UserError
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 MAX_NAMES = 200_000
-"""In a folder or archive with more names, no nearest name is looked for."""
+"""Largest number of names in a folder or archive in which the nearest name is searched."""
 
 
 def expand(path: Path, *, into_files: bool = False) -> list[Path]:
@@ -192,6 +192,6 @@ def _names(folder: Path) -> Names:
 
 @lru_cache(maxsize=4)
 def _names_at(folder: str, changed_ns: int) -> Names:
-    """Return a folder's names, listed once for each time of change."""
+    """Return a folder's names; they are listed again only if its modification time changes."""
     with os.scandir(folder) as entries:
         return Names(entry.name for entry in entries)

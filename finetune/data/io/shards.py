@@ -17,7 +17,7 @@ from finetune.data.io.streams import BrokenFileError, Record, lost_after, open_f
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst")
 
 MAX_HEADER_BYTES = 2**20
-"""Bytes of one member's header with all that extends its name; without a limit a chain of headers has no end."""
+"""Largest header of one member in bytes, with its extensions; without a limit, a chain of headers could be endless."""
 
 _TEXTS = ("txt", "text", "caption", "cls")
 

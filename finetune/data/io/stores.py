@@ -1,4 +1,4 @@
-"""Where images lie: folders, zip and tar archives, MIMIC-IT's JSON of {id: base64}, Parquet files of ids and images.
+"""Image stores: folders, zip and tar archives, MIMIC-IT's JSON of {id: base64}, Parquet files of ids and images.
 
 Nothing is unpacked to the disk, and no size that an archive gives is trusted.
 """
@@ -297,7 +297,7 @@ class ParquetImages(Store):
 
     @cached_property
     def _index(self) -> dict[str, tuple[int, int]]:
-        """id -> (row group, row in it)"""
+        """Return id -> (row group, row in it)."""
         (column, _), index = self._columns, {}
         for group in range(len(self._file.groups)):
             for number, row in enumerate(row for one in self._read(group, column) for row in python_rows(one)):

@@ -1,4 +1,4 @@
-"""Files -> bytes and lines, plain, gzip or zstd, in bounded memory; where a file breaks off, how much is lost."""
+"""Read bytes and lines of plain, gzip or zstd files in bounded memory; for a broken file, report the loss."""
 
 import io
 import re
@@ -12,15 +12,15 @@ from modeling.errors import UserError
 from modeling.files import open_regular
 
 MAX_RECORD_BYTES = 64 * 2**20
-"""Bytes of one line, one item of a JSON file, or one row of a table: what is larger is no dialogue."""
+"""Largest size in bytes of one line, one item of a JSON file, or one row of a table."""
 
 MAX_VALUES = 2**20
-"""Lists and numbers in one record: a file of empty lists takes thirty times its size in memory."""
+"""Largest number of lists and numbers in one record: empty lists take thirty times their file size in memory."""
 
 COMPRESSIONS = (".gz", ".zst")
 
 Record = tuple[str, dict[str, Any] | RecordError]
-"""(record id, record). An id is "file:line" or the like; what is no record is an error to be counted."""
+"""(record id, record). An id is "file:line" or similar; a record that cannot be read is an error, to be counted."""
 
 OnBroken = Literal["stop", "keep"]
 """A source's `on_broken`: end with an error at a file that breaks off, or keep the records before."""

@@ -1,4 +1,4 @@
-"""How large the values of a Parquet or Arrow file become, read from its headers before anything is decoded.
+"""Compute the decoded size of a Parquet or Arrow file from its headers, before anything is decoded.
 
 A small hostile file can decode to any amount of memory; these functions refuse it before pyarrow reads it.
 
@@ -32,7 +32,7 @@ _DICTIONARY_PAGE = 2
 
 @dataclass(frozen=True)
 class Column:
-    """Where a column of one row group lies in a Parquet file."""
+    """Position of one row group's column in a Parquet file."""
 
     path: tuple[str, ...]
     """Its name, and the names of the fields inside it that lead to it."""
