@@ -111,7 +111,7 @@ class Found:
     folder: Path
     damaged: bool = False
     anew: str = ""
-    """ " anew: " and the reason why an existing set cannot be used; else empty."""
+    """ " again: " and the reason why an existing set cannot be used; else empty."""
     missing: Changes | None = None
     """Set if image files of an existing set are missing: preparing again without them is hardly intended."""
 
@@ -126,13 +126,13 @@ def find_set(first: Path) -> Found:
             opened = PreparedSet.open(folder)
             changes = find_changes(folder) if opened is not None else None
         except DamagedError as error:
-            return Found(None, folder, damaged=True, anew=f" anew: {error.path.name} was damaged")
+            return Found(None, folder, damaged=True, anew=f" again: {error.path.name} was damaged")
         if opened is None or not changes:
             break
         missing = missing or ((folder, changes) if changes.missing else None)
         if changes.changed:
             more = f", and {len(changes.changed) - 1:,} more" if len(changes.changed) > 1 else ""
-            anew = f" anew: {changes.changed[0]}{more}"
+            anew = f" again: {changes.changed[0]}{more}"
     if opened is None and missing:
         return Found(None, missing[0], missing=missing[1])
     return Found(opened, folder, anew=anew)
@@ -152,7 +152,7 @@ def _say_missing(source: Source, made: Path, changes: Changes) -> str:
     were, them = ("they were", "their disk or restore them") if several else ("it was", "its disk or restore it")
     return (
         f"{source.name}: {where}\n"
-        f"  {were} there when {made} was prepared: mount {them}; or, to do without, delete that folder"
+        f"  {were} there when {made} was prepared: mount {them}; or delete that folder, to prepare without them"
     )
 
 

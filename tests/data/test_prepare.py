@@ -754,13 +754,13 @@ def test_why_a_set_is_made_anew_is_shown_with_the_progress(folder, tiny_tokenize
     touch(folder / "b.bmp", b"BM")
     touch(folder / "none.bmp", (folder / "c.bmp").read_bytes())
     found = prepared()
-    first, _, rest = steps[0].partition(" anew: ")
+    first, _, rest = steps[0].partition(" again: ")
     assert first == "convert data.jsonl"
     assert rest == f"{folder / 'a.bmp'}: has other content, and 2 more"
     assert steps[1:] == ["tokenise data.jsonl"]
     (found.folder / "stats.json").write_text("{}")
     prepared()
-    assert steps[0] == "convert data.jsonl anew: stats.json was damaged"
+    assert steps[0] == "convert data.jsonl again: stats.json was damaged"
     prepared()
     assert steps == []
 
@@ -790,8 +790,8 @@ def test_a_missing_image_is_named_and_its_set_stays(folder, tiny_tokenizer):
         run(folder, tiny_tokenizer)
     assert str(error.value) == (
         f"{folder / 'data.jsonl'}[train]: {folder / 'b.bmp'}: the image file is missing\n"
-        f"  it was there when {first.sets[0].folder} was prepared: mount its disk or restore it; or, to do without, "
-        "delete that folder"
+        f"  it was there when {first.sets[0].folder} was prepared: mount its disk or restore it; or "
+        "delete that folder, to prepare without them"
     )
     assert content(first.sets[0]) == whole
     (folder / "elsewhere").rename(folder / "b.bmp")
