@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.export.merge_verb import merge_folder as merge_folder
+    from finetune.export.merge_command import merge_folder as merge_folder
     from finetune.pipeline import evaluate as evaluate
     from finetune.pipeline import merge as merge
     from finetune.pipeline import prepare as prepare
@@ -41,7 +41,7 @@ _MODULES = {
     "train": "finetune.pipeline",
     "evaluate": "finetune.pipeline",
     "merge": "finetune.pipeline",
-    "merge_folder": "finetune.export.merge_verb",
+    "merge_folder": "finetune.export.merge_command",
     "load_assistant": "finetune.serving.chat",
     "Conversation": "finetune.serving.chat",
     "UserError": "modeling.errors",

@@ -59,7 +59,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from finetune.distributed.device import versions
+        from finetune.distributed.environment import versions
 
         for name, version in {"finetune": __version__, **versions()}.items():
             print_text(f"{name} {version}")
@@ -76,13 +76,13 @@ def _options(
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
-    from finetune.recipe.gallery import complete_recipe
+    from finetune.recipe.shipped_recipes import complete_recipe
 
     return complete_recipe(incomplete)
 
 
 def _complete_key(incomplete: str) -> list[str]:
-    from finetune.recipe.gallery import complete_key
+    from finetune.recipe.shipped_recipes import complete_key
 
     return complete_key(incomplete)
 
@@ -120,7 +120,7 @@ def recipes(as_json: AsJson = False) -> None:
 
     def work() -> dict[str, Any]:
         from finetune.console import display, log
-        from finetune.recipe.gallery import list_recipes
+        from finetune.recipe.shipped_recipes import list_recipes
 
         found = list_recipes()
         for recipe in found if not as_json else ():
@@ -146,7 +146,7 @@ def new(
 
     def work() -> dict[str, Any]:
         from finetune.console import log
-        from finetune.recipe.gallery import new_recipe
+        from finetune.recipe.shipped_recipes import new_recipe
 
         copied = new_recipe(name, source=source)
         if copied["missing"]:
@@ -325,7 +325,7 @@ def merge(
 
     def work() -> dict[str, Any]:
         quiet()
-        from finetune.export.merge_verb import merge_folder, verify_folder
+        from finetune.export.merge_command import merge_folder, verify_folder
 
         if verify:
             return verify_folder(what, show=not as_json)
@@ -367,7 +367,7 @@ def inspect(
         from finetune.reporting.html.inspection import inspection_page
         from finetune.reporting.inspect import inspect as inspect_data
         from finetune.reporting.inspect import show_inspection
-        from modeling.files import atomic_write
+        from modeling.atomic_files import atomic_write
 
         sources, dataset, tokenizer = open_dataset(loaded)
         inspection = inspect_data(sources, dataset, tokenizer, loaded.data, loaded.training, count=count)
@@ -448,8 +448,8 @@ def generate(
     def work() -> dict[str, Any]:
         quiet()
         from finetune.console import log, track
-        from finetune.serving.batch import answer_file, count_prompts, identify_model
         from finetune.serving.chat import load_assistant
+        from finetune.serving.generate_command import answer_file, count_prompts, identify_model
 
         total = count_prompts(prompts, answers)
         assistant = load_assistant(model, adapter=adapter, quantize=quantize)

@@ -18,19 +18,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.base import Base, learn_tokenizer, open_base, require_whole
+from finetune.base_model import Base, learn_tokenizer, open_base, require_whole
 from finetune.console import log, show_size
 from finetune.data.conversation import Image
 from finetune.data.dataset import Dataset, log_losses, make_dataset
 from finetune.data.images import describe, open_image
-from finetune.data.records import resolve_source, say_if_documents
+from finetune.data.read_dialogues import resolve_source, say_if_documents
 from finetune.distributed import collectives
-from finetune.distributed.device import gpu_memory
+from finetune.distributed.environment import gpu_memory
 from finetune.distributed.lock import working_in
-from finetune.evaluation.stage import evaluate_adapter
+from finetune.evaluation.evaluation_stage import evaluate_adapter
 from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.cards import write_card
-from finetune.export.stage import merge_adapter
+from finetune.export.merge_stage import merge_adapter
 from finetune.recipe.schema import Recipe, Source, need_end_of_utterance
 from finetune.reporting.html.predictions import predictions_page
 from finetune.reporting.plots import draw
@@ -48,13 +48,13 @@ from finetune.run_dir import (
     open_run_dir,
     write_report,
 )
-from finetune.training.memory import apply_auto_fit
-from finetune.training.stage import train_adapter
+from finetune.training.fit_memory import apply_auto_fit
+from finetune.training.training_stage import train_adapter
 from modeling import loading
-from modeling.checkpoint import read_checkpoint, weight_bytes
+from modeling.atomic_files import atomic_write, read_json, write_json
 from modeling.config import read_config
 from modeling.errors import UserError
-from modeling.files import atomic_write, read_json, write_json
+from modeling.safetensors_io import read_checkpoint, weight_bytes
 from modeling.shapes import SHAPES
 
 

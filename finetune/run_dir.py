@@ -19,21 +19,21 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from finetune.base import content_of
+from finetune.base_model import content_of
 from finetune.console import log
 from finetune.data.arrow import DamagedError
 from finetune.data.dataset import Contents
 from finetune.data.dataset import contents as source_contents
-from finetune.data.image_changes import find_changes
+from finetune.data.stale_images import find_changes
 from finetune.distributed import collectives
-from finetune.distributed.device import commit, versions
+from finetune.distributed.environment import commit, versions
 from finetune.recipe.plain_yaml import parse_yaml
 from finetune.recipe.schema import MAY_CHANGE, Recipe
 from finetune.training.checkpoints import is_trained, last_checkpoint
 from modeling.adapter_files import adapter_fingerprint
-from modeling.checkpoint import fingerprint, read_checkpoint
+from modeling.atomic_files import atomic_write, flush, json_digest, read_json, write_json
 from modeling.errors import UserError
-from modeling.files import atomic_write, flush, json_digest, read_json, write_json
+from modeling.safetensors_io import fingerprint, read_checkpoint
 
 STAGES = ("train", "evaluate", "merge")
 FIGURES = {"train": "training.json", "evaluate": "evaluation.json", "merge": "merge.json"}

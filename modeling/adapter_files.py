@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from modeling.checkpoint import MAX_NAME, fingerprint, read_header
+from modeling.atomic_files import is_text, json_digest, read_json
 from modeling.errors import UserError
-from modeling.files import is_text, json_digest, read_json
+from modeling.safetensors_io import MAX_NAME, fingerprint, read_header
 from modeling.towers import EXACT_LORA
 
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -25,10 +25,10 @@ from modeling.adapter_files import (
     read_trained,
     require_adapter,
 )
-from modeling.checkpoint import Rows, Stored
+from modeling.bounded_regex import Pattern, matching
 from modeling.errors import UserError
-from modeling.patterns import Pattern, matching
 from modeling.quantize import Nf4, quantized_names
+from modeling.safetensors_io import Rows, Stored
 from modeling.shapes import Config
 from modeling.towers import ADDED_WEIGHTS, LORA_TOWERS, lora_pattern, stock_name
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modeling.atomic_files import read_json
 from modeling.errors import UserError
-from modeling.files import read_json
 from modeling.shapes import RELEASED, Config
 
 

@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from modeling.attention import PACKED
-from modeling.checkpoint import read_checkpoint, require_shapes
 from modeling.config import hub_errors, is_folder, read_config, require_hub_id
 from modeling.errors import UserError
-from modeling.forward import PackedIdefics
+from modeling.packed_forward import PackedIdefics
 from modeling.quantize import configure_quantized
+from modeling.safetensors_io import read_checkpoint, require_shapes
 from modeling.shapes import Config, tensor_shapes
 from modeling.tokens import ADDED, END_OF_UTTERANCE, FAKE, IMAGE
 

@@ -27,11 +27,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from modeling.checkpoint import Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
+from modeling.atomic_files import partial_of, put_in_place, write_json
 from modeling.config import read_config
 from modeling.device import compute_dtype
 from modeling.errors import UserError
-from modeling.files import partial_of, put_in_place, write_json
+from modeling.safetensors_io import Stored, plan_shards, read_checkpoint, read_header, require_shapes, write_index
 from modeling.shapes import Config, tensor_shapes
 from modeling.towers import NOT_QUANTIZED, QUANTIZED_TOWERS, lora_pattern
 

@@ -18,7 +18,7 @@ from transformers.models.idefics.image_processing_pil_idefics import IdeficsImag
 
 from modeling.attention import PACKED
 from modeling.errors import UserError
-from modeling.forward import PackedIdefics
+from modeling.packed_forward import PackedIdefics
 from modeling.shapes import Config
 from modeling.tokens import ADDED, BOS, EOS
 

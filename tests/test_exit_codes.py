@@ -22,10 +22,10 @@ from finetune.cli import app
         ("run", ["r.yaml"], "finetune.cli._load", "the same command goes on from the last checkpoint"),
         ("train", ["r.yaml"], "finetune.cli._load", "the same command goes on from the last checkpoint"),
         ("evaluate", ["r.yaml"], "finetune.cli._load", "the same command evaluates anew"),
-        ("merge", ["run"], "finetune.export.merge_verb.merge_folder", "the same command goes on"),
+        ("merge", ["run"], "finetune.export.merge_command.merge_folder", "the same command goes on"),
         ("chat", ["m"], "finetune.serving.chat.load_assistant", "the conversation is not saved"),
         ("chat", ["m", "q"], "finetune.serving.chat.load_assistant", "nothing is written"),
-        ("generate", ["m", "in", "out"], "finetune.serving.batch.count_prompts",
+        ("generate", ["m", "in", "out"], "finetune.serving.generate_command.count_prompts",
          "what is answered is kept beside out, and the same command goes on"),
     ],
 )  # fmt: skip

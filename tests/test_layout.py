@@ -58,15 +58,26 @@ def test_modeling_never_imports_finetune():
 
 
 LAYERS = (
-    *("modeling", "console", "recipe", "distributed", "exit_codes", "data", "base", "planning", "training", "run_dir"),
+    *(
+        "modeling",
+        "console",
+        "recipe",
+        "distributed",
+        "exit_codes",
+        "data",
+        "base_model",
+        "planning",
+        "training",
+        "run_dir",
+    ),
     *("evaluation", "export", "serving", "reporting", "pipeline", "finetune", "cli"),
 )
 """Packages and files of the top folder (finetune: its Python API): each imports from those before it alone."""
 
 READS_RECIPE = (
-    *("recipe", "planning", "base", "run_dir", "pipeline", "cli", "export.cards"),
-    *("training.stage", "training.memory"),
-    *("evaluation.stage", "export.stage"),
+    *("recipe", "planning", "base_model", "run_dir", "pipeline", "cli", "export.cards"),
+    *("training.training_stage", "training.fit_memory"),
+    *("evaluation.evaluation_stage", "export.merge_stage"),
 )
 """Where the whole recipe is read; everything else takes plain arguments, or its own section."""
 

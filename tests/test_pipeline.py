@@ -98,7 +98,7 @@ def test_cached_features_give_what_live_images_give_and_the_towers_are_asked_onc
         assert cached["loss"] == pytest.approx(live["loss"], rel=1e-3)
         assert cached["questions"] == live["questions"]
     assert results["live"]["evaluate"]["base"]["exact"] == results["cached"]["evaluate"]["base"]["exact"]
-    monkeypatch.setattr("finetune.training.stage.load_image_towers", None)  # a call would fail
+    monkeypatch.setattr("finetune.training.training_stage.load_image_towers", None)  # a call would fail
     again = load_recipe(recipe_file, [f"output={tmp_path / 'again'}", "adapter.dropout=0"])
     run(again, ("train", "evaluate"))
     assert metrics(tmp_path / "again") == metrics(tmp_path / "cached")
@@ -114,7 +114,7 @@ def test_images_that_change_or_towers_that_learn_run_live(recipe_file, tmp_path,
 
 @pytest.mark.parametrize(("free", "asked"), [(10**12, True), (10, False)])
 def test_a_merged_model_too_large_for_this_machine_is_proved_by_blocks_alone(recipe_file, monkeypatch, free, asked):
-    monkeypatch.setattr("finetune.export.stage.free_memory", lambda: free)
+    monkeypatch.setattr("finetune.export.merge_stage.free_memory", lambda: free)
     recipe = load_recipe(recipe_file, ["training.steps=1"])
     proof = run(recipe, ("train", "merge"))["merge"]
     assert ("answers" in proof) == asked
@@ -292,7 +292,7 @@ def test_a_full_disk_is_told_and_what_was_finished_stays(recipe_file, tmp_path, 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", str(tmp_path / "run" / "merged.partial"))
 
-    monkeypatch.setattr("finetune.export.stage.merge", full)
+    monkeypatch.setattr("finetune.export.merge_stage.merge", full)
     outcome = invoke("merge", recipe_file)
     assert outcome.exit_code == 1
     assert "No space left on device; what is complete is kept" in " ".join(outcome.output.split())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from finetune import pipeline as run_module
-from finetune.base import open_base
+from finetune.base_model import open_base
 from finetune.cli import app
 from finetune.pipeline import open_run, resolve_sources, stages_of
 from finetune.pipeline import run as run_stages

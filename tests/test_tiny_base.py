@@ -10,7 +10,7 @@ from finetune.data.formats import FORMATS
 from finetune.data.formats.easy_vqa import read
 from finetune.data.images import Preprocessing
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import resolve_source
+from finetune.data.read_dialogues import resolve_source
 from finetune.recipe.load import load_recipe
 from modeling import loading
 from modeling.config import read_config

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from modeling.atomic_files import partial_of, put_in_place
 from modeling.errors import UserError
-from modeling.files import partial_of, put_in_place
 
 
 class DamagedError(UserError):

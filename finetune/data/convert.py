@@ -15,13 +15,13 @@ import pyarrow as pa
 
 from finetune.console import Track
 from finetune.data.arrow import ArrowFile, to_batches, write_arrow
+from finetune.data.chunking import opening_images
 from finetune.data.conversation import Dialogue, Image, RecordError, Remote, Slice
-from finetune.data.image_changes import FILE_SCHEMA, FILES, File, file_digest, file_now
 from finetune.data.images import MAX_BYTES, digest, encoded, open_image
+from finetune.data.io.byte_streams import Record
 from finetune.data.io.download import Downloader
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.io.streams import Record
-from finetune.data.parts import (
+from finetune.data.parallel_parts import (
     DIALOGUE_SCHEMA,
     DIALOGUES,
     PART_RECORDS,
@@ -33,12 +33,12 @@ from finetune.data.parts import (
     stats_text,
 )
 from finetune.data.prepared import IMAGE_SCHEMA, IMAGES, dialogue_to_json, image_row
-from finetune.data.records import open_and_count, taken, try_dialogue
-from finetune.data.split import opening_images
+from finetune.data.read_dialogues import open_and_count, taken, try_dialogue
+from finetune.data.stale_images import FILE_SCHEMA, FILES, File, file_digest, file_now
 from finetune.data.stats import SourceStats
-from finetune.distributed.nodes import NodeGroup
+from finetune.distributed.node_group import NodeGroup
 from finetune.recipe.schema import Source
-from modeling.files import flush
+from modeling.atomic_files import flush
 
 PART_BYTES = 16_000_000
 """Approximate number of bytes of records in one part."""

@@ -10,15 +10,15 @@ import numpy as np
 
 from finetune.console import log, track
 from finetune.data.contamination import Contamination, find_contamination
-from finetune.data.io.files import files_of, fingerprint
+from finetune.data.io.source_files import files_of, fingerprint
 from finetune.data.prepare import prepare, require_examples, split_by_image
 from finetune.data.prepared import Prepared
-from finetune.data.records import resolve_source
+from finetune.data.read_dialogues import resolve_source
 from finetune.data.sampling import Mix
 from finetune.data.stats import SourceStats
-from finetune.distributed.nodes import ALONE, NodeGroup
+from finetune.distributed.node_group import ALONE, NodeGroup
 from finetune.recipe.schema import Data, Source
-from modeling.cores import available_cores
+from modeling.cpu_cores import available_cores
 from modeling.errors import UserError
 
 Contents = Mapping[str, Sequence[Mapping[str, str | None]]]

@@ -24,8 +24,8 @@ import PIL.TiffImagePlugin
 from finetune.data.conversation import Image, RecordError, Remote, Slice
 from finetune.data.io.paths import near_path
 from finetune.recipe.schema import Augment
+from modeling.atomic_files import open_regular
 from modeling.errors import UserError
-from modeling.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Plain raster formats. Other formats of Pillow start programs (EPS) or parse far more than pixels."""

@@ -23,15 +23,15 @@ import numpy as np
 
 from finetune.console import Track, silently
 from finetune.data.arrow import DamagedError
-from finetune.data.assemble import assemble
+from finetune.data.build_examples import assemble
+from finetune.data.chunking import Limits, Splitter, splitter
 from finetune.data.convert import convert
-from finetune.data.image_changes import Changes, find_changes
-from finetune.data.io.files import fingerprint
+from finetune.data.io.source_files import fingerprint
 from finetune.data.prepared import Prepared, PreparedSet
-from finetune.data.split import Limits, Splitter, splitter
+from finetune.data.stale_images import Changes, find_changes
 from finetune.data.stats import SourceStats, why_nothing_is_left
 from finetune.data.tokenize import Encoder
-from finetune.distributed.nodes import ALONE, NodeGroup
+from finetune.distributed.node_group import ALONE, NodeGroup
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 

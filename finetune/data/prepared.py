@@ -23,8 +23,8 @@ from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.conversation import Dialogue, Image, RecordError, Slice, Turn
 from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Example, see_images
+from modeling.atomic_files import read_json
 from modeling.errors import UserError
-from modeling.files import read_json
 from modeling.tokens import IGNORED
 
 Item = TypeVar("Item")

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune.data.chunking import Limits, splitter
 from finetune.data.collate import Features, Origin, RowCollator, Rows
 from finetune.data.dataset import Dataset
 from finetune.data.images import Preprocessing
 from finetune.data.packing import pack_in_order
 from finetune.data.prepared import Prepared
 from finetune.data.sampling import Row, build_schedule
-from finetune.data.split import Limits, splitter
 from finetune.data.streaming import StreamedRows, downloads, prepared_epochs, streamed_epochs
 from finetune.data.tokenize import Encoder
 from finetune.recipe.schema import Data, Source, Training

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from finetune.data.chat_template import render
+from finetune.data.chunking import Origin, Splitter, fit_records, without_images
 from finetune.data.collate import Batch, collate, stack_pixels
 from finetune.data.conversation import Dialogue, Image, RecordError, Remote
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.io.download import Downloader
 from finetune.data.packing import pack
 from finetune.data.prepared import PreparedSet
-from finetune.data.records import read_dialogues
+from finetune.data.read_dialogues import read_dialogues
 from finetune.data.sampling import Unit
-from finetune.data.split import Origin, Splitter, fit_records, without_images
 from finetune.data.stats import SourceStats, why_nothing_is_left
 from finetune.data.tokenize import Example, tokenize_all
 from finetune.recipe.schema import Augment, Source

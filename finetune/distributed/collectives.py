@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from finetune.console import Track, silently
-from finetune.distributed.nodes import NodeGroup
+from finetune.distributed.node_group import NodeGroup
 from modeling.errors import UserError
 
 Item = TypeVar("Item")

@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from finetune.console import log, log_error, print_text
-from modeling.cores import available_cores
+from modeling.cpu_cores import available_cores
 from modeling.errors import UserError
 
 CONFIGS = Path(__file__).parent / "accelerate"

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from modeling.atomic_files import partial_of
 from modeling.errors import UserError
-from modeling.files import partial_of
 
 LONGEST_NAME = 255
 """Most bytes of a file name, on all common file systems."""

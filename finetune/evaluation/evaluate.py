@@ -25,7 +25,7 @@ from finetune.distributed import collectives
 from finetune.evaluation.generate import Answer, Assistant, generate
 from finetune.evaluation.metrics import is_yes_no, most_common, score
 from modeling.device import copy_batch
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 
 Question = tuple[Dialogue, tuple[str, ...]]
 """A prompt, and its reference answers: one, or those of all annotators."""

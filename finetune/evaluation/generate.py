@@ -17,9 +17,9 @@ from finetune.data.conversation import Dialogue, Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.tokenize import Example, tokenize
 from finetune.distributed import collectives
-from modeling.forward import image_features
 from modeling.generation import greedy
 from modeling.loading import generation_config
+from modeling.packed_forward import image_features
 
 PADDING = 32
 """Largest difference in length, in tokens, between prompts of one batch."""

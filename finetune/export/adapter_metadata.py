@@ -6,9 +6,9 @@ from typing import Any
 
 from modeling.adapter_files import PEFT_CONFIG, PEFT_WEIGHTS, TRAINED_FILE, is_adapter, require_adapter
 from modeling.adapter_weights import BasePrecision
+from modeling.atomic_files import digests, is_text, read_json, write_json
 from modeling.config import is_folder
 from modeling.errors import UserError
-from modeling.files import digests, is_text, read_json, write_json
 
 NOTE = "finetune.json"
 """Name of the metadata file. An adapter from another toolkit has none."""
@@ -31,7 +31,7 @@ class AdapterMetadata:
     quantize: str | None = None
     """The recipe's `model.quantize`."""
     fingerprint: str | None = None
-    """`modeling.checkpoint.fingerprint` of the base."""
+    """`modeling.safetensors_io.fingerprint` of the base."""
 
     @property
     def base_precision(self) -> BasePrecision:

@@ -12,8 +12,8 @@ from finetune.data.dataset import Dataset
 from finetune.export.verify import PROVENANCE
 from finetune.recipe.plain_yaml import parse_yaml
 from finetune.recipe.schema import Recipe, Source
+from modeling.atomic_files import atomic_write, read_json
 from modeling.errors import UserError
-from modeling.files import atomic_write, read_json
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 """The hub's size categories."""

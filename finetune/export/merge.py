@@ -17,12 +17,15 @@ import torch
 from transformers import IdeficsProcessor
 
 from finetune.console import Track, silently
-from finetune.distributed.device import commit
+from finetune.distributed.environment import commit
 from finetune.distributed.lock import locked
 from finetune.export.verify import PROVENANCE, compare, folder_digests, require_rounding, weight_digests
 from modeling.adapter_files import ADAPTER_FILES
 from modeling.adapter_weights import AdapterWeights, BasePrecision, weights_of
-from modeling.checkpoint import (
+from modeling.atomic_files import digests, flush, read_json, write_json
+from modeling.errors import UserError
+from modeling.loading import generation_config, load_processor, open_base, require_agreement, save_processor
+from modeling.safetensors_io import (
     Planned,
     Rows,
     fingerprint,
@@ -33,9 +36,6 @@ from modeling.checkpoint import (
     write_index,
     write_shard,
 )
-from modeling.errors import UserError
-from modeling.files import digests, flush, read_json, write_json
-from modeling.loading import generation_config, load_processor, open_base, require_agreement, save_processor
 from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
 

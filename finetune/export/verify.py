@@ -1,4 +1,4 @@
-"""Compare a merged model with base + adapter: files by hashes, weights by `modeling.parity`, and answers."""
+"""Compare a merged model with base + adapter: files by hashes, weights by `modeling.merge_parity`, and answers."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,14 +14,14 @@ from finetune.data.conversation import Dialogue
 from finetune.evaluation.generate import Assistant, generate
 from modeling.adapter_files import ADAPTER_FILES
 from modeling.adapter_weights import AdapterWeights, BasePrecision, weights_of
-from modeling.checkpoint import Rows, Stored, read_checkpoint, require_shapes
+from modeling.atomic_files import digests, is_text, read_json
 from modeling.config import read_config
 from modeling.device import copy_batch
 from modeling.errors import UserError
-from modeling.files import digests, is_text, read_json
-from modeling.forward import forward_arguments
 from modeling.loading import open_base
-from modeling.parity import changed_blocks, compare_block, compare_tensor
+from modeling.merge_parity import changed_blocks, compare_block, compare_tensor
+from modeling.packed_forward import forward_arguments
+from modeling.safetensors_io import Rows, Stored, read_checkpoint, require_shapes
 from modeling.shapes import Config, tensor_shapes
 from modeling.towers import is_computed
 
@@ -34,7 +34,7 @@ NOT_HASHED = (PROVENANCE, "README.md")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Parity of merged weights with base + adapter, by `modeling.parity`."""
+    """Parity of merged weights with base + adapter, by `modeling.merge_parity`."""
 
     tensors: int
     largest_tensor_difference: float

@@ -8,13 +8,13 @@ from rich.text import Text
 
 from finetune.console import display, panel, table, visible
 from finetune.data.chat_template import Special, render
+from finetune.data.chunking import Limits, fit_records, splitter
 from finetune.data.conversation import Dialogue, Remote
 from finetune.data.images import digest
-from finetune.data.records import look, read_dialogues, resolve_source, say_if_documents
-from finetune.data.split import Limits, fit_records, splitter
+from finetune.data.read_dialogues import look, read_dialogues, resolve_source, say_if_documents
 from finetune.data.stats import SourceStats, loss_lines
 from finetune.data.tokenize import Encoder
-from finetune.planning.memory import Setup, count_by_tower
+from finetune.planning.static_memory import Setup, count_by_tower
 from finetune.recipe.schema import Recipe, Source, need_end_of_utterance
 from modeling.config import read_config
 from modeling.errors import UserError

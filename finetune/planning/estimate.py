@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import parse_size, show_size
-from finetune.planning.graph import GRADIENTS, peak
 from finetune.planning.idefics_graph import forward_operations
 from finetune.planning.lengths import prepared_lengths
-from finetune.planning.memory import (
+from finetune.planning.memory_graph import GRADIENTS, peak
+from finetune.planning.static_memory import (
     FP32,
     GATHERED,
     INT64,

@@ -1,20 +1,20 @@
 """IDEFICS's forward over one packed row, as a memory graph: every operation as sizes. No torch.
 
-It follows modeling/attention.py and modeling/forward.py. What an operation keeps for its backward is said where it
-stands; `scripts/benchmarks/check_plan.py` compares the result with what torch's allocator counts.
+It follows modeling/attention.py and modeling/packed_forward.py. What an operation keeps for its backward is said where
+it stands; `scripts/benchmarks/check_plan.py` compares the result with what torch's allocator counts.
 
 Letters: N images of the row, L latents of an image, E their width.
 """
 
 from collections.abc import Callable
 
-from finetune.planning.graph import MemoryGraph, Operation, Tensor
-from finetune.planning.memory import FP32, INT64, NF4_GROUP, RowSize, Setup
+from finetune.planning.memory_graph import MemoryGraph, Operation, Tensor
+from finetune.planning.static_memory import FP32, INT64, NF4_GROUP, RowSize, Setup
 from modeling.device import choices
 from modeling.towers import IMAGE_TOWERS, QUANTIZED_TOWERS
 
 ROWS = 16
-"""Rows of logits whose losses are computed at once (modeling/forward.py)."""
+"""Rows of logits whose losses are computed at once (modeling/packed_forward.py)."""
 
 
 def forward_operations(setup: Setup, row: RowSize) -> list[Operation]:

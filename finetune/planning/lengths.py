@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from finetune.data.chunking import Limits, splitter
 from finetune.data.dataset import Dataset, make_dataset
 from finetune.data.prepare import find_set, set_folder
 from finetune.data.prepared import STATS, Prepared
-from finetune.data.records import resolve_source
+from finetune.data.read_dialogues import resolve_source
 from finetune.data.sampling import build_schedule
-from finetune.data.split import Limits, splitter
 from finetune.data.tokenize import Encoder
-from finetune.planning.memory import RowSize
+from finetune.planning.static_memory import RowSize
 from finetune.recipe.schema import Recipe, need_end_of_utterance
+from modeling.atomic_files import read_json
 from modeling.errors import UserError
-from modeling.files import read_json
 
 
 @dataclass(frozen=True)

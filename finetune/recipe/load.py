@@ -19,8 +19,8 @@ from pydantic_core import ErrorDetails
 from finetune.console import log
 from finetune.recipe.plain_yaml import DEEPEST, MOST_BYTES, parse_yaml
 from finetune.recipe.schema import Recipe
+from modeling.atomic_files import open_regular
 from modeling.errors import UserError
-from modeling.files import open_regular
 
 LISTED_ERRORS = 20
 """Largest number of errors that are listed; further errors are only counted."""

@@ -17,16 +17,16 @@ from rich.panel import Panel
 from rich.text import Text
 
 from finetune.console import display, panel, table, visible
+from finetune.data.chunking import Limits, fit_records, splitter
 from finetune.data.conversation import Image, RecordError
 from finetune.data.dataset import Dataset
 from finetune.data.images import open_image
 from finetune.data.prepared import Prepared
-from finetune.data.records import look, read_dialogues
-from finetune.data.split import Limits, fit_records, splitter
+from finetune.data.read_dialogues import look, read_dialogues
 from finetune.data.stats import SourceStats, loss_lines
 from finetune.data.tokenize import SPECIALS, Encoder, Example
 from finetune.recipe.schema import Data, Source, Training
-from finetune.reporting.html.chart import Histogram, histogram
+from finetune.reporting.html.histogram import Histogram, histogram
 from modeling.tokens import IGNORED
 
 IMAGE_STYLES = ("cyan", "magenta", "yellow", "blue", "bright_red", "bright_green")

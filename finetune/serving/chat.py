@@ -4,22 +4,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.base import QUANTIZED, load_model, local_base
+from finetune.base_model import QUANTIZED, load_model, local_base
 from finetune.console import to_json
 from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
-from finetune.data.formats.build import place_images
+from finetune.data.formats.placeholders import place_images
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import messages_at
-from finetune.distributed.device import device
+from finetune.data.read_dialogues import messages_at
+from finetune.distributed.environment import device
 from finetune.distributed.writable import check_place
 from finetune.evaluation.generate import Assistant, generate
 from finetune.export.adapter_metadata import resolve_model
 from modeling.adapters import open_adapter
-from modeling.checkpoint import fingerprint, read_checkpoint
+from modeling.atomic_files import atomic_write
 from modeling.device import auto_dtype
 from modeling.errors import UserError
-from modeling.files import atomic_write
+from modeling.safetensors_io import fingerprint, read_checkpoint
 
 HELP = (
     "/image FILE  add an image to the next question · /reset  start again · /save FILE  write the conversation · /quit"

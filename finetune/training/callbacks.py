@@ -11,7 +11,7 @@ from finetune.console import bar, log
 from finetune.data.collate import Rows
 from finetune.distributed import collectives
 from modeling.adapters import whole
-from modeling.files import atomic_write
+from modeling.atomic_files import atomic_write
 from modeling.towers import stock_name, tower_of
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import xxhash
 
 from finetune.console import log, show_size
+from modeling.atomic_files import flush, write_json
 from modeling.errors import UserError
-from modeling.files import flush, write_json
 
 COMPLETE = "complete.json"
 NAME = re.compile(r"checkpoint-\d+")

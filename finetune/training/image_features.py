@@ -8,7 +8,7 @@ is needed, and mapped from disk from then on; the run itself then does without t
 
 A file is written aside and renamed, so it is complete or not there: a writer that is killed loses one file's work.
 Files are never changed, so runs may share a cache, and fill it one after the other. The processes of one run fill it
-together, each with files of its own. What a live run uses stays, however old: `training.files_in_use`.
+together, each with files of its own. What a live run uses stays, however old: `training.cache_lock`.
 """
 
 import hashlib
@@ -32,13 +32,13 @@ from finetune.console import Track, show_size, silently
 from finetune.data.conversation import Image
 from finetune.data.images import Preprocessing, open_image
 from finetune.distributed import collectives
-from finetune.distributed.device import device
-from finetune.training.files_in_use import choosing_files
-from modeling.checkpoint import Stored, read_header
-from modeling.cores import available_cores
+from finetune.distributed.environment import device
+from finetune.training.cache_lock import choosing_files
+from modeling.atomic_files import put_in_place
+from modeling.cpu_cores import available_cores
 from modeling.device import choices
 from modeling.errors import UserError
-from modeling.files import put_in_place
+from modeling.safetensors_io import Stored, read_header
 
 FILE_BYTES = 128 * 2**20
 """Bytes of features in one file: what a killed writer loses."""
@@ -93,7 +93,7 @@ class FeatureCache:
     folder: Path
     """All caches lie in it, a folder each."""
     towers: str
-    """`modeling.vision.image_towers_fingerprint`."""
+    """`modeling.image_towers.image_towers_fingerprint`."""
     preprocessing: Preprocessing
     shape: tuple[int, int]
     dtype: torch.dtype

@@ -18,8 +18,8 @@ from finetune.console import log
 from finetune.distributed import collectives
 from finetune.recipe.schema import Action, Instability
 from finetune.training.checkpoints import last_checkpoint, step_of
+from modeling.atomic_files import atomic_write
 from modeling.errors import UserError
-from modeling.files import atomic_write
 
 FILE = "unstable.jsonl"
 

@@ -47,7 +47,7 @@ from finetune.training.signals import StopAfterStep, StopSignal, catch_stop_sign
 from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter, whole
 from modeling.device import choices, copy_batch
 from modeling.errors import Interrupted, UserError
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 from modeling.quantize import quantized_layers
 from modeling.towers import is_lora, no_decay, stock_name, tower_of
 

@@ -26,7 +26,7 @@ from process_memory import memory, reset_highest
 
 from finetune.data.collate import Rows
 from finetune.planning.estimate import Memory, estimate
-from finetune.planning.memory import RowSize, Setup
+from finetune.planning.static_memory import RowSize, Setup
 from modeling.shapes import TINY, Config
 from modeling.towers import TOWERS
 

@@ -176,7 +176,7 @@ output: {folder}/run
 
 def prepare(folder: Path, steps: int) -> tuple[Callable[[], nn.Module], Any, Rows]:
     """(what makes the model in a process, tokenizer, rows): drawn shapes, and text alone of growing length."""
-    from finetune.base import open_base
+    from finetune.base_model import open_base
     from finetune.data.rows import train_rows
     from finetune.pipeline import prepare_dataset, resolve_sources
     from finetune.recipe.load import load_recipe

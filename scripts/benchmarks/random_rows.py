@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from finetune.planning.memory import RowSize
-from modeling.forward import lay_out
+from finetune.planning.static_memory import RowSize
+from modeling.packed_forward import lay_out
 from modeling.shapes import Config
 from modeling.tokens import IGNORED
 

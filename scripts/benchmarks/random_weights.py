@@ -11,7 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from modeling import loading, tiny
-from modeling.checkpoint import Planned, plan_shards, write_index, write_shard
+from modeling.safetensors_io import Planned, plan_shards, write_index, write_shard
 from modeling.shapes import Config, tensor_shapes
 from modeling.towers import lora_pattern
 

@@ -152,11 +152,11 @@ def step(model: str, tokens: str, sequence: str, images: str) -> dict[str, Any]:
     from training_sides import MODELS as CONFIGS
     from training_sides import MODES, multiplying_rate
 
-    from finetune.planning.memory import RowSize
+    from finetune.planning.static_memory import RowSize
     from modeling import tiny
     from modeling.adapters import attach
-    from modeling.forward import packed_loss
     from modeling.loading import extend_vocabulary
+    from modeling.packed_forward import packed_loss
 
     config = CONFIGS[model]
     idefics = tiny.build_model(config, seed=0, packed=True)

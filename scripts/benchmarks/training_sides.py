@@ -45,8 +45,8 @@ from finetune.training.image_features import FeatureCache
 from finetune.training.trainer import train
 from modeling import tiny
 from modeling.adapters import attach
-from modeling.forward import image_features, packed_loss
 from modeling.loading import extend_vocabulary
+from modeling.packed_forward import image_features, packed_loss
 from modeling.shapes import Config
 from modeling.tokens import FAKE, IGNORED, IMAGE
 

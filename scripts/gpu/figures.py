@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modeling.files import write_json
+from modeling.atomic_files import write_json
 
 
 class Figures:

@@ -18,8 +18,8 @@ from finetune.data.sampling import Mix, build_schedule
 from modeling.adapters import attach
 from modeling.attention import PACKED
 from modeling.device import compute_dtype
-from modeling.forward import PackedIdefics
 from modeling.loading import extend_vocabulary
+from modeling.packed_forward import PackedIdefics
 from modeling.quantize import configure_quantized, quantized_names
 from modeling.shapes import IDEFICS_9B, Config
 

@@ -16,12 +16,12 @@ from random_rows import make_row
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import GenerationConfig
 
-from finetune.planning.memory import RowSize
+from finetune.planning.static_memory import RowSize
 from modeling import flash
 from modeling.attention import packed_attention
 from modeling.device import copy_batch
-from modeling.forward import head_loss, lay_out, packed_loss
 from modeling.generation import greedy
+from modeling.packed_forward import head_loss, lay_out, packed_loss
 from modeling.quantize import dequantized, quantized_names
 from modeling.tokens import IGNORED
 

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from finetune.data.collate import RowCollator
 from finetune.planning.estimate import estimate
-from finetune.planning.memory import RowSize, Setup
+from finetune.planning.static_memory import RowSize, Setup
 from finetune.recipe.schema import Training
 from finetune.training.trainer import train
 from modeling import flash

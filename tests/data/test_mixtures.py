@@ -12,7 +12,7 @@ from finetune.data.conversation import Image, Remote
 from finetune.data.dataset import make_dataset
 from finetune.data.formats import FORMATS
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import resolve_source
+from finetune.data.read_dialogues import resolve_source
 from finetune.recipe.load import load_recipe
 
 RATIOS = [

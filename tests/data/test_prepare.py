@@ -22,17 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import make_source
 
-from finetune.data import assemble, convert, split
-from finetune.data import image_changes as changes
+from finetune.data import build_examples, chunking, convert
 from finetune.data import prepare as module
+from finetune.data import stale_images as changes
 from finetune.data.arrow import ArrowFile, DamagedError, to_batches, write_arrow
 from finetune.data.chat_template import render
+from finetune.data.chunking import Limits, splitter
 from finetune.data.conversation import Image, RecordError, Slice, as_unicode
 from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
 from finetune.data.prepare import prepare, prepare_source, require_examples, split_by_image
 from finetune.data.prepared import EXAMPLE_SCHEMA, IMAGE_SCHEMA, Prepared, PreparedSet
-from finetune.data.split import Limits, splitter
 from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder
 from modeling.errors import UserError
@@ -86,7 +86,10 @@ def write(folder, records):
 
 @contextmanager
 def parts_of(records):
-    with mock.patch.object(convert, "PART_RECORDS", records), mock.patch.object(assemble, "PART_RECORDS", records):
+    with (
+        mock.patch.object(convert, "PART_RECORDS", records),
+        mock.patch.object(build_examples, "PART_RECORDS", records),
+    ):
         yield
 
 
@@ -536,7 +539,7 @@ def test_interrupted_while_converting_it_goes_on_at_the_part(stop, folder, tiny_
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_interrupted_while_tokenising_it_goes_on_at_the_part(stop, folder, tiny_tokenizer, converted, monkeypatch):
     questions, _ = converted
-    tokenise, calls = split.tokenize_all, []
+    tokenise, calls = chunking.tokenize_all, []
 
     def stopping(rendered, encoder):
         calls.append(len(rendered))
@@ -546,7 +549,7 @@ def test_interrupted_while_tokenising_it_goes_on_at_the_part(stop, folder, tiny_
 
     with parts_of(3):
         whole, _ = run(folder, tiny_tokenizer, NUMBERED, made=folder / "whole")
-        monkeypatch.setattr(split, "tokenize_all", stopping)
+        monkeypatch.setattr(chunking, "tokenize_all", stopping)
         with pytest.raises(Interrupted):
             run(folder, tiny_tokenizer)
         questions.clear()
@@ -558,7 +561,7 @@ def test_interrupted_while_tokenising_it_goes_on_at_the_part(stop, folder, tiny_
 
 
 def test_finished_parts_are_not_tokenised_again(folder, tiny_tokenizer, monkeypatch):
-    tokenise, seen = split.tokenize_all, []
+    tokenise, seen = chunking.tokenize_all, []
 
     def stopping(rendered, encoder):
         seen.append([one.pieces[-3].text for one in rendered])
@@ -566,7 +569,7 @@ def test_finished_parts_are_not_tokenised_again(folder, tiny_tokenizer, monkeypa
             raise Interrupted
         return tokenise(rendered, encoder)
 
-    monkeypatch.setattr(split, "tokenize_all", stopping)
+    monkeypatch.setattr(chunking, "tokenize_all", stopping)
     records = [record(answer=f"{number}!") for number in range(12)]
     with parts_of(3):
         with pytest.raises(Interrupted):

@@ -19,7 +19,6 @@ from sources import make_source
 from finetune.data.arrow import DamagedError
 from finetune.data.chat_template import render
 from finetune.data.conversation import Dialogue, Image, Slice, Turn, assistant, user
-from finetune.data.image_changes import find_changes
 from finetune.data.images import open_image
 from finetune.data.prepare import prepare
 from finetune.data.prepared import (
@@ -31,6 +30,7 @@ from finetune.data.prepared import (
     image_from_row,
     image_row,
 )
+from finetune.data.stale_images import find_changes
 from finetune.data.tokenize import tokenize
 
 A, B = Image(Path("a.png")), Image(Path("b.png"))

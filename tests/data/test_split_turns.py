@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
-from finetune.data.split import (
+from finetune.data.chunking import (
     Piece,
     bound,
     by_last_appearance,
@@ -22,6 +21,7 @@ from finetune.data.split import (
     opening_images,
     without_images,
 )
+from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
 
 A, B, C = (Image(Path(f"{name}.jpg")) for name in "abc")
 SYSTEM = Turn("system", ("Be kind.",))

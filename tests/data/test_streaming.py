@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from sources import make_source
 
 from finetune.data import streaming as stream
+from finetune.data.chunking import Limits, splitter
 from finetune.data.conversation import RecordError
 from finetune.data.images import Preprocessing
 from finetune.data.prepare import prepare
-from finetune.data.split import Limits, splitter
 from finetune.data.streaming import TOKENISED_AT_ONCE, Drawn, StreamedRows, downloads, prepared_epochs, streamed_epochs
 from finetune.data.tokenize import Encoder, Example
 from finetune.recipe.schema import Augment

@@ -11,8 +11,8 @@ from sources import make_source
 from test_streaming import drawn, messages, written
 
 from finetune.data import streaming as stream
+from finetune.data.chunking import Limits, splitter
 from finetune.data.prepare import prepare
-from finetune.data.split import Limits, splitter
 from finetune.data.stats import SourceStats
 from finetune.data.streaming import mix, shuffle, streamed_epochs
 from finetune.data.tokenize import Encoder

@@ -16,7 +16,7 @@ import torch
 from processes import run_processes
 from safetensors.torch import load_file
 
-from finetune.data import assemble, convert
+from finetune.data import build_examples, convert
 from finetune.distributed import collectives
 from finetune.pipeline import run
 from finetune.recipe.load import load_recipe
@@ -39,7 +39,7 @@ from finetune.evaluation import evaluate, generate
 from dataclasses import replace
 from modeling.device import CHOICES
 from finetune.data import assemble, convert
-convert.PART_RECORDS = assemble.PART_RECORDS = {part_records}
+convert.PART_RECORDS = build_examples.PART_RECORDS = {part_records}
 CHOICES["cpu"] = replace(CHOICES["cpu"], tower_images=1)
 place, written = Path({folder!r}), open({folder!r} + "/written." + os.environ["RANK"], "w")
 def watch(event, arguments):
@@ -93,7 +93,7 @@ def one(recipe_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "PART_RECORDS", PART_RECORDS)
-        patch.setattr(assemble, "PART_RECORDS", PART_RECORDS)
+        patch.setattr(build_examples, "PART_RECORDS", PART_RECORDS)
         patch.setitem(CHOICES, "cpu", replace(CHOICES["cpu"], tower_images=1))
         recipe, *overrides = recipe_of(folder)
         run(load_recipe(recipe, overrides), ("train", "evaluate", "merge"))

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from finetune.cli import app
 from finetune.distributed import launcher as launch_module
 from finetune.distributed.launcher import CONFIGS, launch
-from modeling.cores import available_cores
+from modeling.cpu_cores import available_cores
 from modeling.errors import UserError
 
 ROOT = Path(__file__).parents[2]

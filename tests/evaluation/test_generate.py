@@ -14,8 +14,8 @@ from finetune.evaluation.evaluate import draw_questions, eval_loss, swap_images
 from finetune.evaluation.generate import Answer, Assistant, features_by_image, generate, make_inputs
 from modeling import loading
 from modeling.adapters import attach, open_adapter, save_adapter
-from modeling.forward import packed_loss
 from modeling.generation import greedy
+from modeling.packed_forward import packed_loss
 
 
 @pytest.fixture

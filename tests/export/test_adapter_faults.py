@@ -15,7 +15,7 @@ from small_models import stand_in
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from finetune.export.merge import merge
-from modeling import loading, patterns
+from modeling import bounded_regex, loading
 from modeling.adapter_weights import AdapterWeights, by_pattern, lora_targets, saved_modules
 from modeling.adapters import attach, load_adapter_weights, open_adapter
 from modeling.errors import UserError
@@ -419,7 +419,7 @@ HOSTILE = r"(\w+\.?)+!"
 )
 def test_adapter_pattern_backtracks(folder, changes, monkeypatch):
     """Adapter pattern that backtracks without end is ended."""
-    monkeypatch.setattr(patterns, "LIMIT_S", 0.2)
+    monkeypatch.setattr(bounded_regex, "LIMIT_S", 0.2)
     configure(folder, **changes)
     if "modules_to_save" in changes:  # else its tensors are refused first
         spoil(folder / "adapter_model.safetensors", without("additional"))

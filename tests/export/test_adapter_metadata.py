@@ -9,8 +9,8 @@ from merging import adapter_for
 
 from finetune.export.adapter_metadata import NOTE, AdapterMetadata, NamedModel, resolve_model
 from finetune.serving import chat
-from modeling.checkpoint import fingerprint, read_checkpoint
 from modeling.errors import UserError
+from modeling.safetensors_io import fingerprint, read_checkpoint
 
 
 def test_metadata_round_trip(tmp_path):

@@ -10,7 +10,7 @@ from huggingface_hub import DatasetCard
 
 from finetune.data.conversation import RecordError
 from finetune.data.dataset import make_dataset
-from finetune.data.records import resolve_source
+from finetune.data.read_dialogues import resolve_source
 from finetune.data.stats import SourceStats
 from finetune.export.cards import dataset_card, write_card
 from finetune.recipe.schema import Recipe

@@ -19,14 +19,14 @@ from finetune.export import merge as merging_module
 from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.merge import merge
 from finetune.export.verify import compare_answers, verify
-from modeling import checkpoint, loading
+from modeling import loading, safetensors_io
 from modeling.adapter_weights import AdapterWeights
 from modeling.adapters import open_adapter
-from modeling.checkpoint import fingerprint, read_checkpoint
 from modeling.config import read_config
 from modeling.errors import UserError
-from modeling.forward import forward_arguments
+from modeling.packed_forward import forward_arguments
 from modeling.quantize import dequantized, quantized_names
+from modeling.safetensors_io import fingerprint, read_checkpoint
 
 VARIANTS = {
     "lora on the text towers": ({"cross_attention": "lora", "decoder": "lora"}, {}),
@@ -89,8 +89,8 @@ IN_BLOCKS = {"groups of 64 rows": 64, "any number of rows": 1}
 
 
 def in_blocks_of(monkeypatch, group):
-    monkeypatch.setattr(checkpoint, "BLOCK_ELEMENTS", 500)
-    monkeypatch.setattr(checkpoint, "ROW_GROUP", group)
+    monkeypatch.setattr(safetensors_io, "BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(safetensors_io, "ROW_GROUP", group)
 
 
 def unlike_rounding(ours, theirs, base, adapter):

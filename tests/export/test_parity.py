@@ -14,11 +14,11 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 
 from finetune.export.merge import merge
 from finetune.export.verify import Comparison, compare
-from modeling import checkpoint, parity
+from modeling import merge_parity, safetensors_io
 from modeling.adapter_weights import AdapterWeights, weights_of
-from modeling.checkpoint import read_checkpoint, read_header
 from modeling.config import read_config
-from modeling.parity import build_block, changed_blocks, compare_block, compare_tensor, feed
+from modeling.merge_parity import build_block, changed_blocks, compare_block, compare_tensor, feed
+from modeling.safetensors_io import read_checkpoint, read_header
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -121,7 +121,7 @@ def rows_found(base_folder, adapter, merged, name, tmp_path):
 
 def test_parity_sampled_rows(base_folder, adapters, merges, monkeypatch, tmp_path):
     """Of a large tensor four rows are looked at and of a replaced one all."""
-    monkeypatch.setattr(parity, "SMALL", 0)
+    monkeypatch.setattr(merge_parity, "SMALL", 0)
     adapter, merged = AdapterWeights.read(adapters / "everything"), merges("everything")
     found = {
         name: list(rows_found(base_folder, adapter, merged, name, tmp_path))
@@ -286,8 +286,8 @@ def test_block_of_row_blocks(base_folder, adapters, merges, monkeypatch):
     base, merged = read_checkpoint(base_folder), read_checkpoint(merges("lora"))
     config, adapter = read_config(str(merges("lora"))), AdapterWeights.read(adapters / "dora")
     whole = [compare_block(block, config, base, merged, adapter).largest for block in BLOCKS]
-    monkeypatch.setattr(checkpoint, "BLOCK_ELEMENTS", 500)
-    monkeypatch.setattr(checkpoint, "ROW_GROUP", 1)
+    monkeypatch.setattr(safetensors_io, "BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(safetensors_io, "ROW_GROUP", 1)
     assert [compare_block(block, config, base, merged, adapter).largest for block in BLOCKS] == pytest.approx(
         whole, rel=1e-4
     )

@@ -9,8 +9,8 @@ from merging import CHANGES, adapter_for, spoil
 
 from finetune.export.merge import merge
 from finetune.export.verify import verify
+from modeling.atomic_files import digests
 from modeling.errors import UserError
-from modeling.files import digests
 
 
 @pytest.fixture

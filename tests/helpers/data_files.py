@@ -13,7 +13,7 @@ from sources import make_source
 
 from finetune.data.conversation import RecordError
 from finetune.data.formats import FORMATS
-from finetune.data.formats.reading import read_records
+from finetune.data.formats.read_records import read_records
 from modeling.errors import UserError
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC")

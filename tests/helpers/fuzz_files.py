@@ -28,7 +28,7 @@ from finetune.data.conversation import Dialogue, RecordError
 from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import taken
+from finetune.data.read_dialogues import taken
 from finetune.data.stats import SourceStats
 from modeling.errors import UserError
 

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 
 from finetune.data.conversation import Image
-from finetune.reporting.html.chart import Histogram, histogram
+from finetune.reporting.html.histogram import Histogram, histogram
 from finetune.reporting.html.inspection import inspection_page
 from finetune.reporting.html.page import thumbnail
 from finetune.reporting.html.predictions import predictions_page

@@ -22,7 +22,7 @@ from modeling.adapters import (
     trained_parameters,
 )
 from modeling.errors import UserError
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 from modeling.shapes import IDEFICS_9B
 from modeling.towers import stock_name
 

@@ -10,12 +10,12 @@ import torch
 from merging import adapter_for, spoil
 from safetensors.torch import load_file, save_file
 
-from finetune.base import require_whole
+from finetune.base_model import require_whole
 from finetune.export.merge import merge
 from modeling import loading
-from modeling.checkpoint import read_checkpoint
 from modeling.config import read_config
 from modeling.errors import UserError
+from modeling.safetensors_io import read_checkpoint
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from small_models import one_row
 from torch import nn
 
 from modeling import fp32, loading
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 
 STEP = 5e-4
 """An update that bf16, with 8 bits, loses at 0.3: its neighbours there are 2e-3 apart."""

@@ -14,7 +14,7 @@ from transformers.models.idefics.modeling_idefics import (
 )
 
 from modeling import attention, fused, tiny
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 from modeling.shapes import TINY
 
 WIDTH, INNER = 48, 80

@@ -16,13 +16,13 @@ from small_models import stand_in
 from finetune.export import verify
 from finetune.export.adapter_metadata import AdapterMetadata
 from finetune.export.merge import merge
-from modeling import loading, patterns
+from modeling import bounded_regex, loading
 from modeling.adapter_files import read_tensors
 from modeling.adapter_weights import AdapterWeights
-from modeling.checkpoint import read_checkpoint, require_shapes
 from modeling.config import read_config
 from modeling.errors import UserError
-from modeling.forward import PackedIdefics
+from modeling.packed_forward import PackedIdefics
+from modeling.safetensors_io import read_checkpoint, require_shapes
 from modeling.shapes import IDEFICS_9B, tensor_shapes
 
 SHAPES = tensor_shapes({**stand_in(IDEFICS_9B), "additional_vocab_size": 3})
@@ -97,7 +97,7 @@ def test_fuzz_safetensors(made, tmp_path):
 
 
 def test_fuzz_adapter_config(made, monkeypatch):
-    monkeypatch.setattr(patterns, "LIMIT_S", 1)
+    monkeypatch.setattr(bounded_regex, "LIMIT_S", 1)
     path = made / "adapter" / "adapter_config.json"
 
     @fuzz(100)

@@ -16,9 +16,9 @@ from transformers import GenerationConfig
 from modeling import generation, tiny
 from modeling.adapters import attach
 from modeling.device import CHOICES
-from modeling.forward import image_features
 from modeling.generation import ROOM, greedy
 from modeling.loading import load
+from modeling.packed_forward import image_features
 from modeling.quantize import quantized_checkpoint
 from modeling.shapes import IDEFICS_9B
 

@@ -24,14 +24,14 @@ def stock(base_folder):
 
 
 def test_stock_loss_crashes(stock):
-    """modeling/forward.py has a loss of its own because this one cannot count its logits."""
+    """modeling/packed_forward.py has a loss of its own because this one cannot count its logits."""
     assert stock(**ROW).logits.shape == (1, 8, 302)
     with pytest.raises((ValueError, RuntimeError), match=r"[Ee]xpected input batch_size|invalid for input of size"):
         stock(**ROW, labels=ROW["input_ids"])
 
 
 def test_stock_loss_leaves_out_added_rows(stock):
-    """modeling/forward.py: `vocab_size` is 300 where the logits are 302 wide."""
+    """modeling/packed_forward.py: `vocab_size` is 300 where the logits are 302 wide."""
     asked = []
     stock.loss_function = lambda logits, labels, vocab_size, **kwargs: asked.append((logits.shape[-1], vocab_size))
     stock(**ROW, labels=ROW["input_ids"])

@@ -17,7 +17,7 @@ from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
 from finetune.data.tokenize import tokenize
 from modeling import loading
 from modeling.device import CHOICES
-from modeling.forward import (
+from modeling.packed_forward import (
     Layout,
     forward_arguments,
     head_loss,

@@ -16,7 +16,7 @@ from training_settings import training
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
-from finetune.base import open_base
+from finetune.base_model import open_base
 from finetune.cli import app
 from finetune.pipeline import resolve_sources
 from finetune.pipeline import run as run_stages
@@ -34,7 +34,7 @@ from modeling.adapters import attach, count_trained, open_adapter, save_adapter,
 from modeling.config import read_config
 from modeling.device import compute_dtype
 from modeling.errors import UserError
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 from modeling.quantize import Nf4, dequantized, quantized_checkpoint, quantized_layers, quantized_names
 from modeling.shapes import IDEFICS_9B, IDEFICS_80B, tensor_shapes
 from modeling.towers import stock_name

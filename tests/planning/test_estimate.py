@@ -9,7 +9,7 @@ import pytest
 from planned import GIB, MATRICES_80B, recipe_of
 
 from finetune.planning.estimate import Planner, estimate, plan
-from finetune.planning.memory import RowSize, Setup
+from finetune.planning.static_memory import RowSize, Setup
 from finetune.recipe.schema import Recipe
 from modeling.shapes import IDEFICS_80B
 
@@ -81,9 +81,9 @@ def test_documents_alone_add_no_end_of_utterance():
 
 def test_constants_equal_those_of_training():
     from finetune.planning import idefics_graph
-    from modeling import forward
+    from modeling import packed_forward
 
-    assert idefics_graph.ROWS == forward.ROWS
+    assert idefics_graph.ROWS == packed_forward.ROWS
 
 
 def test_notes_name_what_is_not_counted():

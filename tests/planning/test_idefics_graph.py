@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from planned import INSTRUCT_9B, LORA
 
 from finetune.planning.estimate import estimate
-from finetune.planning.memory import RowSize, Setup, fixed_parts
+from finetune.planning.static_memory import RowSize, Setup, fixed_parts
 from modeling.shapes import TINY
 from modeling.towers import TOWERS
 

@@ -18,10 +18,10 @@ from finetune.export.verify import _read_provenance
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
 from finetune.run_dir import _read_inputs, _trained_recipe
-from finetune.serving.batch import _open_journal
+from finetune.serving.generate_command import _open_journal
 from finetune.training.callbacks import read_metrics
+from finetune.training.fit_memory import _changes_of_run
 from finetune.training.loss_spikes import read_events
-from finetune.training.memory import _changes_of_run
 from modeling.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -12,7 +12,7 @@ import yaml
 from sources import make_source
 
 from finetune.data.formats import FORMATS
-from finetune.data.records import resolve_source
+from finetune.data.read_dialogues import resolve_source
 from finetune.recipe.adapter import LORA_FIELDS
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import FormatName

@@ -23,7 +23,7 @@ from pages import (
 )
 
 from finetune.data.conversation import Image
-from finetune.reporting.html.chart import histogram
+from finetune.reporting.html.histogram import histogram
 from finetune.reporting.inspect import ShownExample, Token
 
 

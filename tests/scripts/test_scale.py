@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.planning.memory import RowSize
+from finetune.planning.static_memory import RowSize
 from modeling import tiny
 from modeling.adapters import attach
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 from modeling.shapes import TINY
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ from processes import run_processes
 from finetune.pipeline import open_run, run
 from finetune.planning.estimate import Planner
 from finetune.recipe.load import load_recipe
-from finetune.training import memory
-from finetune.training.memory import apply_auto_fit
+from finetune.training import fit_memory as memory
+from finetune.training.fit_memory import apply_auto_fit
 from modeling.errors import UserError
 
 FIT = "training.auto_fit=true"

@@ -6,7 +6,7 @@ from planned import LORA
 
 from finetune.training.trainer import checkpoint_layers
 from modeling.adapters import attach
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 
 
 @pytest.mark.parametrize(("layers", "kept"), [(True, (0, 0)), (1, (7, 1)), (4, (4, 1)), (5, (3, 0)), (9, (0, 0))])

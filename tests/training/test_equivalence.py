@@ -14,7 +14,7 @@ from test_trainer import attached, logged
 from finetune.data.sampling import Row
 from finetune.distributed import collectives
 from modeling import loading
-from modeling.forward import PackedIdefics
+from modeling.packed_forward import PackedIdefics
 
 GROUPS = [(1, 9), (2,), (0, 8), (9,), (3, 10), (11,), (), (4, 5), (9,), (), (9,), (), (6, 7), (), (), ()]
 """Four steps of the twelve dialogues, of which 9 shows no image: rows of unequal tokens, text alone, nothing at all; a

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from finetune.training.trainer import train
 from modeling import flash, loading
 from modeling.adapters import attach
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 
 LORA = {"cross_attention": "lora", "decoder": "lora", "gates": "full", "added_tokens": "full"}
 FULL = {"cross_attention": "lora", "decoder": "lora", "resampler": "full", "gates": "full", "added_tokens": "full"}

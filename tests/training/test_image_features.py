@@ -19,8 +19,8 @@ from finetune.training.image_features import FeatureCache
 from modeling import loading
 from modeling.device import CHOICES
 from modeling.errors import UserError
-from modeling.forward import image_features, packed_loss
-from modeling.vision import feature_shape, image_towers_fingerprint, load_image_towers
+from modeling.image_towers import feature_shape, image_towers_fingerprint, load_image_towers
+from modeling.packed_forward import image_features, packed_loss
 
 SIZE = 64
 # fp32 products of another batch size, in another order.
@@ -200,7 +200,7 @@ def test_features_eviction(cache, towers, images):
 HOLDER = """
 import sys
 from pathlib import Path
-from finetune.training.files_in_use import choosing_files
+from finetune.training.cache_lock import choosing_files
 cache, *files = map(Path, sys.argv[1:])
 with choosing_files(cache) as in_use:
     in_use.add(files)

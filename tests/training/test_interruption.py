@@ -29,7 +29,7 @@ from finetune.training.checkpoints import (
     remove_incomplete,
     step_of,
 )
-from finetune.training.stage import checkpoint_to_resume
+from finetune.training.training_stage import checkpoint_to_resume
 from modeling.errors import Interrupted, UserError
 
 STEPS = 6

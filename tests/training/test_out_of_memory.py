@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from finetune import base
+from finetune import base_model as base
 from finetune.cli import app
 from finetune.console import show_size
 from finetune.distributed import collectives
@@ -17,10 +17,10 @@ from finetune.pipeline import resolve_sources
 from finetune.planning.estimate import Planner
 from finetune.recipe.load import load_recipe
 from finetune.recipe.schema import Recipe
-from finetune.training import memory as training_memory
-from finetune.training.memory import LESS, Usage, explain_out_of_memory, explanation, measure_usage
-from finetune.training.stage import attach_adapter
+from finetune.training import fit_memory as training_memory
+from finetune.training.fit_memory import LESS, Usage, explain_out_of_memory, explanation, measure_usage
 from finetune.training.trainer import IdeficsTrainer
+from finetune.training.training_stage import attach_adapter
 from modeling.errors import UserError
 
 GIB = 2**30

@@ -17,7 +17,7 @@ from finetune.training.checkpoints import last_checkpoint, mark_complete
 from finetune.training.trainer import IdeficsTrainer, parameter_groups, train
 from modeling import loading
 from modeling.adapters import attach, load_adapter_weights
-from modeling.forward import packed_loss
+from modeling.packed_forward import packed_loss
 
 MODES = {"cross_attention": "lora", "decoder": "lora", "resampler": "full", "gates": "full", "added_tokens": "full"}
 LORA = {"r": 4, "lora_alpha": 8}

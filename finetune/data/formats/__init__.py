@@ -5,7 +5,7 @@ FORMATS, and the format's name to `FormatName` in finetune/recipe/schema.py. For
 {"picture": "cat.jpg", "asked": "Who is this?", "answered": "A cat."}:
 
     from finetune.data.conversation import Dialogue, assistant, user
-    from finetune.data.formats.build import build
+    from finetune.data.formats.placeholders import build
     from finetune.data.formats.fields import answer_of, has, listed_images, required
 
     def convert_riddle(record: dict[str, Any], root: ImageRoot) -> Dialogue:
@@ -29,10 +29,10 @@ from typing import Any
 from finetune.data.conversation import Dialogue
 from finetune.data.formats import conversations, documents, easy_vqa, mimic_it, questions, vqa
 from finetune.data.formats.fields import ANSWERS, CAPTIONS, CONTEXTS, IMAGES, QUESTIONS, SYSTEM, first_name
-from finetune.data.formats.leftovers import leftovers
-from finetune.data.formats.reading import read_records
+from finetune.data.formats.read_records import read_records
+from finetune.data.formats.unused_keys import leftovers
+from finetune.data.io.byte_streams import Record
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.io.streams import Record
 from finetune.recipe.schema import Source
 
 

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.data.conversation import Dialogue, Part, RecordError, Role, Turn
-from finetune.data.formats.build import Slot, build, place_images
 from finetune.data.formats.fields import answer_text, first_item, has, listed_images, own_image, required, required_list
-from finetune.data.formats.leftovers import WEIGHTS, leftovers
+from finetune.data.formats.placeholders import Slot, build, place_images
+from finetune.data.formats.unused_keys import WEIGHTS, leftovers
 from finetune.data.io.image_roots import ImageRoot
 
 _ROLES: dict[str, Role] = {

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.conversation import Dialogue, Part, RecordError, Turn, is_blank
-from finetune.data.formats.build import build
 from finetune.data.formats.fields import (
     CAPTIONS,
     IMAGES,
@@ -29,15 +28,16 @@ from finetune.data.formats.fields import (
     required,
     required_list,
 )
-from finetune.data.formats.reading import read_records, refuse_columns
-from finetune.data.io import streams
-from finetune.data.io.files import files_of
+from finetune.data.formats.placeholders import build
+from finetune.data.formats.read_records import read_records, refuse_columns
+from finetune.data.io import byte_streams
+from finetune.data.io.byte_streams import Record
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below
-from finetune.data.io.streams import Record
+from finetune.data.io.source_files import files_of
 from finetune.recipe.schema import Source
+from modeling.atomic_files import open_regular
 from modeling.errors import UserError
-from modeling.files import open_regular
 
 PAIR_IMAGES = (*IMAGES, *SUFFIX_NAMES, "url")
 
@@ -136,8 +136,8 @@ def _read_text(path: Path) -> dict[str, Any] | RecordError:
     """Return {"text": a file's text}, or an error: not UTF-8, larger than a record may be, or no file."""
     try:
         with open_regular(path) as file:
-            text = io.TextIOWrapper(file, encoding="utf-8-sig").read(streams.MAX_RECORD_BYTES + 1)
-            if len(text) > streams.MAX_RECORD_BYTES:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig").read(byte_streams.MAX_RECORD_BYTES + 1)
+            if len(text) > byte_streams.MAX_RECORD_BYTES:
                 return RecordError("record too large", f"{path.name}: {path.stat().st_size:,} bytes")
             return {"text": text}
     except UnicodeDecodeError as error:

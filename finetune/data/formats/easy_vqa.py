@@ -10,8 +10,8 @@ import numpy as np
 
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
 from finetune.data.formats.fields import required, required_list
+from finetune.data.io.byte_streams import Record
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.io.streams import Record
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.formats.build import build, kinds_in, place_images
 from finetune.data.formats.fields import answer_of, checked, has, listed_images, required, required_list
-from finetune.data.formats.leftovers import leftovers
-from finetune.data.formats.reading import read_records, refuse_columns
-from finetune.data.io.files import files_of
+from finetune.data.formats.placeholders import build, kinds_in, place_images
+from finetune.data.formats.read_records import read_records, refuse_columns
+from finetune.data.formats.unused_keys import leftovers
+from finetune.data.io.byte_streams import OnBroken, Record
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.json_files import read_pairs
-from finetune.data.io.streams import OnBroken, Record
+from finetune.data.io.source_files import files_of
 from finetune.recipe.schema import Source
 
 _READ = frozenset({"instruction", "answer", "image_ids", "images", "rel_ins_ids"})

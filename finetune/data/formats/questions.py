@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assistant, user
-from finetune.data.formats.build import build, history
 from finetune.data.formats.conversations import turn_of
 from finetune.data.formats.fields import (
     ANSWERS,
@@ -30,7 +29,8 @@ from finetune.data.formats.fields import (
     required,
     required_list,
 )
-from finetune.data.formats.leftovers import leftovers
+from finetune.data.formats.placeholders import build, history
+from finetune.data.formats.unused_keys import leftovers
 from finetune.data.io.image_roots import ImageRoot
 
 DIFFERENCES = "What are the differences between the two images?"

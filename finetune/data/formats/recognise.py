@@ -11,10 +11,10 @@ from typing import Any
 from finetune.data.conversation import RecordError
 from finetune.data.formats import FORMATS
 from finetune.data.formats.documents import METADATA
-from finetune.data.formats.reading import read_first, read_records
-from finetune.data.io.files import READERS, files_of
+from finetune.data.formats.read_records import read_first, read_records
+from finetune.data.io.byte_streams import Record
 from finetune.data.io.paths import IMAGE_SUFFIXES, files_below
-from finetune.data.io.streams import Record
+from finetune.data.io.source_files import READERS, files_of
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 

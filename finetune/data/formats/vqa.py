@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.conversation import Dialogue, RecordError, assistant, user
-from finetune.data.formats.build import build
 from finetune.data.formats.fields import (
     IMAGES,
     all_answers,
@@ -28,11 +27,12 @@ from finetune.data.formats.fields import (
     own_image,
     required,
 )
-from finetune.data.formats.reading import read_records, refuse_columns
-from finetune.data.io.files import files_of
+from finetune.data.formats.placeholders import build
+from finetune.data.formats.read_records import read_records, refuse_columns
+from finetune.data.io.byte_streams import BrokenFileError, OnBroken, Record
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.json_files import read_header, read_items, read_keys
-from finetune.data.io.streams import BrokenFileError, OnBroken, Record
+from finetune.data.io.source_files import files_of
 from finetune.recipe.schema import Source
 
 ASKED = ("question", "query")

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.data.io.streams import BrokenFileError, Record
-from finetune.data.io.tables import BATCH_ROWS, Checked, check_schema, checked, number_rows
+from finetune.data.io.byte_streams import BrokenFileError, Record
+from finetune.data.io.parquet_arrow import BATCH_ROWS, Checked, check_schema, checked, number_rows
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 

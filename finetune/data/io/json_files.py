@@ -10,9 +10,17 @@ from itertools import islice
 from pathlib import Path
 
 from finetune.data.conversation import RecordError
-from finetune.data.io import streams
-from finetune.data.io.lines import as_record, parse_json, read_json_lines, too_deep, too_many_values
-from finetune.data.io.streams import BrokenFileError, OnBroken, Record, lost_after, open_text, read_lines, until_broken
+from finetune.data.io import byte_streams
+from finetune.data.io.byte_streams import (
+    BrokenFileError,
+    OnBroken,
+    Record,
+    lost_after,
+    open_text,
+    read_lines,
+    until_broken,
+)
+from finetune.data.io.jsonl_csv import as_record, parse_json, read_json_lines, too_deep, too_many_values
 
 CONTAINERS = ("data", "records", "samples", "examples", "annotations", "questions")
 """Keys under which an object holds the list of its records; the split's name is another."""
@@ -202,7 +210,7 @@ class Scan:
                 if self._text[end - 1] in '}]"' or end + _NEAR_END < len(self._text) or not self._read_on():
                     size, deep = end - self._at, too_deep(value, self._text, self._at, end)
                     self._at = end
-                    return _too_large(size) if size > streams.MAX_RECORD_BYTES else deep or value
+                    return _too_large(size) if size > byte_streams.MAX_RECORD_BYTES else deep or value
             except json.JSONDecodeError as error:
                 cut = error.pos + _NEAR_END >= len(self._text) or error.msg.startswith("Unterminated")
                 if not (cut and self._read_on()):
@@ -210,7 +218,7 @@ class Scan:
             except (ValueError, RecursionError) as error:  # a number of over 4,300 digits; a thousand brackets
                 self.skip()
                 return RecordError("not JSON", str(error))
-            if len(self._text) - self._at > streams.MAX_RECORD_BYTES:
+            if len(self._text) - self._at > byte_streams.MAX_RECORD_BYTES:
                 start = self._passed
                 self.skip()
                 return _too_large(self._passed + self._at - start)
@@ -262,7 +270,7 @@ class Scan:
         if self._fault:
             raise self._following_error()
         unread = len(self._text) - self._at
-        wanted = max(2**16, min(unread, streams.MAX_RECORD_BYTES - unread))
+        wanted = max(2**16, min(unread, byte_streams.MAX_RECORD_BYTES - unread))
         pieces: list[bytes] = []
         while wanted > 0 and not self._ended:
             try:
@@ -293,7 +301,7 @@ class Scan:
         """Return the error at a position of the window, with how much of the file follows the last whole value."""
         position = self._at if at is None else at
         detail = f"{detail} at byte {self._passed + _bytes_of(self._text[:position]):,}"
-        if self._path.suffix.lower() in streams.COMPRESSIONS:
+        if self._path.suffix.lower() in byte_streams.COMPRESSIONS:
             return BrokenFileError(reason, f"{detail} of the unpacked text")
         size, good = self._path.stat().st_size, self._passed + _bytes_of(self._text[: self._at])
         cut = self._ended and (detail.startswith("Unterminated") or not self._text[position:].strip())
@@ -306,4 +314,4 @@ def _bytes_of(text: str) -> int:
 
 
 def _too_large(size: int) -> RecordError:
-    return RecordError("record too large", f"about {size:,} bytes, over {streams.MAX_RECORD_BYTES:,}")
+    return RecordError("record too large", f"about {size:,} bytes, over {byte_streams.MAX_RECORD_BYTES:,}")

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO, cast
 
 from finetune.data.conversation import Image, RecordError, Slice
 from finetune.data.images import encoded
-from finetune.data.io import streams
-from finetune.data.io.lines import as_record, parse_json
-from finetune.data.io.streams import BrokenFileError, Record, lost_after, open_file
+from finetune.data.io import byte_streams
+from finetune.data.io.byte_streams import BrokenFileError, Record, lost_after, open_file
+from finetune.data.io.jsonl_csv import as_record, parse_json
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst")
 
@@ -67,8 +67,8 @@ def _sample(key: str, members: Iterable[Member]) -> dict[str, Any] | RecordError
             return value
         if suffix in sample:
             return RecordError("not a sample", f"two files {key:.200}.{suffix:.80}")
-        if size > streams.MAX_RECORD_BYTES:
-            return RecordError("record too large", f"{key:.200}: over {streams.MAX_RECORD_BYTES:,} bytes")
+        if size > byte_streams.MAX_RECORD_BYTES:
+            return RecordError("record too large", f"{key:.200}: over {byte_streams.MAX_RECORD_BYTES:,} bytes")
         if isinstance(value, dict):
             beside |= value
         else:
@@ -131,7 +131,7 @@ def _content(path: Path, file: "_Forward", member: tarfile.TarInfo) -> Slice | b
         return RecordError("not a file", f"{member.name:.200}: a link or the like in the archive")
     if file.size is not None:
         return Slice(path, member.offset_data, member.size)
-    if member.size > streams.MAX_RECORD_BYTES:
+    if member.size > byte_streams.MAX_RECORD_BYTES:
         return RecordError("record too large", f"{member.name:.200}: {member.size:,} bytes")
     file.seek(member.offset_data)
     content = file.read_data(member.size)

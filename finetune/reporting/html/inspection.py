@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.data.conversation import Image, RecordError
 from finetune.data.images import open_image
-from finetune.reporting.html.chart import CHART, draw
+from finetune.reporting.html.histogram import CHART, draw
 from finetune.reporting.html.page import number, render, share, thumbnail
 from finetune.reporting.inspect import Inspection, ShownExample
 

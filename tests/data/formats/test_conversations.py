@@ -9,7 +9,7 @@ from finetune.data.conversation import Dialogue, Image, RecordError, Turn, assis
 from finetune.data.formats import FORMATS
 from finetune.data.formats.conversations import convert_messages
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import to_dialogue
+from finetune.data.read_dialogues import to_dialogue
 
 PNG = b"\x89PNG\r\n\x1a\n..."
 

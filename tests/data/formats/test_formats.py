@@ -21,7 +21,7 @@ from finetune.data.formats.questions import DIFFERENCES
 from finetune.data.formats.recognise import recognise
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.prepare import prepare
-from finetune.data.records import resolve_source
+from finetune.data.read_dialogues import resolve_source
 from finetune.recipe.schema import CAPTIONS, DOCUMENTS, need_end_of_utterance
 from modeling.errors import UserError
 

@@ -17,7 +17,7 @@ from finetune.data.formats import FORMATS
 from finetune.data.formats.recognise import Recognised, recognise_source
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import resolve_source, say_if_documents, to_dialogue
+from finetune.data.read_dialogues import resolve_source, say_if_documents, to_dialogue
 from finetune.recipe import schema as recipe
 from modeling.errors import UserError
 

@@ -3,12 +3,12 @@
 import pytest
 from image_files import CAT, FILES
 
-from finetune.data.io import streams
+from finetune.data.io import byte_streams
 
 
 @pytest.fixture
 def small_limit(monkeypatch):
-    monkeypatch.setattr(streams, "MAX_RECORD_BYTES", 100_000)
+    monkeypatch.setattr(byte_streams, "MAX_RECORD_BYTES", 100_000)
 
 
 @pytest.fixture

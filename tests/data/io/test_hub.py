@@ -4,8 +4,8 @@ import pytest
 from data_files import PNG, read, refusal, written
 from sources import make_source
 
-from finetune.data.formats.reading import read_records
-from finetune.data.io.files import fingerprint
+from finetune.data.formats.read_records import read_records
+from finetune.data.io.source_files import fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ from image_files import (
 from sources import make_source
 
 from finetune.data.conversation import Image, RecordError, Remote, Slice
-from finetune.data.formats.reading import read_records
+from finetune.data.formats.read_records import read_records
 from finetune.data.images import encoded, open_image
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.records import to_dialogue
+from finetune.data.read_dialogues import to_dialogue
 
 
 def test_image_roots_in_order(folder, tmp_path):

@@ -9,7 +9,7 @@ from data_files import DEEP, PACK, read, written
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.io import streams
+from finetune.data.io import byte_streams
 from finetune.data.io.json_files import read_header, read_items, read_pairs
 
 TWO = [("f.json#0", {"a": 1}), ("f.json#1", {"b": [{}, "x"]})]
@@ -121,7 +121,7 @@ def test_json_large_item_among_small_ones(tmp_path):
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_json_bomb_of_empty_lists(empty, suffix, tmp_path, monkeypatch):
     """Empty lists take thirty times their text in Python."""
-    monkeypatch.setattr(streams, "MAX_VALUES", 20_000)
+    monkeypatch.setattr(byte_streams, "MAX_VALUES", 20_000)
     bomb = '{"a": [' + ",".join([empty] * 30_000) + "]}"
     lines = ['{"a": 0}', bomb, '{"a": [[[[], {"b": "]"}]]]}']
     path = written(tmp_path / f"f.{suffix}", f"[{','.join(lines)}]" if suffix == "json" else "\n".join(lines))

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from sources import make_source
 
-from finetune.data.formats.reading import read_records
+from finetune.data.formats.read_records import read_records
 from finetune.data.formats.recognise import recognise_source
-from finetune.data.io.files import files_of, fingerprint
 from finetune.data.io.paths import expand, files_below, locate
+from finetune.data.io.source_files import files_of, fingerprint
 from modeling.errors import UserError
 
 NAMES = (
