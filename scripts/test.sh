@@ -25,4 +25,4 @@ prepare_environment test
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-exec .venv/bin/pytest -n 2 --dist loadfile "$@"
+exec .venv/bin/pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

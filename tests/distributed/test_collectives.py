@@ -38,7 +38,7 @@ quiet()
 from finetune.evaluation import evaluate, generate
 from dataclasses import replace
 from modeling.device import CHOICES
-from finetune.data import assemble, convert
+from finetune.data import build_examples, convert
 convert.PART_RECORDS = build_examples.PART_RECORDS = {part_records}
 CHOICES["cpu"] = replace(CHOICES["cpu"], tower_images=1)
 place, written = Path({folder!r}), open({folder!r} + "/written." + os.environ["RANK"], "w")

@@ -69,4 +69,4 @@ def test_available_cores_affinity(monkeypatch, tmp_path):
 
 def test_only_cores_counts_cores():
     """Nothing else counts the cores of the machine."""
-    assert {path.name for path in FILES if "cpu_count" in path.read_text()} == {"cores.py"}
+    assert {path.name for path in FILES if "cpu_count" in path.read_text()} == {"cpu_cores.py"}
