@@ -12,6 +12,7 @@ Preparing calls the same functions part by part (convert.py), since it downloads
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from finetune.data.formats.unused_keys import without
 from finetune.data.images import open_image
 from finetune.data.io.byte_streams import BrokenFileError, Record
 from finetune.data.io.image_roots import ImageRoot
+from finetune.data.shards import Shard, read_shard, shards_of, undivided
 from finetune.data.stats import SourceStats
 from finetune.recipe.schema import CAPTIONS, Source, need_end_of_utterance
 from modeling.errors import UserError
@@ -68,20 +70,19 @@ def resolve_source(source: Source) -> Source:
     return source
 
 
-def taken(source: Source, stats: SourceStats) -> Iterator[Record]:
-    """Yield (record_id, record) up to the source's limit, and read nothing beyond.
+def taken(source: Source, stats: SourceStats, shard: Shard | None = None) -> Iterator[Record]:
+    """Yield (record_id, record) of a source up to its limit, or of one shard; count them in `stats`.
 
     A file that breaks off is counted in `stats.broken`, not as a record.
     """
-    for record_id, record in FORMATS[source.format].read(source):
+    shards = undivided(shards_of(source)) if shard is None else [shard]
+    for record_id, record in chain.from_iterable(read_shard(source, each) for each in shards):
         if isinstance(record, BrokenFileError):
             stats.broken.append(as_unicode(f"{record.file} breaks off: {record}"))
             continue
         stats.read += 1
+        stats.limited = stats.read == source.limit
         yield as_unicode(record_id), record
-        if stats.read == source.limit:
-            stats.limited = True
-            return
 
 
 def to_dialogue(

@@ -979,7 +979,7 @@ def test_images_inside_records_are_kept_as_they_came_once_in_a_part(folder, tiny
 def test_pictures_in_memory_are_kept_with_equal_pixels(mode, folder, tiny_tokenizer, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
     picture = PIL.Image.fromarray(noise).convert(mode)
-    family = replace(FORMATS["messages"], read=lambda source: iter([("hub:0", record(picture))]))
+    family = replace(FORMATS["messages"], read=lambda source: iter([("hub:0", record(picture))]), whole=bool)
     monkeypatch.setitem(FORMATS, "messages", family)
     prepared, stats = run(folder, tiny_tokenizer, [])
     assert (stats.kept, stats.rejected) == (1, {})

@@ -48,6 +48,8 @@ class Format:
     """The fields that it reads, each with its names; the first name with a value is read: ("image|jpg", "text")."""
     read: Callable[[Source], Iterator[Record]] = read_records
     """Yields the records of a source in a stable order."""
+    whole: Callable[[Source], bool] = lambda source: False
+    """Returns whether `read` must see all files of a source at once, such as questions and their annotations."""
     documents: bool = False
     """Whether its records become documents, which do not end with `<end_of_utterance>`."""
     captions: bool = False
@@ -79,6 +81,10 @@ def _any(names: Iterable[str]) -> str:
     return "|".join(names)
 
 
+def _always(source: Source) -> bool:
+    return True
+
+
 _IMAGE, _IMAGES, _ID = "image|images", _any(IMAGES), "image_id"
 _SYSTEM, _HISTORY = _any(SYSTEM), "history"
 
@@ -94,14 +100,15 @@ FORMATS = {
     "m3it": Format(questions.convert_m3it, questions.is_m3it,
                    ("instruction", "inputs", "outputs", "image_base64_str", _IMAGE, _SYSTEM, _HISTORY), ordered=False),
     "mimic_it": Format(mimic_it.convert, mimic_it.is_mimic_it,
-                       ("instruction", "answer", "image_ids|images", "rel_ins_ids", "related"), mimic_it.read),
+                       ("instruction", "answer", "image_ids|images", "rel_ins_ids", "related"),
+                       mimic_it.read, mimic_it.is_whole),
     "alpaca": Format(questions.convert_alpaca, questions.is_alpaca,
                      ("instruction", "input", "output", _IMAGE, _SYSTEM, _HISTORY)),
     "spot_the_diff": Format(questions.convert_spot_the_diff, questions.is_spot_the_diff, ("img_id", "sentences")),
     "cauldron": Format(questions.convert_cauldron, questions.is_cauldron, (_IMAGE, "texts"), ordered=False),
     "vqa": Format(vqa.convert, vqa.is_vqa,
                   (_any(vqa.ASKED), _any(vqa.ANSWERED), "multiple_choice_answer", _IMAGES, _ID, "question_id",
-                   "data_subtype"), vqa.read, ordered=False),
+                   "data_subtype"), vqa.read, vqa.is_whole, ordered=False),
     "lrv": Format(questions.convert_lrv, questions.is_lrv,
                   ("question", "answer", _IMAGES, _ID, _SYSTEM, _HISTORY), ordered=False),
     "prompt_completion": Format(questions.convert_prompt_completion, questions.is_prompt_completion,
@@ -116,12 +123,15 @@ FORMATS = {
     "pairs": Format(documents.convert_pair, documents.is_pair, (_any(documents.PAIR_IMAGES), _ID, _any(CAPTIONS)),
                     documents=True, captions=True),
     "image_folder": Format(documents.convert_pair, reads=(_any(documents.IMAGE_FILES), _any(CAPTIONS)),
-                           read=documents.read_image_folder, documents=True, captions=True),
-    "class_folders": Format(documents.convert_pair, read=documents.read_class_folders, documents=True, captions=True),
-    "text": Format(documents.convert_text, documents.is_text, ("text", "title"), documents.read_texts, documents=True),
+                           read=documents.read_image_folder, whole=_always, documents=True, captions=True),
+    "class_folders": Format(documents.convert_pair, read=documents.read_class_folders, whole=_always,
+                            documents=True, captions=True),
+    "text": Format(documents.convert_text, documents.is_text, ("text", "title"), documents.read_texts,
+                   documents.has_texts, documents=True),
     # a Python package
-    "easy_vqa": Format(easy_vqa.convert, read=easy_vqa.read, ordered=False),
-    "easy_vqa_captions": Format(easy_vqa.convert_caption, read=easy_vqa.read_captions, documents=True, captions=True),
+    "easy_vqa": Format(easy_vqa.convert, read=easy_vqa.read, whole=_always, ordered=False),
+    "easy_vqa_captions": Format(easy_vqa.convert_caption, read=easy_vqa.read_captions, whole=_always,
+                                documents=True, captions=True),
 }
 # fmt: on
 """If two formats fit equally many records, `format: auto` takes the first, so the more special one comes first.

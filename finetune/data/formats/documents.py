@@ -119,17 +119,27 @@ def is_text(record: dict[str, Any]) -> bool:
 
 def read_texts(source: Source) -> Iterator[Record]:
     """Yield a record for each .txt file; a folder means the .txt files below it, if any. Other files hold many."""
+    files = _text_files(source)
+    for file in files:
+        if file.suffix == ".txt":
+            refuse_columns(source)
+            yield file.name, _read_text(file)
+    others = [file for file in files if file.suffix != ".txt"]
+    if others or source.hub:
+        yield from read_records(source.at(*others))
+
+
+def has_texts(source: Source) -> bool:
+    """Return whether a source has files that are one record each."""
+    return any(file.suffix == ".txt" for file in _text_files(source))
+
+
+def _text_files(source: Source) -> list[Path]:
     files: list[Path] = []
     for path in chain.from_iterable(map(expand, source.paths)):
         texts = [file for file in files_below(path) if file.suffix == ".txt"] if path.is_dir() else []
         files += texts or files_of(source.at(path))
-    for file in dict.fromkeys(files):
-        if file.suffix == ".txt":
-            refuse_columns(source)
-            yield file.name, _read_text(file)
-    others = tuple(dict.fromkeys(file for file in files if file.suffix != ".txt"))
-    if others or source.hub:
-        yield from read_records(source.at(*others))
+    return list(dict.fromkeys(files))
 
 
 def _read_text(path: Path) -> dict[str, Any] | RecordError:

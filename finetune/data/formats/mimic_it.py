@@ -56,15 +56,26 @@ def read(source: Source) -> Iterator[Record]:
     """Yield every instruction of the JSON files, with those related to it under "related", and other files' records."""
     others = []
     for file in files_of(source):
-        is_json = ".json" in file.suffixes[-2:]
-        first = next((item for _, _, item in read_pairs(file, "data")), None) if is_json else None
-        if is_json and not isinstance(first, RecordError):  # an object of instructions under "data"
+        if _holds_instructions(file):
             refuse_columns(source)
             yield from _read_json(file, source.on_broken)
         else:
             others.append(file)
     if others or source.hub:
         yield from read_records(source.at(*others))
+
+
+def is_whole(source: Source) -> bool:
+    """Return whether instructions may relate to others of their file."""
+    return any(map(_holds_instructions, files_of(source)))
+
+
+def _holds_instructions(file: Path) -> bool:
+    """Return whether a file is a JSON object of instructions under "data"."""
+    if ".json" not in file.suffixes[-2:]:
+        return False
+    first = next((item for _, _, item in read_pairs(file, "data")), None)
+    return not isinstance(first, RecordError)
 
 
 def _read_json(path: Path, on_broken: OnBroken) -> Iterator[Record]:

@@ -8,24 +8,38 @@ from typing import Any
 from finetune.data.conversation import RecordError
 from finetune.data.formats.fields import QUESTIONS, SUFFIX_NAMES
 from finetune.data.io.byte_streams import Record
-from finetune.data.io.source_files import read_file, read_source
+from finetune.data.io.source_files import DataFile, read_file, read_source
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 
 
-def read_records(source: Source) -> Iterator[Record]:
-    """Yield (record id, record) for every record of a source.
+def read_records(
+    source: Source, file: DataFile | None = None, shard: tuple[int, int] | None = None
+) -> Iterator[Record]:
+    """Yield (record id, record) for every record of a source, or of one `file` or `shard` as in `read_source`.
 
-    Raises UserError: a path or hub id that leads to nothing, an unknown suffix, a column that no record has, a file
-    that breaks off; with `on_broken: keep`, a BrokenFileError takes the place of the records that are lost.
+    Raises UserError: a path or hub id that leads to nothing, an unknown suffix, a column that no record of the source
+    has, a file that breaks off; with `on_broken: keep`, a BrokenFileError takes the place of the records that are lost.
     """
-    missing, first_keys = set(source.columns.values()), None
-    for record_id, found in read_source(source):
+    if file is None and shard is None:
+        require_columns(source)
+    for record_id, found in read_source(source, file, shard):
+        yield record_id, _renamed(_unfolded(found, source.columns), source.columns)
+
+
+def require_columns(source: Source) -> None:
+    """Read until each of the source's `columns` is found, which is mostly in the first record.
+
+    Raises UserError: a column that no record has.
+    """
+    missing, first_keys = set(source.columns.values()), list[str]()
+    for _, found in read_source(source) if missing else ():
         record = _unfolded(found, source.columns)
-        if isinstance(record, dict) and source.columns:
-            missing -= record.keys()
+        if isinstance(record, dict):
             first_keys = first_keys or list(record)
-        yield record_id, _renamed(record, source.columns)
+            missing -= record.keys()
+            if not missing:
+                return
     if missing and first_keys:
         names, got = ", ".join(sorted(missing)), ", ".join(first_keys)
         raise UserError(f"{source.name}: columns: no record has {names}; the first has {got}")

@@ -78,6 +78,11 @@ def read(source: Source) -> Iterator[Record]:
         yield from read_records(source.at(*files[""]))
 
 
+def is_whole(source: Source) -> bool:
+    """Return whether a source has official files, which are joined."""
+    return any(map(_part_of, files_of(source)))
+
+
 def _part_of(path: Path) -> str:
     """Return whether a JSON file is an official one of "questions" or "annotations", or "", by the first such key."""
     if ".json" not in path.suffixes[-2:]:

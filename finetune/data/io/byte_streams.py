@@ -1,6 +1,7 @@
 """Read bytes and lines of plain, gzip or zstd files in bounded memory; for a broken file, report the loss."""
 
 import io
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -123,9 +124,25 @@ def open_text(path: Path) -> io.BufferedReader:
     return file
 
 
-def read_lines(file: io.BufferedReader) -> Iterator[bytes | RecordError]:
-    """Yield lines, ended by \\n, \\r\\n or \\r; a RecordError for one of more than `MAX_RECORD_BYTES`."""
-    while line := file.readline(MAX_RECORD_BYTES + 1):
+def skip_to_line(file: io.BufferedReader, start: int) -> int:
+    """Go to the first line that begins at byte `start` or later; return the number of bytes from `start` to there."""
+    file.seek(start - 1)
+    read = 0
+    while piece := file.readline(2**20):
+        read += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return max(read - 1, 0)
+
+
+def read_lines(file: io.BufferedReader, length: int | None = None) -> Iterator[bytes | RecordError]:
+    """Yield lines, ended by \\n, \\r\\n or \\r; a RecordError for one of more than `MAX_RECORD_BYTES`.
+
+    With `length`, no line that ends with \\n begins after so many bytes.
+    """
+    left: float = math.inf if length is None else length
+    while left > 0 and (line := file.readline(MAX_RECORD_BYTES + 1)):
+        left -= len(line)
         if len(line) <= MAX_RECORD_BYTES or line.endswith(b"\n"):
             if line.find(b"\r", 0, -2) < 0:
                 yield line
@@ -136,6 +153,7 @@ def read_lines(file: io.BufferedReader) -> Iterator[bytes | RecordError]:
         while line:
             size += len(line)
             line = b"" if line.endswith(b"\n") else file.readline(2**20)
+            left -= len(line)
         yield RecordError("record too large", f"a line of {size:,} bytes, over {MAX_RECORD_BYTES:,}")
 
 

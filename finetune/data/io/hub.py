@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from finetune.data.io.byte_streams import BrokenFileError, Record
 from finetune.data.io.parquet_arrow import BATCH_ROWS, Checked, check_schema, checked, number_rows
@@ -13,25 +14,45 @@ SAVED = ("state.json", "dataset_dict.json")
 """Files that the datasets library writes into a folder that it saves."""
 
 
-def read_hub(source: Source) -> Iterator[Record]:
-    """Return the rows of one split. Reading them raises BrokenFileError.
+def read_hub(source: Source, shard: tuple[int, int] | None = None) -> Iterator[Record]:
+    """Return the rows of one split, or of one (index, number) of its shards. Reading them raises BrokenFileError.
 
     Raises UserError: not found, not reachable, or nothing that can be loaded.
     """
-    return number_rows(str(source.hub), _batches(source))
+    several = shard is not None and shard[1] > 1
+    return number_rows(f"{source.hub}@{shard[0]}" if shard and several else str(source.hub), _batches(source, shard))
 
 
-def _batches(source: Source) -> Iterator[Checked]:
-    """Yield Arrow batches, in which nothing is decoded: images stay {"bytes", "path"}, nested ones too."""
+def count_shards(source: Source) -> int:
+    """Return the number of shards (usually files) of a streamed split. Raises UserError as `read_hub`."""
+    return _load(source).num_shards
+
+
+def count_rows(source: Source) -> int:
+    """Return the number of rows of a split that is not streamed. Raises UserError as `read_hub`."""
+    return len(_load(source))
+
+
+def _load(source: Source) -> Any:
     import datasets
-    import pyarrow
 
     name = str(source.hub)
     if any((Path(name) / file).is_file() for file in SAVED):
         raise UserError(f"{name}: a folder that save_to_disk wrote; give it as a path, not as a hub id")
     with _as_user_error(source):
         options = {"split": source.split, "revision": source.revision, "streaming": source.stream}
-        tables = datasets.load_dataset(name, source.subset, **options).with_format("arrow").iter(BATCH_ROWS)
+        return datasets.load_dataset(name, source.subset, **options)
+
+
+def _batches(source: Source, shard: tuple[int, int] | None) -> Iterator[Checked]:
+    """Yield Arrow batches, in which nothing is decoded: images stay {"bytes", "path"}, nested ones too."""
+    import pyarrow
+
+    dataset = _load(source)
+    with _as_user_error(source):
+        if shard is not None:
+            dataset = dataset.shard(num_shards=shard[1], index=shard[0])
+        tables = dataset.with_format("arrow").iter(BATCH_ROWS)
     try:
         with _as_user_error(source, but=(pyarrow.ArrowException, OSError)):
             for table in tables:

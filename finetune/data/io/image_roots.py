@@ -14,7 +14,7 @@ from finetune.data.conversation import Image, RecordError, Remote, Slice
 from finetune.data.images import decode_base64, describe
 from finetune.data.io.image_stores import Archive, Folder, JsonImages, ParquetImages, Store, Tar, Zip
 from finetune.data.io.paths import folders_of, locate
-from finetune.data.io.shards import COMPRESSED_TARS
+from finetune.data.io.tars import COMPRESSED_TARS
 from finetune.recipe.schema import Source
 from modeling.errors import UserError
 

@@ -24,7 +24,7 @@ from finetune.data.images import decode_base64
 from finetune.data.io.byte_streams import BrokenFileError
 from finetune.data.io.parquet_arrow import Checked, Parquet, open_parquet, python_rows, read_group
 from finetune.data.io.paths import IMAGE_SUFFIXES, Names
-from finetune.data.io.shards import read_members
+from finetune.data.io.tars import read_members
 from modeling.atomic_files import open_regular
 from modeling.errors import UserError
 

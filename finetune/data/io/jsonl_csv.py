@@ -10,17 +10,25 @@ from typing import Any
 
 from finetune.data.conversation import RecordError
 from finetune.data.io import byte_streams
-from finetune.data.io.byte_streams import BrokenFileError, Record, lost_after, open_text, read_lines
+from finetune.data.io.byte_streams import BrokenFileError, Record, lost_after, open_text, read_lines, skip_to_line
 
 MAX_DEPTH = 100
 """Lists and objects inside each other; no dataset comes near it, and Python fails at about a thousand."""
 
 
-def read_json_lines(path: Path) -> Iterator[Record]:
-    """Yield the JSON object of each line; blank lines are passed over. Raises BrokenFileError."""
-    name = path.name
+def read_json_lines(path: Path, *, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+    """Yield the JSON object of each line that begins from byte `start` to before `stop`; pass over blank lines.
+
+    Records are named by their line: train.jsonl:17, or train.jsonl@33554432:17 for the 17th line that begins at or
+    after byte 33,554,432. Raises BrokenFileError.
+    """
+    name = f"{path.name}@{start}" if start else path.name
     with open_text(path) as file:
-        for number, line in enumerate(read_lines(file), start=1):
+        length = None if stop is None else stop - start
+        if start:
+            skipped = skip_to_line(file, start)
+            length = None if length is None else length - skipped
+        for number, line in enumerate(read_lines(file, length), start=1):
             if isinstance(line, RecordError):
                 yield f"{name}:{number}", line
             elif line.strip():

@@ -50,16 +50,18 @@ class Parquet:
     """(rows, columns) of each row group."""
 
 
-def read_parquet(path: Path) -> Iterator[Record]:
-    """Return the rows of a Parquet file. Reading them raises BrokenFileError."""
-    return number_rows(path.name, _parquet_batches(path))
-
-
-def _parquet_batches(path: Path) -> Iterator[Checked]:
+def read_parquet(path: Path, *, start: int = 0, stop: int | None = None) -> Iterator[Record]:
+    """Yield the rows of a Parquet file, or of its row groups from `start` to before `stop`. Raises BrokenFileError."""
     opened = open_parquet(path)
-    done, total = 0, opened.file.metadata.num_rows
+    counts = [rows for rows, _ in opened.groups]
+    groups = range(len(counts))[start:stop]
+    yield from number_rows(path.name, _parquet_batches(opened, groups), first=sum(counts[:start]))
+
+
+def _parquet_batches(opened: Parquet, groups: range) -> Iterator[Checked]:
+    done, total = 0, sum(opened.groups[group][0] for group in groups)
     try:
-        for group in range(len(opened.groups)):
+        for group in groups:
             for batch in _group_batches(opened, group):
                 yield checked(batch)
                 done += batch.num_rows
@@ -67,6 +69,17 @@ def _parquet_batches(path: Path) -> Iterator[Checked]:
         raise BrokenFileError(error.reason, error.detail, lost_after(done, total, "row")) from error
     except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
         raise BrokenFileError("corrupt file", _first_line(error), lost_after(done, total, "row")) from error
+
+
+def group_bytes(path: Path) -> list[int]:
+    """Return the compressed size of each row group, from the file's footer; one group if it cannot be read."""
+    try:
+        metadata = open_parquet(path).file.metadata
+    except BrokenFileError:  # raised again where the file is read
+        return [1]
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    sizes = [sum(group.column(column).total_compressed_size for column in range(group.num_columns)) for group in groups]
+    return [max(size, 1) for size in sizes] or [1]
 
 
 def open_parquet(path: Path) -> Parquet:
@@ -212,9 +225,9 @@ def _fault(batch: "pyarrow.RecordBatch") -> str | None:
     return None
 
 
-def number_rows(name: str, batches: Iterable[Checked]) -> Iterator[Record]:
-    """Yield (name#number, row) for the rows of all batches, numbered from 0."""
-    number = 0
+def number_rows(name: str, batches: Iterable[Checked], first: int = 0) -> Iterator[Record]:
+    """Yield (name#number, row) for the rows of all batches, numbered from `first` on."""
+    number = first
     for one in batches:
         rows, size = one.batch.num_rows, _python_bytes(one.batch) if one.valid else math.inf
         step = rows if size <= BATCH_BYTES else BATCH_ROWS

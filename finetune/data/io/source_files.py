@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from finetune.data.io import hub
 from finetune.data.io.byte_streams import COMPRESSIONS, OnBroken, Record, until_broken
@@ -16,7 +18,7 @@ from finetune.data.io.json_files import read_json
 from finetune.data.io.jsonl_csv import read_csv, read_json_lines
 from finetune.data.io.parquet_arrow import read_arrow, read_parquet
 from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, folders_of, locate
-from finetune.data.io.shards import COMPRESSED_TARS, read_shard
+from finetune.data.io.tars import COMPRESSED_TARS, read_tar
 from finetune.recipe.schema import Source
 from modeling.atomic_files import open_regular
 from modeling.errors import UserError
@@ -34,7 +36,7 @@ READERS: dict[str, Reader] = {
     **{name + packed: read for name, read in _TEXT_READERS.items() for packed in ("", *COMPRESSIONS)},
     ".parquet": read_parquet,
     ".arrow": read_arrow,
-    **dict.fromkeys((".tar", *COMPRESSED_TARS), read_shard),
+    **dict.fromkeys((".tar", *COMPRESSED_TARS), read_tar),
 }
 """Suffix of a file -> the function that reads it."""
 
@@ -42,34 +44,55 @@ _NO_RECORDS = (*hub.SAVED, "dataset_info.json", "dataset_infos.json")
 """Files of the datasets library that hold no records."""
 
 
-def read_source(source: Source) -> Iterator[Record]:
-    """Yield (record id, record) of all files of a source, or of its dataset on the hub.
+@dataclass(frozen=True)
+class DataFile:
+    """A data file of a source, or a part of one."""
+
+    path: Path
+    folder: str = ""
+    """Its folder below the common one of the source's paths. Record ids begin with it: images may be relative to it."""
+    start: int = 0
+    """First byte of a .jsonl file, or first row group of a Parquet file."""
+    stop: int | None = None
+    """The byte or row group after the last one; None: the end of the file."""
+
+
+def read_source(source: Source, file: DataFile | None = None, shard: tuple[int, int] | None = None) -> Iterator[Record]:
+    """Yield (record id, record) of all files of a source or of one `file`, or of (a `shard` of) its dataset on the hub.
 
     Raises UserError: a path or hub id that leads to nothing, an unknown suffix, a file that breaks off; with
     `on_broken: keep`, a BrokenFileError takes the place of the records that are lost.
     """
     if source.hub:
-        yield from until_broken(source.hub, hub.read_hub(source), source.on_broken)
+        yield from until_broken(source.hub, hub.read_hub(source, shard), source.on_broken)
         return
+    for one in [file] if file else data_files(source):
+        for record_id, record in read_file(one.path, source.split, source.on_broken, start=one.start, stop=one.stop):
+            yield f"{one.folder}/{record_id}" if one.folder else record_id, record
+
+
+def data_files(source: Source) -> list[DataFile]:
+    """Return the data files of a source, in order. Raises UserError: a path to nothing, or an unknown suffix."""
     files = files_of(source)
     for path in files:
-        _suffix(path)  # an unknown one is an error before anything is read
+        _suffix(path)
     common = os.path.commonpath(folders_of(source.paths)) if source.paths else ""
-    for path in files:
-        folder = path.absolute().parent.relative_to(
-            common
-        )  # the record id keeps the folder: images may be relative to it
-        for record_id, record in read_file(path, source.split, source.on_broken):
-            yield (folder / record_id).as_posix() if folder.parts else record_id, record
+    folders = [path.absolute().parent.relative_to(common).as_posix() for path in files]
+    return [DataFile(path, "" if folder == "." else folder) for path, folder in zip(files, folders, strict=True)]
 
 
-def read_file(path: Path, split: str, on_broken: OnBroken = "keep") -> Iterator[Record]:
-    """Return the records of one file; of a JSON file with a list for each split, those of `split`.
+def read_file(
+    path: Path, split: str, on_broken: OnBroken = "keep", *, start: int = 0, stop: int | None = None
+) -> Iterator[Record]:
+    """Return the records of one file or of a part of it; of a JSON file with a list for each split, those of `split`.
 
     Raises UserError: an unknown suffix.
     """
     read = READERS[_suffix(path)]
-    return until_broken(path, read(path, split) if read is read_json else read(path), on_broken)
+    options: dict[str, Any] = {"split": split} if read is read_json else {}
+    if start or stop is not None:
+        options |= {"start": start, "stop": stop}
+    return until_broken(path, read(path, **options), on_broken)
 
 
 def _suffix(path: Path) -> str:

@@ -31,7 +31,7 @@ class Member:
     """Its position in a plain archive, its bytes in a compressed one."""
 
 
-def read_shard(path: Path) -> Iterator[Record]:
+def read_tar(path: Path) -> Iterator[Record]:
     """Yield one record for consecutive files of one key: {"__key__": key, "jpg": image, "txt": text, ...}.
 
     The values in a sample's JSON file become fields beside them. Where the archive breaks off, its last sample may lack
