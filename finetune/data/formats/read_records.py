@@ -1,4 +1,7 @@
-"""A source's files -> records under the names that its format expects: columns renamed, webdataset samples unfolded."""
+"""A source's files -> records under the names that its format expects: columns renamed, webdataset samples unfolded.
+
+A sample that img2dataset could not download becomes an error here, so that it is counted under that reason.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -7,6 +10,7 @@ from typing import Any
 
 from finetune.data.conversation import RecordError
 from finetune.data.formats.fields import QUESTIONS, SUFFIX_NAMES
+from finetune.data.io import img2dataset
 from finetune.data.io.byte_streams import Record
 from finetune.data.io.source_files import DataFile, read_file, read_source
 from finetune.recipe.schema import Source
@@ -74,7 +78,14 @@ def _unfolded(sample: dict[str, Any] | RecordError, columns: Mapping[str, str]) 
     A sample without a dialogue is an image and its caption: its image keeps its name, as a file does that `columns`
     names. A record that is no sample is returned as it is.
     """
-    if isinstance(sample, RecordError) or "__key__" not in sample:
+    if isinstance(sample, RecordError):
+        return sample
+    if sample.keys() >= img2dataset.KEYS:
+        if error := img2dataset.failure(sample):
+            return error
+        if sample.get("txt") == sample.get("caption"):  # the caption's copy, as webdataset names it
+            sample = {name: value for name, value in sample.items() if name != "txt"}
+    if "__key__" not in sample:
         return sample
     kept = columns.values()
     for name in [name for name in sample if name.rpartition(".")[2] == "json" and name not in kept]:

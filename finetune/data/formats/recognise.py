@@ -12,6 +12,7 @@ from finetune.data.conversation import RecordError
 from finetune.data.formats import FORMATS
 from finetune.data.formats.documents import METADATA
 from finetune.data.formats.read_records import read_first, read_records
+from finetune.data.io import img2dataset
 from finetune.data.io.byte_streams import Record
 from finetune.data.io.paths import IMAGE_SUFFIXES, files_below
 from finetune.data.io.source_files import READERS, files_of
@@ -133,7 +134,7 @@ def _by_files(source: Source) -> str | None:
 def _samples(source: Source) -> list[_Sample]:
     if source.hub:
         return [_sample(source.hub, list(islice(read_records(source), FIRST_RECORDS)))]
-    files = files_of(source)
+    files = img2dataset.without_metadata(files_of(source))
     chosen = files[:: max(1, -(-len(files) // FIRST_FILES))]
     common = os.path.commonpath([file.absolute().parent for file in chosen]) if chosen else ""
     names = [file.absolute().relative_to(common).as_posix() for file in chosen]

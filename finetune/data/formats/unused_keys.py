@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune.data.conversation import RecordError
 from finetune.data.formats.fields import SUFFIX_NAMES, SYSTEM
+from finetune.data.io import img2dataset
 from finetune.data.io.paths import IMAGE_SUFFIXES
 
 WEIGHTS = ("weight", "loss", "train", "training")
@@ -25,6 +26,12 @@ _WITHOUT_CONTENT = frozenset(
         *("prompt_id", "conversation_id", "cache_control"),
     }
 )
+
+_OF_A_DOWNLOAD = _WITHOUT_CONTENT | {
+    *("url", "status", "error_message", "original_width", "original_height", "exif", "md5", "sha256", "sha512"),
+    *("similarity", "nsfw", "punsafe", "pwatermark"),
+}
+"""Keys without content in a sample of img2dataset: its own, and LAION's scores."""
 
 _CONTENT: dict[str, tuple[str, ...]] = {
     "video": ("video", "videos", "video_path", "video_paths", "video_url", "mp4", "webm", "mkv", "avi", "mov"),
@@ -57,12 +64,13 @@ def leftovers(value: Mapping[str, Any], reads: AbstractSet[str], *, shows: bool,
     """
     if value.keys() <= reads:
         return []
+    without_content = _OF_A_DOWNLOAD if value.keys() >= img2dataset.KEYS else _WITHOUT_CONTENT
     unknown = []
     for key, item in value.items():
         name, lower = f"{inside}{key}", str(key).lower()
         if not inside and lower in _LABELS and item is not None and not item:
             raise RecordError(_LABELS[lower], f'"{name}" is {item}')
-        if key in reads or lower in _WITHOUT_CONTENT or _is_empty(item):
+        if key in reads or lower in without_content or _is_empty(item):
             continue
         is_image = not shows and (lower in _IMAGES or _is_image(item))
         kind = _KINDS.get(lower) or ("image not read" if is_image else None)

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from finetune.data.io import hub
+from finetune.data.io import hub, img2dataset
 from finetune.data.io.byte_streams import COMPRESSIONS, OnBroken, Record, until_broken
 from finetune.data.io.json_files import read_json
 from finetune.data.io.jsonl_csv import read_csv, read_json_lines
@@ -92,7 +92,8 @@ def read_file(
     options: dict[str, Any] = {"split": split} if read is read_json else {}
     if start or stop is not None:
         options |= {"start": start, "stop": stop}
-    return until_broken(path, read(path, **options), on_broken)
+    records = read(path, **options)
+    return until_broken(path, img2dataset.join_images(path, records) if read is read_parquet else records, on_broken)
 
 
 def _suffix(path: Path) -> str:
@@ -111,7 +112,8 @@ def files_of(source: Source) -> list[Path]:
     found: list[Path] = []
     for path in source.paths:
         files = (_data_files(match, source.split) if match.is_dir() else [match] for match in expand(path))
-        found += dict.fromkeys(chain.from_iterable(files))  # ** matches a folder and also those below it
+        distinct = list(dict.fromkeys(chain.from_iterable(files)))  # ** matches a folder and also those below it
+        found += img2dataset.without_descriptions(distinct)
     return found
 
 

@@ -1,0 +1,82 @@
+"""img2dataset's output folder -> each sample once, and each failed download once.
+
+A shard, here 00000, is written in one of three layouts:
+
+    webdataset   00000.tar                        00000.parquet   00000_stats.json
+    files        00000/000000007.jpg .txt .json   00000.parquet   00000_stats.json
+    parquet                                       00000.parquet   00000_stats.json
+
+00000.parquet has a row for every URL of the shard, with its status. Only in the last layout does it hold the images,
+too; a sample that was not downloaded has a row there, and nothing else. https://github.com/rom1504/img2dataset
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.data.conversation import RecordError
+from finetune.data.io.byte_streams import Record
+
+STATISTICS = "_stats.json"
+
+ENCODINGS = ("jpg", "png", "webp")
+"""Suffixes of the images, and the names of their column in the parquet layout."""
+
+FAILURES = {"failed_to_download": "failed to download", "failed_to_resize": "failed to resize"}
+"""Status of a sample without an image -> the reason under which it is counted."""
+
+KEYS = frozenset({"key", "status", "error_message"})
+"""Keys that the metadata of every sample has."""
+
+
+def without_descriptions(files: Sequence[Path]) -> list[Path]:
+    """Return the files without those that hold no sample of their own: 00000_stats.json, 00000/000000007.json.
+
+    A file counts as one of these only beside a 00000.parquet.
+    """
+    present = set(files)
+    shards = {shard for file in files if (shard := _described_by(file)) and shard.with_suffix(".parquet") in present}
+    described = (file for file in files if file.suffix != ".json" or file.parent not in shards)
+    return [file for file in described if _described_by(file) not in shards]
+
+
+def _described_by(file: Path) -> Path | None:
+    """Return the shard, as a path without a suffix, whose statistics the file holds; None for another file."""
+    return file.with_name(file.name.removesuffix(STATISTICS)) if file.name.endswith(STATISTICS) else None
+
+
+def without_metadata(files: Sequence[Path]) -> list[Path]:
+    """Return the files without each Parquet file whose samples are in a tar of the same name."""
+    present = set(files)
+    return [file for file in files if file.suffix != ".parquet" or file.with_suffix(".tar") not in present]
+
+
+def join_images(path: Path, rows: Iterable[Record]) -> Iterator[Record]:
+    """Yield the rows of a shard's Parquet file that are samples, or failed; rows of any other file as they are.
+
+    In the layout of files, a sample gets its image: {"jpg": "00000/000000007.jpg"}. In webdataset's, the tar has the
+    samples, so that the failures are left.
+    """
+    shard = path.with_suffix("")
+    if not path.with_name(shard.name + STATISTICS).is_file():
+        yield from rows
+        return
+    in_tar, in_folder = path.with_suffix(".tar").is_file(), shard.is_dir()
+    for record_id, row in rows:
+        if not (in_tar or in_folder) or not isinstance(row, dict) or failure(row) or not row.keys() >= KEYS:
+            yield record_id, row
+        elif not in_tar:
+            yield record_id, {**row, **_image_of(shard, str(row["key"]))}
+
+
+def _image_of(shard: Path, key: str) -> dict[str, str]:
+    """Return {"jpg": a sample's image, relative to the folder of its shard}: the first of `ENCODINGS` that exists."""
+    found = (suffix for suffix in ENCODINGS if (shard / f"{key}.{suffix}").is_file())
+    suffix = next(found, ENCODINGS[0])
+    return {suffix: f"{shard.name}/{key}.{suffix}"}
+
+
+def failure(sample: dict[str, Any]) -> RecordError | None:
+    """Return why a sample has no image; None for one that has, and for a record of another origin."""
+    reason = FAILURES.get(str(sample["status"])) if sample.keys() >= KEYS else None
+    return RecordError(reason, f"{sample.get('url')!s:.200}: {sample['error_message']!s:.200}") if reason else None
