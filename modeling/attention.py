@@ -27,12 +27,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from modeling import flash
+from modeling.layout import ImageRun
 
 PACKED = "packed"
 """The name to pass as `attn_implementation`."""
-
-ImageRun = tuple[int, int, int]
-"""(start, stop, image): tokens [start, stop) of the row see this image of the row."""
 
 
 def packed_attention(

@@ -5,8 +5,7 @@ The loss is ours because transformers 5.23 reshapes to `vocab_size` logits where
 The loss is part of the model's forward, so that PEFT, DDP and FSDP see a single call.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,28 +14,14 @@ from torch.distributed.tensor import DTensor
 from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.modeling_idefics import IdeficsCausalLMOutputWithPast
 
-from modeling.attention import ImageRun
 from modeling.device import choices
 from modeling.fused import use_fused_modules
-from modeling.tokens import IGNORED
 
 ROWS = 16
 """Number of rows of logits whose losses are computed at once: with 32,000 words they fit a processor's cache."""
 
 FP16_SCALE = 2.0**12
 """Scale of the gradients inside a head in fp16, where probabilities below 6e-8 would underflow."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Positions of the sequences and the images in a packed row.
-
-    They are plain numbers, made on the CPU: reading them from a tensor on a GPU would block the host.
-    """
-
-    sequence_starts: tuple[int, ...]
-    """The S + 1 cumulative lengths of the sequences."""
-    image_runs: tuple[ImageRun, ...]
 
 
 class PackedIdefics(IdeficsForVisionText2Text):
@@ -64,27 +49,6 @@ def packed_loss(model: nn.Module, batch: Mapping[str, Any], *, config: IdeficsCo
     """
     supervised = {"logits_to_keep": batch["supervised_positions"], "targets": batch["targets"]}
     return model(**forward_arguments(batch, config), **supervised).loss
-
-
-def lay_out(sequence_starts: Sequence[int], image_index: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Return the derived part of a row's batch: its layout, its supervised positions and their targets.
-
-    image_index and labels int64 [1, T], on the CPU -> {"layout", "supervised_positions" and "targets" int64 [K]}.
-    """
-    positions, targets = supervised_positions(labels)
-    layout = Layout(tuple(sequence_starts), tuple(image_runs(image_index)))
-    return {"layout": layout, "supervised_positions": positions, "targets": targets}
-
-
-def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (positions whose next token is supervised, those next tokens), int64 [K] each. The only shift by one.
-
-    labels [[-100, -100, 7, 9]] -> ([1, 2], [7, 9]). A sequence's first token is never supervised, so no position
-    predicts across a pack's boundary.
-    """
-    targets = labels[0, 1:]
-    positions = (targets != IGNORED).nonzero()[:, 0]
-    return positions, targets[positions]
 
 
 def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -207,17 +171,6 @@ def forward_arguments(batch: Mapping[str, Any], config: IdeficsConfig) -> dict[s
         shape = (1, 0, config.perceiver_config.resampler_n_latents, config.vision_config.embed_dim)
         arguments["perceiver_embeddings"] = batch["pixel_values"].new_zeros(shape, dtype=config.dtype)
     return arguments
-
-
-def image_runs(image_index: torch.Tensor) -> list[ImageRun]:
-    """Return maximal runs of tokens that see the same image: [[-1, 0, 0, 1, -1]] -> [(1, 3, 0), (3, 4, 1)].
-
-    A run may extend over neighbouring sequences that share an image, since cross-attention does not mix tokens.
-    """
-    seen, lengths = torch.unique_consecutive(image_index[0], return_counts=True)
-    stops = lengths.cumsum(0)
-    rows = torch.stack([stops - lengths, stops, seen], dim=1).tolist()
-    return [(start, stop, image) for start, stop, image in rows if image >= 0]
 
 
 def image_features(model: IdeficsForVisionText2Text, pixel_values: torch.Tensor) -> torch.Tensor:

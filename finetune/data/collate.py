@@ -13,7 +13,7 @@ from finetune.data.images import Preprocessing, open_image
 from finetune.data.sampling import Row
 from finetune.data.tokenize import Example
 from finetune.recipe.schema import Augment
-from modeling.packed_forward import Layout, lay_out
+from modeling.layout import Layout, lay_out
 from modeling.tokens import IGNORED
 
 

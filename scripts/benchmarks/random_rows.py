@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from finetune.planning.static_memory import RowSize
-from modeling.packed_forward import lay_out
+from modeling.layout import lay_out
 from modeling.shapes import Config
 from modeling.tokens import IGNORED
 

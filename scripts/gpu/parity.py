@@ -21,7 +21,8 @@ from modeling import flash
 from modeling.attention import packed_attention
 from modeling.device import copy_batch
 from modeling.generation import greedy
-from modeling.packed_forward import head_loss, lay_out, packed_loss
+from modeling.layout import lay_out
+from modeling.packed_forward import head_loss, packed_loss
 from modeling.quantize import dequantized, quantized_names
 from modeling.tokens import IGNORED
 

@@ -13,7 +13,7 @@ from finetune.data.images import Preprocessing
 from finetune.data.sampling import Row
 from finetune.data.tokenize import Example
 from finetune.recipe.schema import Augment
-from modeling.packed_forward import Layout
+from modeling.layout import Layout
 
 DTYPES = {
     "input_ids": torch.int64,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from modeling.packed_forward import Layout
+from modeling.layout import Layout
 from modeling.shapes import TINY, Config
 
 

@@ -17,16 +17,8 @@ from finetune.data.conversation import Dialogue, Image, Turn, assistant, user
 from finetune.data.tokenize import tokenize
 from modeling import loading
 from modeling.device import CHOICES
-from modeling.packed_forward import (
-    Layout,
-    forward_arguments,
-    head_loss,
-    image_features,
-    image_runs,
-    packed_loss,
-    supervised_positions,
-    token_losses,
-)
+from modeling.layout import Layout, image_runs, supervised_positions
+from modeling.packed_forward import forward_arguments, head_loss, image_features, packed_loss, token_losses
 from modeling.towers import tower_of
 
 A, B, C, D = (Image(bytes([number])) for number in range(4))
