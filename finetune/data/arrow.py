@@ -1,7 +1,8 @@
 """Write Arrow files atomically, and read their rows by number, memory-mapped."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,17 @@ class DamagedError(UserError):
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], **metadata: str) -> None:
     """Write an Arrow file atomically: after a power cut, either the whole file exists or none."""
+    with arrow_writer(path, schema, **metadata) as write:
+        for batch in batches:
+            write(batch)
+
+
+@contextmanager
+def arrow_writer(path: Path, schema: pa.Schema, **metadata: str) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Return a function that adds a batch to an Arrow file; the file appears, whole, when all are written."""
     partial = partial_of(path)
     with pa.OSFile(os.fsencode(partial), "wb") as file, pa.ipc.new_file(file, schema.with_metadata(metadata)) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+        yield writer.write_batch
     put_in_place(partial, path)
 
 

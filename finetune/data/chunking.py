@@ -75,6 +75,11 @@ class Splitter:
     """Whether turns build on each other; if not, they are shuffled with `seed`."""
     seed: int
 
+    @property
+    def joins(self) -> bool:
+        """Return whether questions about one image are joined, wherever in the source they are."""
+        return self.turns is not None
+
     def arrange(self, group: Sequence[tuple[int, Dialogue]], *, number: int) -> list[Piece]:
         """Join and divide (origin, dialogue) that open with the same images; the group's `number` seeds the shuffle."""
         origin, dialogue = group[0]

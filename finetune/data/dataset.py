@@ -11,7 +11,7 @@ import numpy as np
 from finetune.console import log, track
 from finetune.data.contamination import Contamination, find_contamination
 from finetune.data.io.source_files import files_of, fingerprint
-from finetune.data.prepare import prepare, require_examples, split_by_image
+from finetune.data.prepare import FINGERPRINTS, prepare, require_examples, split_by_image
 from finetune.data.prepared import Prepared
 from finetune.data.read_dialogues import resolve_source
 from finetune.data.sampling import Mix
@@ -117,7 +117,7 @@ def contents(data: Data, documents: Sequence[Source] = ()) -> Contents:
         "eval_sources": data.eval_sources,
         "documents": documents,
     }
-    cache = Path(data.prepared) / "fingerprints.json"
+    cache = Path(data.prepared) / FINGERPRINTS
     return {kind: [_content(source, cache) for source in sources] for kind, sources in kinds.items()}
 
 

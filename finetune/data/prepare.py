@@ -1,11 +1,12 @@
 """Sources -> prepared sets: every record is counted, every image decoded once, every dialogue tokenised.
 
-A source is prepared in two steps. Each step writes its parts atomically, so that an interrupted step can continue:
+    fingerprint       the hash of all content, which names the set; nodes divide the reading
+    shards_of         the parts of the source that can be read on their own
+    make_parts        records -> dialogues -> examples, a part for each shard; nodes divide the shards
+    join_parts        all parts as one set, images distinct by content
+    join_questions    with `turns` alone: questions about one image, wherever in the source, joined, then tokenised
 
-    convert    records -> dialogues, their images opened and named by content
-    assemble   dialogues -> examples: questions about one image joined, what is too long divided or cut
-
-Memory grows only by a few numbers per dialogue.
+Whatever is interrupted goes on with the parts that are missing. Memory grows only by a few numbers per dialogue.
 """
 
 import hashlib
@@ -22,17 +23,29 @@ from typing import Any
 import numpy as np
 
 from finetune.console import Track, silently
-from finetune.data.arrow import DamagedError
-from finetune.data.build_examples import assemble
+from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.chunking import Limits, Splitter, splitter
-from finetune.data.convert import convert
-from finetune.data.io.source_files import fingerprint
-from finetune.data.prepared import Prepared, PreparedSet
-from finetune.data.stale_images import Changes, find_changes
+from finetune.data.io.source_files import fingerprint, stat_fingerprint
+from finetune.data.join_questions import join_questions
+from finetune.data.prepare_shards import DIALOGUES, content_of, join_parts, make_parts
+from finetune.data.prepared import (
+    EXAMPLE_SCHEMA,
+    EXAMPLES,
+    IMAGE_SCHEMA,
+    IMAGES,
+    STATS,
+    Prepared,
+    PreparedSet,
+    is_undamaged,
+    stats_in,
+)
+from finetune.data.shards import shards_of
+from finetune.data.stale_images import FILE_SCHEMA, FILES, Changes, find_changes
 from finetune.data.stats import SourceStats, why_nothing_is_left
 from finetune.data.tokenize import Encoder
 from finetune.distributed.node_group import ALONE, NodeGroup
 from finetune.recipe.schema import Source
+from modeling.atomic_files import flush, write_json
 from modeling.errors import UserError
 
 
@@ -72,10 +85,6 @@ def prepare_source(
     If image files have changed, the old set stays and a new one is made beside it. Raises UserError: some are missing.
     """
 
-    def name() -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        return set_folder(source, splitter, folder)
-
     def look() -> Found:
         found = find_set(first)
         if found.set is None and found.missing:
@@ -84,23 +93,66 @@ def prepare_source(
             shutil.rmtree(found.folder)
         return found
 
-    first = nodes.on_main(f"name {source.label}", name)
+    nodes.on_main("make the folder of prepared sets", lambda: folder.mkdir(parents=True, exist_ok=True))
+    first = set_folder(source, splitter, folder, nodes)
     with nodes.lock(first.with_name(f".{first.name}.lock")):
         found = nodes.on_main(f"open {source.label}", look)
         if found.set is not None:
             return found.set
-        made, anew = found.folder, found.anew
-        options: dict[str, Any] = {"workers": workers, "nodes": nodes}
+        work = nodes.on_main(f"name {source.label}", lambda: work_folder(source, splitter, folder))
 
         def tracked(items: Iterable[Any], step: str) -> Iterable[Any]:
-            return track(items, step + anew)
+            return track(items, step + found.anew)
 
-        stats = convert(source, made, seed=splitter.seed, downloads=folder / "downloads", track=tracked, **options)
-        assemble(source, made, splitter, stats, track=track, **options)
-        found = nodes.on_main(f"open {source.label}", look)
-        if found.set is not None and found.folder == made:
-            return found.set
+        make_set(source, splitter, work, downloads=folder / "downloads", workers=workers, track=tracked, nodes=nodes)
+        nodes.on_main(f"finish {source.label}", lambda: _finish(work, found.folder))
+        made = nodes.on_main(f"open {source.label}", look)
+        if made.set is not None and made.folder == found.folder:
+            return made.set
         raise UserError(f"{source.name}: its images changed while they were prepared; start again")
+
+
+def make_set(
+    source: Source,
+    splitter: Splitter,
+    work: Path,
+    *,
+    downloads: Path,
+    workers: int,
+    track: Track,
+    nodes: NodeGroup,
+) -> None:
+    """Make a set in the folder `work`, but for its stats.json, or go on where another process was interrupted."""
+    name, schema = content_of(splitter)
+    files = {name: schema, IMAGES: IMAGE_SCHEMA, FILES: FILE_SCHEMA}
+
+    def are_joined() -> bool:
+        return all(is_undamaged(work / file, schema, stats=file == name) for file, schema in files.items())
+
+    options: dict[str, Any] = {"workers": workers, "track": track, "nodes": nodes}
+    if not nodes.on_main("look for what is prepared", are_joined):
+        shards = nodes.on_main(f"list {source.label}", lambda: shards_of(source))
+        nodes.each(
+            f"prepare {source.label}",
+            lambda: make_parts(source, splitter, work, shards, downloads=downloads, **options),
+        )
+        nodes.on_main(f"join {source.label}", lambda: join_parts(source, splitter, work, shards))
+    if splitter.joins and not nodes.on_main(
+        "look for examples", lambda: is_undamaged(work / EXAMPLES, EXAMPLE_SCHEMA, stats=True)
+    ):
+        join_questions(source, work, splitter, **options)
+
+
+def _finish(work: Path, made: Path) -> None:
+    """Complete a set with its statistics, and give it its name."""
+    examples = ArrowFile(work / EXAMPLES)
+    stats = stats_in(examples)
+    stats.images = len(np.unique(examples.values("images")))
+    (work / DIALOGUES).unlink(missing_ok=True)
+    write_json(work / STATS, stats.to_json())
+    shutil.rmtree(made, ignore_errors=True)  # not a set, or it would have been found
+    work.rename(made)
+    flush(made.parent)
 
 
 @dataclass(frozen=True)
@@ -156,10 +208,23 @@ def _say_missing(source: Source, made: Path, changes: Changes) -> str:
     )
 
 
-def set_folder(source: Source, splitter: Splitter, folder: Path) -> Path:
-    """Return the folder of a source's set, which may not exist yet."""
-    label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
-    return folder / f"{label}-{_key(source, splitter, cache=folder / 'fingerprints.json')}"
+FINGERPRINTS = "fingerprints.json"
+"""File, beside the prepared sets, with the hashes of data files."""
+
+
+def set_folder(source: Source, splitter: Splitter, folder: Path, nodes: NodeGroup = ALONE) -> Path:
+    """Return the folder of a source's set, which may not exist yet: named by all that determines the set."""
+    content = fingerprint(source, folder / FINGERPRINTS, nodes)
+    return nodes.on_main(f"name {source.label}", lambda: _named(source, splitter, folder, content))
+
+
+def work_folder(source: Source, splitter: Splitter, folder: Path) -> Path:
+    """Return the folder in which a source's set is made. It is named by sizes and times of files, not by content.
+
+    So each of several machines can find it without reading what the others read.
+    """
+    work = _named(source, splitter, folder, stat_fingerprint(source))
+    return work.with_name(f".{work.name}.work")
 
 
 def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[Prepared, Prepared]:
@@ -190,20 +255,22 @@ def require_examples(prepared: Prepared, source_stats: Sequence[SourceStats]) ->
         raise UserError(why_nothing_is_left(source_stats))
 
 
-def _key(source: Source, splitter: Splitter, *, cache: Path) -> str:
-    """Return a hash of all that determines a set: the data's content, settings, tokenizer, and this package's code."""
+def _named(source: Source, splitter: Splitter, folder: Path, content: str) -> Path:
+    """Return NAME-KEY, where KEY hashes content, settings, tokenizer, and this package's code."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())
     made_of = {
         "source": source.model_dump(mode="json", exclude={"stream", "weight", "license"}),
-        "content": fingerprint(source, cache=cache),
+        "content": content,
         "tokenizer": splitter.encoder.fingerprint,
         "limits": asdict(splitter.limits),
         "seed": splitter.seed if source.turns or len(source.prompt) > 1 else None,
         "code": code.hexdigest(),
     }
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
+    return folder / f"{label}-{key}"
 
 
 def _groups(prepared: Prepared) -> list[list[int]]:

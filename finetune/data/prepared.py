@@ -9,6 +9,7 @@ NAME-KEY/   examples.arrow   an example a row: tokens, what is supervised, image
 Paths are bytes, as names of files need not be UTF-8; those of images/*.bin are relative to the set's folder.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 
 from finetune.data.arrow import ArrowFile, DamagedError
+from finetune.data.chunking import by_last_appearance
 from finetune.data.conversation import Dialogue, Image, RecordError, Slice, Turn
 from finetune.data.stats import SourceStats
-from finetune.data.tokenize import Example, see_images
+from finetune.data.tokenize import Encoder, Example, see_images
 from modeling.atomic_files import read_json
 from modeling.errors import UserError
-from modeling.tokens import IGNORED
+from modeling.tokens import IGNORED, IMAGE
 
 Item = TypeVar("Item")
 
@@ -117,10 +119,7 @@ class PreparedSet:
 
     @property
     def stats(self) -> SourceStats:
-        try:
-            return SourceStats.from_json(read_json(self.folder / STATS) or {})
-        except (UserError, TypeError, KeyError, ValueError) as error:
-            raise DamagedError(self.folder / STATS, "not the stats of a source") from error
+        return read_stats(self.folder / STATS)
 
     @property
     def digests(self) -> np.ndarray:
@@ -261,9 +260,72 @@ class Prepared:
         return self.sets[which].image(row)
 
 
+STATS_KEY = b"stats"
+"""Key of the statistics in the metadata of a file that is not a set yet."""
+
+
+def example_metadata(encoder: Encoder, stats: SourceStats) -> dict[str, str]:
+    """Return the metadata of examples.arrow: the id of the image token, and the statistics so far."""
+    return {"image_token": str(encoder.specials[IMAGE]), "stats": json.dumps(stats.partial())}
+
+
+def stats_in(file: ArrowFile) -> SourceStats:
+    """Return the statistics in a file's metadata. Raises DamagedError."""
+    try:
+        return SourceStats.from_json(json.loads(file.schema.metadata[STATS_KEY]))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise DamagedError(file.path, "no stats") from error
+
+
+def is_undamaged(path: Path, schema: pa.Schema, *, stats: bool = False) -> bool:
+    """Return whether an Arrow file exists and is undamaged; `stats`: with statistics in its metadata."""
+    try:
+        file = ArrowFile(path).validate(schema)
+        if stats:
+            stats_in(file)
+    except DamagedError:
+        return False
+    return True
+
+
+def read_stats(path: Path) -> SourceStats:
+    """Return the statistics in a set's stats.json. Raises DamagedError."""
+    try:
+        return SourceStats.from_json(read_json(path) or {})
+    except (UserError, TypeError, KeyError, ValueError) as error:
+        raise DamagedError(path, "not the stats of a source") from error
+
+
 def _locate(bounds: np.ndarray, number: int) -> tuple[int, int]:
     which = int(np.searchsorted(bounds, number, side="right")) - 1
     return which, int(number - bounds[which])
+
+
+def example_row(
+    dialogue: Dialogue, example: Example, images: Sequence[int], digest: Callable[[int], bytes], record_id: str
+) -> dict[str, Any]:
+    """Return an example's row of examples.arrow; images: their rows in images.arrow; digest: of such a row's image."""
+    questions, shown = [], 0
+    for turn in dialogue.turns:
+        shown += len(turn.images)
+        if turn.role == "user":  # by last appearance: the same whether its dialogue was divided before it or not
+            questions.append(question_key(map(digest, by_last_appearance(images[:shown])), turn.text))
+    return {
+        "input_ids": example.input_ids,
+        "supervised": example.labels != IGNORED,
+        "images": images,
+        "shown": len(set(images)),
+        "questions": questions,
+        "record_id": record_id,
+        "dialogue": dialogue_to_json(dialogue),
+    }
+
+
+def question_key(images: Iterable[bytes], question: str) -> int:
+    """Return a 64-bit key: equal for equal questions (ignoring case and spacing) about images with equal digests."""
+    words = " ".join(question.lower().split())
+    content = b"".join(images) + words.encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def image_row(image: Image, digest: bytes, folder: Path) -> dict[str, Any]:

@@ -10,9 +10,8 @@ Preparing calls the same functions part by part (convert.py), since it downloads
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from finetune.data.formats.unused_keys import without
 from finetune.data.images import open_image
 from finetune.data.io.byte_streams import BrokenFileError, Record
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.shards import Shard, read_shard, shards_of, undivided
+from finetune.data.shards import read_shard, shards_of, undivided
 from finetune.data.stats import SourceStats
 from finetune.recipe.schema import CAPTIONS, Source, need_end_of_utterance
 from modeling.errors import UserError
@@ -70,13 +69,15 @@ def resolve_source(source: Source) -> Source:
     return source
 
 
-def taken(source: Source, stats: SourceStats, shard: Shard | None = None) -> Iterator[Record]:
-    """Yield (record_id, record) of a source up to its limit, or of one shard; count them in `stats`.
+def taken(source: Source, stats: SourceStats) -> Iterator[Record]:
+    """Yield (record_id, record) of a source up to its limit, and read nothing beyond; count them in `stats`."""
+    for shard in undivided(shards_of(source)):
+        yield from count_records(read_shard(source, shard), source, stats)
 
-    A file that breaks off is counted in `stats.broken`, not as a record.
-    """
-    shards = undivided(shards_of(source)) if shard is None else [shard]
-    for record_id, record in chain.from_iterable(read_shard(source, each) for each in shards):
+
+def count_records(records: Iterable[Record], source: Source, stats: SourceStats) -> Iterator[Record]:
+    """Yield records, and count them in `stats`; a file that breaks off is no record, and goes to `stats.broken`."""
+    for record_id, record in records:
         if isinstance(record, BrokenFileError):
             stats.broken.append(as_unicode(f"{record.file} breaks off: {record}"))
             continue

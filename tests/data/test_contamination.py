@@ -6,10 +6,10 @@ import PIL.Image
 import pytest
 from sources import make_source
 
-from finetune.data.build_examples import question_key
 from finetune.data.contamination import find_contamination
 from finetune.data.dataset import log_losses, make_dataset
 from finetune.data.prepare import prepare
+from finetune.data.prepared import question_key
 from finetune.data.read_dialogues import resolve_source
 from finetune.recipe.schema import Recipe
 from modeling.errors import UserError

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import make_source
 
-from finetune.data import build_examples, chunking, convert
+from finetune.data import chunking, join_questions, prepare_shards, shards
 from finetune.data import prepare as module
 from finetune.data import stale_images as changes
 from finetune.data.arrow import ArrowFile, DamagedError, to_batches, write_arrow
@@ -86,9 +86,11 @@ def write(folder, records):
 
 @contextmanager
 def parts_of(records):
+    """A part for every so many records, of a small file too."""
     with (
-        mock.patch.object(convert, "PART_RECORDS", records),
-        mock.patch.object(build_examples, "PART_RECORDS", records),
+        mock.patch.object(shards, "BLOCK", records),
+        mock.patch.object(shards, "LEAST_BYTES", 1),
+        mock.patch.object(join_questions, "PART_DIALOGUES", records),
     ):
         yield
 
@@ -287,8 +289,10 @@ def test_the_length_limit_is_exact(folder, tiny_tokenizer):
 
 def test_a_file_is_decoded_once(folder, tiny_tokenizer, monkeypatch):
     opened = []
-    original = convert.open_image
-    monkeypatch.setattr(convert, "open_image", lambda image: (opened.append(image.source.name), original(image))[1])
+    original = prepare_shards.open_image
+    monkeypatch.setattr(
+        prepare_shards, "open_image", lambda image: (opened.append(image.source.name), original(image))[1]
+    )
     with parts_of(2):
         run(folder, tiny_tokenizer, [record("a.bmp"), record("broken.bmp")] * 3)
     assert opened == ["a.bmp", "broken.bmp"]
@@ -536,7 +540,7 @@ def test_interrupted_while_converting_it_goes_on_at_the_part(stop, folder, tiny_
     assert content(prepared.sets[0]) == content(whole.sets[0])
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3])
+@pytest.mark.parametrize("stop", [0, 1, 2])
 def test_interrupted_while_tokenising_it_goes_on_at_the_part(stop, folder, tiny_tokenizer, converted, monkeypatch):
     questions, _ = converted
     tokenise, calls = chunking.tokenize_all, []
@@ -548,14 +552,14 @@ def test_interrupted_while_tokenising_it_goes_on_at_the_part(stop, folder, tiny_
         return tokenise(rendered, encoder)
 
     with parts_of(3):
-        whole, _ = run(folder, tiny_tokenizer, NUMBERED, made=folder / "whole")
+        whole, _ = run(folder, tiny_tokenizer, NUMBERED, turns=2, ordered=True, made=folder / "whole")
         monkeypatch.setattr(chunking, "tokenize_all", stopping)
         with pytest.raises(Interrupted):
-            run(folder, tiny_tokenizer)
+            run(folder, tiny_tokenizer, turns=2, ordered=True)
         questions.clear()
         calls.clear()
         stop = -1
-        prepared, _ = run(folder, tiny_tokenizer)
+        prepared, _ = run(folder, tiny_tokenizer, turns=2, ordered=True)
     assert questions == []
     assert content(prepared.sets[0]) == content(whole.sets[0])
 
@@ -576,6 +580,7 @@ def test_finished_parts_are_not_tokenised_again(folder, tiny_tokenizer, monkeypa
             run(folder, tiny_tokenizer, records)
         run(folder, tiny_tokenizer)
     parts = [[f"\nAssistant: {number}!" for number in range(start, start + 3)] for start in (0, 3, 6, 9)]
+    seen = [part for part in seen if part]  # of shards without records
     assert seen == [parts[0], parts[1], parts[2], parts[2], parts[3]]
 
 
@@ -585,11 +590,13 @@ def test_only_its_account_makes_a_set_whole(folder, tiny_tokenizer, converted, m
         patch.setattr(SourceStats, "to_json", lambda self: (_ for _ in ()).throw(Interrupted()))
         with pytest.raises(Interrupted):
             run(folder, tiny_tokenizer, NUMBERED)
-    (made,) = (path for path in (folder.parent / "made").iterdir() if path.is_dir())
-    assert (made / "examples.arrow").is_file()
-    assert PreparedSet.open(made) is None
+    (work,) = (path for path in (folder.parent / "made").iterdir() if path.is_dir())
+    assert (work / "examples.arrow").is_file()
+    assert PreparedSet.open(work) is None
     prepared, _ = run(folder, tiny_tokenizer)
-    assert (prepared.sets[0].folder, len(questions)) == (made, 12)
+    made = prepared.sets[0].folder
+    assert len(questions) == 12
+    assert not work.exists()
     whole = content(prepared.sets[0])
     (made / "stats.json").unlink()
     prepared, _ = run(folder, tiny_tokenizer)
@@ -628,7 +635,7 @@ def test_of_two_processes_one_makes_the_set_and_both_get_it(folder, tiny_tokeniz
     for process in processes:
         process.join()
     assert one[0] == []
-    assert other[0] == ["convert data.jsonl", "tokenise data.jsonl"]
+    assert other[0] == ["prepare data.jsonl"]
     assert one[1:] == other[1:]
     assert one[2] == 12
 
@@ -752,18 +759,18 @@ def test_why_a_set_is_made_anew_is_shown_with_the_progress(folder, tiny_tokenize
 
     write(folder, [record("a.bmp"), record("b.bmp"), record("none.bmp")])
     prepared()
-    assert steps == ["convert data.jsonl", "tokenise data.jsonl"]
+    assert steps == ["prepare data.jsonl"]
     touch(folder / "a.bmp", (folder / "c.bmp").read_bytes())
     touch(folder / "b.bmp", b"BM")
     touch(folder / "none.bmp", (folder / "c.bmp").read_bytes())
     found = prepared()
     first, _, rest = steps[0].partition(" again: ")
-    assert first == "convert data.jsonl"
+    assert first == "prepare data.jsonl"
     assert rest == f"{folder / 'a.bmp'}: has other content, and 2 more"
-    assert steps[1:] == ["tokenise data.jsonl"]
+    assert steps[1:] == []
     (found.folder / "stats.json").write_text("{}")
     prepared()
-    assert steps[0] == "convert data.jsonl again: stats.json was damaged"
+    assert steps[0] == "prepare data.jsonl again: stats.json was damaged"
     prepared()
     assert steps == []
 
@@ -899,19 +906,21 @@ def test_a_set_is_made_anew_whose_numbers_lead_outside(folder, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("harm", ["empty", "half", "garbage", "missing"])
-@pytest.mark.parametrize(("file", "anew"), [("000000.arrow", 3), ("000001.images", 3), ("000001.files", 3)])
-def test_a_damaged_part_is_converted_anew(harm, file, anew, folder, tiny_tokenizer, converted):
+@pytest.mark.parametrize(
+    "file", ["000000/examples.arrow", "000001/images.arrow", "000001/files.arrow", "000000/stats.json"]
+)
+def test_a_damaged_part_is_converted_anew(harm, file, folder, tiny_tokenizer, converted):
     questions, stop_at = converted
     stop_at("8?")
     with parts_of(3):
         with pytest.raises(Interrupted):
             run(folder, tiny_tokenizer, NUMBERED)
         stop_at(None)
-        (parts,) = (folder.parent / "made").glob("*/convert")
+        (parts,) = (folder.parent / "made").glob(".*/parts")
         harmed(parts / file, harm)
         questions.clear()
         assert run(folder, tiny_tokenizer)[1].kept == 12
-    assert len(questions) == anew + 6
+    assert len(questions) == 3 + 6
 
 
 def harmed(path, harm):

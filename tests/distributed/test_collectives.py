@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from processes import run_processes
 from safetensors.torch import load_file
 
-from finetune.data import build_examples, convert
+from finetune.data import join_questions, shards
 from finetune.distributed import collectives
 from finetune.pipeline import run
 from finetune.recipe.load import load_recipe
@@ -38,8 +39,9 @@ quiet()
 from finetune.evaluation import evaluate, generate
 from dataclasses import replace
 from modeling.device import CHOICES
-from finetune.data import build_examples, convert
-convert.PART_RECORDS = build_examples.PART_RECORDS = {part_records}
+from finetune.data import join_questions, shards
+shards.LEAST_BYTES, shards.BLOCK = 1, {part_records}
+join_questions.PART_DIALOGUES = {part_records}
 CHOICES["cpu"] = replace(CHOICES["cpu"], tower_images=1)
 place, written = Path({folder!r}), open({folder!r} + "/written." + os.environ["RANK"], "w")
 def watch(event, arguments):
@@ -92,8 +94,9 @@ def one(recipe_of, tmp_path_factory):
     """What one process makes of the recipe."""
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "PART_RECORDS", PART_RECORDS)
-        patch.setattr(build_examples, "PART_RECORDS", PART_RECORDS)
+        patch.setattr(shards, "LEAST_BYTES", 1)
+        patch.setattr(shards, "BLOCK", PART_RECORDS)
+        patch.setattr(join_questions, "PART_DIALOGUES", PART_RECORDS)
         patch.setitem(CHOICES, "cpu", replace(CHOICES["cpu"], tower_images=1))
         recipe, *overrides = recipe_of(folder)
         run(load_recipe(recipe, overrides), ("train", "evaluate", "merge"))
@@ -182,13 +185,10 @@ def test_two_processes_write(two):
         assert of_the_run.count(f"run/{name}") == 1, name
     assert [name for name in other if name.startswith("run/")] == []
     parts = [
-        {(Path(name).parent.name, Path(name).stem) for name in names if name.startswith("prepared/") and "0000" in name}
+        sorted(Path(name).name for name in names if re.fullmatch(r"prepared/[^/]+/parts/\d+", name))
         for names in (main, other)
     ]
-    assert parts == [
-        {(done, part) for done in ("convert", "assemble") for part in shares}
-        for shares in (("000000", "000002"), ("000001",))
-    ]
+    assert parts == [[f"{number:06}" for number in range(first, 16, 2)] for first in (0, 1)]
 
 
 def test_two_processes_share_out_the_evaluation(one, two):

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -19,8 +19,10 @@ from finetune.data.io.jsonl_csv import read_csv, read_json_lines
 from finetune.data.io.parquet_arrow import read_arrow, read_parquet
 from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, folders_of, locate
 from finetune.data.io.tars import COMPRESSED_TARS, read_tar
+from finetune.distributed.node_group import ALONE, NodeGroup
 from finetune.recipe.schema import Source
 from modeling.atomic_files import open_regular
+from modeling.cpu_cores import available_cores
 from modeling.errors import UserError
 
 Reader = Callable[..., Iterator[Record]]
@@ -130,59 +132,114 @@ def _data_files(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def fingerprint(source: Source, cache: Path | None = None) -> str:
-    """Return the SHA-256 over the content of all that a source reads, in hexadecimal.
+def fingerprint(source: Source, cache: Path | None = None, nodes: NodeGroup = ALONE) -> str:
+    """Return the SHA-256 over the content of all that a source reads, in hexadecimal; several nodes divide the reading.
 
     For a folder, it covers the names of all files below (splits and captions depend on them), and the content of all
     files but images. Archives of images are hashed like any file, a dataset on the hub by its version; folders of
-    `image_root` are left out. `cache` is a JSON file that keeps the digests of files, so that unchanged ones are not
+    `image_root` are left out. `cache` is a JSON file that keeps the hashes of files, so that unchanged ones are not
     read again.
     """
-    parts: list[str] = []
+    names, files = nodes.on_main("list files", lambda: _read_by(source))
+    try:
+        hashes = _hash_files(files, cache, nodes)
+    except OSError as error:
+        raise UserError(f"{error.filename}: a file that cannot be read: {error.strerror}") from error
+    return hashlib.sha256(json.dumps([*names, *hashes]).encode()).hexdigest()
+
+
+def stat_fingerprint(source: Source) -> str:
+    """Return a hash over names, sizes and times of change of all files that a source reads, without reading them."""
+    names, files = _read_by(source)
+    stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([names, stats]).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _read_by(source: Source) -> tuple[list[str], list[Path]]:
+    """Return (names that what is read depends on, files whose content it depends on)."""
+    names: list[str] = []
     files: list[Path] = []
     for path in (Path(source.hub),) if source.hub else chain.from_iterable(map(expand, source.paths)):
         if source.hub and not path.is_dir():
-            parts.append(hub.name_of_version(source))
+            names.append(hub.name_of_version(source))
         elif path.is_dir():
             below = files_below(path)
-            parts += [file.relative_to(path).as_posix() for file in below]
+            names += [file.relative_to(path).as_posix() for file in below]
             files += [file for file in below if file.suffix.lower() not in IMAGE_SUFFIXES]
         else:
             files += files_of(source.at(path))
     roots = {outer for path in source.image_roots for outer, _ in locate(path)}
-    files += [outer for outer in sorted(roots) if not outer.is_dir()]
-    try:
-        parts += _digests(files, cache)
-    except OSError as error:
-        raise UserError(f"{error.filename}: a file that cannot be read: {error.strerror}") from error
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return names, [*files, *(outer for outer in sorted(roots) if not outer.is_dir())]
 
+
+HASHED_BYTES = 2**26
+"""Number of bytes of a file that are hashed at once; the hash of a larger file is that of its pieces' hashes."""
 
 _SETTLED_NS = 2 * 10**9
-"""A file changed less than so long ago may change again within one tick of its clock: its digest is not kept."""
+"""A file changed less than so long ago may change again within one tick of its clock: its hash is not kept."""
 
 
-def _digests(files: list[Path], cache: Path | None) -> list[str]:
+def _hash_files(files: list[Path], cache: Path | None, nodes: NodeGroup) -> list[str]:
     """Return the SHA-256 of each file, from the cache as long as its size and time of change are the same."""
-    kept: dict[str, object] = {}
-    if cache:
-        with suppress(OSError, ValueError):  # an unreadable cache is written again
-            loaded = json.loads(cache.read_bytes())
-            kept = loaded if isinstance(loaded, dict) else {}
-    digests = []
-    for file in files:
-        stat, key = file.stat(), str(file.resolve())
-        version = [stat.st_size, stat.st_mtime_ns]
-        entry = kept.get(key)
-        if not (isinstance(entry, list) and len(entry) == 3 and entry[:2] == version and isinstance(entry[2], str)):
-            with open_regular(file) as opened:
-                entry = [*version, hashlib.file_digest(opened, "sha256").hexdigest()]
-            if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
-                kept[key] = entry
-        digests.append(str(entry[2]))
-    if cache:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")  # several processes may write at once
-        unfinished.write_text(json.dumps(kept, indent=0), encoding="utf-8")
-        unfinished.replace(cache)
-    return digests
+    kept, versions = nodes.on_main("look for hashes", lambda: (_load(cache), [_version(file) for file in files]))
+    keys = [str(file.resolve()) for file in files]
+    known = {key: kept[key][2] for key, version in zip(keys, versions, strict=True) if _fits(kept.get(key), version)}
+    unknown = {
+        key: (file, version) for file, key, version in zip(files, keys, versions, strict=True) if key not in known
+    }
+    pieces = [
+        (key, file, start)
+        for key, (file, (size, _)) in unknown.items()
+        for start in range(0, max(size, 1), HASHED_BYTES)
+    ]
+
+    def hash_share() -> list[bytes]:
+        with ThreadPoolExecutor(available_cores()) as threads:
+            return list(threads.map(_hash_piece, pieces[nodes.which or 0 :: nodes.of]))
+
+    shares = nodes.each("hash files", hash_share) if pieces else []
+    of_file: dict[str, list[bytes]] = {key: [] for key in unknown}
+    for number, (key, _, _) in enumerate(pieces):
+        of_file[key].append(shares[number % nodes.of][number // nodes.of])
+    for key, hashes in of_file.items():
+        whole = hashes[0] if len(hashes) == 1 else hashlib.sha256(b"".join(hashes)).digest()
+        known[key] = whole.hex()
+    if cache and unknown:
+        now = time.time_ns()
+        settled = {
+            key: [*version, known[key]] for key, (_, version) in unknown.items() if now - version[1] > _SETTLED_NS
+        }
+        nodes.on_main("keep the hashes", lambda: _save(cache, kept | settled))
+    return [known[key] for key in keys]
+
+
+def _hash_piece(piece: tuple[str, Path, int]) -> bytes:
+    _, path, start = piece
+    with open_regular(path) as file:
+        file.seek(start)
+        return hashlib.sha256(file.read(HASHED_BYTES)).digest()
+
+
+def _version(file: Path) -> tuple[int, int]:
+    """Return a file's size and time of change in nanoseconds."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _fits(entry: object, version: tuple[int, int]) -> bool:
+    return isinstance(entry, list) and len(entry) == 3 and entry[:2] == [*version] and isinstance(entry[2], str)
+
+
+def _load(cache: Path | None) -> dict[str, Any]:
+    try:
+        loaded = json.loads(cache.read_bytes()) if cache else {}
+    except (OSError, ValueError):  # an unreadable cache is written again
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _save(cache: Path, hashes: Mapping[str, Any]) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")  # several processes may write at once
+    unfinished.write_text(json.dumps(hashes, indent=0), encoding="utf-8")
+    unfinished.replace(cache)
