@@ -16,6 +16,7 @@ from finetune.console import print_text, visible
 from finetune.distributed import launcher as launch
 from finetune.distributed.writable import check_place
 from finetune.exit_codes import DOES_NOT_FIT, NOT_ALL_ANSWERED, fail, finish, guarded, quiet
+from modeling.errors import UserError
 
 
 class _Verbs(TyperGroup):
@@ -218,16 +219,27 @@ def plan(
     finish(figures, as_json, status=0 if not figures["gpu"] or figures["gpu"]["fits"] else DOES_NOT_FIT)
 
 
-@app.command(epilog="Example: `finetune prepare mine/mine.yaml`")
-def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+@app.command(epilog="Example: `finetune prepare mine/mine.yaml`; on many machines: `--shard 3/16`, then without it")
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Prepare only the I-th of N shares; without it, all are joined.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Convert, tokenise and check the data of a recipe; data that is prepared already is opened in seconds."""
 
     def work() -> dict[str, Any]:
+        share = _share(shard) if shard else None
         loaded = _load(recipe, overrides)
         quiet()
         from finetune.console import display
-        from finetune.pipeline import prepare
+        from finetune.pipeline import prepare, prepare_shard
         from finetune.reporting.inspect import stats_table
+
+        if share:
+            return prepare_shard(loaded, *share)
 
         report = prepare(loaded)
         if not as_json:
@@ -235,6 +247,14 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = F
         return report
 
     finish(guarded(work, interrupted="what is prepared is kept, and the same command goes on"), as_json)
+
+
+def _share(text: str) -> tuple[int, int]:
+    """Return (3, 16) for "3/16". Raises UserError."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise UserError(f"--shard: expected I/N with I from 1 to N, such as 3/16, got {text!r:.80}")
+    return int(number), int(of)
 
 
 @app.command(epilog="Example: `finetune run quickstart training.steps=50`")

@@ -21,7 +21,7 @@ from typing import Any
 from finetune.base_model import Base, learn_tokenizer, open_base, require_whole
 from finetune.console import log, show_size
 from finetune.data.conversation import Image
-from finetune.data.dataset import Dataset, log_losses, make_dataset
+from finetune.data.dataset import Dataset, contents, log_losses, make_dataset, prepare_shares
 from finetune.data.images import describe, open_image
 from finetune.data.read_dialogues import resolve_source, say_if_documents
 from finetune.distributed import collectives
@@ -114,7 +114,9 @@ def open_run(recipe: Recipe) -> Iterator[RunDir]:
     with ExitStack() as stack:
         collectives.on_main("lock the run folder", lambda: stack.enter_context(working_in(folder)))
         fitted = apply_auto_fit(recipe)
-        run_dir = collectives.on_main("open the run folder", lambda: open_run_dir(fitted))
+        documents = recipe.evaluation.documents if recipe.evaluation else ()
+        found = contents(recipe.data, documents, collectives.nodes())
+        run_dir = collectives.on_main("open the run folder", lambda: open_run_dir(fitted, found))
         collectives.require_shared("output", folder)
         yield run_dir
 
@@ -162,30 +164,62 @@ def resolve_sources(recipe: Recipe) -> list[Source]:
 def prepare(recipe: Recipe) -> dict[str, Any]:
     """Convert, tokenise and check the data of a recipe; return the figures of each source, as data.json has them.
 
-    Data that is prepared already is opened. The dataset card lies beside it. Raises UserError.
+    Data that is prepared already is opened. Several nodes divide the work. The dataset card lies beside the prepared
+    data. Raises UserError.
     """
     sources, dataset, _ = open_dataset(recipe)
-    card = write_card(recipe, sources, dataset) / "README.md"
+    card = collectives.on_main("write the card", lambda: write_card(recipe, sources, dataset)) / "README.md"
     log_losses(dataset, card)
     log(f"the dataset card: {card}")
     return dataset.report
 
 
+def prepare_shard(recipe: Recipe, number: int, of: int) -> dict[str, Any]:
+    """Prepare share `number` (from 1 on) of `of`; return {"sources": [{"source", "done", "shards"}]}.
+
+    For arrays of jobs on machines that share the folder `data.prepared`: each calls this with another number, in any
+    order; `prepare` then joins what they have made. Raises UserError.
+    """
+    sources = resolve_sources(recipe)
+    found = prepare_shares(
+        recipe.data,
+        sources,
+        _tokenizer(recipe, sources),
+        row_images=recipe.training.row_images,
+        seed=recipe.training.seed,
+        share=(number - 1, of),
+    )
+    names = [source.name for source in (*sources, *recipe.data.eval_sources) if not source.stream]
+    report = [
+        {"source": name, "done": done, "shards": shards} for name, (done, shards) in zip(names, found, strict=True)
+    ]
+    for one in report:
+        log(f"{one['source']}: {one['done']} of {one['shards']} shards are prepared")
+    return {"sources": report}
+
+
 def open_dataset(recipe: Recipe) -> tuple[list[Source], Dataset, Any]:
     """Return (training sources, what is prepared, tokenizer), without a run folder or a model."""
     sources = resolve_sources(recipe)
+    tokenizer = _tokenizer(recipe, sources)
+    dataset = make_dataset(
+        recipe.data,
+        sources,
+        tokenizer,
+        row_images=recipe.training.row_images,
+        seed=recipe.training.seed,
+        nodes=collectives.nodes(),
+    )
+    return sources, dataset, tokenizer
+
+
+def _tokenizer(recipe: Recipe, sources: Sequence[Source]) -> Any:
     instruct = need_end_of_utterance(sources)
     if recipe.model.init:
         # The ids of the fresh base that a run would make; the extension to an instruct vocabulary comes on top.
-        tokenizer = learn_tokenizer(SHAPES[recipe.model.init], sources, seed=recipe.training.seed, instruct=instruct)
-    else:
-        revision = recipe.model.revision
-        tokenizer = loading.load_processor(str(recipe.model.base), revision=revision, instruct=instruct).tokenizer
-    return (
-        sources,
-        make_dataset(recipe.data, sources, tokenizer, row_images=recipe.training.row_images, seed=recipe.training.seed),
-        tokenizer,
-    )
+        return learn_tokenizer(SHAPES[recipe.model.init], sources, seed=recipe.training.seed, instruct=instruct)
+    revision = recipe.model.revision
+    return loading.load_processor(str(recipe.model.base), revision=revision, instruct=instruct).tokenizer
 
 
 def prepare_dataset(recipe: Recipe, sources: Sequence[Source], base: Base, folder: Path) -> Dataset:

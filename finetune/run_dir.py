@@ -23,7 +23,6 @@ from finetune.base_model import content_of
 from finetune.console import log
 from finetune.data.arrow import DamagedError
 from finetune.data.dataset import Contents
-from finetune.data.dataset import contents as source_contents
 from finetune.data.stale_images import find_changes
 from finetune.distributed import collectives
 from finetune.distributed.environment import commit, versions
@@ -131,13 +130,12 @@ class RunDir:
         return json_digest([adapter, settings, self.contents["eval_sources"], self.contents["documents"]])
 
 
-def open_run_dir(recipe: Recipe) -> RunDir:
+def open_run_dir(recipe: Recipe, contents: Contents) -> RunDir:
     """Make the run folder this recipe's, and look at what of its data has changed since it was trained on.
 
-    Raises UserError where something else was trained here.
+    contents: hashes of the data as it is now. Raises UserError where something else was trained here.
     """
     folder, base_folder = Path(recipe.output), Path(recipe.model.base or "")
-    contents = source_contents(recipe.data, recipe.evaluation.documents if recipe.evaluation else ())
     is_local = bool(recipe.model.base) and base_folder.is_dir()  # what lies on the hub is known when it is fetched
     base = content_of(base_folder, recipe.model.continue_from) if is_local else None
     folder.mkdir(parents=True, exist_ok=True)

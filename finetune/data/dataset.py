@@ -11,7 +11,7 @@ import numpy as np
 from finetune.console import log, track
 from finetune.data.contamination import Contamination, find_contamination
 from finetune.data.io.source_files import files_of, fingerprint
-from finetune.data.prepare import FINGERPRINTS, prepare, require_examples, split_by_image
+from finetune.data.prepare import FINGERPRINTS, prepare, prepare_share, require_examples, split_by_image
 from finetune.data.prepared import Prepared
 from finetune.data.read_dialogues import resolve_source
 from finetune.data.sampling import Mix
@@ -55,11 +55,11 @@ def make_dataset(
 
     sources: the training sources, their formats resolved; row_images: the most images in one example.
     """
-    options: dict[str, Any] = {"row_images": row_images, "seed": seed, "nodes": nodes}
+    options = prepare_options(data, row_images=row_images, seed=seed)
     prepared = [source for source in sources if not source.stream]
-    train_set, source_stats = prepare_sources(data, prepared, tokenizer, **options)
+    train_set, source_stats = prepare(prepared, tokenizer, nodes=nodes, **options)
     apart = [resolve_source(source) for source in data.eval_sources]
-    eval_set, eval_stats = prepare_sources(data, apart, tokenizer, **options)
+    eval_set, eval_stats = prepare(apart, tokenizer, nodes=nodes, **options)
     if not data.streams:
         require_examples(train_set, source_stats)
     if data.eval_split:
@@ -84,30 +84,30 @@ def make_dataset(
     return Dataset(train_set, eval_set, mix, [*source_stats, *eval_stats], report)
 
 
-def prepare_sources(
-    data: Data,
-    sources: Sequence[Source],
-    tokenizer: Any,
-    *,
-    row_images: int,
-    seed: int,
-    nodes: NodeGroup = ALONE,
-) -> tuple[Prepared, list[SourceStats]]:
-    return prepare(
-        sources,
-        tokenizer,
-        max_length=data.max_length,
-        max_images=row_images,
-        seed=seed,
-        folder=Path(data.prepared),
-        workers=data.workers or available_cores(),
-        track=track,
-        nodes=nodes,
-    )
+def prepare_shares(
+    data: Data, sources: Sequence[Source], tokenizer: Any, *, row_images: int, seed: int, share: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Prepare one share (i, n) of these sources and of the eval sources; return (shards done, all) of each."""
+    prepared = [source for source in sources if not source.stream]
+    apart = [resolve_source(source) for source in data.eval_sources]
+    options = prepare_options(data, row_images=row_images, seed=seed)
+    return prepare_share([*prepared, *apart], tokenizer, share=share, **options)
 
 
-def contents(data: Data, documents: Sequence[Source] = ()) -> Contents:
-    """Return hashes of the content of all sources; `documents` are those of the evaluation.
+def prepare_options(data: Data, *, row_images: int, seed: int) -> dict[str, Any]:
+    """Return what `prepare` needs beside sources and tokenizer."""
+    return {
+        "max_length": data.max_length,
+        "max_images": row_images,
+        "seed": seed,
+        "folder": Path(data.prepared),
+        "workers": data.workers or available_cores(),
+        "track": track,
+    }
+
+
+def contents(data: Data, documents: Sequence[Source] = (), nodes: NodeGroup = ALONE) -> Contents:
+    """Return hashes of the content of all sources, the reading divided among nodes; `documents`: of the evaluation.
 
     The hash is None where a source is missing, and "" where the hub gives none. Images in folders are not hashed, see
     `fingerprint`.
@@ -118,14 +118,15 @@ def contents(data: Data, documents: Sequence[Source] = ()) -> Contents:
         "documents": documents,
     }
     cache = Path(data.prepared) / FINGERPRINTS
-    return {kind: [_content(source, cache) for source in sources] for kind, sources in kinds.items()}
+    return {kind: [_content(source, cache, nodes) for source in sources] for kind, sources in kinds.items()}
 
 
-def _content(source: Source, cache: Path) -> dict[str, str | None]:
+def _content(source: Source, cache: Path, nodes: NodeGroup) -> dict[str, str | None]:
     try:
         if source.stream and not source.hub:
-            return {"source": source.name, "sha256": _ends_of(files_of(source))}
-        return {"source": source.name, "sha256": fingerprint(source, cache=cache)}
+            ends = nodes.on_main("look at a stream", lambda: _ends_of(files_of(source)))
+            return {"source": source.name, "sha256": ends}
+        return {"source": source.name, "sha256": fingerprint(source, cache, nodes)}
     except (UserError, OSError):
         return {"source": source.name, "sha256": "" if source.hub and not Path(source.hub).is_dir() else None}
 

@@ -16,6 +16,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ import numpy as np
 from finetune.console import Track, silently
 from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.chunking import Limits, Splitter, splitter
-from finetune.data.io.source_files import fingerprint, stat_fingerprint
+from finetune.data.io.source_files import fingerprint, hash_share, is_hashed, stat_fingerprint
 from finetune.data.join_questions import join_questions
-from finetune.data.prepare_shards import DIALOGUES, content_of, join_parts, make_parts
+from finetune.data.prepare_shards import DIALOGUES, PARTS, content_of, join_parts, make_parts, part_of
 from finetune.data.prepared import (
     EXAMPLE_SCHEMA,
     EXAMPLES,
@@ -67,8 +68,42 @@ def prepare(
     """
     encoder, limits = Encoder(tokenizer), Limits(max_length, max_images)
     options: dict[str, Any] = {"folder": folder, "workers": workers, "track": track, "nodes": nodes}
-    sets = [prepare_source(source, splitter(source, encoder, limits, seed=seed), **options) for source in sources]
+    sets = []
+    for source in sources:
+        sets.append(prepare_source(source, splitter(source, encoder, limits, seed=seed), **options))
     return Prepared(sets), [one.stats for one in sets]
+
+
+def prepare_share(
+    sources: Sequence[Source],
+    tokenizer: Any,
+    *,
+    share: tuple[int, int],
+    max_length: int,
+    max_images: int,
+    seed: int,
+    folder: Path,
+    workers: int = 1,
+    track: Track = silently,
+) -> list[tuple[int, int]]:
+    """Prepare every n-th shard of each source, from number i on, for a share (i, n); return (shards done, all) of each.
+
+    Other processes, on other machines, prepare the other shares; they share `folder`, and need not run at once. When
+    all are done, `prepare` finds the parts and joins them.
+    """
+    encoder, limits, cache = Encoder(tokenizer), Limits(max_length, max_images), folder / FINGERPRINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    done = []
+    for source in sources:
+        how, shards = splitter(source, encoder, limits, seed=seed), shards_of(source)
+        if is_hashed(source, cache) and find_set(set_folder(source, how, folder)).set:
+            done.append((len(shards), len(shards)))
+            continue
+        work, nodes = work_folder(source, how, folder), NodeGroup(*share)
+        hash_share(source, cache, share)
+        make_parts(source, how, work, shards, downloads=folder / "downloads", workers=workers, track=track, nodes=nodes)
+        done.append((sum(part_of(work / PARTS, number).is_dir() for number in range(len(shards))), len(shards)))
+    return done
 
 
 def prepare_source(
@@ -132,10 +167,8 @@ def make_set(
     options: dict[str, Any] = {"workers": workers, "track": track, "nodes": nodes}
     if not nodes.on_main("look for what is prepared", are_joined):
         shards = nodes.on_main(f"list {source.label}", lambda: shards_of(source))
-        nodes.each(
-            f"prepare {source.label}",
-            lambda: make_parts(source, splitter, work, shards, downloads=downloads, **options),
-        )
+        share = partial(make_parts, source, splitter, work, shards, downloads=downloads, **options)
+        nodes.each(f"prepare {source.label}", share)
         nodes.on_main(f"join {source.label}", lambda: join_parts(source, splitter, work, shards))
     if splitter.joins and not nodes.on_main(
         "look for examples", lambda: is_undamaged(work / EXAMPLES, EXAMPLE_SCHEMA, stats=True)

@@ -9,9 +9,9 @@ import os
 import platform
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -170,9 +170,10 @@ class _PrepareShard:
         fetched: dict[str, Path | RecordError] = {}
         if urls:
             fetched = Downloader(self.downloads, http=self.source.download == "http").fetch_all(urls)
+        look = partial(self._look, images=images, fetched=fetched)
         kept: list[tuple[str, list[Dialogue], list[int]]] = []
         for record_id, dialogue in dialogues:
-            opened = open_and_count(record_id, dialogue, lambda image: self._find(image, images, fetched), stats)
+            opened = open_and_count(record_id, dialogue, look, stats)
             if opened:
                 kept.append((record_id, opened.dialogues, [images.add(*located) for located in opened.images]))
         stats.dialogues += len(kept)
@@ -212,36 +213,34 @@ class _PrepareShard:
         """Cache of results for the most recent images."""
         return OrderedDict()
 
-    def _find(self, image: Image, images: "_PartImages", fetched: dict[str, Path | RecordError]) -> tuple[Image, bytes]:
-        """Return (the image where it is stored now, its digest). Raises RecordError: it cannot be shown."""
-        found = fetched[image.source.url] if isinstance(image.source, Remote) else image
-        located = Image(found) if isinstance(found, Path) else found
-        content = located if isinstance(located, RecordError) else self._look(located, images.files)
-        if isinstance(located, Image) and isinstance(content, bytes):
-            return located, content
-        assert isinstance(content, RecordError)
-        raise RecordError(content.reason, content.detail)  # a new one: the traceback of a kept error grows
+    def _look(
+        self, image: Image, *, images: "_PartImages", fetched: Mapping[str, Path | RecordError]
+    ) -> tuple[Image, bytes]:
+        """Return (the image where it is stored now, its digest). It is decoded, as a broken one is to be found now.
 
-    def _look(self, image: Image, files: dict[File, bytes | None]) -> bytes | RecordError:
-        """Return the digest of an image, or the error from decoding it; adds its file to `files`.
-
-        Decoding finds a broken image now, instead of in training.
+        Raises RecordError: it cannot be shown.
         """
-        if isinstance(image.source, bytes | PIL.Image.Image):
-            return _digest(image)
-        if image not in self._seen:
-            assert isinstance(image.source, Path | Slice)
-            path = image.source.path if isinstance(image.source, Slice) else image.source
-            file = file_now(path.absolute())
-            found, whole = _digest(image), None
-            if isinstance(image.source, Path) and file[1] <= MAX_BYTES:
-                whole = file_digest(image.source) if isinstance(found, RecordError) else found
-            self._seen[image] = file, whole, found
-            if len(self._seen) > REMEMBERED:
-                self._seen.popitem(last=False)
-        file, whole, content = self._seen[image]
-        files[file] = whole
-        return content
+        source = fetched[image.source.url] if isinstance(image.source, Remote) else image.source
+        if isinstance(source, RecordError):
+            raise RecordError(source.reason, source.detail)  # a new one: the traceback of a kept error grows
+        image = Image(source)
+        if isinstance(source, bytes | PIL.Image.Image):
+            content = _digest(image)
+        else:
+            if image not in self._seen:
+                path = source.path if isinstance(source, Slice) else source
+                file = file_now(path.absolute())
+                content, whole = _digest(image), None
+                if isinstance(source, Path) and file[1] <= MAX_BYTES:
+                    whole = file_digest(source) if isinstance(content, RecordError) else content
+                self._seen[image] = file, whole, content
+                if len(self._seen) > REMEMBERED:
+                    self._seen.popitem(last=False)
+            file, whole, content = self._seen[image]
+            images.files[file] = whole
+        if isinstance(content, RecordError):
+            raise RecordError(content.reason, content.detail)
+        return image, content
 
 
 def _digest(image: Image) -> bytes | RecordError:

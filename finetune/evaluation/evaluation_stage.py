@@ -8,8 +8,8 @@ from torch import nn
 from finetune.base_model import Base
 from finetune.console import track
 from finetune.data.collate import RowCollator
-from finetune.data.dataset import Dataset, prepare_sources
-from finetune.data.prepare import require_examples
+from finetune.data.dataset import Dataset, prepare_options
+from finetune.data.prepare import prepare, require_examples
 from finetune.data.read_dialogues import resolve_source
 from finetune.distributed import collectives
 from finetune.evaluation.evaluate import draw_questions, eval_loss, evaluate, swap_images
@@ -58,13 +58,7 @@ def _document_rows(recipe: Recipe, base: Base) -> RowCollator | None:
     if not recipe.evaluation or not recipe.evaluation.documents:
         return None
     sources = [resolve_source(source) for source in recipe.evaluation.documents]
-    prepared, source_stats = prepare_sources(
-        recipe.data,
-        sources,
-        base.tokenizer,
-        row_images=recipe.training.row_images,
-        seed=recipe.training.seed,
-        nodes=collectives.nodes(),
-    )
+    options = prepare_options(recipe.data, row_images=recipe.training.row_images, seed=recipe.training.seed)
+    prepared, source_stats = prepare(sources, base.tokenizer, nodes=collectives.nodes(), **options)
     require_examples(prepared, source_stats)
     return make_eval_rows(recipe, base, prepared)

@@ -31,7 +31,7 @@ from finetune.data.chunking import Limits, splitter
 from finetune.data.conversation import Image, RecordError, Slice, as_unicode
 from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
-from finetune.data.prepare import prepare, prepare_source, require_examples, split_by_image
+from finetune.data.prepare import prepare, prepare_share, prepare_source, require_examples, split_by_image
 from finetune.data.prepared import EXAMPLE_SCHEMA, IMAGE_SCHEMA, Prepared, PreparedSet
 from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder
@@ -582,6 +582,54 @@ def test_finished_parts_are_not_tokenised_again(folder, tiny_tokenizer, monkeypa
     parts = [[f"\nAssistant: {number}!" for number in range(start, start + 3)] for start in (0, 3, 6, 9)]
     seen = [part for part in seen if part]  # of shards without records
     assert seen == [parts[0], parts[1], parts[2], parts[2], parts[3]]
+
+
+@pytest.mark.parametrize("turns", [None, 2])
+def test_shares_made_one_after_the_other_are_joined_to_the_same_set(turns, folder, tiny_tokenizer, converted):
+    """As an array of jobs makes them, in any order, each converting its own records."""
+    questions, _ = converted
+    with parts_of(3):
+        whole, stats = run(folder, tiny_tokenizer, NUMBERED, turns=turns, made=folder / "whole")
+        questions.clear()
+        source = make_source("messages", (folder / "data.jsonl",), turns=turns)
+        settings = {"max_length": 200, "max_images": 2, "seed": 0, "folder": folder / "shares"}
+        assert prepare_share([source], tiny_tokenizer, share=(1, 2), **settings) == [(8, 16)]
+        assert questions == ["3?", "4?", "5?", "9?", "10?", "11?"]
+        assert prepare_share([source], tiny_tokenizer, share=(0, 2), **settings) == [(16, 16)]
+        questions.clear()
+        joined, same = run(folder, tiny_tokenizer, turns=turns, made=folder / "shares")
+    assert questions == []
+    assert content(joined.sets[0]) == content(whole.sets[0])
+    assert same == stats
+
+
+def test_a_share_of_what_is_prepared_already_does_nothing(folder, tiny_tokenizer, converted):
+    questions, _ = converted
+    os.utime(write(folder, NUMBERED), ns=(10**18, 10**18))  # the hash of a file that has just changed is not kept
+    run(folder, tiny_tokenizer, made=folder / "made")
+    questions.clear()
+    source = make_source("messages", (folder / "data.jsonl",))
+    settings = {"max_length": 200, "max_images": 2, "seed": 0, "folder": folder / "made"}
+    assert prepare_share([source], tiny_tokenizer, share=(0, 2), **settings) == [(1, 1)]
+    assert questions == []
+
+
+def test_records_of_any_size_are_worked_on_a_bounded_number_of_bytes_at_once(folder, tiny_tokenizer, monkeypatch):
+    """Blocks are of fixed numbers of records; the images inside them may be large."""
+    sizes, rows = [], prepare_shards._PrepareShard._rows
+
+    def noted(self, records, images, stats):
+        sizes.append(len(records))
+        return rows(self, records, images, stats)
+
+    monkeypatch.setattr(prepare_shards._PrepareShard, "_rows", noted)
+    large = inside(folder / "a.bmp")  # 336 characters
+    records = [record(large) for _ in range(7)]
+    monkeypatch.setattr(prepare_shards, "CHUNK_BYTES", 1000)
+    with parts_of(5):
+        prepared, _ = run(folder, tiny_tokenizer, records)
+    assert [size for size in sizes if size] == [3, 2, 2]
+    assert len(prepared) == 7
 
 
 def test_only_its_account_makes_a_set_whole(folder, tiny_tokenizer, converted, monkeypatch):

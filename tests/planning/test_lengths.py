@@ -4,7 +4,8 @@ from pathlib import Path
 
 from sources import make_source
 
-from finetune.data.dataset import prepare_sources
+from finetune.data.dataset import prepare_options
+from finetune.data.prepare import prepare
 from finetune.planning.estimate import plan
 from finetune.recipe.load import load_recipe
 from modeling.loading import load_processor
@@ -22,13 +23,8 @@ def test_prepared_lengths_equal_those_of_a_run(recipe_file, base_folder, make_ro
     """A recipe whose data is prepared differently finds none of them."""
     recipe = load_recipe(recipe_file)
     source = make_source("messages", paths=tuple(map(Path, recipe.data.sources[0].path)))
-    prepared, _ = prepare_sources(
-        recipe.data,
-        [source],
-        load_processor(str(base_folder)).tokenizer,
-        row_images=recipe.training.row_images,
-        seed=recipe.training.seed,
-    )
+    options = prepare_options(recipe.data, row_images=recipe.training.row_images, seed=recipe.training.seed)
+    prepared, _ = prepare([source], load_processor(str(base_folder)).tokenizer, **options)
     made = plan(recipe, gpu="1GiB")
     rows = make_rows(rows_per_step=2)
     real = [rows.at(number) for number in range(len(rows))]

@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from finetune.data.io import hub, img2dataset
 from finetune.data.io.byte_streams import COMPRESSIONS, OnBroken, Record, until_broken
@@ -172,6 +174,18 @@ def _read_by(source: Source) -> tuple[list[str], list[Path]]:
     return names, [*files, *(outer for outer in sorted(roots) if not outer.is_dir())]
 
 
+def hash_share(source: Source, cache: Path, share: tuple[int, int]) -> None:
+    """Hash every n-th file that a source reads, for a share (i, n) from number i on; `fingerprint` finds the hashes."""
+    _, files = _read_by(source)
+    _hash_files(files[share[0] :: share[1]], cache, ALONE)
+
+
+def is_hashed(source: Source, cache: Path) -> bool:
+    """Return whether `fingerprint` knows the hashes of all files."""
+    kept = _load(cache)
+    return all(_fits(kept.get(str(file.resolve())), _version(file)) for file in _read_by(source)[1])
+
+
 HASHED_BYTES = 2**26
 """Number of bytes of a file that are hashed at once; the hash of a larger file is that of its pieces' hashes."""
 
@@ -209,7 +223,7 @@ def _hash_files(files: list[Path], cache: Path | None, nodes: NodeGroup) -> list
         settled = {
             key: [*version, known[key]] for key, (_, version) in unknown.items() if now - version[1] > _SETTLED_NS
         }
-        nodes.on_main("keep the hashes", lambda: _save(cache, kept | settled))
+        nodes.on_main("keep the hashes", lambda: _save(cache, settled))
     return [known[key] for key in keys]
 
 
@@ -238,8 +252,10 @@ def _load(cache: Path | None) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def _save(cache: Path, hashes: Mapping[str, Any]) -> None:
+def _save(cache: Path, hashes: dict[str, Any]) -> None:
+    """Add hashes to those in the cache, which several processes may do at once."""
     cache.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")  # several processes may write at once
-    unfinished.write_text(json.dumps(hashes, indent=0), encoding="utf-8")
-    unfinished.replace(cache)
+    with FileLock(cache.with_name(f".{cache.name}.lock")):
+        unfinished = cache.with_name(f"{cache.name}.partial")
+        unfinished.write_text(json.dumps(_load(cache) | hashes, indent=0), encoding="utf-8")
+        unfinished.replace(cache)
