@@ -1,131 +1,173 @@
-"""How time and memory of preparing grow with the data: text and image dialogues, generated on the way.
+"""Time, memory and disk of preparing: text, images in folders, in Parquet and in webdataset archives; before and after.
 
     python scripts/benchmarks/preparing.py --out runs/preparing
+    python scripts/benchmarks/preparing.py --before v0.1 --only text=1000000 tars=50000
+    python scripts/benchmarks/preparing.py --datasets --nodes --only text=200000
 
-For each size a process of its own writes the source files, prepares them, and prepares them again; its memory, and that
-of its workers, is watched meanwhile. Prints a table and leaves it as JSON and as a picture in the folder. What is
-measured is anonymous memory (RssAnon): mapped files are the page cache's.
+For each kind and size the data is written once (it is then in the page cache), and prepared by each number of workers.
+Each measurement is a process of its own. `--before REVISION` prepares the same data with the code of a git revision,
+too; `--datasets` with plain `datasets`; `--nodes` with two processes as two machines, which share a folder.
+
+again       seconds to prepare a second time, when all is there
+peak        anonymous memory of the process and its workers
+of one      how many times as fast as with one worker, or on one machine
+of before   how many times as fast as the code before
+read        bytes from read calls: the data once to be divided, and once more for its fingerprint
 """
 
 import argparse
-import io
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
-import tarfile
-import threading
-import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from process_memory import memory
+from preparing_data import WRITERS, write_data
 
-TEXT, IMAGES = (10_000, 100_000, 1_000_000), (1_000, 10_000, 100_000)
-SHARD = 10_000
-"""Images in one tar."""
-
-
-def write_text(folder: Path, count: int) -> Path:
-    """UltraChat-like: a short question, an answer of 10 to 100 words."""
-    path = folder / "text.jsonl"
-    with path.open("w", encoding="utf-8") as lines:
-        for number in range(count):
-            answer = " ".join(f"word{(number * 7 + place) % 997}" for place in range(10 + number % 91))
-            lines.write(json.dumps({"id": number, "data": [f"What about number {number}?", answer]}) + "\n")
-    return path
+SIZES = ("text=10000", "text=100000", "text=1000000", "folder=100000", "parquet=50000", "tars=50000")
+ROOT = Path(__file__).parents[2]
 
 
-def write_images(folder: Path, count: int) -> Path:
-    """LLaVA-like: one distinct small image each, in plain tar archives that are never unpacked."""
-    import numpy as np
-    import PIL.Image
-
-    for first in range(0, count, SHARD):
-        with tarfile.open(folder / f"images-{first // SHARD:04}.tar", "w") as archive:
-            for number in range(first, min(first + SHARD, count)):
-                levels = np.full((32, 32, 3), [number % 256, number // 256 % 256, number // 65536], np.uint8)
-                written = io.BytesIO()
-                PIL.Image.fromarray(levels).save(written, "PNG")
-                member = tarfile.TarInfo(f"{number}.png")
-                member.size = written.tell()
-                written.seek(0)
-                archive.addfile(member, written)
-    path = folder / "images.jsonl"
-    with path.open("w", encoding="utf-8") as lines:
-        for number in range(count):
-            turns = [("human", f"<image>\nWhich shade is number {number}?"), ("gpt", f"Shade {number % 256}.")]
-            conversation = [{"from": role, "value": value} for role, value in turns]
-            lines.write(json.dumps({"image": f"{number}.png", "conversations": conversation}) + "\n")
-    return path
+def main() -> None:
+    arguments = _arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    codes = {arguments.before: _code_of(arguments.before, arguments.out)} if arguments.before else {}
+    codes["now"] = ROOT
+    print(HEADER)
+    results: list[dict[str, Any]] = []
+    for kind, count in arguments.only:
+        data = arguments.out / f"{kind}-{count}"
+        shutil.rmtree(data, ignore_errors=True)
+        source = write_data(kind, count, data)
+        data_mb = round(sum(path.stat().st_size for path in data.rglob("*.*")) / 2**20, 1)
+        for result in measure(source, data / "prepared", codes, arguments):
+            _add(results, {"kind": kind, "data_mb": data_mb, **result}, arguments.before)
+        shutil.rmtree(data)
+        (arguments.out / "preparing.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw([result for result in results if result["code"] == "now"], arguments.out / "preparing.png")
+    print(arguments.out / "preparing.png")
 
 
-def measure(kind: str, count: int, folder: Path, workers: int) -> dict[str, Any]:
-    """In a process of its own: seconds and peak memory of preparing, and of preparing again."""
-    from finetune.data.prepare import prepare
-    from finetune.recipe.schema import Source
-    from modeling import tiny
+def measure(
+    source: dict[str, Any], out: Path, codes: Mapping[str, Path], arguments: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Yield the measurements of one source, as they are made."""
+    for workers in arguments.workers:
+        for code, folder in codes.items():
+            measured = run_side("prepare", source, out, workers=workers, code=folder)
+            yield {"code": code, "workers": workers, "machines": None, **measured}
+        for side in ("passes", "pass") if arguments.datasets and source["format"] == "ultrachat" else ():
+            measured = run_side(side, source, out, workers=workers)
+            yield {"code": f"datasets, {side}", "workers": workers, "machines": None, **measured}
+    for machines in (1, 2) if arguments.nodes else ():
+        for code, folder in codes.items():
+            measured = run_nodes(machines, source, out, code=folder)
+            yield {"code": code, "workers": 1, "machines": machines, **measured}
 
-    if kind == "text":
-        source = Source(format="ultrachat", path=(str(write_text(folder, count)),))
-    else:
-        path = write_images(folder, count)
-        source = Source(format="llava", path=(str(path),), image_root=tuple(map(str, sorted(folder.glob("*.tar")))))
-    words = [f"What about number {number}? word{number} Shade Which" for number in range(1000)]
-    tokenizer = tiny.train_tokenizer(words, vocab_size=2000, added=3)
 
-    def run() -> tuple[float, int, int]:
-        started = time.perf_counter()
-        with Watch() as watch:
-            prepared, (stats,) = prepare(
-                [source], tokenizer, max_length=512, max_images=4, seed=0, folder=folder / "prepared", workers=workers
-            )
-        assert len(prepared) == stats.kept == count
-        return time.perf_counter() - started, watch.peak, stats.tokens
+def run_side(side: str, source: dict[str, Any], out: Path, *, workers: int, code: Path = ROOT) -> dict[str, Any]:
+    """Return what preparing_sides.py measures in an empty folder, which is deleted after it."""
+    measured = _finish(_start(side, source, out, workers, code))
+    shutil.rmtree(out)
+    return measured
 
-    seconds, peak, tokens = run()
-    again, _, _ = run()
-    stored = sum(path.stat().st_size for path in (folder / "prepared").rglob("*") if path.is_file())
+
+def run_nodes(machines: int, source: dict[str, Any], out: Path, *, code: Path = ROOT) -> dict[str, Any]:
+    """Return the measurement of so many processes, each of which takes itself for the only one on its machine.
+
+    Seconds are those of the slowest; memory and the processors' seconds are added up; the bytes that each has read
+    stay apart.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group = {**address, "WORLD_SIZE": str(machines), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    processes = [_start("node", source, out, 1, code, **group, RANK=str(rank)) for rank in range(machines)]
+    measured = [_finish(process) for process in processes]
+    shutil.rmtree(out)
     return {
-        "kind": kind,
-        "dialogues": count,
-        "tokens": tokens,
-        "seconds": round(seconds, 1),
-        "again_seconds": round(again, 2),
-        "peak_memory_mb": round(peak / 2**20),
-        "stored_mb": round(stored / 2**20, 1),
+        **max(measured, key=lambda one: one["seconds"]),
+        "peak_memory_mb": sum(one["peak_memory_mb"] for one in measured),
+        "processor_seconds": round(sum(one["processor_seconds"] for one in measured), 2),
+        "read_mb": [one["read_mb"] for one in measured],
     }
 
 
-class Watch:
-    """The largest anonymous memory of this process and its children, seen five times a second."""
-
-    def __enter__(self) -> "Watch":
-        self.peak, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        import psutil
-
-        while not self._stop.wait(0.2):
-            processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-            self.peak = max(self.peak, sum(memory(process.pid)["RssAnon"] for process in processes))
+def _start(
+    side: str, source: dict[str, Any], out: Path, workers: int, code: Path, **variables: str
+) -> subprocess.Popen[str]:
+    out.mkdir(exist_ok=True)
+    script = Path(__file__).with_name("preparing_sides.py")
+    command = [sys.executable, script, side, json.dumps(source), out, "--workers", workers]
+    environment = {**os.environ, "PYTHONPATH": str(code), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", **variables}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(list(map(str, command)), env=environment, text=True, **pipes)  # noqa: S603
 
 
-def draw(results: list[dict[str, Any]], out: Path) -> None:
+def _finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    printed, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"a measurement ended with status {process.returncode}:\n{errors}")
+    return json.loads(printed.splitlines()[-1])
+
+
+def _code_of(revision: str, out: Path) -> Path:
+    """Return a folder with the code of a git revision."""
+    folder = (out / f"code-{revision.replace('/', '-')}").absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    archive = ["git", "-C", str(ROOT), "archive", revision, "finetune", "modeling"]
+    made = subprocess.run(archive, check=True, stdout=subprocess.PIPE)  # noqa: S603
+    subprocess.run(["tar", "-x"], cwd=folder, check=True, input=made.stdout)  # noqa: S607
+    return folder
+
+
+HEADER = (
+    f"{'kind':8}{'dialogues':>11} {'code':18}{'workers':>8}{'machines':>9}{'seconds':>9}{'a second':>10}{'again':>7}"
+    f"{'peak MB':>9}{'stored MB':>11}{'of one':>8}{'of before':>11}  read MB"
+)
+
+
+SAME = ("kind", "dialogues", "code", "workers", "machines")
+
+
+def _compare(results: Sequence[dict[str, Any]], result: dict[str, Any], **other: object) -> float | None:
+    """Return how many times as fast a result is as another one, which differs from it in these keys alone."""
+    wanted = {key: result[key] for key in SAME} | other
+    for one in results:
+        if all(one[key] == value for key, value in wanted.items()):
+            return round(one["seconds"] / result["seconds"], 2)
+    return None
+
+
+def _add(results: list[dict[str, Any]], result: dict[str, Any], before: str | None) -> None:
+    """Print a result, compared with earlier ones of the same data, and keep it."""
+    result["of_one"] = _compare(results, result, **{"machines" if result["machines"] else "workers": 1})
+    result["of_before"] = _compare(results, result, code=before)
+    results.append(result)
+    print(
+        f"{result['kind']:8}{result['dialogues']:11,} {result['code']:18.17}{result['workers']:8}"
+        f"{result['machines'] or '':>9}{result['seconds']:9.1f}{result['dialogues'] / result['seconds']:10,.0f}"
+        f"{result.get('again_seconds', ''):>7}{result['peak_memory_mb']:9,}{result['stored_mb']:11,.1f}"
+        f"{result['of_one'] or '':>8}{result['of_before'] or '':>11}  {result['read_mb']}",
+        flush=True,
+    )
+
+
+def draw(results: Sequence[dict[str, Any]], out: Path) -> None:
+    """Draw seconds and memory over the number of dialogues, a line for each kind and number of workers."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for axis, key, label in zip(axes, ("seconds", "peak_memory_mb"), ("seconds", "peak memory (MB)"), strict=True):
-        for kind in dict.fromkeys(result["kind"] for result in results):
-            points = [(result["dialogues"], result[key]) for result in results if result["kind"] == kind]
-            axis.plot(*zip(*points, strict=True), marker="o", label=kind)
+        for kind, workers in dict.fromkeys((result["kind"], result["workers"]) for result in results):
+            line = [one for one in results if (one["kind"], one["workers"]) == (kind, workers) and not one["machines"]]
+            name = f"{kind}, {workers} worker{'s' if workers > 1 else ''}"
+            axis.plot([one["dialogues"] for one in line], [one[key] for one in line], marker="o", label=name)
         axis.set(xlabel="dialogues", ylabel=label, xscale="log", ylim=(0, None))
         axis.legend()
         axis.grid(alpha=0.3)
@@ -133,40 +175,22 @@ def draw(results: list[dict[str, Any]], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/preparing"))
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--text", type=int, nargs="+", default=TEXT)
-    parser.add_argument("--images", type=int, nargs="+", default=IMAGES)
-    parser.add_argument("--one", nargs=2, metavar=("KIND", "COUNT"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.one:
-        kind, count = arguments.one
-        folder = arguments.out / f"{kind}-{count}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        print(json.dumps(measure(kind, int(count), folder, arguments.workers)))
-        shutil.rmtree(folder)
-        return
-    results = []
-    print(f"{'kind':8}{'dialogues':>12}{'seconds':>10}{'per second':>12}{'again':>8}{'peak MB':>10}{'stored MB':>11}")
-    for kind, counts in (("text", arguments.text), ("images", arguments.images)):
-        for count in counts:
-            command = [sys.executable, __file__, "--out", arguments.out, "--workers", arguments.workers]
-            command += ["--one", kind, count]
-            made = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)  # noqa: S603
-            result = json.loads(made.stdout)
-            results.append(result)
-            print(
-                f"{kind:8}{count:12,}{result['seconds']:10.1f}{count / result['seconds']:12,.0f}"
-                f"{result['again_seconds']:8.2f}{result['peak_memory_mb']:10,}{result['stored_mb']:11,.1f}",
-                flush=True,
-            )
-    (arguments.out / "scale.json").write_text(json.dumps(results, indent=2) + "\n")
-    draw(results, arguments.out / "scale.png")
-    print(f"{arguments.out / 'scale.png'}")
+    parser.add_argument("--only", type=_size, nargs="+", metavar="KIND=COUNT", default=list(map(_size, SIZES)))
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--before", metavar="REVISION", help="measure this git revision as well")
+    parser.add_argument("--datasets", action="store_true", help="for text, measure plain `datasets` as well")
+    parser.add_argument("--nodes", action="store_true", help="measure one and two machines as well")
+    return parser.parse_args()
+
+
+def _size(text: str) -> tuple[str, int]:
+    kind, _, count = text.partition("=")
+    if kind not in WRITERS or not count.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(WRITERS)}, and a number: text=1000; got {text}")
+    return kind, int(count)
 
 
 if __name__ == "__main__":

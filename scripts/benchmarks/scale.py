@@ -17,6 +17,7 @@ measured: their peaks are their makers' (dense, bf16), the share is an assumptio
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from arithmetic import Arithmetic, Sizes
+from preparing import run_side
+from preparing_data import write_data
 
 DIALOGUES = (1_000, 10_000, 100_000, 1_000_000)
 ROW_TOKENS = (256, 512, 1024, 2048, 4096)
@@ -65,8 +68,11 @@ def main() -> None:
 def measure_dialogues(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     lines = []
     for count in DIALOGUES:
-        command = [str(Path(__file__).with_name("preparing.py")), "--out", arguments.out, "--one", "text", count]
-        prepared, laid = _ran(command), _ran([__file__, "--worker", "rows", count])
+        folder = arguments.out / f"text-{count}"
+        source = write_data("text", count, folder)
+        prepared = run_side("prepare", source, folder / "prepared", workers=2)
+        shutil.rmtree(folder)
+        laid = _ran([__file__, "--worker", "rows", count])
         kept = {key: prepared[key] for key in ("dialogues", "seconds", "peak_memory_mb")}
         lines.append({**kept, "per_1000": 1000 * prepared["seconds"] / count, **laid})
     return lines

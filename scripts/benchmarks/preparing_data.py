@@ -1,0 +1,105 @@
+"""Made-up data of four kinds for the benchmarks of preparing and streaming: all texts and all images are distinct."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+IMAGES_A_FILE = 5000
+"""Images in one folder, one Parquet file or one tar archive."""
+
+ROWS_A_GROUP = 500
+"""Rows in a row group of a Parquet file."""
+
+
+def write_data(kind: str, count: int, folder: Path) -> dict[str, Any]:
+    """Write `count` records of a kind below an empty folder; return the keys of their source."""
+    folder.mkdir(parents=True)
+    return WRITERS[kind](folder, count)
+
+
+def write_text(folder: Path, count: int) -> dict[str, Any]:
+    """UltraChat-like JSON lines: a short question, an answer of 10 to 100 words; 490 bytes on average."""
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as lines:
+        for number in range(count):
+            answer = " ".join(f"word{(number * 7 + place) % 997}" for place in range(10 + number % 91))
+            lines.write(json.dumps({"id": number, "data": [f"What about number {number}?", answer]}) + "\n")
+    return {"format": "ultrachat", "path": [str(folder / "text.jsonl")]}
+
+
+def write_folder(folder: Path, count: int) -> dict[str, Any]:
+    """LLaVA-like JSON lines; each record shows a file of its own in one of several folders."""
+    with (folder / "images.jsonl").open("w", encoding="utf-8") as lines:
+        for number, image in enumerate(make_images(count)):
+            path = folder / f"{number // IMAGES_A_FILE:04}" / f"{number}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(image)
+            record = {"image": str(path.relative_to(folder)), "conversations": _conversation(number)}
+            lines.write(json.dumps(record) + "\n")
+    return {"format": "llava", "path": [str(folder / "images.jsonl")], "image_root": [str(folder)]}
+
+
+def write_parquet(folder: Path, count: int) -> dict[str, Any]:
+    """The same, with the image's bytes in a column of Parquet files, as the hub stores them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    numbered = enumerate(make_images(count))
+    for first in range(0, count, IMAGES_A_FILE):
+        rows = [
+            {"image": {"bytes": image, "path": f"{number}.jpg"}, "conversations": _conversation(number)}
+            for number, image in islice(numbered, IMAGES_A_FILE)
+        ]
+        path = folder / f"train-{first // IMAGES_A_FILE:05}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=ROWS_A_GROUP)
+    return {"format": "llava", "path": [str(folder / "*.parquet")]}
+
+
+def write_tars(folder: Path, count: int) -> dict[str, Any]:
+    """Webdataset archives: an image and its caption in a sample."""
+    numbered = enumerate(make_images(count))
+    for first in range(0, count, IMAGES_A_FILE):
+        with tarfile.open(folder / f"{first // IMAGES_A_FILE:05}.tar", "w") as archive:
+            for number, image in islice(numbered, IMAGES_A_FILE):
+                _add(archive, f"{number:09}.jpg", image)
+                _add(archive, f"{number:09}.txt", f"Shade {number % 256} of picture {number}.".encode())
+    return {"format": "pairs", "path": [str(folder / "*.tar")]}
+
+
+WRITERS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "text": write_text,
+    "folder": write_folder,
+    "parquet": write_parquet,
+    "tars": write_tars,
+}
+
+
+def make_images(count: int, *, size: int = 224) -> Iterator[bytes]:
+    """Yield distinct JPEG files of about 11 kB: 64 pictures of soft shapes, again and again, each with its number."""
+    import numpy as np
+    import PIL.Image
+
+    pictures = []
+    for seed in range(min(count, 64)):
+        coarse = np.random.default_rng(seed).integers(0, 256, (size // 16, size // 16, 3), np.uint8)
+        written = io.BytesIO()
+        PIL.Image.fromarray(coarse).resize((size, size), PIL.Image.Resampling.BICUBIC).save(written, "JPEG", quality=90)
+        pictures.append(written.getvalue())
+    for number in range(count):
+        start, rest = pictures[number % 64][:2], pictures[number % 64][2:]
+        comment = number.to_bytes(8)
+        yield start + b"\xff\xfe" + (2 + len(comment)).to_bytes(2) + comment + rest
+
+
+def _conversation(number: int) -> list[dict[str, str]]:
+    question, answer = f"<image>\nWhich shade is number {number}?", f"Shade {number % 256}."
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
