@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune.console import log, track
 from finetune.data.contamination import Contamination, find_contamination
+from finetune.data.io.remote import entry_of
 from finetune.data.io.source_files import files_of, fingerprint
 from finetune.data.prepare import FINGERPRINTS, prepare, prepare_share, require_examples, split_by_image
 from finetune.data.prepared import Prepared
@@ -18,6 +19,7 @@ from finetune.data.sampling import Mix
 from finetune.data.stats import SourceStats
 from finetune.distributed.node_group import ALONE, NodeGroup
 from finetune.recipe.schema import Data, Source
+from finetune.recipe.urls import is_remote
 from modeling.cpu_cores import available_cores
 from modeling.errors import UserError
 
@@ -132,9 +134,15 @@ def _content(source: Source, cache: Path, nodes: NodeGroup) -> dict[str, str | N
 
 
 def _ends_of(files: Sequence[Path]) -> str:
-    """Return a hash of names, sizes, and both ends (`STREAMED_BYTES`) of each file: a stream may be terabytes."""
+    """Return a hash of names, sizes, and both ends (`STREAMED_BYTES`) of each file: a stream may be terabytes.
+
+    A remote file counts with its name and its version.
+    """
     digest = hashlib.sha256()
     for path in files:
+        if is_remote(path):
+            digest.update(f"{path.name} {entry_of(path).version} ".encode("utf-8", "surrogateescape"))
+            continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:

@@ -23,7 +23,9 @@ import PIL.TiffImagePlugin
 
 from finetune.data.conversation import Image, RecordError, Remote, Slice
 from finetune.data.io.paths import near_path
+from finetune.data.io.remote import open_local
 from finetune.recipe.schema import Augment
+from finetune.recipe.urls import shown
 from modeling.atomic_files import open_regular
 from modeling.errors import UserError
 
@@ -93,7 +95,7 @@ def describe(image: Image) -> str:
     if isinstance(source, Slice):
         return f"{source.path} at byte {source.offset}"
     if isinstance(source, Remote):
-        return f"{source.url:.200}"
+        return f"{shown(source.url):.200}"
     return str(source) if isinstance(source, Path) else "image in memory"
 
 
@@ -166,7 +168,7 @@ def _inflate(content: bytes, name: str) -> bytes:
 def _read(path: Path, offset: int = 0, length: int | None = None, *, limit: int | None = None) -> bytes:
     """Return a whole file, or exactly `length` bytes of it; at most `limit` (default `MAX_BYTES`) bytes."""
     try:
-        with open_regular(path) as file:
+        with (open_regular if length is None else open_local)(path) as file:  # no image is a remote file of its own
             expected = os.fstat(file.fileno()).st_size if length is None else length
             if expected > (limit or MAX_BYTES):
                 raise RecordError("image too large", f"{path}: {expected:,} bytes")

@@ -21,9 +21,10 @@ from finetune.data.formats.read_records import read_records, require_columns
 from finetune.data.io import hub
 from finetune.data.io.byte_streams import BrokenFileError, Record
 from finetune.data.io.parquet_arrow import group_bytes
-from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below
+from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, is_folder, size_of
 from finetune.data.io.source_files import DataFile, data_files
 from finetune.recipe.schema import Source
+from finetune.recipe.urls import is_remote
 
 SHARD_BYTES = 2**25
 """Approximate number of bytes of a shard of a file that can be cut; more in sources of over MOST_SHARDS such shards."""
@@ -118,12 +119,14 @@ def _parts(source: Source, *, multiple_of: int) -> list[tuple[Shard, int]]:
         return [(Shard(), _bytes_of(source))]
     require_columns(source)
     files = data_files(source)
-    sizes = [file.path.stat().st_size for file in files]
+    sizes = [size_of(file.path) for file in files]
     bytes_each = max(SHARD_BYTES, sum(sizes) // MOST_SHARDS)
     parts: list[tuple[Shard, int]] = []
     for file, size in zip(files, sizes, strict=True):
         count = max(1, size // bytes_each)
-        if multiple_of and size >= multiple_of * LEAST_BYTES:
+        if is_remote(file.path) and (len(files) >= LEAST_SHARDS or file.path.suffix == ".parquet"):
+            count = 1  # it is fetched whole by each node that reads a part of it, or knows its row groups
+        elif multiple_of and size >= multiple_of * LEAST_BYTES:
             count = math.ceil(count / multiple_of) * multiple_of
         parts += [(Shard(part), size // count) for part in _cut(file, size, count)]
     return parts
@@ -145,9 +148,9 @@ def _bytes_of(source: Source) -> int:
     """Return about how many bytes are read of a source that is read whole; an image counts little."""
     files = [file for path in source.paths for match in expand(path) for file in _files_at(match)]
     small = (*IMAGE_SUFFIXES, ".txt")
-    sizes = [SMALL_BYTES if file.suffix.lower() in small else file.stat().st_size for file in files]
+    sizes = [SMALL_BYTES if file.suffix.lower() in small else size_of(file) for file in files]
     return sum(sizes) if source.path else PACKAGED_BYTES
 
 
 def _files_at(path: Path) -> list[Path]:
-    return files_below(path) if path.is_dir() else [path]
+    return files_below(path) if is_folder(path) else [path]

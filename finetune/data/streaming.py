@@ -299,8 +299,8 @@ class StreamedRows:
 
 
 def downloads(folder: Path, sources: Sequence[Source]) -> Downloader | None:
-    """Return a downloader for the sources that allow downloads, or None if none does."""
-    allowed: list[Any] = [source for source in sources if source.download]
+    """Return a downloader for the sources that allow downloads, or have images at URLs; None if none does."""
+    allowed: list[Any] = [source for source in sources if source.download or source.is_remote]
     return Downloader(folder, http=any(source.download == "http" for source in allowed)) if allowed else None
 
 

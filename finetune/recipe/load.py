@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from finetune.console import log
 from finetune.recipe.plain_yaml import DEEPEST, MOST_BYTES, parse_yaml
 from finetune.recipe.schema import Recipe
+from finetune.recipe.urls import is_url
 from modeling.atomic_files import open_regular
 from modeling.errors import UserError
 
@@ -86,6 +87,8 @@ def absolute_paths(value: Any, keys: tuple[str, ...], folder: Path) -> Any:
         return [absolute_paths(inner, keys, folder) for inner in value]
     where = tuple(key for key in keys if not key.isdecimal())
     if not isinstance(value, str) or not value or where not in _PATHS | _PATHS_OR_HUB_IDS | _RESULTS:
+        return value
+    if is_url(value):
         return value
     try:
         path = Path(value).expanduser()

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from finetune.console import parse_size
 from finetune.recipe.adapter import Adapter
+from finetune.recipe.urls import check_url, is_url, path_of, shown
 from finetune.recipe.values import Keys, Name, Paths, Positive, Prompts, Rate, Real, Seed, Share, Whole
 from modeling.errors import UserError
 from modeling.towers import IMAGE_TOWERS, QUANTIZED_TOWERS
@@ -111,7 +112,8 @@ class Source(Section):
     format: FormatName = "auto"
     """Format of the records; auto: recognised from the first ones."""
     path: Paths = ()
-    """Files, folders or patterns: json, jsonl (also .gz, .zst), csv, parquet, arrow, webdataset tar, txt, images."""
+    """Files, folders or patterns: json, jsonl (also .gz, .zst), csv, parquet, arrow, webdataset tar, txt, images.
+    Also at URLs: s3://, gs://, hf://, and with `download: true` https://."""
     hub: Name | None = None
     """Id of a dataset on the hub, instead of a path."""
     subset: Name | None = None
@@ -124,7 +126,7 @@ class Source(Section):
     """Train on the records while they are read, without preparing them first."""
     image_root: Paths = ()
     """Folders, zip or tar archives, or MIMIC-IT image files in which images are looked up; image paths may not lead out
-    of them. Default: the folder of the data file."""
+    of them. Also at URLs, as `path`. Default: the folder of the data file."""
     image_name: str | None = None
     """Template of image file names, if records hold only a number: COCO_train2014_{image_id:012d}.jpg."""
     columns: dict[str, str] = {}
@@ -143,7 +145,8 @@ class Source(Section):
     """A question to put before each caption, which turns captions into dialogues; from a list, one is drawn per record.
     Without it, captions are documents, from which a model does not learn to answer."""
     download: Literal[False, True, "http"] = False
-    """Download images whose path is a URL. true: only over https; http: also over plain http."""
+    """Download images whose path is a URL, and data files from the web. true: only over https; http: also over plain
+    http."""
     placeholders: Literal["images", "text"] = "images"
     """Meaning of "<image>" and the like in a user's text. images: places of the listed images; text: ordinary text."""
     ignore: Keys = ()
@@ -153,11 +156,17 @@ class Source(Section):
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        return tuple(map(Path, self.path))
+        """Return the files, folders and patterns; of a URL, its place on this disk."""
+        return tuple(map(path_of, self.path))
 
     @property
     def image_roots(self) -> tuple[Path, ...]:
-        return tuple(map(Path, self.image_root))
+        return tuple(map(path_of, self.image_root))
+
+    @property
+    def is_remote(self) -> bool:
+        """Return whether its data or its images are at URLs."""
+        return any(map(is_url, (*self.path, *self.image_root)))
 
     def at(self, *paths: Path) -> Self:
         """Return a copy of the source with these files or folders."""
@@ -171,7 +180,7 @@ class Source(Section):
     @property
     def name(self) -> str:
         """Return the name for messages and reports, such as "data/train.jsonl[train]"; always valid Unicode."""
-        where = ", ".join(map(str, self.paths)) or self.hub or self.format
+        where = ", ".join(map(shown, self.path)) or self.hub or self.format
         name = f"{where}{f'/{self.subset}' if self.subset else ''}[{self.split}]"
         return name.encode("utf-8", "backslashreplace").decode()
 
@@ -184,6 +193,10 @@ class Source(Section):
             raise ValueError(f"format {self.format}: expected {expected}, got {' and '.join(given) or 'neither'}")
         if self.prompt and self.format not in ("auto", *CAPTIONS):
             raise ValueError(f"prompt makes dialogues of captions ({', '.join(CAPTIONS)}), got format {self.format}")
+        for url in filter(is_url, (*self.path, *self.image_root)):
+            check_url(url, self.download)
+        if len({is_url(path) for path in self.path}) == 2:
+            raise ValueError("expected all paths at URLs, or none: make two sources of them")
         if not self.hub and (self.subset or self.revision):
             raise ValueError("subset and revision belong to a dataset on the hub")
         return self

@@ -33,10 +33,11 @@ from finetune.data.formats.read_records import read_records, refuse_columns
 from finetune.data.io import byte_streams
 from finetune.data.io.byte_streams import Record
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below
+from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, is_folder
+from finetune.data.io.remote import open_local
 from finetune.data.io.source_files import files_of
 from finetune.recipe.schema import Source
-from modeling.atomic_files import open_regular
+from finetune.recipe.urls import shown
 from modeling.errors import UserError
 
 PAIR_IMAGES = (*IMAGES, *SUFFIX_NAMES, "url")
@@ -137,7 +138,7 @@ def has_texts(source: Source) -> bool:
 def _text_files(source: Source) -> list[Path]:
     files: list[Path] = []
     for path in chain.from_iterable(map(expand, source.paths)):
-        texts = [file for file in files_below(path) if file.suffix == ".txt"] if path.is_dir() else []
+        texts = [file for file in files_below(path) if file.suffix == ".txt"] if is_folder(path) else []
         files += texts or files_of(source.at(path))
     return list(dict.fromkeys(files))
 
@@ -145,7 +146,7 @@ def _text_files(source: Source) -> list[Path]:
 def _read_text(path: Path) -> dict[str, Any] | RecordError:
     """Return {"text": a file's text}, or an error: not UTF-8, larger than a record may be, or no file."""
     try:
-        with open_regular(path) as file:
+        with open_local(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig").read(byte_streams.MAX_RECORD_BYTES + 1)
             if len(text) > byte_streams.MAX_RECORD_BYTES:
                 return RecordError("record too large", f"{path.name}: {path.stat().st_size:,} bytes")
@@ -180,8 +181,8 @@ def _folders(source: Source) -> list[Path]:
         raise UserError(f"format {source.format}: expected folders as path, got {source.name}")
     folders = [folder for path in source.paths for folder in expand(path)]
     for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{folder}: format {source.format}: expected a folder of images, found a file")
+        if not is_folder(folder):
+            raise UserError(f"{shown(folder)}: format {source.format}: expected a folder of images, found a file")
     return folders
 
 

@@ -14,9 +14,10 @@ from finetune.data.formats.documents import METADATA
 from finetune.data.formats.read_records import read_first, read_records
 from finetune.data.io import img2dataset
 from finetune.data.io.byte_streams import Record
-from finetune.data.io.paths import IMAGE_SUFFIXES, files_below
+from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, is_folder
 from finetune.data.io.source_files import READERS, files_of
 from finetune.recipe.schema import Source
+from finetune.recipe.urls import is_remote
 from modeling.errors import UserError
 
 FIRST_RECORDS = 20
@@ -109,8 +110,9 @@ def _ranking(records: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
 
 def _by_files(source: Source) -> str | None:
     """Return the format of a source that its files' names show: texts, and images in folders."""
-    below = [file for path in source.paths for file in (files_below(path) if path.is_dir() else [path])]
-    shown = [file for file in below if file.is_file() and not file.name.startswith(".")]
+    paths = [match for path in source.paths for match in (expand(path) if is_remote(path) else [path])]
+    below = [file for path in paths for file in (files_below(path) if is_folder(path) else [path])]
+    shown = [file for file in below if (is_remote(file) or file.is_file()) and not file.name.startswith(".")]
     files = [file for file in shown if file.name not in METADATA]
     if any(file.name.lower().endswith(tuple(READERS)) for file in files):
         return None
@@ -118,10 +120,10 @@ def _by_files(source: Source) -> str | None:
     texts = [file for file in files if file.suffix.lower() == ".txt"]
     if not images:
         return "text" if texts else None
-    if not all(path.is_dir() for path in source.paths):
+    if not all(map(is_folder, paths)):
         raise UserError(f"{source.name}: format: auto: expected folders of images, got a file; give its folder as path")
     captioned = {file.with_suffix("") for file in texts} & {file.with_suffix("") for file in images}
-    if captioned or len(files) < len(shown) or any(file.parent in source.paths for file in images):
+    if captioned or len(files) < len(shown) or any(file.parent in paths for file in images):
         return "image_folder"
     if not source.prompt:
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from finetune.data.conversation import RecordError
-from modeling.atomic_files import open_regular
+from finetune.data.io.remote import open_local
 from modeling.errors import UserError
 
 MAX_RECORD_BYTES = 64 * 2**20
@@ -72,9 +72,12 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def open_raw(path: Path) -> BinaryIO:
-    """Open a file's bytes as they are. Raises UserError: no file, no permission, a pipe or a device."""
+    """Open a file's bytes as they are.
+
+    Raises UserError: no file, no permission, a pipe or a device; for a remote one, as `open_local`.
+    """
     try:
-        return open_regular(path)
+        return open_local(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""https URLs -> files, each fetched once, from public addresses only."""
+"""https URLs -> files, from public addresses only; images are fetched once, and kept."""
 
 import hashlib
 import queue
@@ -6,23 +6,27 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin
 
 from finetune.data.conversation import RecordError
+from finetune.data.io import object_storage
+from finetune.recipe.urls import is_in_storage, shown
+from modeling.errors import UserError
 
 if TYPE_CHECKING:
     from urllib3.response import BaseHTTPResponse
     from urllib3.util import Url
 
 Address = IPv4Address | IPv6Address
+Result = TypeVar("Result")
 
 MAX_REDIRECTS = 5
 HEADERS = {"User-Agent": "idefics-finetune (fetches the images of a dataset)", "Accept-Encoding": "identity"}
@@ -57,10 +61,12 @@ def is_public(address: Address) -> bool:
 
 
 class Downloader:
-    """Fetches images into a folder.
+    """Fetches images into a folder, and single files to where they belong.
 
     content/ab/<sha256 of the bytes> holds an image, by-url/<sha256 of the URL> the digest of its bytes. No cookies, no
-    proxies, no credentials. `allow` says which addresses may be connected to.
+    proxies, no credentials. `allow` says which addresses may be connected to. `idle_s` is the longest time without a
+    byte, `timeout_s` that of a whole answer. URLs of object storage are fetched through fsspec; they never come from a
+    record, but from the recipe's `image_root`.
     """
 
     def __init__(
@@ -70,11 +76,13 @@ class Downloader:
         http: bool = False,
         max_bytes: int = 20_000_000,
         timeout_s: float = 20,
+        idle_s: float = 20,
+        pauses_s: Sequence[float] = (),
         workers: int = 16,
         allow: Callable[[Address], bool] = is_public,
     ):
         self._folder, self._http, self._max_bytes, self._timeout_s = folder, http, max_bytes, timeout_s
-        self._workers, self._allow = workers, allow
+        self._idle_s, self._pauses_s, self._workers, self._allow = idle_s, pauses_s, workers, allow
         self._tls = ssl.create_default_context()
 
     def fetch_all(self, urls: Iterable[str]) -> dict[str, Path | RecordError]:
@@ -95,7 +103,7 @@ class Downloader:
         known = self._folder / "by-url" / hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
         if known.is_file() and (path := self._content(known.read_text(encoding="ascii", errors="replace"))).is_file():
             return path
-        content = self._download(url)
+        content = self._read(url)
         digest = hashlib.sha256(content).hexdigest()
         path = self._content(digest)
         _write(path, content)
@@ -105,24 +113,76 @@ class Downloader:
     def _content(self, digest: str) -> Path:
         return self._folder / "content" / digest[:2] / digest
 
-    def _download(self, url: str) -> bytes:
+    def _read(self, url: str) -> bytes:
+        if is_in_storage(url):
+            try:
+                return object_storage.read(url, self._max_bytes)
+            except UserError as error:
+                raise RecordError("download failed", str(error).partition("\n")[0]) from error
+
+        def read(response: "BaseHTTPResponse", deadline: float) -> bytes:
+            body = bytearray()
+            for piece in self._pieces(response, deadline):
+                body += piece
+            return bytes(body)
+
+        return self._get(url, read)
+
+    def save(self, url: str, path: Path) -> None:
+        """Write a URL's content into a file. Raises RecordError as `fetch`."""
+
+        def write(response: "BaseHTTPResponse", deadline: float) -> None:
+            with path.open("wb") as file:
+                file.writelines(self._pieces(response, deadline))
+
+        self._get(url, write)
+
+    def find(self, url: str) -> object_storage.Entry:
+        """Return a file's size and version, as the server states them before it sends the file; the rest is not read.
+
+        Raises RecordError as `fetch`, and where the server says nothing from which a change could be seen.
+        """
+
+        def look(response: "BaseHTTPResponse", deadline: float) -> object_storage.Entry:
+            headers = response.headers
+            version = headers.get("ETag") or headers.get("Last-Modified")
+            if version is None:
+                raise _RefusedError("neither ETag nor Last-Modified, so that a change could not be seen")
+            size = int(headers.get("Content-Length") or 0)
+            return object_storage.Entry(is_folder=False, size=size, version=f"{size} {version}")
+
+        return self._get(url, look)
+
+    def _get(self, url: str, use: Callable[["BaseHTTPResponse", float], Result]) -> Result:
+        """Return what `use` makes of the answer and its deadline. An interrupted connection is opened again."""
         from urllib3.exceptions import HTTPError
 
-        deadline = time.monotonic() + self._timeout_s
-        target = url
-        try:
-            for _ in range(MAX_REDIRECTS + 1):
-                found = self._request(target, deadline)
-                if isinstance(found, bytes):
-                    return found
-                target = urljoin(target, found)
-            raise _RefusedError(f"over {MAX_REDIRECTS} redirects")
-        except (_RefusedError, HTTPError, HTTPException, OSError, ValueError) as error:
-            late = f"over {self._timeout_s:g} s" if time.monotonic() >= deadline else None
-            raise RecordError("download failed", f"{url[:200]!a}: {late or error or type(error).__name__}") from error
+        for pause in (*self._pauses_s, None):
+            deadline = time.monotonic() + self._timeout_s
+            try:
+                return self._follow(url, deadline, use)
+            except (_RefusedError, HTTPError, HTTPException, OSError, ValueError) as error:
+                if pause is not None and not isinstance(error, _RefusedError | ValueError):
+                    time.sleep(pause)
+                    continue
+                late = f"over {self._timeout_s:g} s" if time.monotonic() >= deadline else None
+                detail = f"{shown(url)[:200]!a}: {late or error or type(error).__name__}"
+                raise RecordError("download failed", detail) from error
+        raise AssertionError
 
-    def _request(self, url: str, deadline: float) -> bytes | str:
-        """Return the body, or the URL of a redirect."""
+    def _follow(self, url: str, deadline: float, use: Callable[["BaseHTTPResponse", float], Result]) -> Result:
+        for _ in range(MAX_REDIRECTS + 1):
+            with self._request(url, deadline) as response:
+                location = response.headers.get("Location")
+                if response.status not in _REDIRECTS or not location:
+                    self._check(response)
+                    return use(response, deadline)
+            url = urljoin(url, location)
+        raise _RefusedError(f"over {MAX_REDIRECTS} redirects")
+
+    @contextmanager
+    def _request(self, url: str, deadline: float) -> Iterator["BaseHTTPResponse"]:
+        """Send a request to a checked address; the connection is closed at the end, or at the deadline."""
         from urllib3.connection import HTTPConnection
 
         parsed = self._parse(url)
@@ -133,17 +193,21 @@ class Downloader:
         # A socket's own timeout starts again with every byte; the timer's does not.
         end = threading.Timer(deadline - time.monotonic(), _cut, (connected,))
         end.start()
-        connection = HTTPConnection(host, port, timeout=max(deadline - time.monotonic(), 0.001))
+        connection = HTTPConnection(host, port, timeout=self._left(deadline))
         connection.sock = connected
         try:
             if isinstance(connected, ssl.SSLSocket):
                 connected.do_handshake()
             headers = {**HEADERS, "Host": str(parsed.netloc)}
             connection.request("GET", parsed.request_uri, headers=headers, preload_content=False, decode_content=False)
-            return self._answer(connection.getresponse(), deadline)
+            yield connection.getresponse()
         finally:
             end.cancel()
             connection.close()
+
+    def _left(self, deadline: float) -> float:
+        """Return how long to wait for the next byte, in seconds."""
+        return min(self._idle_s, max(deadline - time.monotonic(), 0.001))
 
     def _parse(self, url: str) -> "Url":
         from urllib3.util import parse_url
@@ -151,7 +215,7 @@ class Downloader:
         parsed = parse_url(url)
         schemes = ("https", "http") if self._http else ("https",)
         if parsed.scheme not in schemes or not parsed.host:
-            raise _RefusedError(f"expected {' or '.join(schemes)}, got {url[:200]!a}")
+            raise _RefusedError(f"expected {' or '.join(schemes)}, got {shown(url)[:200]!a}")
         if parsed.auth:
             raise _RefusedError("credentials in the URL")
         return parsed
@@ -165,30 +229,32 @@ class Downloader:
         failure: Exception = _RefusedError(f"{host}: no address")
         for address in addresses:
             try:
-                return socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.001))
+                return socket.create_connection((address, port), timeout=self._left(deadline))
             except OSError as error:
                 failure = error
         raise failure
 
-    def _answer(self, response: "BaseHTTPResponse", deadline: float) -> bytes | str:
-        location = response.headers.get("Location")
-        if response.status in _REDIRECTS and location:
-            return location
+    def _check(self, response: "BaseHTTPResponse") -> None:
+        """Raise _RefusedError, or ConnectionError where another attempt may help, unless the answer is the file."""
         if response.status != 200:
-            raise _RefusedError(f"HTTP {response.status} {response.reason or ''}".strip())
+            said = f"HTTP {response.status} {response.reason or ''}".strip()
+            raise ConnectionError(said) if response.status in _BUSY else _RefusedError(said)
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise _RefusedError(f"content encoding {response.headers['Content-Encoding']}, which was not requested")
-        body = bytearray()
+
+    def _pieces(self, response: "BaseHTTPResponse", deadline: float) -> Iterator[bytes]:
+        size = 0
         while piece := response.read(2**16):
-            body += piece
-            if len(body) > self._max_bytes:
+            size += len(piece)
+            if size > self._max_bytes:
                 raise _RefusedError(f"over {self._max_bytes:,} bytes")
+            yield piece
         if time.monotonic() >= deadline:
             raise TimeoutError
-        return bytes(body)
 
 
 _REDIRECTS = (301, 302, 303, 307, 308)
+_BUSY = (429, 500, 502, 503, 504)
 
 
 class _RefusedError(Exception):

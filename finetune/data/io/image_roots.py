@@ -12,10 +12,11 @@ import PIL.Image
 
 from finetune.data.conversation import Image, RecordError, Remote, Slice
 from finetune.data.images import decode_base64, describe
-from finetune.data.io.image_stores import Archive, Folder, JsonImages, ParquetImages, Store, Tar, Zip
-from finetune.data.io.paths import folders_of, locate
+from finetune.data.io.image_stores import Archive, Folder, JsonImages, ParquetImages, RemoteFolder, Store, Tar, Zip
+from finetune.data.io.paths import folders_of, is_image_folder, locate
 from finetune.data.io.tars import COMPRESSED_TARS
 from finetune.recipe.schema import Source
+from finetune.recipe.urls import is_remote, shown
 from modeling.errors import UserError
 
 
@@ -32,14 +33,18 @@ class ImageRoot:
             located = [found for path in source.image_roots for found in locate(path)]
             resolved = tuple(found.resolve() for found, _ in located if found.is_dir())
             self._stores = tuple(
-                Folder(found, resolved) if found.is_dir() else _open_file(found, inner) for found, inner in located
+                _open_folder(found, resolved) if is_image_folder(found) else _open_file(found, inner)
+                for found, inner in located
             )
+            if any(isinstance(store, RemoteFolder) for store in self._stores[:-1]):
+                listed = ", ".join(map(shown, source.image_root))
+                raise UserError(f"image_root: [{listed}]: a remote folder is not listed: put it last, and only one")
         else:
             resolved = tuple(dict.fromkeys(folder.resolve() for folder in folders))
-            self._stores = tuple(Folder(folder, resolved) for folder in resolved)
+            self._stores = tuple(_open_folder(folder, resolved) for folder in resolved)
         self._common = Path(os.path.commonpath(folders)) if source.paths and folders else None
         """The folder that record ids are relative to; None with `image_root`."""
-        self._own: Folder | None = None
+        self._own: Folder | RemoteFolder | None = None
         """The folder of the record's own file, if `beside` made this root."""
         self._beside: dict[Path, ImageRoot] = {}
         if source.image_name is not None:
@@ -74,7 +79,7 @@ class ImageRoot:
             if fetches and (scheme == "https" or (scheme == "http" and fetches == "http")):
                 return Image(Remote(reference))
             hint = {"https": "; `download: true` fetches it", "http": "; `download: http` fetches it"}.get(scheme, "")
-            raise RecordError("image is a URL", f"{reference:.200}: expected a path{hint}")
+            raise RecordError("image is a URL", f"{shown(reference):.200}: expected a path{hint}")
         if _BASE64.fullmatch(reference):
             return Image(decode_base64(reference))
         return self._stored(reference)
@@ -90,7 +95,7 @@ class ImageRoot:
             folder /= part
         if folder not in self._beside:
             self._beside[folder] = copy(self)
-            self._beside[folder]._own = Folder(folder, tuple(store.path for store in self._stores))
+            self._beside[folder]._own = _open_folder(folder, tuple(store.path for store in self._stores))
         return self._beside[folder]
 
     def base64(self, text: object) -> Image:
@@ -134,7 +139,7 @@ class ImageRoot:
             raise refusal
         if not found:
             near = next(filter(None, (store.near(name) for store in self._stores)), None)
-            where = " or ".join(str(store.path) for store in self._stores)
+            where = " or ".join(shown(store.path) for store in self._stores)
             hint = f"; did you mean {near:.200}?" if near else ""
             detail = f"{name:.200}: {f'not in {where}{hint}' if where else 'no image_root'}"
             raise RecordError("missing image", detail)
@@ -153,18 +158,22 @@ _FILE_URL = re.compile(r"(?i)file:(?://(?:localhost)?)?(?P<path>/[^/].*)", re.DO
 _URL = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|(?:file|https?|ftp):")
 
 
+def _open_folder(folder: Path, roots: tuple[Path, ...]) -> Folder | RemoteFolder:
+    return RemoteFolder(folder) if is_remote(folder) else Folder(folder, roots)
+
+
 def _open_file(found: Path, inner: str) -> Store:
     name = found.name.lower()
     if name.endswith(COMPRESSED_TARS):
         raise UserError(
-            f"{found}: a compressed tar archive has to be read from its start for every image; "
+            f"{shown(found)}: a compressed tar archive has to be read from its start for every image; "
             "unpack it, or make a plain .tar or a .zip of it"
         )
     kind = _KINDS.get(found.suffix.lower())
-    if kind is None or not found.is_file():
-        raise UserError(f"{found}: expected a folder of images, or a file that ends in {', '.join(_KINDS)}")
+    if kind is None or not (is_remote(found) or found.is_file()):
+        raise UserError(f"{shown(found)}: expected a folder of images, or a file that ends in {', '.join(_KINDS)}")
     if inner != "." and not issubclass(kind, Archive):
-        raise UserError(f"{found / inner}: {found.name} holds no folders")
+        raise UserError(f"{shown(found / inner)}: {found.name} holds no folders")
     return kind(found, inner)
 
 

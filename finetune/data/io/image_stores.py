@@ -19,13 +19,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.data.conversation import Image, RecordError, Slice
+from finetune.data.conversation import Image, RecordError, Remote, Slice
 from finetune.data.images import decode_base64
 from finetune.data.io.byte_streams import BrokenFileError
 from finetune.data.io.parquet_arrow import Checked, Parquet, open_parquet, python_rows, read_group
 from finetune.data.io.paths import IMAGE_SUFFIXES, Names
+from finetune.data.io.remote import open_local
 from finetune.data.io.tars import read_members
-from modeling.atomic_files import open_regular
+from finetune.recipe.urls import shown, url_below
 from modeling.errors import UserError
 
 
@@ -86,6 +87,16 @@ class Folder(Store):
         return f"{where}; `image_root: [{self.path}, {folder}]` allows it"
 
 
+class RemoteFolder(Store):
+    """Files below a remote folder. It is not listed: an image that is missing is found out when it is downloaded."""
+
+    def find(self, name: str) -> Image:
+        inside = posixpath.relpath(posixpath.join(self.path, name), self.path)
+        if inside == "." or f"{inside}/".startswith("../"):
+            raise RecordError("image outside the image root", f"{name:.200} is not under {shown(self.path)}")
+        return Image(Remote(url_below(self.path, inside)))
+
+
 def _resolved(path: Path) -> Path:
     """Return a path without links; a small file that holds a folder's path, as git writes on some disks, is a link."""
     path = path.resolve()
@@ -140,7 +151,7 @@ class Zip(Archive):
     @cached_property
     def _members(self) -> dict[str, zipfile.ZipInfo]:
         try:
-            with _BoundedIndex(open_regular(self.path).detach()) as file, zipfile.ZipFile(file) as archive:
+            with _BoundedIndex(open_local(self.path).detach()) as file, zipfile.ZipFile(file) as archive:
                 infos = [info for info in archive.infolist() if not info.is_dir()]
         except Exception as error:  # hostile archives make zipfile raise struct.error, OverflowError and more
             raise UserError(f"{self.path}: a zip archive that cannot be read: {error}") from error
@@ -169,7 +180,7 @@ class Zip(Archive):
     def _offset(self, member: zipfile.ZipInfo) -> int:
         """Return where a member's data begin: after its own header, whose length is not in the archive's index."""
         header = b""
-        with open_regular(self.path) as file:
+        with open_local(self.path) as file:
             if 0 <= member.header_offset < os.fstat(file.fileno()).st_size:
                 file.seek(member.header_offset)
                 header = file.read(30)
@@ -224,7 +235,7 @@ class JsonImages(Store):
     @cached_property
     def _slices(self) -> dict[str, tuple[int, int]]:
         try:
-            with open_regular(self.path) as file:
+            with open_local(self.path) as file:
                 if not os.fstat(file.fileno()).st_size:
                     raise OSError(errno.EINVAL, "the file is empty", str(self.path))
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

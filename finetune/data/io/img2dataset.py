@@ -16,6 +16,8 @@ from typing import Any
 
 from finetune.data.conversation import RecordError
 from finetune.data.io.byte_streams import Record
+from finetune.data.io.paths import exists
+from finetune.recipe.urls import is_remote
 
 STATISTICS = "_stats.json"
 
@@ -58,10 +60,10 @@ def join_images(path: Path, rows: Iterable[Record]) -> Iterator[Record]:
     samples, so that the failures are left.
     """
     shard = path.with_suffix("")
-    if not path.with_name(shard.name + STATISTICS).is_file():
+    if not exists(path.with_name(shard.name + STATISTICS)):
         yield from rows
         return
-    in_tar, in_folder = path.with_suffix(".tar").is_file(), shard.is_dir()
+    in_tar, in_folder = exists(path.with_suffix(".tar")), exists(shard)
     for record_id, row in rows:
         if not (in_tar or in_folder) or not isinstance(row, dict) or failure(row) or not row.keys() >= KEYS:
             yield record_id, row
@@ -70,8 +72,11 @@ def join_images(path: Path, rows: Iterable[Record]) -> Iterator[Record]:
 
 
 def _image_of(shard: Path, key: str) -> dict[str, str]:
-    """Return {"jpg": a sample's image, relative to the folder of its shard}: the first of `ENCODINGS` that exists."""
-    found = (suffix for suffix in ENCODINGS if (shard / f"{key}.{suffix}").is_file())
+    """Return {"jpg": a sample's image, relative to the folder of its shard}: the first of `ENCODINGS` that exists.
+
+    In a remote folder, it is img2dataset's default: asking for each one would take longer than all the rest.
+    """
+    found = (suffix for suffix in ENCODINGS if not is_remote(shard) and (shard / f"{key}.{suffix}").is_file())
     suffix = next(found, ENCODINGS[0])
     return {suffix: f"{shard.name}/{key}.{suffix}"}
 

@@ -1,4 +1,7 @@
-"""Paths and patterns -> the files and folders that they mean; for one that leads to nothing, the nearest name."""
+"""Paths and patterns -> the files and folders that they mean; for one that leads to nothing, the nearest name.
+
+Remote files and folders are listed as local ones are; what is found is their places, see finetune/recipe/urls.py.
+"""
 
 import os
 from bisect import bisect_left
@@ -8,11 +11,20 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import unquote
 
+from finetune.data.io.remote import entry_of, expand_remote, files_below_remote, is_there
+from finetune.recipe.urls import is_in_storage, is_remote, shown, url_of
 from modeling.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+ARCHIVES = (".zip", ".tar")
+"""Suffixes of archives into which a path of `image_root` may lead."""
+
+NO_FOLDERS = (*ARCHIVES, ".json", ".parquet", ".tgz", ".gz", ".zst")
+"""Suffixes by which a remote image root is known to be a file."""
 
 MAX_NAMES = 200_000
 """Largest number of names in a folder or archive in which the nearest name is searched."""
@@ -23,8 +35,10 @@ def expand(path: Path, *, into_files: bool = False) -> list[Path]:
 
     A name that exists is not read as a pattern. With `into_files`, what follows a file is a name inside that file.
 
-    Raises UserError: the path leads to nothing, or through a folder that cannot be read.
+    Raises UserError: the path leads to nothing, or through a folder that cannot be read, or to no answer.
     """
+    if is_remote(path):
+        return expand_remote(path) or _none_fits(path)
     found = [Path(path.anchor)]
     for part in path.parts[bool(path.anchor) :]:
         found = list(dict.fromkeys(match for folder in found for match in _matches(folder, part, into_files)))
@@ -52,9 +66,33 @@ def _matches(folder: Path, part: str, into_files: bool) -> list[Path]:
     )
 
 
+def _none_fits(pattern: Path) -> NoReturn:
+    raise UserError(f"{shown(pattern)}: nothing is there that fits this pattern")
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path leads to a folder. Raises UserError: a remote one leads to nothing, or to no answer."""
+    return entry_of(path).is_folder if is_remote(path) else path.is_dir()
+
+
+def exists(path: Path) -> bool:
+    """Return whether a path leads to a file or a folder."""
+    return is_there(path) if is_remote(path) else path.exists()
+
+
+def size_of(path: Path) -> int:
+    """Return the number of bytes of a file; a remote one is not fetched for that."""
+    return entry_of(path).size if is_remote(path) else path.stat().st_size
+
+
+def is_image_folder(root: Path) -> bool:
+    """Return whether an image root is a folder, not a file; of a remote one, its suffix says so."""
+    return root.suffix.lower() not in NO_FOLDERS if is_remote(root) else root.is_dir()
+
+
 def _missing(path: Path) -> UserError:
     if any(sign in str(path) for sign in "*?["):
-        return UserError(f"{path}: nothing is there that fits this pattern")
+        _none_fits(path)
     folder = next(folder for folder in path.parents if folder.is_dir())
     if folder != path.parent:
         return UserError(f"{path}: nothing is there: {path.parent} is no folder")
@@ -65,7 +103,7 @@ def _missing(path: Path) -> UserError:
 def folders_of(paths: Iterable[Path]) -> list[Path]:
     """Return the absolute folders that paths lead to, of a file its folder. Raises UserError as `expand`."""
     found = [match.absolute() for path in paths for match in expand(path)]
-    return list(dict.fromkeys(match if match.is_dir() else match.parent for match in found))
+    return list(dict.fromkeys(match if is_folder(match) else match.parent for match in found))
 
 
 def locate(path: Path) -> list[tuple[Path, str]]:
@@ -73,8 +111,13 @@ def locate(path: Path) -> list[tuple[Path, str]]:
 
     images/train2017.zip/train2017 -> (images/train2017.zip, train2017)
 
-    Raises UserError as `expand`.
+    Of remote ones, archives are known by their suffix alone. Raises UserError as `expand`.
     """
+    if is_remote(path):
+        outer = next((outer for outer in (path, *path.parents) if outer.suffix.lower() in ARCHIVES), path)
+        if is_image_folder(outer) and not is_in_storage(url_of(outer)):
+            return [(outer, ".")]  # a folder on the web is known by its files alone
+        return [(match, path.relative_to(outer).as_posix()) for match in expand(outer)]
     found = []
     for match in expand(path, into_files=True):
         outer = next((outer for outer in (match, *match.parents) if outer.is_file()), match)
@@ -87,6 +130,8 @@ def files_below(folder: Path) -> list[Path]:
 
     A link to a folder outside is followed once; a link to a folder below or above names no new files.
     """
+    if is_remote(folder):
+        return files_below_remote(folder)
     return sorted(
         Path(entry.path) for _, entries in _folders_below(folder) for entry in entries if not _is(entry, folder=True)
     )

@@ -19,10 +19,12 @@ from finetune.data.io.byte_streams import COMPRESSIONS, OnBroken, Record, until_
 from finetune.data.io.json_files import read_json
 from finetune.data.io.jsonl_csv import read_csv, read_json_lines
 from finetune.data.io.parquet_arrow import read_arrow, read_parquet
-from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, folders_of, locate
+from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, folders_of, is_folder, is_image_folder, locate
+from finetune.data.io.remote import entry_of
 from finetune.data.io.tars import COMPRESSED_TARS, read_tar
 from finetune.distributed.node_group import ALONE, NodeGroup
 from finetune.recipe.schema import Source
+from finetune.recipe.urls import is_remote, shown
 from modeling.atomic_files import open_regular
 from modeling.cpu_cores import available_cores
 from modeling.errors import UserError
@@ -104,7 +106,7 @@ def _suffix(path: Path) -> str:
     """Return the longest suffix of a file's name that can be read. Raises UserError: there is none."""
     fitting = [suffix for suffix in READERS if path.name.lower().endswith(suffix)]
     if not fitting:
-        raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}")
+        raise UserError(f"{shown(path)}: expected a file that ends in {', '.join(READERS)}")
     return max(fitting, key=len)
 
 
@@ -115,14 +117,14 @@ def files_of(source: Source) -> list[Path]:
     """
     found: list[Path] = []
     for path in source.paths:
-        files = (_data_files(match, source.split) if match.is_dir() else [match] for match in expand(path))
+        files = (_data_files(match, source.split) if is_folder(match) else [match] for match in expand(path))
         distinct = list(dict.fromkeys(chain.from_iterable(files)))  # ** matches a folder and also those below it
         found += img2dataset.without_descriptions(distinct)
     return found
 
 
 def _data_files(folder: Path, split: str) -> list[Path]:
-    if (folder / "dataset_dict.json").is_file():
+    if not is_remote(folder) and (folder / "dataset_dict.json").is_file():
         splits = sorted(state.parent.name for state in folder.glob("*/state.json"))
         if split not in splits:
             raise UserError(f"{folder}: expected split {' or '.join(splits)}, got {split!r}")
@@ -130,7 +132,7 @@ def _data_files(folder: Path, split: str) -> list[Path]:
     known = tuple(READERS)
     files = [path for path in files_below(folder) if path.name.lower().endswith(known) and path.name not in _NO_RECORDS]
     if not files:
-        raise UserError(f"{folder}: no data file below it; expected {', '.join(READERS)}")
+        raise UserError(f"{shown(folder)}: no data file below it; expected {', '.join(READERS)}")
     return files
 
 
@@ -139,8 +141,9 @@ def fingerprint(source: Source, cache: Path | None = None, nodes: NodeGroup = AL
 
     For a folder, it covers the names of all files below (splits and captions depend on them), and the content of all
     files but images. Archives of images are hashed like any file, a dataset on the hub by its version; folders of
-    `image_root` are left out. `cache` is a JSON file that keeps the hashes of files, so that unchanged ones are not
-    read again.
+    `image_root` are left out. A remote file is not read: the checksum that its storage gives (or else the date), and
+    its size, are trusted. `cache` is a JSON file that keeps the hashes of files, so that unchanged ones are not read
+    again.
     """
     names, files = nodes.on_main("list files", lambda: _read_by(source))
     try:
@@ -151,27 +154,32 @@ def fingerprint(source: Source, cache: Path | None = None, nodes: NodeGroup = AL
 
 
 def stat_fingerprint(source: Source) -> str:
-    """Return a hash over names, sizes and times of change of all files that a source reads, without reading them."""
+    """Return a hash over names, sizes and times of change of all files that a source reads, without reading them.
+
+    Of remote files, the versions count.
+    """
     names, files = _read_by(source)
     stats = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([names, stats]).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _read_by(source: Source) -> tuple[list[str], list[Path]]:
-    """Return (names that what is read depends on, files whose content it depends on)."""
+    """Return (names, and versions of remote files, that what is read depends on; local files whose content it needs)."""
     names: list[str] = []
     files: list[Path] = []
     for path in (Path(source.hub),) if source.hub else chain.from_iterable(map(expand, source.paths)):
         if source.hub and not path.is_dir():
             names.append(hub.name_of_version(source))
-        elif path.is_dir():
+        elif is_folder(path):
             below = files_below(path)
             names += [file.relative_to(path).as_posix() for file in below]
             files += [file for file in below if file.suffix.lower() not in IMAGE_SUFFIXES]
         else:
             files += files_of(source.at(path))
     roots = {outer for path in source.image_roots for outer, _ in locate(path)}
-    return names, [*files, *(outer for outer in sorted(roots) if not outer.is_dir())]
+    files += [outer for outer in sorted(roots) if not is_image_folder(outer)]
+    names += [entry_of(file).version for file in files if is_remote(file)]
+    return names, [file for file in files if not is_remote(file)]
 
 
 def hash_share(source: Source, cache: Path, share: tuple[int, int]) -> None:
