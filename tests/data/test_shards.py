@@ -117,6 +117,15 @@ def test_a_column_that_only_a_later_shard_has_is_no_mistake(tmp_path, small):
     assert contents(source, shards_of(source))[-1] == '{"text": "x"}'
 
 
+def test_a_byte_order_mark_counts_to_the_first_range(tmp_path, monkeypatch):
+    """Of 3 + 4 * 10 bytes, the line from byte 23 on begins in the second half, which begins at 21."""
+    path = written(tmp_path / "t.jsonl", "\ufeff" + '{"a": 10}\n' * 4)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 21)
+    parts = shards_of(make_source("text", (path,)))
+    assert [(part.file.start, part.file.stop) for part in parts] == [(0, 21), (21, None)]
+    assert ids(make_source("text", (path,)), parts) == [["t.jsonl:1", "t.jsonl:2"], ["t.jsonl@21:1", "t.jsonl@21:2"]]
+
+
 PIECES = st.lists(
     st.sampled_from(['{"text": "a"}', '{"text": "' + "b" * 150 + '"}', "", "[]", "nonsense", "\r", '{"text": "c\\n"}']),
     max_size=40,

@@ -127,15 +127,11 @@ def open_text(path: Path) -> io.BufferedReader:
     return file
 
 
-def skip_to_line(file: io.BufferedReader, start: int) -> int:
-    """Go to the first line that begins at byte `start` or later; return the number of bytes from `start` to there."""
+def skip_to_line(file: io.BufferedReader, start: int) -> None:
+    """Go to the first line that begins at byte `start` or later."""
     file.seek(start - 1)
-    read = 0
-    while piece := file.readline(2**20):
-        read += len(piece)
-        if piece.endswith(b"\n"):
-            break
-    return max(read - 1, 0)
+    while (piece := file.readline(2**20)) and not piece.endswith(b"\n"):
+        pass
 
 
 def read_lines(file: io.BufferedReader, length: int | None = None) -> Iterator[bytes | RecordError]:

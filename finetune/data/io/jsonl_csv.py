@@ -24,10 +24,9 @@ def read_json_lines(path: Path, *, start: int = 0, stop: int | None = None) -> I
     """
     name = f"{path.name}@{start}" if start else path.name
     with open_text(path) as file:
-        length = None if stop is None else stop - start
         if start:
-            skipped = skip_to_line(file, start)
-            length = None if length is None else length - skipped
+            skip_to_line(file, start)
+        length = None if stop is None else stop - file.tell()  # a byte order mark has been read
         for number, line in enumerate(read_lines(file, length), start=1):
             if isinstance(line, RecordError):
                 yield f"{name}:{number}", line
