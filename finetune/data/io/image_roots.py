@@ -79,7 +79,7 @@ class ImageRoot:
             if fetches and (scheme == "https" or (scheme == "http" and fetches == "http")):
                 return Image(Remote(reference))
             hint = {"https": "; `download: true` fetches it", "http": "; `download: http` fetches it"}.get(scheme, "")
-            raise RecordError("image is a URL", f"{shown(reference):.200}: expected a path{hint}")
+            raise RecordError("image is a URL", f"{reference:.200}: expected a path{hint}")
         if _BASE64.fullmatch(reference):
             return Image(decode_base64(reference))
         return self._stored(reference)

@@ -164,7 +164,7 @@ def stat_fingerprint(source: Source) -> str:
 
 
 def _read_by(source: Source) -> tuple[list[str], list[Path]]:
-    """Return (names, and versions of remote files, that what is read depends on; local files whose content it needs)."""
+    """Return (names and versions of remote files on which it depends what is read; local files, by their content)."""
     names: list[str] = []
     files: list[Path] = []
     for path in (Path(source.hub),) if source.hub else chain.from_iterable(map(expand, source.paths)):

@@ -514,3 +514,23 @@ def test_download_file_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         download._write(tmp_path / "content" / "x", b"abc")
     assert list((tmp_path / "content").iterdir()) == []
+
+
+def test_download_from_storage(storage, tmp_path):
+    """An image below a remote root is fetched once, and kept; one that is too large or missing is an error."""
+    downloader = Downloader(tmp_path, max_bytes=20)
+    storage.pipe_file("/b/cat.png", IMAGE)
+    assert downloader.fetch("memory://b/cat.png").read_bytes() == IMAGE
+    storage.rm("/b/cat.png")
+    assert downloader.fetch("memory://b/cat.png") == tmp_path / "content" / DIGEST[:2] / DIGEST
+    storage.pipe_file("/b/large.png", bytes(21))
+    found = downloader.fetch_all(["memory://b/large.png", "memory://b/none.png"])
+    assert [str(error) for error in found.values()] == [
+        "download failed: memory://b/large.png: over 20 bytes",
+        "download failed: memory://b/none.png: nothing is there",
+    ]
+
+
+def test_download_message_hides_the_query(downloader, site):
+    got = failure(downloader, f"{site}/missing?signature=1f")
+    assert got == f"'{site}/missing?...': HTTP 404 Not Found"

@@ -25,10 +25,12 @@ from image_files import (
 from sources import make_source
 
 from finetune.data.conversation import Image, RecordError, Remote, Slice
+from finetune.data.formats import FORMATS
 from finetune.data.formats.read_records import read_records
 from finetune.data.images import encoded, open_image
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.read_dialogues import to_dialogue
+from modeling.errors import UserError
 
 
 def test_image_roots_in_order(folder, tmp_path):
@@ -383,3 +385,91 @@ def test_any_reference_stays_inside(tmp_path_factory, reference):
     except RecordError:
         return
     assert image.source.is_relative_to(folder.resolve())
+
+
+def url(root, reference):
+    source = root.image(reference).source
+    assert isinstance(source, Remote)
+    return source.url
+
+
+def test_remote_image_folder(storage, cache):
+    """An image below a remote folder is a URL, which is downloaded later; no name leads out of the folder."""
+    storage.pipe_file("/b/images/sub/cat.png", CAT)
+    root = root_of("memory://b/images")
+    assert url(root, "sub/cat.png") == "memory://b/images/sub/cat.png"
+    assert url(root, "./sub/../a b?.png") == "memory://b/images/a b?.png"
+    for name in ("../secret.png", "sub/../../secret.png", "/etc/hostname", "..", "."):
+        assert refusal(root.image, name) == "image outside the image root"
+    for reference in ("memory://b/images/sub/cat.png", "s3://b/cat.png", "https://host/cat.png"):
+        assert refusal(root.image, reference) == "image is a URL"
+    assert pickle.loads(pickle.dumps(root)).image("cat.png") == Image(Remote("memory://b/images/cat.png"))
+    with pytest.raises(UserError, match="memory://b/other: nothing is there"):
+        root_of("memory://b/other")
+    assert not cache.exists()
+
+
+def test_remote_image_folder_comes_last(storage, folder):
+    storage.pipe_file("/b/images/cat.png", CAT)
+    root = root_of(folder, "memory://b/images")
+    assert root.image("cat.png") == Image(folder / "cat.png")
+    assert url(root, "other.png") == "memory://b/images/other.png"
+    with pytest.raises(UserError, match="a remote folder is not listed: put it last, and only one"):
+        root_of("memory://b/images", folder)
+
+
+def test_image_folder_on_the_web(cache):
+    root = root_of("https://host/images/", download=True)
+    assert url(root, "sub/é%2e #?.png") == "https://host/images/sub/%C3%A9%252e%20%23%3F.png"
+    assert refusal(root.image, "../secret.png") == "image outside the image root"
+
+
+def test_remote_archive(storage, cache):
+    zipped(cache.parent / "a.zip", {"in/cat.png": CAT, "in/dog.jpg": DOG})
+    tarred(cache.parent / "a.tar", {"in/cat.png": CAT})
+    for name in ("a.zip", "a.tar"):
+        storage.pipe_file(f"/b/{name}", (cache.parent / name).read_bytes())
+        root = root_of(f"memory://b/{name}/in")
+        assert encoded(root.image("cat.png")) == CAT
+        assert refusal(root.image, "../cat.png") == "image outside the image root"
+        assert root.image("cat.png").source.path == cache / "memory" / "b" / name
+        (cache / "memory" / "b" / name).unlink()  # it left to make room
+        assert encoded(root.image("cat.png")) == CAT
+    storage.pipe_file("/b/a.tar.gz", b"")
+    with pytest.raises(UserError, match=r"memory://b/a\.tar\.gz: a compressed tar archive"):
+        root_of("memory://b/a.tar.gz")
+
+
+def test_remote_images_beside_their_data(storage, cache):
+    """Without `image_root`, an image belongs to the folder of its own record's file."""
+    for name in ("d/a.jsonl", "d/sub/a.jsonl"):
+        storage.pipe_file(f"/b/{name}", b'{"image": "cat.png"}\n')
+    source = make_source("auto", ("memory://b/d",))
+    found = {
+        record_id: url(ImageRoot(source).beside(record_id), record["image"])
+        for record_id, record in read_records(source)
+    }
+    assert found == {
+        "a.jsonl:1": "memory://b/d/cat.png",
+        "sub/a.jsonl:1": "memory://b/d/sub/cat.png",
+    }
+
+
+def test_remote_image_folder_as_data(storage):
+    for name in ("cat.png", "sub/dog.png"):
+        storage.pipe_file(f"/b/d/{name}", CAT)
+        storage.pipe_file(f"/b/d/{name[:-4]}.txt", b"A pet.")
+    source = make_source("image_folder", ("memory://b/d",))
+    root, read = ImageRoot(source), FORMATS["image_folder"].read
+    assert [(record_id, url(root, record["image"]), record["text"]) for record_id, record in read(source)] == [
+        ("cat.png", "memory://b/d/cat.png", "A pet."),
+        ("sub/dog.png", "memory://b/d/sub/dog.png", "A pet."),
+    ]
+
+
+def test_cached_file_is_not_fetched_as_an_image(storage, cache, tmp_path):
+    """A record that names a place in the cache fetches nothing, even where `image_root` holds the cache."""
+    storage.pipe_file("/b/cat.png", CAT)
+    image = root_of(tmp_path).image("cache/memory/b/cat.png")
+    assert refusal(open_image, image) == "missing image"
+    assert not cache.exists()
