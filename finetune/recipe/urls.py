@@ -13,7 +13,7 @@ import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote
 
 SCHEMES = ("s3", "gs", "hf", "https", "http")
 WEB = ("https", "http")
@@ -23,6 +23,9 @@ CACHE = "FINETUNE_REMOTE_CACHE"
 """Environment variable: the folder of fetched files. Each machine has its own; by default it is in the user's cache."""
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
+_SECRETS = ("signature", "sig", "token", "credential", "password", "secret", "apikey", "api_key", "api-key")
+"""Endings of the names of a query's parameters that give access to a file; no recipe holds them."""
+
 _QUERY = ".query-"
 """A folder of this name and a hash holds the file of a URL with a query, and in `.url` the URL, for its owner alone."""
 
@@ -50,6 +53,12 @@ def check_url(url: str, download: bool | str) -> None:
         raise ValueError(f"{shown(url)}: expected {scheme}://host/folder/file, without empty parts, '.' and '..'")
     if scheme in WEB and "#" in rest:
         raise ValueError(f"{shown(url)}: expected a URL without '#'")
+    named = [name.lower() for name, _ in parse_qsl(rest.partition("?")[2], keep_blank_values=True)]
+    if scheme in WEB and any(name.endswith(_SECRETS) for name in named):
+        repair = "give s3:// or gs://, whose credentials stay where their tools keep them, or download the file"
+        raise ValueError(
+            f"{shown(url)}: a signature or a token; a recipe is kept, and published with its model: {repair}"
+        )
     if (scheme == "https" and not download) or (scheme == "http" and download != "http"):
         raise ValueError(
             f"{shown(url)}: `download: {'true' if scheme == 'https' else 'http'}` on the source fetches it"
@@ -70,7 +79,7 @@ def path_of(path: str) -> Path:
     folder = place.parent / f"{_QUERY}{hashlib.sha256(path.encode()).hexdigest()[:16]}"
     if not (folder / ".url").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=folder)  # only its owner can read it: a query may be a signature
+        descriptor, name = tempfile.mkstemp(dir=folder)  # only its owner can read it: a query may be private
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(path)
         Path(name).replace(folder / ".url")

@@ -41,15 +41,15 @@ def test_place_of_url_default_cache(monkeypatch, tmp_path):
 
 
 def test_url_query_is_kept_apart(cache):
-    """A query chooses the file, and may be a signature: no name shows it, and only the owner can read it."""
-    signed = "https://host/d/a.jsonl?signature=a/b"
-    place = path_of(signed)
+    """A query chooses the file, and may be private: no name shows it, and only its owner can read it."""
+    queried = "https://host/d/a.jsonl?key=a/b"
+    place = path_of(queried)
     assert place.name == "a.jsonl"
-    assert place != path_of("https://host/d/a.jsonl?signature=c")
-    assert url_of(place) == signed
+    assert place != path_of("https://host/d/a.jsonl?key=c")
+    assert url_of(place) == queried
     assert [path.name for path in place.parent.iterdir()] == [".url"]
     assert stat.S_IMODE((place.parent / ".url").stat().st_mode) == 0o600
-    assert "signature" not in str(place)
+    assert "key" not in str(place)
     assert url_below(place.parent, "images/é 1?.png") == "https://host/d/images/%C3%A9%201%3F.png"
 
 
@@ -76,6 +76,8 @@ def test_shown_url(cache):
         ("https://host/a.csv#top", True, "https://host/a.csv?...: expected a URL without '#'"),
         ("https://me:secret@host/a.csv", True, "https://...@host/a.csv: credentials in the URL"),
         ("https://host/a.csv?key=1", False, "https://host/a.csv?...: `download: true` on the source fetches it"),
+        ("https://h/a.csv?X-Amz-Signature=1f", True, "https://h/a.csv?...: a signature or a token; a recipe is kept"),
+        ("https://h/a.csv?x=1&access_token=", True, "https://h/a.csv?...: a signature or a token; a recipe is kept"),
         ("http://host/a.csv", True, "http://host/a.csv: `download: http` on the source fetches it"),
     ],
 )
