@@ -48,6 +48,7 @@ from finetune.data.stats import SourceStats
 from finetune.data.worker_pool import run_all
 from finetune.distributed.node_group import ALONE, NodeGroup
 from finetune.recipe.schema import Source
+from finetune.recipe.urls import is_remote
 from modeling.atomic_files import flush, write_json
 
 DIALOGUES = "dialogues.arrow"
@@ -223,6 +224,8 @@ class _PrepareShard:
         source = fetched[image.source.url] if isinstance(image.source, Remote) else image.source
         if isinstance(source, RecordError):
             raise RecordError(source.reason, source.detail)  # a new one: the traceback of a kept error grows
+        if isinstance(source, Slice) and is_remote(source.path):
+            source = encoded(image)  # the part keeps it, as the archive may leave the cache
         image = Image(source)
         if isinstance(source, bytes | PIL.Image.Image):
             content = _digest(image)

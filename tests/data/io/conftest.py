@@ -2,11 +2,8 @@
 
 import pytest
 from image_files import CAT, FILES
-from remote_files import cache, storage
 
 from finetune.data.io import byte_streams
-
-__all__ = ("cache", "storage")  # fixtures
 
 
 @pytest.fixture

@@ -1,0 +1,93 @@
+"""Remote sources are prepared as local ones are, and what is prepared needs nothing remote any more."""
+
+import shutil
+
+import pytest
+from image_files import tarred
+from remote_files import fetched, forget
+from sources import make_source
+
+from finetune.data.images import encoded
+from finetune.data.io import remote
+from finetune.data.prepare import prepare
+
+DIALOGUES = "dialogues.jsonl"
+
+
+@pytest.fixture
+def uploaded(dialogue_folder, storage, tmp_path):
+    """The twelve dialogues and their images below memory://b/d, and the images once more in memory://b/images.tar."""
+    images = {path.name: path.read_bytes() for path in dialogue_folder.glob("*.png")}
+    for name, content in {**images, DIALOGUES: (dialogue_folder / DIALOGUES).read_bytes()}.items():
+        storage.pipe_file(f"/b/d/{name}", content)
+    storage.pipe_file("/b/images.tar", tarred(tmp_path / "images.tar", images).read_bytes())
+    return storage
+
+
+def made(folder, tokenizer, path, **source):
+    limits = {"max_length": 200, "max_images": 2, "seed": 0}
+    prepared, (stats,) = prepare([make_source("messages", [path], **source)], tokenizer, folder=folder, **limits)
+    return prepared, stats
+
+
+def content(prepared):
+    """Return all that a run takes from a set: ids, labels, images as encoded bytes, and record ids."""
+    examples = [(one.input_ids.tolist(), one.labels.tolist(), one.image_index.tolist()) for one in prepared.examples]
+    return examples, list(map(encoded, prepared.images)), list(prepared.image_ids), list(prepared.record_ids)
+
+
+@pytest.mark.parametrize("turns", [None, 3])
+@pytest.mark.parametrize(
+    "image_root", [(), ("memory://b/d",), ("memory://b/images.tar",)], ids=["beside", "folder", "tar"]
+)
+def test_remote_source_is_prepared_as_a_local_one(
+    image_root, turns, uploaded, cache, dialogue_folder, tiny_tokenizer, tmp_path
+):
+    local, _ = made(tmp_path / "local", tiny_tokenizer, dialogue_folder / DIALOGUES, turns=turns)
+    prepared, stats = made(
+        tmp_path / "made", tiny_tokenizer, f"memory://b/d/{DIALOGUES}", image_root=image_root, turns=turns
+    )
+    uploaded.store.clear()
+    shutil.rmtree(cache)
+    assert content(prepared) == content(local)
+    assert stats.source == "memory://b/d/dialogues.jsonl[train]"
+    assert (stats.read, stats.kept) == (12, 12)
+
+
+def test_remote_set_is_opened_until_the_data_change(uploaded, cache, tiny_tokenizer, tmp_path, monkeypatch):
+    def again():
+        forget(monkeypatch)
+        prepared, _ = made(tmp_path, tiny_tokenizer, f"memory://b/d/{DIALOGUES}", image_root=("memory://b/images.tar",))
+        return prepared.sets[0].folder
+
+    first = again()
+    assert first.name.startswith("dialogues.jsonl-")
+    shutil.rmtree(cache)
+    assert again() == first
+    assert not cache.exists()  # neither records nor images were fetched
+    uploaded.pipe_file("/b/images.tar", uploaded.cat_file("/b/images.tar"))
+    assert again() != first
+    assert fetched(cache) == ["memory/b/d/dialogues.jsonl", "memory/b/images.tar"]
+
+
+def test_remote_images_that_are_missing_reject_their_records(uploaded, tiny_tokenizer, tmp_path):
+    uploaded.rm("/b/d/red.png")
+    _, stats = made(tmp_path, tiny_tokenizer, f"memory://b/d/{DIALOGUES}")
+    assert stats.rejected == {"download failed": 5}
+    assert stats.first_rejected == {"download failed": "dialogues.jsonl:1: memory://b/d/red.png: nothing is there"}
+
+
+def test_remote_source_is_prepared_with_a_cache_that_holds_one_file(
+    uploaded, cache, dialogue_folder, tiny_tokenizer, tmp_path, monkeypatch
+):
+    """Each file is fetched when it is needed, and left for the next one; nothing is lost by that."""
+    lines = (dialogue_folder / DIALOGUES).read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        uploaded.pipe_file(f"/b/d/{number:02}.jsonl", line + b" " * 2000)
+    uploaded.rm(f"/b/d/{DIALOGUES}")
+    monkeypatch.setenv(remote.CACHE_SIZE, "4KB")
+    prepared, _ = made(tmp_path / "made", tiny_tokenizer, "memory://b/d/*.jsonl")
+    local, _ = made(tmp_path / "local", tiny_tokenizer, dialogue_folder / DIALOGUES)
+    assert content(prepared)[:3] == content(local)[:3]
+    assert list(prepared.record_ids) == [f"{number:02}.jsonl:1" for number in range(12)]
+    assert fetched(cache) == ["memory/b/d/11.jsonl"]
