@@ -64,7 +64,7 @@ def test_remote_set_is_opened_until_the_data_change(uploaded, cache, tiny_tokeni
     assert first.name.startswith("dialogues.jsonl-")
     shutil.rmtree(cache)
     assert again() == first
-    assert not cache.exists()  # neither records nor images were fetched
+    assert fetched(cache) == []  # neither records nor images were fetched
     uploaded.pipe_file("/b/images.tar", uploaded.cat_file("/b/images.tar"))
     assert again() != first
     assert fetched(cache) == ["memory/b/d/dialogues.jsonl", "memory/b/images.tar"]

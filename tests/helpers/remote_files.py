@@ -19,6 +19,7 @@ def cache(tmp_path, monkeypatch):
 
 def forget(monkeypatch):
     """Begin as a new process would."""
+    monkeypatch.setattr(remote, "_answers", {})
     monkeypatch.setattr(remote, "_listed", {})
     monkeypatch.setattr(remote, "_room", {})
 

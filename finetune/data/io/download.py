@@ -162,6 +162,8 @@ class Downloader:
             try:
                 return self._follow(url, deadline, use)
             except (_RefusedError, HTTPError, HTTPException, OSError, ValueError) as error:
+                if object_storage.is_of_disk(error):
+                    raise
                 if pause is not None and not isinstance(error, _RefusedError | ValueError):
                     time.sleep(pause)
                     continue

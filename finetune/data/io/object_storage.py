@@ -1,5 +1,6 @@
 """Files in object storage and on the hub (s3://, gs://, hf://), listed and read through fsspec."""
 
+import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,10 +75,17 @@ def _attempt(url: str, ask: Callable[[Any], Result]) -> Result:
         except UserError:
             raise
         except Exception as error:  # of any package that fsspec uses
+            if is_of_disk(error):
+                raise
             if pause is None:
                 raise UserError(f"{shown(url)}: {_first_line(error)}{_hint(url)}") from error
             time.sleep(pause)
     raise AssertionError
+
+
+def is_of_disk(error: Exception) -> bool:
+    """Return whether the disk is full, or may not be written to: what is fetched cannot be kept."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _filesystem(url: str) -> Any:

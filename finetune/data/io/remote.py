@@ -2,6 +2,7 @@
 
 <cache>/s3/bucket/d/a.jsonl              the place of s3://bucket/d/a.jsonl, see finetune/recipe/urls.py
 <cache>/.versions/s3/bucket/d/a.jsonl    the version of it that was fetched, as its storage names it
+<cache>/.listings/                       the latest answers of storages
 <cache>/.unfinished/                     files that are being fetched
 <cache>/.locks/                          locks of these, and of the choice of files that leave
 
@@ -11,22 +12,24 @@ are fetched again when they are opened again.
 
 import fcntl
 import hashlib
+import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import astuple
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 
-from finetune.console import parse_size, show_size
+from finetune.console import log, parse_size, show_size
 from finetune.data.io import object_storage
 from finetune.data.io.download import Downloader
-from finetune.data.io.object_storage import PAUSES_S, Entry
+from finetune.data.io.object_storage import PAUSES_S, Entry, NothingThereError
 from finetune.recipe.urls import CACHE, cache_folder, is_in_storage, is_remote, path_of, shown, url_of
-from modeling.atomic_files import open_regular, put_in_place
+from modeling.atomic_files import open_regular, put_in_place, read_json
 from modeling.errors import UserError
 
 CACHE_SIZE = "FINETUNE_REMOTE_CACHE_SIZE"
@@ -43,6 +46,15 @@ PROCESSES = 8
 LEFTOVER_S = 3600
 """A file half fetched into which nothing was written for so long is one that a killed process left."""
 
+OFFLINE = "FINETUNE_OFFLINE"
+"""Environment variable: if set, no storage is asked; what was listed and fetched before is used."""
+
+LARGE = 2**28
+"""Number of bytes from which on a file is named when it is fetched, as that takes a while."""
+
+Question = Literal["find", "below", "match"]
+
+_answers: dict[tuple[Question, Path], Mapping[Path, Entry]] = {}
 _listed: dict[Path, Entry] = {}
 """What this process knows of remote files and folders: it asks once, and sees one version to its end."""
 
@@ -67,8 +79,7 @@ def open_local(path: Path) -> BufferedReader:
 def entry_of(place: Path) -> Entry:
     """Return what is at a remote path. Raises UserError: nothing, no permission, no connection."""
     if place not in _listed:
-        url = url_of(place)
-        _remember({place: object_storage.find(url) if is_in_storage(url) else _web(url).find(url)})
+        _ask("find", place)
     return _listed[place]
 
 
@@ -76,7 +87,7 @@ def is_there(place: Path) -> bool:
     """Return whether a storage has something at a place. On the web, nothing is known of what was not asked for."""
     try:
         return place in _listed or (is_in_storage(url_of(place)) and entry_of(place) is not None)
-    except object_storage.NothingThereError:
+    except NothingThereError:
         return False
 
 
@@ -85,39 +96,60 @@ def expand_remote(place: Path) -> list[Path]:
 
     A name that exists is not read as a pattern, and on the web none is. Raises UserError as `entry_of`.
     """
-    url = url_of(place)
-    fixed = place
-    while any(sign in fixed.name for sign in "*?["):
-        fixed = fixed.parent
-    if fixed != place and is_in_storage(url):
-        with suppress(object_storage.NothingThereError):
-            _remember({place: object_storage.find(url)})
-            return [place]
-        return _places(object_storage.match(url), below=fixed)
-    entry_of(place)
-    return [place]
+    parts = place.relative_to(cache_folder()).parts
+    first = next((number for number, part in enumerate(parts) if any(sign in part for sign in "*?[")), None)
+    if first is None or not is_in_storage(url_of(place)):
+        entry_of(place)
+        return [place]
+    return [place] if is_there(place) else _not_hidden(_ask("match", place), cache_folder().joinpath(*parts[:first]))
 
 
 def files_below_remote(folder: Path) -> list[Path]:
     """Return the places of all files below a folder except hidden ones, sorted. Raises UserError as `entry_of`."""
-    found = _places(object_storage.find_below(url_of(folder)), below=folder)
-    return [place for place in found if not _listed[place].is_folder]
+    found = _ask("below", folder)
+    return [place for place in _not_hidden(found, folder) if not found[place].is_folder]
 
 
-def _places(entries: Mapping[str, Entry], *, below: Path) -> list[Path]:
-    """Keep in mind what was listed. Return the places below a folder, sorted, except hidden ones."""
-    listed = {path_of(url): entry for url, entry in entries.items()}
-    _remember(listed)
-    names = {place: place.relative_to(below).parts for place in listed}
+def _not_hidden(places: Iterable[Path], folder: Path) -> list[Path]:
+    """Return the places below a folder that no name with a dot in front leads to, sorted."""
+    names = {place: place.relative_to(folder).parts for place in places}
     return sorted(place for place, parts in names.items() if parts and not any(part[0] == "." for part in parts))
 
 
-def _remember(entries: Mapping[Path, Entry]) -> None:
-    """Keep entries in mind, and drop what was fetched of other versions."""
-    for place, entry in entries.items():
-        _listed[place] = entry
-        if place.is_file() and _version_of(place) != entry.version:
-            place.unlink(missing_ok=True)
+def _ask(question: Question, place: Path) -> Mapping[Path, Entry]:
+    """Return what the storage answers: what is at a place, which files are below, or what matches a pattern.
+
+    Answers are kept on disk, too, for processes that cannot ask. Raises UserError as `entry_of`.
+    """
+    if (question, place) in _answers:
+        return _answers[question, place]
+    url, cache = url_of(place), cache_folder()
+    kept = cache / ".listings" / f"{hashlib.sha256(f'{question} {url}'.encode()).hexdigest()}.json"
+    if os.environ.get(OFFLINE):
+        stored = read_json(kept)
+        if stored is None:
+            raise NothingThereError(f"{shown(place)}: {OFFLINE} is set, and it was not listed here before")
+        answer = {cache / name: Entry(*values) for name, values in stored.items()}
+    else:
+        if not is_in_storage(url):
+            found = {url: _web(url).find(url)}
+        elif question == "find":
+            found = {url: object_storage.find(url)}
+        else:
+            found = object_storage.find_below(url) if question == "below" else object_storage.match(url)
+        answer = {path_of(one): entry for one, entry in found.items()}
+        stored = {one.relative_to(cache).as_posix(): astuple(entry) for one, entry in answer.items()}
+        with _disk_errors(place):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = kept.with_name(f"{kept.name}.{os.getpid()}")
+            unfinished.write_text(json.dumps(stored), encoding="utf-8")
+            unfinished.replace(kept)
+    _answers[question, place] = answer
+    for one, entry in answer.items():
+        _listed[one] = entry
+        if one.is_file() and _version_of(one) != entry.version:
+            one.unlink(missing_ok=True)
+    return answer
 
 
 def _version_of(place: Path) -> str | None:
@@ -136,27 +168,36 @@ def _fetch(place: Path) -> None:
     """Bring a remote file to its place, unless it is there. Raises UserError."""
     if place.is_file():
         return
+    if os.environ.get(OFFLINE):
+        raise UserError(f"{shown(place)}: {OFFLINE} is set, and the file is not in {cache_folder()}")
     name = hashlib.sha256(os.fsencode(place)).hexdigest()
     unfinished = cache_folder() / ".unfinished" / name
+    with _disk_errors(place), _lock(name[:2]):
+        if place.is_file():  # another process was faster
+            return
+        entry = entry_of(place)
+        if entry.is_folder:
+            raise UserError(f"{shown(place)}: expected a file, found a folder")
+        if entry.size >= LARGE:
+            log(f"fetch {shown(place)} ({show_size(entry.size)})")
+        _make_room(place, entry.size)
+        for path in (place, unfinished, _version_file(place)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _save(place, entry, unfinished)
+            _version_file(place).write_text(entry.version, encoding="utf-8")
+            put_in_place(unfinished, place)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors(place: Path) -> Iterator[None]:
     try:
-        with _lock(name[:2]):
-            if place.is_file():  # another process was faster
-                return
-            entry = entry_of(place)
-            if entry.is_folder:
-                raise UserError(f"{shown(place)}: expected a file, found a folder")
-            _make_room(place, entry.size)
-            for path in (place, unfinished, _version_file(place)):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                _save(place, entry, unfinished)
-                _version_file(place).write_text(entry.version, encoding="utf-8")
-                put_in_place(unfinished, place)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        yield
     except OSError as error:
         detail = f"cannot be kept in {cache_folder()}: {error.strerror}; {CACHE} names another folder"
-        raise UserError(f"{shown(place)}: {detail}") from error
+        raise UserError(f"{shown(place)}: {detail}, and {CACHE_SIZE} limits its size") from error
 
 
 def _save(place: Path, entry: Entry, path: Path) -> None:
@@ -204,7 +245,7 @@ def _cached_files(cache: Path) -> Iterator[tuple[int, Path, int]]:
     """Yield (time of the last use in ns, path, bytes) of each file; those that a killed process left are deleted."""
     for folder, folders, names in os.walk(cache):
         if Path(folder) == cache:
-            folders[:] = [name for name in folders if name not in (".versions", ".locks")]
+            folders[:] = [name for name in folders if name not in (".listings", ".versions", ".locks")]
         for path in (Path(folder, name) for name in names if name != ".url"):
             with suppress(FileNotFoundError):
                 status = path.stat()

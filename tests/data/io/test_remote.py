@@ -1,5 +1,6 @@
 """Remote files: listed without being read, fetched when they are opened, and kept in a cache of bounded size."""
 
+import errno
 import gzip
 import io
 import os
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -49,6 +51,8 @@ def test_remote_files_are_listed_as_local_ones(listed, cache):
     assert urls_of("memory://bucket/d") == both
     assert urls_of("memory://bucket/d/") == both
     assert urls_of("memory://bucket/d/**/*.jsonl*") == both
+    assert urls_of("memory://*/d/a.jsonl") == [both[0]]
+    assert urls_of("memory://bucket/*/a.jsonl") == [both[0]]
     assert urls_of("memory://bucket/*") == [*both, "memory://bucket/e.csv"]
     assert urls_of("memory://bucket/d/[a-c].jsonl", "memory://bucket/e.csv") == [both[0], "memory://bucket/e.csv"]
     assert is_folder(path_of("memory://bucket/d"))
@@ -109,6 +113,55 @@ def test_remote_file_is_fetched_once(storage, cache, monkeypatch):
     assert read("memory://b/a.jsonl") == [("a.jsonl:1", {"a": 7})]
     assert len(saved) == 2
     assert list((cache / ".unfinished").iterdir()) == []
+
+
+def test_remote_file_is_fetched_once_for_all_that_ask_at_once(storage, monkeypatch):
+    storage.pipe_file("/b/a.jsonl", LINES)
+    saved = []
+
+    def save(url, path):
+        saved.append(url)
+        time.sleep(0.05)
+        path.write_bytes(LINES)
+
+    monkeypatch.setattr(object_storage, "save", save)
+    with ThreadPoolExecutor(4) as threads:
+        opened = list(threads.map(open_local, [path_of("memory://b/a.jsonl")] * 4))
+    assert [file.read() for file in opened] == [LINES] * 4
+    assert len(saved) == 1
+
+
+def test_remote_folder_is_listed_once(listed, monkeypatch):
+    asked = []
+    original = object_storage.find_below
+    monkeypatch.setattr(object_storage, "find_below", lambda url: asked.append(url) or original(url))
+    for _ in range(2):
+        assert len(urls_of("memory://bucket/d")) == 2
+        fingerprint(at("memory://bucket/d"))
+    assert asked == ["memory://bucket/d"]
+
+
+def test_remote_file_that_takes_a_while_is_named(storage, monkeypatch, capsys):
+    monkeypatch.setattr(remote, "LARGE", 2**20)
+    storage.pipe_file("/b/a.jsonl", LINES + b" " * 2**20)
+    read("memory://b/a.jsonl")
+    assert "fetch memory://b/a.jsonl (1.0 MiB)" in "".join(capsys.readouterr())
+
+
+def test_remote_files_without_a_connection(listed, cache, monkeypatch):
+    """What was listed and fetched before is used where no storage can be asked, as on many clusters' nodes."""
+    paths = ("memory://bucket/d/*.jsonl", "memory://bucket/d/s", "memory://bucket/e.csv")
+    found, key, records = urls_of(*paths), fingerprint(at(*paths)), read("memory://bucket/d/a.jsonl")
+    monkeypatch.setenv(remote.OFFLINE, "1")
+    monkeypatch.setattr(object_storage, "_filesystem", None)
+    forget(monkeypatch)
+    assert len(found) == 3
+    assert urls_of(*paths) == found
+    assert fingerprint(at(*paths)) == key
+    assert read("memory://bucket/d/a.jsonl") == records
+    other, new = "memory://bucket/d/s/b.jsonl.gz", "memory://bucket/x.jsonl"
+    assert refusal(read, "memory://bucket/d/s") == f"{other}: FINETUNE_OFFLINE is set, and the file is not in {cache}"
+    assert refusal(read, new) == f"{new}: FINETUNE_OFFLINE is set, and it was not listed here before"
 
 
 def test_remote_cache_drops_the_least_recently_opened(storage, cache, monkeypatch):
@@ -172,7 +225,23 @@ def test_remote_cache_without_room_on_disk(storage, cache):
     storage.pipe_file("/b/a.jsonl", LINES)
     got = refusal(read, "memory://b/a.jsonl")
     assert got.startswith(f"memory://b/a.jsonl: cannot be kept in {cache}: ")
-    assert got.endswith("; FINETUNE_REMOTE_CACHE names another folder")
+    assert got.endswith("; FINETUNE_REMOTE_CACHE names another folder, and FINETUNE_REMOTE_CACHE_SIZE limits its size")
+
+
+def test_remote_disk_is_full(storage, web, cache, monkeypatch):
+    """A full disk is no interrupted connection: it is not tried again, and the message says where the files go."""
+    attempts = []
+
+    def full(*_):
+        attempts.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    storage.pipe_file("/b/a.jsonl", LINES)
+    monkeypatch.setattr(type(storage), "get_file", full)
+    monkeypatch.setattr(Downloader, "_pieces", full)
+    for url in ("memory://b/a.jsonl", f"http://127.0.0.1:{web.server_port}/data/a.jsonl"):
+        assert f"{url}: cannot be kept in {cache}: No space left on device; " in refusal(read, url)
+    assert len(attempts) == 2
 
 
 def test_remote_leftover_of_a_killed_process(storage, cache):
