@@ -17,25 +17,23 @@ read        bytes from read calls: the data once to be divided, and once more fo
 
 import argparse
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from preparing_data import WRITERS, write_data
+from sides import ROOT, code_of, finish, start
 
 SIZES = ("text=10000", "text=100000", "text=1000000", "folder=100000", "parquet=50000", "tars=50000")
-ROOT = Path(__file__).parents[2]
+SCRIPT = "preparing_sides.py"
 
 
 def main() -> None:
     arguments = _arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    codes = {arguments.before: _code_of(arguments.before, arguments.out)} if arguments.before else {}
+    codes = {arguments.before: code_of(arguments.before, arguments.out)} if arguments.before else {}
     codes["now"] = ROOT
     print(HEADER)
     results: list[dict[str, Any]] = []
@@ -71,7 +69,8 @@ def measure(
 
 def run_side(side: str, source: dict[str, Any], out: Path, *, workers: int, code: Path = ROOT) -> dict[str, Any]:
     """Return what preparing_sides.py measures in an empty folder, which is deleted after it."""
-    measured = _finish(_start(side, source, out, workers, code))
+    out.mkdir()
+    measured = finish(start(SCRIPT, side, json.dumps(source), out, "--workers", workers, code=code))
     shutil.rmtree(out)
     return measured
 
@@ -86,8 +85,10 @@ def run_nodes(machines: int, source: dict[str, Any], out: Path, *, code: Path = 
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     group = {**address, "WORLD_SIZE": str(machines), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    processes = [_start("node", source, out, 1, code, **group, RANK=str(rank)) for rank in range(machines)]
-    measured = [_finish(process) for process in processes]
+    out.mkdir()
+    command = (SCRIPT, "node", json.dumps(source), out)
+    processes = [start(*command, code=code, **group, RANK=str(rank)) for rank in range(machines)]
+    measured = [finish(process) for process in processes]
     shutil.rmtree(out)
     return {
         **max(measured, key=lambda one: one["seconds"]),
@@ -95,35 +96,6 @@ def run_nodes(machines: int, source: dict[str, Any], out: Path, *, code: Path = 
         "processor_seconds": round(sum(one["processor_seconds"] for one in measured), 2),
         "read_mb": [one["read_mb"] for one in measured],
     }
-
-
-def _start(
-    side: str, source: dict[str, Any], out: Path, workers: int, code: Path, **variables: str
-) -> subprocess.Popen[str]:
-    out.mkdir(exist_ok=True)
-    script = Path(__file__).with_name("preparing_sides.py")
-    command = [sys.executable, script, side, json.dumps(source), out, "--workers", workers]
-    environment = {**os.environ, "PYTHONPATH": str(code), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", **variables}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(list(map(str, command)), env=environment, text=True, **pipes)  # noqa: S603
-
-
-def _finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    printed, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"a measurement ended with status {process.returncode}:\n{errors}")
-    return json.loads(printed.splitlines()[-1])
-
-
-def _code_of(revision: str, out: Path) -> Path:
-    """Return a folder with the code of a git revision."""
-    folder = (out / f"code-{revision.replace('/', '-')}").absolute()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    archive = ["git", "-C", str(ROOT), "archive", revision, "finetune", "modeling"]
-    made = subprocess.run(archive, check=True, stdout=subprocess.PIPE)  # noqa: S603
-    subprocess.run(["tar", "-x"], cwd=folder, check=True, input=made.stdout)  # noqa: S607
-    return folder
 
 
 HEADER = (

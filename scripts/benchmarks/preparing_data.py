@@ -1,4 +1,4 @@
-"""Made-up data of four kinds for the benchmarks of preparing and streaming: all texts and all images are distinct."""
+"""Made-up data for the benchmarks of preparing and streaming: all texts and all images are distinct."""
 
 import io
 import json
@@ -58,9 +58,9 @@ def write_parquet(folder: Path, count: int) -> dict[str, Any]:
     return {"format": "llava", "path": [str(folder / "*.parquet")]}
 
 
-def write_tars(folder: Path, count: int) -> dict[str, Any]:
+def write_tars(folder: Path, count: int, *, size: int = 224, noise: int = 0) -> dict[str, Any]:
     """Webdataset archives: an image and its caption in a sample."""
-    numbered = enumerate(make_images(count))
+    numbered = enumerate(make_images(count, size=size, noise=noise))
     for first in range(0, count, IMAGES_A_FILE):
         with tarfile.open(folder / f"{first // IMAGES_A_FILE:05}.tar", "w") as archive:
             for number, image in islice(numbered, IMAGES_A_FILE):
@@ -69,24 +69,35 @@ def write_tars(folder: Path, count: int) -> dict[str, Any]:
     return {"format": "pairs", "path": [str(folder / "*.tar")]}
 
 
+def write_photographs(folder: Path, count: int) -> dict[str, Any]:
+    """The same with images as large as photographs on the web: 512 pixels a side, 110 kB."""
+    return write_tars(folder, count, size=512, noise=24)
+
+
 WRITERS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "text": write_text,
     "folder": write_folder,
     "parquet": write_parquet,
     "tars": write_tars,
+    "photographs": write_photographs,
 }
 
 
-def make_images(count: int, *, size: int = 224) -> Iterator[bytes]:
-    """Yield distinct JPEG files of about 11 kB: 64 pictures of soft shapes, again and again, each with its number."""
+def make_images(count: int, *, size: int = 224, noise: int = 0) -> Iterator[bytes]:
+    """Yield distinct JPEG files: 64 pictures of soft shapes, again and again, each with its number; 11 kB by default.
+
+    size: pixels of a side; noise: largest change of a pixel's levels.
+    """
     import numpy as np
     import PIL.Image
 
     pictures = []
     for seed in range(min(count, 64)):
-        coarse = np.random.default_rng(seed).integers(0, 256, (size // 16, size // 16, 3), np.uint8)
-        written = io.BytesIO()
-        PIL.Image.fromarray(coarse).resize((size, size), PIL.Image.Resampling.BICUBIC).save(written, "JPEG", quality=90)
+        rng, written = np.random.default_rng(seed), io.BytesIO()
+        coarse = PIL.Image.fromarray(rng.integers(0, 256, (size // 16, size // 16, 3), np.uint8))
+        soft = np.asarray(coarse.resize((size, size), PIL.Image.Resampling.BICUBIC))
+        levels = soft + rng.integers(-noise, noise + 1, soft.shape)
+        PIL.Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(written, "JPEG", quality=90)
         pictures.append(written.getvalue())
     for number in range(count):
         start, rest = pictures[number % 64][:2], pictures[number % 64][2:]

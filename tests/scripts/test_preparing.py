@@ -21,6 +21,7 @@ FIRST = {
     "folder": ("images.jsonl:1", "Which shade is number 0?"),
     "parquet": ("train-00000.parquet#0", "Which shade is number 0?"),
     "tars": ("00000.tar/000000000", "Shade 0 of picture 0."),
+    "photographs": ("00000.tar/000000000", "Shade 0 of picture 0."),
 }
 
 
@@ -35,7 +36,8 @@ def test_made_up_data_is_read_whole(kind, tmp_path):
     assert (record_id, first.turns[0].text) == FIRST[kind]
     images = [image for _, dialogues in records for image in dialogues[0].images]
     assert len(images) == (0 if kind == "text" else 3)
-    assert [encoded(image) for image in images] == list(make_images(3))[: len(images)]
+    shape = {"size": 512, "noise": 24} if kind == "photographs" else {}
+    assert [encoded(image) for image in images] == list(make_images(3, **shape))[: len(images)]
 
 
 def test_images_are_distinct():
