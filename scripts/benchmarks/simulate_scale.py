@@ -1,0 +1,196 @@
+"""What measured rates make of 1 million, 100 million and 141 million web documents, on one node and on sixteen.
+
+    python scripts/benchmarks/preparing.py && python scripts/benchmarks/streaming.py
+    python scripts/benchmarks/simulate_scale.py
+
+Arithmetic, not a measurement: it reads the two scripts' JSON, and prints its assumptions beside what follows from them.
+A document is one of OBELICS (141,047,697 documents, 353 million images, 114.9 billion tokens), its images downloaded
+with img2dataset. The time of each stage is work / speed:
+
+hashing      all bytes are read once, by all nodes
+converting   each node opens, hashes and tokenises its shards on all cores, or waits for its disks
+joining      one node writes all parts as one set: what does not get faster with a second worker
+opening      at each later start, one process checks the set
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+DOCUMENTS, IMAGES, TOKENS = 141_047_697, 353e6, 114.9e9
+"""Of OBELICS, as its authors count."""
+
+PREPARED_PIXELS, STREAMED_PIXELS = 224, 512
+"""Pixels of a side of the images whose preparing and whose streaming are measured."""
+
+GB, HOUR = 1e9, 3600
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What is not measured."""
+
+    cores: int = 32
+    """Cores of a node, all of which prepare; their speeds add up."""
+    memory_gb: float = 256
+    """Memory of a node."""
+    disk_gb_per_second: float = 1
+    """What a node reads from its disks or its network."""
+    storage_gb_per_second: float = 10
+    """What all nodes read together from shared storage."""
+    image_pixels: float = 384
+    """Pixels of a side of an image; opening it takes time in proportion to their square."""
+    image_kb: float = 40
+    """Size of such an image's file."""
+    bytes_per_token: float = 4.5
+    """Bytes of text per token."""
+    images_per_file: int = 10_000
+    """Images in one tar archive, as img2dataset makes it."""
+    documents_per_file: int = 100_000
+    """Documents in one Parquet file."""
+    bytes_per_digest: float = 196
+    """Memory that finding equal images takes where the parts are joined, per image: numpy's sort of their digests."""
+    mappings: int = 65_530
+    """Files that one process can map (vm.max_map_count); joining maps a file of each part."""
+    gpu_tokens_per_second: float = 10_420
+    """Tokens that an H100 trains on, as scale.py predicts for the 9B in QLoRA."""
+    gpus: int = 8
+    """GPUs of a node."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What is measured, for one worker."""
+
+    seconds_per_token: float
+    seconds_per_image: float
+    joining_seconds_per_token: float
+    opening_seconds_per_token: float
+    stored_bytes_per_token: float
+    stored_bytes_per_image: float
+    memory_bytes_per_document: float
+    hashed_gb_per_second: float
+    streamed_images_per_second: float
+    """Images that one worker opens and resizes, in rows of a stream."""
+
+
+def read_rates(preparing: Sequence[Mapping[str, Any]], streaming: Mapping[str, Any], hashed: float) -> Rates:
+    """Return the rates in the results of preparing.py and streaming.py; `hashed`: of SHA-256, in GB/s.
+
+    One and two workers tell apart what is divided (d) and what is not (s): s + d and s + d / 2 seconds.
+    """
+
+    def by_size(kind: str, workers: int) -> list[Mapping[str, Any]]:
+        found = [one for one in preparing if (one["kind"], one["workers"], one["code"]) == (kind, workers, "now")]
+        return sorted((one for one in found if not one["machines"]), key=lambda one: one["dialogues"])
+
+    texts, halved, tars = by_size("text", 1), by_size("text", 2)[-1], by_size("tars", 1)[-1]
+    small, text = texts[0], texts[-1]
+    divided = 2 * (text["seconds"] - halved["seconds"])
+    grown, more_mb = text["dialogues"] - small["dialogues"], text["peak_memory_mb"] - small["peak_memory_mb"]
+    per_token = text["stored_mb"] * 2**20 / text["tokens"]
+    text_of_tars = text["seconds"] / text["tokens"] * tars["tokens"]
+    fastest = max((one for one in streaming["waiting"] if one["code"] == "now"), key=lambda one: one["workers"])
+    return Rates(
+        seconds_per_token=divided / text["tokens"],
+        seconds_per_image=(tars["seconds"] - text_of_tars) / tars["dialogues"],
+        joining_seconds_per_token=max(text["seconds"] - divided, 0) / text["tokens"],
+        opening_seconds_per_token=text["again_seconds"] / text["tokens"],
+        stored_bytes_per_token=per_token,
+        stored_bytes_per_image=max(tars["stored_mb"] * 2**20 - per_token * tars["tokens"], 0) / tars["dialogues"],
+        memory_bytes_per_document=max(more_mb, 0) * 2**20 / max(grown, 1),
+        hashed_gb_per_second=hashed,
+        streamed_images_per_second=fastest["images_per_second"] / max(fastest["workers"], 1),
+    )
+
+
+def simulate(rates: Rates, given: Assumptions, documents: int, nodes: int) -> dict[str, float | str]:
+    """Return the figures of one column: a number of documents on a number of nodes."""
+    images, tokens = documents * IMAGES / DOCUMENTS, documents * TOKENS / DOCUMENTS
+    read_gb = (images * given.image_kb * 1e3 + tokens * given.bytes_per_token) / GB
+    reading = min(nodes * given.disk_gb_per_second, given.storage_gb_per_second)
+    per_image = rates.seconds_per_image * (given.image_pixels / PREPARED_PIXELS) ** 2
+    work = tokens * rates.seconds_per_token + images * per_image
+    stages = {
+        "hashing": read_gb / min(nodes * given.cores * rates.hashed_gb_per_second, reading),
+        "converting": max(work / (nodes * given.cores), read_gb / reading),
+        "joining": tokens * rates.joining_seconds_per_token,
+    }
+    archives, tables = -(-images // given.images_per_file), -(-documents // given.documents_per_file)
+    memory_gb = (images * given.bytes_per_digest + documents * rates.memory_bytes_per_document) / GB
+    stored = tokens * rates.stored_bytes_per_token + images * rates.stored_bytes_per_image
+    longest = max(stages, key=lambda stage: stages[stage])
+    limit = "memory" if memory_gb > given.memory_gb else "mapped files" if archives > given.mappings else ""
+    needed = given.gpu_tokens_per_second * images / tokens / rates.streamed_images_per_second
+    needed *= (given.image_pixels / STREAMED_PIXELS) ** 2
+    return {
+        "files": archives + tables,
+        "TB to read": read_gb / 1e3,
+        "TB prepared": stored / GB / 1e3,
+        "hours of hashing": stages["hashing"] / HOUR,
+        "hours of converting": stages["converting"] / HOUR,
+        "hours of joining": stages["joining"] / HOUR,
+        "hours to prepare": sum(stages.values()) / HOUR,
+        "hours to open, each start": tokens * rates.opening_seconds_per_token / HOUR,
+        "GB of memory to join": memory_gb,
+        "mapped files": archives,
+        "first limit": limit or longest,
+        "stream: worker processes a GPU": needed,
+        "stream: hours of an epoch": tokens / (given.gpu_tokens_per_second * given.gpus * nodes) / HOUR,
+    }
+
+
+def show(rates: Rates, given: Assumptions, columns: Mapping[str, Mapping[str, float | str]]) -> str:
+    """Return assumptions, rates and figures as text."""
+    lines = ["assumed"]
+    lines += [f"  {name.replace('_', ' '):36}{_short(value):>12}" for name, value in asdict(given).items()]
+    lines += ["measured, one worker"]
+    lines += [f"  {name.replace('_', ' '):36}{_short(value):>12}" for name, value in asdict(rates).items()]
+    lines += ["", f"{'':34}" + "".join(f"{name:>16}" for name in columns)]
+    for figure in next(iter(columns.values())):
+        lines.append(f"{figure:34}" + "".join(f"{_short(column[figure]):>16}" for column in columns.values()))
+    return "\n".join(lines)
+
+
+def _short(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def hash_rate(seconds: float = 0.5, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Return how many GB one core hashes in a second, measured now."""
+    block, count, started = bytes(2**24), 0, clock()
+    while clock() - started < seconds:
+        hashlib.sha256(block)
+        count += 1
+    return count * len(block) / (clock() - started) / GB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preparing", type=Path, default=Path("runs/preparing/preparing.json"))
+    parser.add_argument("--streaming", type=Path, default=Path("runs/streaming/streaming.json"))
+    parser.add_argument("--documents", type=int, nargs="+", default=[1_000_000, 100_000_000, DOCUMENTS])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 16])
+    for name, value in asdict(Assumptions()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="assumed: %(default)s")
+    arguments = vars(parser.parse_args())
+    preparing, streaming = (json.loads(arguments[name].read_text()) for name in ("preparing", "streaming"))
+    given = Assumptions(**{name: arguments[name] for name in asdict(Assumptions())})
+    rates = read_rates(preparing, streaming, hash_rate())
+    columns = {
+        f"{documents / 1e6:.0f}M, {nodes} node{'s' if nodes > 1 else ''}": simulate(rates, given, documents, nodes)
+        for documents in arguments["documents"]
+        for nodes in arguments["nodes"]
+    }
+    print(show(rates, given, columns))
+
+
+if __name__ == "__main__":
+    main()
