@@ -157,7 +157,7 @@ def write_recipe(shallow_folder, dialogue_folder):
         sections = {
             "model": {"base": str(shallow_folder)},
             "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
-            "data": {"sources": [data], "eval_split": 0.2, "max_length": 256, "workers": 1},
+            "data": {"sources": [data], "eval_split": 0.2, "max_length": 256, "workers": 0},
             "training": {"steps": 4, "row_tokens": 256, "row_images": 4, "tokens_per_step": 512},
             "evaluation": {"max_new_tokens": 4},
         }

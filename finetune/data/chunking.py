@@ -191,7 +191,6 @@ class Origin:
     record_id: str
     examples: int
     """Number of examples made from the record."""
-    encoder: Encoder
 
 
 def fit_records(
@@ -219,7 +218,7 @@ def fit_records(
     outcomes.count({number: record_id for number, (record_id, _) in enumerate(chunk)})
     kept = [(piece, example) for piece, example in fitted if isinstance(example, Example)]
     examples = Counter(piece.origins[0] for piece, _ in kept)
-    origins = {number: Origin(chunk[number][0], amount, splitter.encoder) for number, amount in examples.items()}
+    origins = {number: Origin(chunk[number][0], amount) for number, amount in examples.items()}
     return [(piece, example, origins[piece.origins[0]]) for piece, example in kept]
 
 

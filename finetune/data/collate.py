@@ -96,12 +96,35 @@ def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))[None]
 
 
+@dataclass(frozen=True)
+class MadeRow:
+    """A row on its way from where it was made, perhaps another process, to the trainer."""
+
+    number: int
+    batch: Batch
+    state: dict[str, Any] | None = None
+    """Where streams stand after it, as JSON values; None for rows that have no state."""
+
+
 class Rows(Protocol):
-    """The rows of a run by number."""
+    """The rows of a run by number. They are made in any process, and taken by the one that trains on them."""
 
     def __len__(self) -> int: ...
 
-    def at(self, number: int) -> Batch: ...
+    def workers(self, most: int, *, processes: int) -> int:
+        """Return how many worker processes, at most `most`, should make the rows of one of `processes` that train.
+
+        0: a thread makes them as fast.
+        """
+
+    def make(self, number: int) -> MadeRow: ...
+
+    def take(self, made: MadeRow) -> Batch:
+        """Return the batch of a row, which the trainer is about to train on."""
+        return made.batch
+
+    def at(self, number: int) -> Batch:
+        return self.take(self.make(number))
 
     def epoch(self, number: int) -> int:
         """Return the epoch in which a row was drawn."""
@@ -116,11 +139,11 @@ class Rows(Protocol):
         """Return a row without examples."""
 
     def state(self, rows: int) -> list[Any]:
-        """Return the state to checkpoint after the first `rows` rows, as JSON values."""
+        """Return the state to checkpoint after this process's rows among the first `rows`, as JSON values."""
         return []
 
     def restore(self, state: Sequence[Any]) -> None:
-        """Restore the state of a checkpoint or of another process."""
+        """Restore the state of a checkpoint or of other processes."""
         assert not state, "of rows that have none"
 
 
@@ -161,8 +184,12 @@ class RowCollator(Rows):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def at(self, number: int) -> Batch:
-        return self.batch(self.rows[number])
+    def workers(self, most: int, *, processes: int) -> int:
+        """Return `most` where rows have images to open: a thread gathers cached features faster than a process."""
+        return most if self.features is None and len(self.images) else 0
+
+    def make(self, number: int) -> MadeRow:
+        return MadeRow(number, self.batch(self.rows[number]))
 
     def epoch(self, number: int) -> int:
         return self.rows[number].epoch

@@ -103,7 +103,7 @@ def prepare_options(data: Data, *, row_images: int, seed: int) -> dict[str, Any]
         "max_images": row_images,
         "seed": seed,
         "folder": Path(data.prepared),
-        "workers": data.workers or available_cores(),
+        "workers": available_cores() if data.workers is None else max(data.workers, 1),
         "track": track,
     }
 

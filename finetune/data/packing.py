@@ -3,12 +3,16 @@
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 LARGE = 1 / 4
 """Share of a row from which on a sequence is large: large ones are packed first, in decreasing size."""
 
 LAST = 1 / 10
 """Share of all sequences that are packed last: the smallest ones, which fill the remaining gaps."""
+
+ENDS = 16
+"""Number of ends of a window that are tried."""
 
 
 def pack(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_images: int) -> list[list[int]]:
@@ -42,6 +46,28 @@ def pack(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_i
         rows_with[room, image_room].append(row)
         rooms[image_room] |= 1 << room
     return rows
+
+
+def pack_window(
+    tokens: Sequence[int], images: Sequence[int], *, rows: int, row_tokens: int, row_images: int
+) -> list[list[int]]:
+    """Pack the first sequences into about `rows` rows: as many of the sequences as leave the least room in their rows.
+
+    What is left over belongs to the next window. The last row of a window whose end is not chosen is half empty on
+    average; with a chosen end, windows of 8 rows are as full as whole epochs.
+
+    >>> pack_window((5, 3, 4), (0, 0, 0), rows=1, row_tokens=8, row_images=1)
+    [[0, 1]]
+    """
+    totals = zip(accumulate(tokens), accumulate(images), strict=True)
+    filled = [max(length / row_tokens, pictures / row_images) for length, pictures in totals]
+    stops = [stop for stop, amount in enumerate(filled, start=1) if amount >= rows - 1 / 2] or [len(filled)]
+    best, fullest = [], 0.0
+    for stop in stops[:: math.ceil(len(stops) / ENDS)]:
+        packs = pack(tokens[:stop], images[:stop], row_tokens=row_tokens, row_images=row_images)
+        if (fill := filled[stop - 1] / len(packs)) >= fullest:
+            best, fullest = packs, fill
+    return best
 
 
 def arrange(tokens: Sequence[int], images: Sequence[int], *, row_tokens: int, row_images: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Examples -> the rows of a run: in order for evaluation, sampled and shuffled for training, or streamed."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,17 @@ from finetune.data.images import Preprocessing
 from finetune.data.packing import pack_in_order
 from finetune.data.prepared import Prepared
 from finetune.data.sampling import Row, build_schedule
-from finetune.data.streaming import StreamedRows, downloads, prepared_epochs, streamed_epochs
+from finetune.data.shards import shards_of
+from finetune.data.stream_sources import PreparedReader, StreamReader
+from finetune.data.streaming import StreamedRows, downloads
 from finetune.data.tokenize import Encoder
 from finetune.recipe.schema import Data, Source, Training
+
+LANES = 16
+"""Least number of lanes of a stream (see streaming.py), if that is a multiple of the rows of a step."""
+
+LEAST_BLOCK = 32
+"""Least number of records that a lane reads and shuffles at once."""
 
 
 def eval_rows(
@@ -85,25 +94,35 @@ def _streamed_rows(
     **varied: Any,
 ) -> StreamedRows:
     assert training.steps
+    lanes = training.rows_per_step * max(1, LANES // training.rows_per_step)
     limits = Limits(data.max_length, training.row_images)
     encoder, prepared_sets = Encoder(tokenizer), iter(dataset.train.sets)
     return StreamedRows(
         readers=[
-            streamed_epochs(source, splitter(source, encoder, limits, seed=training.seed), number)
+            StreamReader(
+                source,
+                shards_of(source, multiple_of=lanes),
+                splitter(source, encoder, limits, seed=training.seed),
+                number,
+                training.seed,
+                lanes,
+                max(LEAST_BLOCK, math.ceil(data.shuffle_buffer / lanes)),
+            )
             if source.stream
-            else prepared_epochs(next(prepared_sets), number, training.seed)
+            else PreparedReader(next(prepared_sets), number, training.seed, lanes)
             for number, source in enumerate(sources)
         ],
         names=[source.name for source in sources],
         weights=[source.weight for source in data.sources],
         unit=data.weigh,
+        limits=[source.limit if source.stream else None for source in sources],
         rows=training.steps * training.rows_per_step,
+        lanes=lanes,
         row_tokens=training.row_tokens,
         row_images=training.row_images,
-        buffer=data.shuffle_buffer,
-        remembered=4 * training.rows_per_step,  # rows of one step, and prefetched ones
         preprocessing=preprocessing,
         filler=tokenizer.bos_token_id,
+        encoder=encoder,
         downloader=downloads(Path(data.prepared) / "downloads", sources),
         **varied,
     )

@@ -118,6 +118,14 @@ class SourceStats:
         return cls(**{**values, **counters})
 
 
+def add_up(first: SourceStats, *others: SourceStats) -> SourceStats:
+    """Return the sum of the statistics of parts of a source."""
+    total = SourceStats(first.source)
+    for part in (first, *others):
+        total.add(part)
+    return total
+
+
 def most_frequent(counts: Mapping[str, int], most: int = 8) -> str:
     """Return the largest counts as text: "score 10, url 3 and 7 more"."""
     first = sorted(counts.items(), key=lambda item: -item[1])[:most]

@@ -1,199 +1,160 @@
 """Rows of sources that are read during training: nothing is prepared, and memory is bounded whatever their size.
 
-The rows are the same on every rank: each rank reads all records, and opens only the images of its own rows. A resumed
-run reads the stream again up to its row, without opening images.
+    row       0   1   2   3   4   5   6   7 ...        L = 4 lanes; lane l makes the rows l, l + L, ...
+    lane      0   1   2   3   0   1   2   3
+    rank      0   1   0   1   0   1   0   1            2 processes that train: each has every other lane
+    worker    a   c   b   d   a   c   b   d            2 workers for each: every lane has one process
+
+A lane reads its own shards of each source, mixes the sources by weight, packs a window of rows and shuffles it. Lanes
+know nothing of each other, and of who runs them: a row is a function of data, seed and number of lanes. The state of a
+lane after each of its rows is a few JSON values; a run that goes on from it reads again the lane's last blocks of
+records, and passes over the records before them in their shards.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
-from itertools import count, islice
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
-from threading import Lock, RLock
 from typing import Any
 
 import numpy as np
 
-from finetune.data.chat_template import render
-from finetune.data.chunking import Origin, Splitter, fit_records, without_images
-from finetune.data.collate import Batch, collate, stack_pixels
-from finetune.data.conversation import Dialogue, Image, RecordError, Remote
+from finetune.data.collate import Batch, MadeRow, Rows, collate, stack_pixels
+from finetune.data.conversation import Image, RecordError, Remote
 from finetune.data.images import Preprocessing, open_image
 from finetune.data.io.download import Downloader
-from finetune.data.packing import pack
-from finetune.data.prepared import PreparedSet
-from finetune.data.read_dialogues import read_dialogues
+from finetune.data.packing import pack_window
 from finetune.data.sampling import Unit
-from finetune.data.stats import SourceStats, why_nothing_is_left
-from finetune.data.tokenize import Example, tokenize_all
+from finetune.data.stats import SourceStats, add_up, why_nothing_is_left
+from finetune.data.stream_sources import Drawn, Place, Reader
+from finetune.data.tokenize import Encoder
 from finetune.recipe.schema import Augment, Source
 from modeling.errors import UserError
 
-TOKENISED_AT_ONCE = 64
-"""Number of records that are tokenised at once."""
+WINDOW_ROWS = 8
+"""Number of rows that are packed together. A larger window fills rows no better, as its end is chosen by `cut`."""
 
-WINDOW_ROWS = 64
-"""Number of rows that are packed together. A larger window fills rows better, and keeps more examples in memory."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """An example on its way into a row."""
-
-    example: Example
-    images: tuple[Image, ...]
-    source: int
-    epoch: int
-    """Number of times that its source was read to the end before."""
-    record_id: str
-    """The id of its record."""
-    origin: Origin | None = None
-    """Its record; None where the source is prepared, so that its images are known to open."""
-    document: Dialogue | None = None
-    """The document, if it is a streamed one: images that cannot be opened are left out of it."""
-
-    def without(self, lost: Sequence[bool]) -> "list[Drawn]":
-        """Return the examples of a document without its lost images; `lost` has one value per image, in order."""
-        assert self.document is not None
-        assert self.origin is not None
-        documents = without_images(self.document, lost)
-        examples = tokenize_all([render(document) for document in documents], self.origin.encoder)
-        return [
-            replace(self, example=example, images=document.images, document=document)
-            for document, example in zip(documents, examples, strict=True)
-            if isinstance(example, Example) and document.turns[0].text
-        ]
-
-
-ReadEpoch = Callable[[int, SourceStats], Iterator[Drawn]]
-"""(epoch, statistics to count records in) -> all examples of a source, once."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """An example (or only one image of a document) that is left out because an image cannot be opened."""
-
-    row: int
-    index: int
-    """Index in its row."""
-    source: int
-    record_id: str
-    of: int
-    """Number of examples of its record."""
-    reason: str
-    detail: str
-    goes_on: bool = False
+State = dict[str, Any]
+"""State of a lane after one of its rows, as JSON values."""
 
 
 @dataclass
-class StreamedRows:
-    """The rows of a run, made in order. Asking for an earlier row restarts the stream."""
+class StreamedRows(Rows):
+    """The rows of a run. Each lane makes its rows in order; asking for an earlier one restarts the lane."""
 
-    readers: Sequence[ReadEpoch]
-    """The function that reads each source once."""
+    readers: Sequence[Reader]
+    """The reader of each source."""
     names: Sequence[str]
     weights: Sequence[float | None]
     rows: int
+    lanes: int
     row_tokens: int
     row_images: int
     seed: int
     preprocessing: Preprocessing
     filler: int
+    encoder: Encoder
     downloader: Downloader | None = None
     unit: Unit = "examples"
-    buffer: int = 1000
-    """Size of each source's shuffle buffer, in examples."""
+    limits: Sequence[int | None] = ()
+    """The `limit` of each source."""
     augment: Augment = field(default_factory=Augment)
     blank_image: bool = False
     skipped: Collection[tuple[str, str]] = frozenset()
     """(source, record_id) of records that are left out."""
-    remembered: int = 0
-    """Number of latest rows whose dialogues are kept, so that `dialogues` need not restart the stream."""
+    window: int = WINDOW_ROWS
 
     def __post_init__(self) -> None:
-        # Rows are made in a thread, and who logs asks for their sizes: that never waits for images, which may be
-        # downloads.
-        self._reading, self._opening = RLock(), Lock()
-        self._tokens: dict[int, int] = {}
-        self._epochs: dict[int, int] = {}
-        self._last: dict[int, list[Drawn]] = {}
-        self._lost: set[Lost] = set()
-        self._begin()
+        self._lanes: dict[int, Lane] = {}
+        self._states: dict[int, State] = {}
+        """Number of a row that was taken -> state after it; the last rows alone."""
 
-    def _begin(self) -> None:
-        self._stats = [SourceStats(name) for name in self.names]
-        self._coming = self._stream()
-        self._next = 0
-
-    @property
-    def source_stats(self) -> list[SourceStats]:
-        """Return the statistics of each source in its first epoch, as far as it has been read.
-
-        Each process counts only images that could not be opened in its own rows, and in restored ones.
-        """
-        with self._reading:
-            return [self._stats_of(number) for number in range(len(self.names))]
-
-    def _stats_of(self, source: int) -> SourceStats:
-        stats = SourceStats(self.names[source])
-        stats.add(self._stats[source])
-        lost = sorted((one for one in self._lost if one.source == source), key=lambda one: (one.row, one.index))
-        left = {one.record_id: one.of for one in lost}
-        for one in lost:
-            left[one.record_id] -= not one.goes_on
-            error = RecordError(one.reason, one.detail)
-            if one.goes_on or left[one.record_id]:
-                stats.reject_part(one.record_id, error)
-            else:
-                stats.kept -= 1
-                stats.reject(one.record_id, error)
-        return stats
-
-    def state(self, rows: int) -> list[Any]:
-        with self._reading:
-            return [list(astuple(one)) for one in self._lost if one.row < rows]
-
-    def restore(self, state: Sequence[Any]) -> None:
-        with self._reading:
-            self._lost |= {Lost(*values) for values in state}
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lanes": {}}  # a worker process starts its own
 
     def __len__(self) -> int:
         return self.rows
 
+    def workers(self, most: int, *, processes: int) -> int:
+        """Return the largest number that divides the lanes of a process evenly."""
+        lanes = self.lanes // processes
+        return max((number for number in range(1, min(most, lanes) + 1) if lanes % number == 0), default=0)
+
+    def make(self, number: int) -> MadeRow:
+        lane = self._lanes.get(number % self.lanes)
+        if lane is None or lane.number != number:
+            lane = self._lanes[number % self.lanes] = self._lane_before(number)
+        return lane.make(number)
+
+    def take(self, made: MadeRow) -> Batch:
+        assert made.state is not None
+        self._states[made.number] = made.state
+        for number in [number for number in self._states if number <= made.number - 3 * self.lanes]:
+            del self._states[number]
+        self._require_usable()
+        return made.batch
+
+    def _lane_before(self, number: int) -> "Lane":
+        """Return the lane of a row at the last place before the row that is known."""
+        lane = number % self.lanes
+        known = [row for row in self._states if row < number and row % self.lanes == lane]
+        return Lane(self, lane, self._states[max(known)] if known else None)
+
+    def _require_usable(self) -> None:
+        """Raise UserError where all of a source was read, and no image of it could be opened."""
+        last = self._last_states(self.rows)
+        for source, name in enumerate(self.names):
+            if any(state["usable"][source] for state in last):
+                continue
+            # In every epoch these lanes have other shares; together they have had all.
+            if len(last) * min(state["places"][source]["epoch"] for state in last) >= self.lanes:
+                raise UserError(f"{name}: {why_nothing_is_left([self.source_stats[source]])}")
+
     def tokens(self, number: int) -> int:
-        with self._reading:
-            if number not in self._tokens:
-                self._go_on(number)
-        return self._tokens[number]
+        """Return the number of example tokens in a row that was taken lately."""
+        return self._states[number]["tokens"]
 
     def epoch(self, number: int) -> int:
-        with self._reading:
-            if number not in self._epochs:
-                self._go_on(number)
-        return self._epochs[number]
+        """Return the epoch of a row that was taken lately: the first of those of its examples."""
+        return self._states[number]["epoch"]
 
     def dialogues(self, number: int) -> list[tuple[tuple[str, str], Batch]]:
-        with self._reading:
-            row = self._last[number] if number in self._last else self._go_on(number)
-        with self._opening:
-            alone = [(drawn, self._opened([drawn], number, lose=lambda *_: None)) for drawn in row]
-        return [(self._origin(drawn), self._collate(*opened)) for drawn, opened in alone if opened[0]]
+        """Return each example of a row that was taken lately as a batch of its own, with its origin."""
+        return self._lane_before(number).dialogues(number)
 
     def empty(self) -> Batch:
-        return self._collate([], {})
+        return self.collate([], {})
 
-    def _origin(self, drawn: Drawn) -> tuple[str, str]:
-        return self.names[drawn.source], drawn.record_id
+    @property
+    def source_stats(self) -> list[SourceStats]:
+        """Return the statistics of each source in its first epoch, as far as the rows that were taken have read it."""
+        found = [SourceStats(name) for name in self.names]
+        for state in self._last_states(self.rows):
+            for stats, more in zip(found, state["stats"], strict=True):
+                stats.add(SourceStats.from_json(more))
+        for stats, limit in zip(found, self.limits, strict=False):
+            stats.limited = stats.read == limit
+        return found
 
-    def at(self, number: int) -> Batch:
-        with self._reading:
-            coming = self._go_on(number)
-        with self._opening:
-            row, pixels = self._opened(coming, number, lose=self._lose)
-        with self._reading:
-            self._tokens[number] = sum(len(drawn.example) for drawn in row)
-        return self._collate(row, pixels)
+    def state(self, rows: int) -> list[State]:
+        return self._last_states(rows)
 
-    def _collate(self, row: Sequence[Drawn], pixels: Mapping[Image, np.ndarray]) -> Batch:
+    def restore(self, state: Sequence[Any]) -> None:
+        for one in state:
+            if not isinstance(one, dict) or one.get("lanes") != self.lanes:
+                got = one.get("lanes") if isinstance(one, dict) else "another version's"
+                raise UserError(
+                    f"the checkpoint's place in the streams: expected that of {self.lanes} lanes, got {got!r:.80}\n"
+                    "  start the run again in another folder"
+                )
+            self._states[one["row"]] = one
+
+    def _last_states(self, rows: int) -> list[State]:
+        """Return the state of each known lane after its last row below `rows`."""
+        last = {row % self.lanes: row for row in sorted(self._states) if row < rows}
+        return [self._states[last[lane]] for lane in sorted(last)]
+
+    def collate(self, row: Sequence[Drawn], pixels: Mapping[Image, np.ndarray]) -> Batch:
         numbers = {image: index for index, image in enumerate(pixels)}
         levels, size = list(pixels.values()), self.preprocessing.size
         return collate(
@@ -205,44 +166,122 @@ class StreamedRows:
             filler=self.filler,
         )
 
-    def _go_on(self, number: int) -> list[Drawn]:
-        """Return row `number`. Rows are made in order, so an earlier row restarts the stream."""
-        if number < self._next:
-            self._begin()
-        row: list[Drawn] = []
-        while self._next <= number:
-            row = [drawn for drawn in next(self._coming) if self._origin(drawn) not in self.skipped]
-            self._tokens[self._next] = sum(len(drawn.example) for drawn in row)
-            self._epochs[self._next] = min((drawn.epoch for drawn in row), default=self._epochs.get(self._next - 1, 0))
-            self._last[self._next] = row
-            self._last.pop(self._next - self.remembered, None)
-            self._next += 1
-        return row
 
-    def _opened(
-        self, row: Sequence[Drawn], number: int, *, lose: Callable[[Drawn, int, int, RecordError, bool], None]
-    ) -> tuple[list[Drawn], dict[Image, np.ndarray]]:
+Lose = Callable[[Drawn, RecordError, bool], None]
+"""(an example, why an image of it cannot be opened, whether the example goes on without it)."""
+
+
+class Lane:
+    """Makes every L-th row, in order."""
+
+    def __init__(self, rows: StreamedRows, lane: int, state: State | None):
+        """Go on after the row of a state, or begin."""
+        self.rows, self.lane = rows, lane
+        self.number = state["row"] + rows.lanes if state else lane
+        """Number of its next row."""
+        self._epoch = state["epoch"] if state else 0
+        self._usable = list(state["usable"]) if state else [False] * len(rows.names)
+        self._lost = (
+            [SourceStats.from_json(one) for one in state["lost"]] if state else list(map(SourceStats, rows.names))
+        )
+        """What lost images change in the statistics of each source."""
+        self._partly_lost = [dict(one) for one in state["partly_lost"]] if state else [{} for _ in rows.names]
+        """Record id -> number of its examples that are lost, of each source."""
+        self._coming = self._pack_windows(state)
+
+    def make(self, number: int) -> MadeRow:
+        """Return row `number`; rows before it are left out, and their images not opened."""
+        row, place = self._row(number)
+        usable, pixels = self._open(row, number, lose=self._lose)
+        for drawn in usable:
+            self._usable[drawn.source] = True
+        tokens = sum(len(drawn.example) for drawn in usable)
+        stats = [add_up(read, lost) for read, lost in zip(self._read, self._lost, strict=True)]
+        state = {
+            "lanes": self.rows.lanes,
+            "row": number,
+            "tokens": tokens,
+            "epoch": self._epoch,
+            **place,
+            "usable": list(self._usable),
+            "lost": [one.partial() for one in self._lost],
+            "partly_lost": [dict(one) for one in self._partly_lost],
+            "stats": [one.partial() for one in stats],
+        }
+        return MadeRow(number, self.rows.collate(usable, pixels), state)
+
+    def dialogues(self, number: int) -> list[tuple[tuple[str, str], Batch]]:
+        row, _ = self._row(number)
+        alone = [(drawn, self._open([drawn], number, lose=lambda *_: None)) for drawn in row]
+        return [(self._origin(drawn), self.rows.collate(*opened)) for drawn, opened in alone if opened[0]]
+
+    def _origin(self, drawn: Drawn) -> tuple[str, str]:
+        return self.rows.names[drawn.source], drawn.record_id
+
+    def _row(self, number: int) -> tuple[list[Drawn], State]:
+        """Return (the examples of row `number`, the place after it)."""
+        assert number >= self.number
+        assert number % self.rows.lanes == self.lane
+        while True:
+            row, place = next(self._coming)
+            kept = [drawn for drawn in row if self._origin(drawn) not in self.rows.skipped]
+            if len(kept) < len(row):  # a record that is skipped could be opened before
+                self._usable = [
+                    usable or any(drawn.source == source for drawn in row) for source, usable in enumerate(self._usable)
+                ]
+            self._epoch = min((drawn.epoch for drawn in kept), default=self._epoch)
+            self.number += self.rows.lanes
+            if self.number > number:
+                return kept, place
+
+    def _pack_windows(self, state: State | None) -> Iterator[tuple[list[Drawn], State]]:
+        """Yield (a row's examples, the place after it): mix examples by weight, pack a window, shuffle its rows."""
+        rows, given = self.rows, state["given"] if state else 0
+        mixture = Mixture(rows.readers, self.lane, [weight or 1.0 for weight in rows.weights], rows.unit, state)
+        waiting: list[tuple[Drawn, State]] = []
+        for window in count(state["window"] if state else 0):
+            tokens = sum(len(drawn.example) for drawn, _ in waiting)
+            images = sum(len(set(drawn.images)) for drawn, _ in waiting)
+            while max(tokens / rows.row_tokens, images / rows.row_images) < rows.window + 1:
+                place = mixture.place()
+                drawn = mixture.draw()
+                waiting.append((drawn, place))
+                tokens, images = tokens + len(drawn.example), images + len(set(drawn.images))
+            self._read = [coming.stats for coming in mixture.coming]
+            sizes = [(len(drawn.example), len(set(drawn.images))) for drawn, _ in waiting]
+            packs = pack_window(
+                *zip(*sizes, strict=True), rows=rows.window, row_tokens=rows.row_tokens, row_images=rows.row_images
+            )
+            place = {"window": window, **waiting[0][1]}
+            order = np.random.default_rng([rows.seed, self.lane, window, 6]).permutation(len(packs))
+            for number, row in enumerate(order[given:].tolist(), start=given + 1):
+                yield [waiting[index][0] for index in packs[row]], {**place, "given": number}
+            given = 0
+            waiting = waiting[sum(map(len, packs)) :]
+
+    def _open(self, row: Sequence[Drawn], number: int, *, lose: Lose) -> tuple[list[Drawn], dict[Image, np.ndarray]]:
         """Return (examples whose images can be opened, the pixels of these images); `lose` counts the others.
 
         As in preparing, a document leaves out lost images, if at least one is left.
         """
-        rng = np.random.default_rng([self.seed, number, 8]) if self.augment != Augment() else None
+        rows = self.rows
+        rng = np.random.default_rng([rows.seed, number, 8]) if rows.augment != Augment() else None
         urls = [image.source.url for drawn in row for image in drawn.images if isinstance(image.source, Remote)]
         fetched: dict[str, Path | RecordError] = {}
         if urls:
-            assert self.downloader is not None
-            fetched = self.downloader.fetch_all(urls)
+            assert rows.downloader is not None
+            fetched = rows.downloader.fetch_all(urls)
         pixels = dict[Image, np.ndarray]()
         usable: list[Drawn] = []
-        for index, drawn in enumerate(row):
+        for drawn in row:
             found = {image: self._pixels(image, fetched, rng) for image in drawn.images if image not in pixels}
             errors = [one for one in found.values() if isinstance(one, RecordError)]
             gone = [isinstance(found.get(image), RecordError) for image in drawn.images]
             goes_on = drawn.document is not None and not all(gone)
             for error in errors if goes_on else errors[:1]:
-                lose(drawn, number, index, error, goes_on)
+                lose(drawn, error, goes_on)
             if not errors or goes_on:
-                usable += drawn.without(gone) if errors else [drawn]
+                usable += drawn.without(gone, rows.encoder) if errors else [drawn]
                 pixels |= {image: one for image, one in found.items() if not isinstance(one, RecordError)}
         return usable, pixels
 
@@ -255,111 +294,64 @@ class StreamedRows:
                 return found
             image = Image(found)
         try:
-            return self.preprocessing.pixels(open_image(image), augment=self.augment, rng=rng)
+            return self.rows.preprocessing.pixels(open_image(image), augment=self.rows.augment, rng=rng)
         except RecordError as error:
             return error
 
-    def _lose(self, drawn: Drawn, row: int, index: int, error: RecordError, goes_on: bool) -> None:
-        """Record a lost example or image in the first epoch. Raises the error if the source is prepared."""
-        if drawn.origin is None:
+    def _lose(self, drawn: Drawn, error: RecordError, goes_on: bool) -> None:
+        """Count a lost example or image of the first epoch. Raises the error if the source is prepared."""
+        if drawn.parts is None:
             raise error
-        if not drawn.epoch:
-            lost = Lost(
-                row, index, drawn.source, drawn.record_id, drawn.origin.examples, error.reason, error.detail, goes_on
-            )
-            with self._reading:
-                self._lost.add(lost)
+        if drawn.epoch:
+            return
+        stats, partly_lost = self._lost[drawn.source], self._partly_lost[drawn.source]
+        lost = 0 if goes_on else partly_lost.pop(drawn.record_id, 0) + 1
+        if lost == drawn.parts:
+            stats.kept -= 1
+            stats.reject(drawn.record_id, error)
+            return
+        stats.reject_part(drawn.record_id, error)
+        if lost:
+            partly_lost[drawn.record_id] = lost
 
-    def _stream(self) -> Iterator[list[Drawn]]:
-        """Yield rows without end: mix examples by weight, collect a window, pack it, and shuffle its rows."""
-        streams = [self._endless(number) for number in range(len(self.readers))]
-        examples = mix(streams, [weight or 1.0 for weight in self.weights], unit=self.unit)
-        for window in count():
-            gathered: list[Drawn] = []
-            tokens = images = 0
-            while tokens < WINDOW_ROWS * self.row_tokens and images < WINDOW_ROWS * self.row_images:
-                drawn = next(examples)
-                gathered.append(drawn)
-                tokens, images = tokens + len(drawn.example), images + len(set(drawn.images))
-            lengths, pictures = zip(*((len(one.example), len(set(one.images))) for one in gathered), strict=True)
-            packs = pack(lengths, pictures, row_tokens=self.row_tokens, row_images=self.row_images)
-            order = np.random.default_rng([self.seed, window, 6]).permutation(len(packs))
-            yield from ([gathered[index] for index in packs[row]] for row in order)
 
-    def _endless(self, number: int) -> Iterator[Drawn]:
-        """Yield epoch after epoch of a source. Raises UserError after an epoch without any usable record."""
-        first = self._stats[number]
-        for epoch in count():
-            stats = first if epoch == 0 else SourceStats(self.names[number])
-            rng = np.random.default_rng([self.seed, epoch, number, 7])
-            yield from shuffle(self.readers[number](epoch, stats), rng, buffer=self.buffer)
-            for one in (stats, self._stats_of(number)):
-                if not one.kept:
-                    raise UserError(f"{one.source}: {why_nothing_is_left([one])}")
+class Mixture:
+    """The examples of all sources in one order. At any point, each source is within one example of its share.
+
+    Among the sources whose next example does not exceed their share, the one that would fall behind first is next
+    (earliest deadline first, as in proportionate scheduling: Baruah et al. 1996).
+    """
+
+    def __init__(
+        self, readers: Sequence[Reader], lane: int, weights: Sequence[float], unit: Unit, state: State | None = None
+    ):
+        """Go on where a state's window began, or begin."""
+        places = [Place(**place) for place in state["places"]] if state else [Place()] * len(readers)
+        self._streams = [reader.read(lane, place) for reader, place in zip(readers, places, strict=True)]
+        self._shares, self._unit = [weight / sum(weights) for weight in weights], unit
+        self._given = list(state["mixed"]) if state else [0] * len(readers)
+        self.coming = [next(stream) for stream in self._streams]
+
+    def place(self) -> State:
+        """Return the place of the next example, as JSON values."""
+        return {"mixed": list(self._given), "places": [asdict(coming.place) for coming in self.coming]}
+
+    def draw(self) -> Drawn:
+        amounts = [len(coming.drawn.example) if self._unit == "tokens" else 1 for coming in self.coming]
+        total = sum(self._given)
+        due = [
+            number
+            for number, share in enumerate(self._shares)
+            if self._given[number] < share * (total + amounts[number])
+        ]
+        chosen = min(due, key=lambda number: (self._given[number] + amounts[number]) / self._shares[number])
+        drawn = self.coming[chosen].drawn
+        self._given[chosen] += amounts[chosen]
+        self.coming[chosen] = next(self._streams[chosen])
+        return drawn
 
 
 def downloads(folder: Path, sources: Sequence[Source]) -> Downloader | None:
     """Return a downloader for the sources that allow downloads, or have images at URLs; None if none does."""
     allowed: list[Any] = [source for source in sources if source.download or source.is_remote]
     return Downloader(folder, http=any(source.download == "http" for source in allowed)) if allowed else None
-
-
-def streamed_epochs(source: Source, splitter: Splitter, number: int) -> ReadEpoch:
-    """Return the function that reads a streamed source once."""
-
-    def one_epoch(epoch: int, stats: SourceStats) -> Iterator[Drawn]:
-        dialogues = read_dialogues(source, stats, seed=splitter.seed)
-        for start in count(step=TOKENISED_AT_ONCE):
-            chunk = list(islice(dialogues, TOKENISED_AT_ONCE))
-            if not chunk:
-                return
-            stats.dialogues += len(chunk)
-            for piece, example, origin in fit_records(chunk, splitter, stats, start=start):
-                document = piece.dialogue if piece.dialogue.is_document else None
-                yield Drawn(example, piece.dialogue.images, number, epoch, origin.record_id, origin, document)
-
-    return one_epoch
-
-
-def prepared_epochs(found: PreparedSet, number: int, seed: int) -> ReadEpoch:
-    """Return the function that reads a prepared source once, shuffled, to be mixed with streamed ones."""
-
-    def one_epoch(epoch: int, stats: SourceStats) -> Iterator[Drawn]:
-        stats.add(found.stats)
-        for row in np.random.default_rng([seed, epoch, number]).permutation(len(found)).tolist():
-            record_id = found.examples.text("record_id", row)
-            yield Drawn(found.example(row), found.dialogue(row).images, number, epoch, record_id)
-
-    return one_epoch
-
-
-def shuffle(examples: Iterable[Drawn], rng: np.random.Generator, *, buffer: int) -> Iterator[Drawn]:
-    """Yield examples in random order, each drawn from a buffer of at most `buffer` examples."""
-    kept: list[Drawn] = []
-    for drawn in examples:
-        if len(kept) < buffer:
-            kept.append(drawn)
-        else:
-            index = int(rng.integers(buffer))
-            yield kept[index]
-            kept[index] = drawn
-    yield from (kept[index] for index in rng.permutation(len(kept)))
-
-
-def mix(streams: Sequence[Iterator[Drawn]], weights: Sequence[float], *, unit: Unit) -> Iterator[Drawn]:
-    """Merge endless streams into one. At any point, each stream is within one example of its share.
-
-    Among the streams whose next example does not exceed their share, the one that would fall behind first is next
-    (earliest deadline first, as in proportionate scheduling: Baruah et al. 1996).
-    """
-    shares = [weight / sum(weights) for weight in weights]
-    coming = [next(stream) for stream in streams]
-    given = [0] * len(streams)
-    while True:
-        amounts = [len(drawn.example) if unit == "tokens" else 1 for drawn in coming]
-        total = sum(given)
-        due = [number for number, share in enumerate(shares) if given[number] < share * (total + amounts[number])]
-        chosen = min(due, key=lambda number: (given[number] + amounts[number]) / shares[number])
-        yield coming[chosen]
-        given[chosen] += amounts[chosen]
-        coming[chosen] = next(streams[chosen])

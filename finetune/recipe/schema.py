@@ -263,8 +263,9 @@ class Data(Section):
     changed: Literal["refuse", "keep"] = "refuse"
     """Behaviour if the data of a finished run has changed. refuse: end with an error; keep: keep the trained adapter,
     which can still be merged."""
-    workers: Positive | None = None
-    """Number of processes for preparing; default: one per core."""
+    workers: Whole | None = None
+    """Number of processes for preparing; default: one per core. In training, so many for each GPU make the rows of
+    streams, and of images that are decoded in every step; default: one per core but one. 0: no further process."""
     augment: Augment = Augment()
     """Random changes to training images."""
     cache_features: bool = True

@@ -42,7 +42,7 @@ from finetune.training.arguments import training_arguments
 from finetune.training.callbacks import MetricsFile
 from finetune.training.checkpoints import mark_complete, remove_incomplete, require_room
 from finetune.training.loss_spikes import WINDOW, StepDialogue, UnstableError, suspects, why_unstable
-from finetune.training.prefetch import PrefetchedRows
+from finetune.training.prefetch import PrefetchedRows, row_workers
 from finetune.training.signals import StopAfterStep, StopSignal, catch_stop_signals
 from modeling.adapters import copy_adapter, count_trained, gathered_state, load_adapter_weights, save_adapter, whole
 from modeling.device import choices, copy_batch
@@ -52,7 +52,7 @@ from modeling.quantize import quantized_layers
 from modeling.towers import is_lora, no_decay, stock_name, tower_of
 
 ROWS_STATE = "rows.json"
-"""File of a checkpoint: where a stream has been read to, for each process."""
+"""File of a checkpoint: where each lane of a stream stands."""
 
 
 def train(
@@ -68,14 +68,15 @@ def train(
     rate_cuts: Sequence[int] = (),
     resume_from: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    workers: int | None = 0,
 ) -> "IdeficsTrainer":
     """Train an attached `model` on all `train_rows`, and write `folder`/adapter and `folder`/metrics.jsonl.
 
     `settings` is the recipe's section; its epochs and steps are not read, as `train_rows` are all rows of the run.
     `autocast` and `unused_parameters`: see `training_arguments`. From each of the steps `rate_cuts` on, all learning
     rates are half of what they would be. Checkpoints go to `folder`/checkpoint-*; `resume_from` is one of them. Where
-    `settings` evaluate, the checkpoint with the best eval loss becomes the adapter, else the last state. Every process
-    calls this; the main one writes.
+    `settings` evaluate, the checkpoint with the best eval loss becomes the adapter, else the last state. `workers`: see
+    `row_workers`. Every process calls this; the main one writes.
 
     Raises Interrupted after SIGTERM or SIGINT, with a checkpoint saved; UnstableError before a step that must not be
     taken; UserError.
@@ -103,6 +104,7 @@ def train(
         stride=collectives.world_size(),
         depth=PREFETCHED + steps_prefetched * arguments.gradient_accumulation_steps,
         device=arguments.device,
+        workers=row_workers(train_rows, workers, processes=collectives.world_size()),
     )
     trainer = IdeficsTrainer(
         model=model,

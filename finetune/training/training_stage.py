@@ -99,11 +99,14 @@ def _train_once(
             rate_cuts=cuts,
             resume_from=resume_from,
             callbacks=[bar],
+            workers=recipe.data.workers,
         )
     log(f"train: waited for data {trainer.waiting:.1%} of the time")
+    trained = trainer.state.global_step * training.rows_per_step
+    rows.restore(collectives.gather(rows.state(trained)))
     return {
         "steps": trainer.state.global_step,
-        "epochs": rows.epoch(trainer.state.global_step * training.rows_per_step - 1) + 1,
+        "epochs": rows.epoch(trained - 1) + 1,
         "tokens_trained": collectives.on_main("count tokens", lambda: tokens_trained(folder / "metrics.jsonl")),
         "parameters_trained": asdict(counts),
         "best_step": trainer.state.best_global_step if training.evaluate_every else None,
@@ -178,7 +181,6 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
 
 def _streamed_stats(rows: Rows, sources: Sequence[Source]) -> list[dict[str, Any]]:
     """What became of the records that were read while training, per streamed source."""
-    rows.restore(collectives.gather(rows.state(len(rows))))
     source_stats = rows.source_stats if isinstance(rows, StreamedRows) else []
     for broken in (broken for stats in source_stats for broken in stats.broken):
         log(broken)

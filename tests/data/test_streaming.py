@@ -3,58 +3,26 @@
 import json
 import weakref
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice, pairwise
-from threading import Event
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sources import make_source
+from streamed import ASKED, FILLER, LANES, Counting, drawn, equal, messages, rows_of, sequences, written
 
+from finetune.data import stream_sources
 from finetune.data import streaming as stream
-from finetune.data.chunking import Limits, splitter
 from finetune.data.conversation import RecordError
-from finetune.data.images import Preprocessing
 from finetune.data.prepare import prepare
-from finetune.data.streaming import TOKENISED_AT_ONCE, Drawn, StreamedRows, downloads, prepared_epochs, streamed_epochs
-from finetune.data.tokenize import Encoder, Example
+from finetune.data.read_dialogues import try_dialogue
+from finetune.data.stats import SourceStats
+from finetune.data.stream_sources import Coming, Place
+from finetune.data.streaming import downloads
 from finetune.recipe.schema import Augment
 from modeling.errors import UserError
-
-PIXELS = Preprocessing((4, 4), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-FILLER = 1
-
-
-def drawn(number, length=1, *, epoch=0, source=0):
-    """An example whose every token is `number`."""
-    ids = np.full(length, number, np.int64)
-    return Drawn(Example(ids, ids, np.full(length, -1)), (), source, epoch, "a record")
-
-
-def counting(size, *, source=0, first=0):
-    """A pass over `size` examples of one token, which is 1000 x the pass + their number from `first` on."""
-
-    def one_pass(epoch, stats):
-        stats.kept += size
-        return (drawn(1000 * epoch + number, epoch=epoch, source=source) for number in range(first, first + size))
-
-    return one_pass
-
-
-def rows_of(*readers, **changes):
-    names = [f"source {number}" for number in range(len(readers))]
-    settings = {"rows": 10_000, "row_tokens": 8, "row_images": 2, "seed": 0, "weights": [None] * len(readers)}
-    return StreamedRows(readers=readers, names=names, preprocessing=PIXELS, filler=FILLER, **{**settings, **changes})
-
-
-def sequences(batch):
-    """The token ids of each example of a row."""
-    starts = batch["layout"].sequence_starts
-    return [batch["input_ids"][0, start:stop].tolist() for start, stop in pairwise(starts)]
 
 
 def taken(rows, wanted):
@@ -63,75 +31,64 @@ def taken(rows, wanted):
     return list(islice(numbers, wanted))
 
 
-# mixed, pass after pass
+# mixed, epoch after epoch
 
 
 def test_weights_decide_how_often_a_source_is_in_the_rows():
-    window = 64 * 8
-    numbers = taken(rows_of(counting(5), counting(50, source=1, first=5), weights=[1, 4], unit="tokens"), window)
-    assert sum(number % 1000 < 5 for number in numbers) == round(window / 5)
+    drawn_ = 5 * (stream.WINDOW_ROWS + 1) * 8  # five windows
+    numbers = taken(rows_of(Counting(5), Counting(50, source=1, first=5), weights=[1, 4], unit="tokens"), drawn_)
+    assert sum(number % 1000 < 5 for number in numbers) == drawn_ / 5
 
 
-@given(st.integers(1, 30), st.integers(1, 40))
-@settings(max_examples=40, deadline=None)
-def test_every_example_comes_once_a_pass(size, buffer):
+@pytest.mark.parametrize("lanes", [1, 3, 4])
+@given(st.integers(1, 15))
+@settings(max_examples=8, deadline=None)
+def test_every_example_comes_once_an_epoch_and_once_in_as_many_epochs_of_a_lane_as_there_are_lanes(lanes, size):
     """Rows of a window are shuffled, so the last epochs are not whole."""
-    numbers = taken(rows_of(counting(size), buffer=buffer), 2 * 64 * 8)
-    times = Counter(numbers)
-    assert set(times.values()) == {1}
-    epochs = Counter(number // 1000 for number in numbers)
-    whole, rest = divmod(len(numbers), size)
-    assert [epochs[epoch] for epoch in range(whole)] == [size] * whole
-    assert epochs[whole] == rest
-    assert sum(epochs.values()) == whole * size + rest
-
-
-def test_passes_of_a_run_have_their_own_orders(monkeypatch):
-    monkeypatch.setattr(stream, "WINDOW_ROWS", 1)  # rows of one example in a window of one row: nothing else shuffles
-    numbers = taken(rows_of(counting(20), row_tokens=1, buffer=20), 60)
-    orders = [tuple(number % 1000 for number in numbers[start : start + 20]) for start in (0, 20, 40)]
-    assert [sorted(order) for order in orders] == [list(range(20))] * 3
-    assert len(set(orders)) == 3
-    assert [number // 1000 for number in numbers] == [0] * 20 + [1] * 20 + [2] * 20
-    again = taken(rows_of(counting(20), row_tokens=1, buffer=20), 60)
-    other = taken(rows_of(counting(20), row_tokens=1, buffer=20, seed=1), 60)
-    assert again == numbers != other
+    rows = rows_of(Counting(size, lanes=lanes), lanes=lanes, row_tokens=1)
+    made = [(number % lanes, int(rows.at(number)["input_ids"][0, 0])) for number in range(lanes * 60)]
+    numbers = Counter(number for _, number in made)
+    assert set(numbers.values()) == {1}
+    whole = min(number // 1000 for _, number in made[-8 * lanes :]) - 1
+    by_epoch = Counter(number // 1000 for number in numbers)
+    assert all(by_epoch[epoch] == size for epoch in range(whole))
+    for lane in range(lanes):
+        first = [number % 1000 for of, number in made if of == lane and number // 1000 < lanes]
+        if whole >= lanes:
+            assert sorted(first) == list(range(size))
 
 
 def test_rows_of_a_window_are_shuffled_not_sorted_by_fill():
-    def one_pass(epoch, stats):
-        stats.kept += 30
-        return (drawn(number, 1 + number % 6) for number in range(30))
+    def fills(seed):
+        rows = rows_of(Counting(30, length=lambda number: 1 + number % 6), seed=seed)
+        return [rows.at(number)["input_ids"].shape[1] for number in range(40)]
 
-    fills = [[rows.tokens(number) for number in range(40)] for rows in (rows_of(one_pass, seed=0) for _ in range(2))]
-    assert fills[0] == fills[1] != sorted(fills[0], reverse=True)
-    other = rows_of(one_pass, seed=1)
-    assert [other.tokens(number) for number in range(40)] != fills[0]
+    assert fills(0) == fills(0) != sorted(fills(0), reverse=True)
+    assert fills(1) != fills(0)
 
 
-def test_memory_is_bounded_by_the_buffer_and_a_window(monkeypatch):
-    monkeypatch.setattr(stream, "WINDOW_ROWS", 4)
+def test_memory_is_bounded_by_a_window_for_each_lane():
     alive, most = 0, []
 
     def gone():
         nonlocal alive
         alive -= 1
 
-    def one_pass(epoch, stats):
-        nonlocal alive
-        stats.kept += 1
-        for number in count():
-            one = drawn(number)
-            alive += 1
-            most.append(alive)
-            weakref.finalize(one, gone)
-            yield one
+    class Endless:
+        def read(self, lane, start):
+            nonlocal alive
+            for number in count():
+                one = drawn(number)
+                alive += 1
+                most.append(alive)
+                weakref.finalize(one, gone)
+                yield Coming(one, Place(index=number), SourceStats("endless"))
 
-    rows = rows_of(one_pass, row_tokens=8, buffer=50)
-    taken(rows, 1000)
-    assert len(most) >= 1000
-    # of the window 4 x 8, of the buffer 50, one on its way into each of buffer, mix and window
-    assert 50 + 4 * 8 <= max(most) <= 50 + 4 * 8 + 3
+    rows = rows_of(Endless(), row_tokens=8, lanes=3)
+    taken(rows, 3000)
+    assert len(most) >= 3000
+    window = (stream.WINDOW_ROWS + 1) * 8
+    assert 3 * window <= max(most) <= 3 * (window + 2)  # the next one of each lane, and one on its way
 
 
 # who asks, and when
@@ -140,39 +97,6 @@ def test_memory_is_bounded_by_the_buffer_and_a_window(monkeypatch):
 def read_on(rows, start=0):
     for number in range(start, 200):
         rows.at(number)
-
-
-@pytest.fixture(scope="module")
-def encoder(tiny_tokenizer):
-    return Encoder(tiny_tokenizer)
-
-
-@pytest.fixture
-def reading(encoder, monkeypatch):
-    """reading(source, ...) -> rows read from these sources, in small windows."""
-    monkeypatch.setattr(stream, "WINDOW_ROWS", 2)
-
-    def make(*sources, max_length=256, readers=None, **changes):
-        settings = {"row_tokens": 256, "row_images": 4, "buffer": 5} | changes
-        limits = Limits(max_length, settings["row_images"])
-        read = [
-            streamed_epochs(source, splitter(source, encoder, limits, seed=0), number)
-            for number, source in enumerate(sources)
-        ]
-        return rows_of(*(readers or read), **settings)
-
-    return make
-
-
-def messages(*images, question="what color is it?", answer="red"):
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
-
-
-def written(folder, *records, name="data.jsonl"):
-    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
-    (folder / name).write_text("".join(f"{line}\n" for line in lines))
-    return make_source("messages", (folder / name,), stream=True)
 
 
 @pytest.fixture
@@ -184,39 +108,93 @@ def folder(tmp_path):
     return tmp_path
 
 
-def equal(one, other):
-    tensors = [key for key in one if key != "layout"]
-    assert one.keys() == other.keys()
-    return one["layout"] == other["layout"] and all(torch.equal(one[key], other[key]) for key in tensors)
+def test_rows_in_any_order(make_lanes, whole):
+    rows = make_lanes()
+    for number in (3, 17, 17, 2, 38, 0, 5, 38, *range(ASKED)):
+        assert equal(rows.at(number), whole[0][number])
+    assert rows.source_stats[0] == whole[1]
 
 
-ASKED = 10
+@pytest.mark.parametrize("processes", [2, 4])
+def test_rows_of_several_processes(make_lanes, whole, processes):
+    """Every process makes its own rows alone; their states together are the state of one process."""
+    ranks = [make_lanes() for _ in range(processes)]
+    for number in range(ASKED):
+        assert equal(ranks[number % processes].at(number), whole[0][number])
+    gathered = make_lanes()
+    gathered.restore([one for rank in ranks for one in rank.state(ASKED)])
+    assert gathered.source_stats[0] == whole[1]
+    assert [len(rank.state(ASKED)) for rank in ranks] == [LANES // processes] * processes
 
 
-@given(st.lists(st.integers(0, ASKED - 1), max_size=4))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_row_is_the_same_whoever_asks_and_whatever_was_asked_before(reading, dialogue_folder, numbers):
-    """Ranks and workers ask for some, a run that goes on begins in the middle; nobody has to ask in order."""
-    source = make_source("messages", (dialogue_folder / "dialogues.jsonl",), turns=1)
+@pytest.mark.parametrize("trained", range(0, ASKED, 3))
+def test_rows_go_on_from_the_state_of_those_trained_on(make_lanes, whole, trained):
+    """Rows that were taken ahead of the last step are made again."""
+    rows = make_lanes()
+    for number in range(min(trained + 3, ASKED)):
+        rows.at(number)
+    resumed = make_lanes()
+    resumed.restore(json.loads(json.dumps(rows.state(trained))))
+    for number in range(trained, ASKED):
+        assert equal(resumed.at(number), whole[0][number])
+    assert resumed.source_stats[0] == whole[1]
 
-    def rows():
-        return reading(source, augment=Augment(flip=True, shift=1), blank_image=True)
 
-    in_order = rows()
-    whole = [in_order.at(number) for number in range(ASKED)]
-    assert not any(equal(one, other) for one, other in pairwise(whole))
-    asked = rows()
-    for number in numbers:
-        assert equal(asked.at(number), whole[number])
-        assert equal(asked.at(number), whole[number])
-    tokens, epochs = zip(*((in_order.tokens(number), in_order.epoch(number)) for number in range(ASKED)), strict=True)
-    assert tokens == tuple(batch["input_ids"].shape[1] for batch in whole)
-    # of rows between those asked for, and beyond them
-    assert [(asked.tokens(number), asked.epoch(number)) for number in range(ASKED)] == list(
-        zip(tokens, epochs, strict=True)
-    )
-    assert rows().epoch(ASKED - 1) == epochs[-1] > 0
-    assert asked.source_stats[0].to_json() == in_order.source_stats[0].to_json()
+@pytest.mark.parametrize(
+    ("most", "processes", "workers"), [(0, 1, 0), (1, 1, 1), (5, 1, 4), (64, 1, 12), (5, 2, 3), (5, 12, 1)]
+)
+def test_workers_divide_the_lanes_evenly(most, processes, workers):
+    assert rows_of(Counting(9), lanes=12).workers(most, processes=processes) == workers
+
+
+def test_resuming_converts_the_last_blocks_alone(make_lanes, whole, monkeypatch):
+    rows = make_lanes()
+    for number in range(ASKED):
+        rows.at(number)
+    resumed, converted = make_lanes(), []
+    resumed.restore(rows.state(ASKED))
+    monkeypatch.setattr(stream_sources, "try_dialogue", lambda *args: converted.append(args[0]) or try_dialogue(*args))
+    for number in range(ASKED, ASKED + LANES):
+        resumed.at(number)
+    assert 0 < len(converted) <= LANES * 6 * 5  # for each lane a window of two rows, and more to choose its end
+
+
+def test_a_state_of_other_lanes_is_refused(make_lanes, whole):
+    state = make_lanes().state(1)
+    assert state == []
+    with pytest.raises(UserError, match="expected that of 4 lanes, got 8\n  start the run again"):
+        make_lanes().restore([{"lanes": 8, "row": 3}])
+    with pytest.raises(UserError, match='expected that of 4 lanes, got "another version\'s"'):
+        make_lanes().restore([[3, 0, 0, "data.jsonl:1", 1, "corrupt image", "", False]])
+
+
+def test_the_dialogues_of_a_row_alone(make_lanes, whole):
+    """As after a loss spike: the row was taken, and others were taken since."""
+    rows = make_lanes()
+    for number in range(LANES * 4):
+        rows.at(number)
+    for number in range(LANES * 2, LANES * 3):
+        alone = rows.dialogues(number)
+        assert [ids for _, batch in alone for ids in sequences(batch)] == sequences(whole[0][number])
+        assert all(source == "source 0" and "dialogues.jsonl:" in record_id for (source, record_id), _ in alone)
+    assert rows.source_stats[0].parts_rejected == {}
+
+
+def test_skipped_records_leave_their_rows_and_nothing_else_changes(make_lanes, whole):
+    name, skipping = "dialogues.jsonl:3", make_lanes()
+    skipping.skipped = frozenset({("source 0", name)})
+    plain, found = make_lanes(), 0
+    for number in range(ASKED):
+        left = [batch for (_, record_id), batch in _alone(plain, number) if record_id != name]
+        found += len(_alone(plain, number)) - len(left)
+        skipped = [batch for _, batch in _alone(skipping, number)]
+        assert all(equal(one, other) for one, other in zip(left, skipped, strict=True))
+    assert found > 2
+
+
+def _alone(rows, number):
+    rows.at(number)
+    return rows.dialogues(number)
 
 
 def test_augmentation_is_drawn_anew_for_each_row(reading, folder):
@@ -239,15 +217,13 @@ def test_opening_images_is_for_rows_that_are_asked_for(reading, folder, monkeypa
     rows = reading(written(folder, messages("a.png"), messages("b.png")))
     batch = rows.at(5)
     assert len(opened) == len(batch["pixel_values"]) > 0
-    assert rows.tokens(4) > 0
-    assert len(opened) == len(batch["pixel_values"])
 
 
-@given(st.integers(80, 300), st.integers(1, 3), st.integers(1, 30))
+@given(st.integers(80, 300), st.integers(1, 3), st.integers(1, 3))
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_row_keeps_both_budgets(reading, dialogue_folder, row_tokens, row_images, buffer):
+def test_every_row_keeps_both_budgets(reading, dialogue_folder, row_tokens, row_images, lanes):
     source = make_source("messages", (dialogue_folder / "dialogues.jsonl",))
-    rows = reading(source, max_length=row_tokens, row_tokens=row_tokens, row_images=row_images, buffer=buffer)
+    rows = reading(source, max_length=row_tokens, row_tokens=row_tokens, row_images=row_images, lanes=lanes)
     for number in range(12):
         batch = rows.at(number)
         assert batch["input_ids"].shape[1] == rows.tokens(number) <= row_tokens
@@ -290,22 +266,24 @@ KINDS = {
     st.lists(st.sampled_from(sorted(KINDS)), min_size=1, max_size=8),
     st.none() | st.integers(1, 8),
     st.integers(1, 10),
+    st.sampled_from([1, 2, 5]),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_read_is_kept_and_rejected_at_any_row_and_nothing_is_read_beyond_the_limit(
-    reading, folder, monkeypatch, kinds, limit, buffer
+    reading, folder, monkeypatch, kinds, limit, block, lanes
 ):
-    monkeypatch.setattr(stream, "TOKENISED_AT_ONCE", 2)
+    monkeypatch.setattr(stream_sources, "TOKENISED_AT_ONCE", 2)
     kinds = ["good", *kinds]
     source = written(folder, *(KINDS[kind][0] for kind in kinds))
-    rows = reading(make_source(source.format, source.paths, stream=True, limit=limit), buffer=buffer, row_images=2)
-    for number in range(12):  # enough for every record to have been in a row, and in further epochs
+    limited = make_source(source.format, source.paths, stream=True, limit=limit)
+    rows = reading(limited, block=block, row_images=2, lanes=lanes)
+    for number in range(12 * lanes):  # enough for every record to have been in a row, and in further epochs
         rows.at(number)
         (stats,) = rows.source_stats
         assert stats.to_json()["read"] <= len(kinds)
         assert stats.kept >= 0
     reasons = [KINDS[kind][1] for kind in kinds[:limit]]
-    assert rows.epoch(11) > 0
+    assert min(rows.epoch(number) for number in range(11 * lanes, 12 * lanes)) > 0
     assert (stats.read, stats.limited) == (len(reasons), limit is not None and limit <= len(kinds))
     assert stats.kept == reasons.count(None)
     assert stats.rejected == Counter(reason for reason in reasons if reason)
@@ -362,8 +340,9 @@ def test_document_goes_on_without_an_image_as_in_preparing(reading, folder, tiny
 
 
 def test_a_row_of_which_nothing_is_left_is_one_unsupervised_token(reading, folder, monkeypatch):
-    monkeypatch.setattr(stream, "WINDOW_ROWS", 1)
-    rows = reading(written(folder, messages("broken.png"), messages(answer="blue")), row_tokens=96, max_length=96)
+    rows = reading(
+        written(folder, messages("broken.png"), messages(answer="blue")), row_tokens=96, max_length=96, window=1
+    )
     lost = [number for number in range(8) if rows.at(number)["labels"].max() == -100]
     assert 0 < len(lost) < 8
     assert rows.at(lost[0])["input_ids"].tolist() == [[FILLER]]
@@ -389,16 +368,24 @@ def test_a_source_with_nothing_usable_is_an_error_with_the_reasons(reading, fold
     bad = written(folder, "{broken", messages(answer=""), messages(answer=""), name="bad.jsonl")
     with pytest.raises(UserError) as raised:
         reading(good, bad, weights=[1, 1]).at(0)
-    assert str(raised.value).splitlines()[0] == "source 1: no dialogue is left:"
-    assert "source 1: 1 x not JSON (first: bad.jsonl:1: " in str(raised.value)
-    assert "source 1: 2 x empty answer (first: bad.jsonl:2: turn 2)" in str(raised.value)
-    with pytest.raises(UserError, match="source 0: no dialogue is left:\n  the sources are empty"):
+    assert str(raised.value).splitlines()[0] == f"{bad.name}: no dialogue is left:"
+    assert f"{bad.name}: 1 x not JSON (first: bad.jsonl:1: " in str(raised.value)
+    assert f"{bad.name}: 2 x empty answer (first: bad.jsonl:2: turn 2)" in str(raised.value)
+    with pytest.raises(UserError, match="no dialogue is left:\n  the sources are empty"):
         reading(written(folder, name="empty.jsonl")).at(0)
 
 
-def test_a_source_whose_images_can_none_be_opened_is_an_error_once_that_is_known(reading, folder, monkeypatch):
-    monkeypatch.setattr(stream, "WINDOW_ROWS", 1)
-    rows = reading(written(folder, messages("broken.png"), messages("none.png")))
+@pytest.mark.parametrize("lanes", [3, 8])
+def test_one_usable_record_is_enough_whichever_lane_meets_it(reading, folder, lanes):
+    rows = reading(written(folder, "{broken", messages(), messages("broken.png"), name="one.jsonl"), lanes=lanes)
+    for number in range(4 * lanes):
+        rows.at(number)
+    (stats,) = rows.source_stats
+    assert (stats.read, stats.kept, stats.rejected) == (3, 1, {"not JSON": 1, "corrupt image": 1})
+
+
+def test_a_source_whose_images_can_none_be_opened_is_an_error_once_that_is_known(reading, folder):
+    rows = reading(written(folder, messages("broken.png"), messages("none.png")), window=1)
     with pytest.raises(UserError, match=r"source 0: 1 x corrupt image \(first: data\.jsonl:1: "):
         read_on(rows)
 
@@ -408,7 +395,7 @@ def test_a_source_that_has_become_empty_is_an_error(reading, folder):
     rows = reading(source)
     rows.at(0)
     written(folder)
-    with pytest.raises(UserError, match="source 0: no dialogue is left"):
+    with pytest.raises(UserError, match=r"data\.jsonl\[train\]: no dialogue is left"):
         read_on(rows, start=1)
 
 
@@ -433,13 +420,11 @@ def test_turns_bound_and_documents_are_cut(reading, encoder, folder):
     assert stats.examples > 1
 
 
-def test_a_stream_is_read_no_further_than_it_must(reading, folder, monkeypatch):
-    monkeypatch.setattr(stream, "WINDOW_ROWS", 1)
-    rows = reading(written(folder, *[messages()] * 400), row_tokens=64, max_length=64)
+def test_a_stream_is_read_no_further_than_it_must(reading, folder):
+    rows = reading(written(folder, *[messages()] * 400), row_tokens=64, max_length=64, block=100, window=1)
     rows.at(0)
     (stats,) = rows.source_stats
-    assert stats.read == stats.kept == TOKENISED_AT_ONCE
-    assert stats.examples == stats.dialogues == TOKENISED_AT_ONCE
+    assert stats.read == stats.kept == stats.dialogues == stats.examples == 100
 
 
 def test_prepared_and_streamed_sources_together(reading, encoder, folder, tiny_tokenizer):
@@ -448,11 +433,7 @@ def test_prepared_and_streamed_sources_together(reading, encoder, folder, tiny_t
     prepared, _ = prepare([other], tiny_tokenizer, max_length=64, max_images=4, seed=0, folder=folder / "prepared")
 
     def rows():
-        readers = [
-            streamed_epochs(streamed, splitter(streamed, encoder, Limits(64, 4), seed=0), 0),
-            prepared_epochs(prepared.sets[0], 1, 0),
-        ]
-        return reading(readers=readers, weights=[1, 3], row_tokens=128)
+        return reading(streamed, prepared.sets[0], weights=[1, 3], row_tokens=128, max_length=64, lanes=2)
 
     first, alone = rows(), rows()
     answers = Counter()
@@ -472,8 +453,8 @@ def test_prepared_and_streamed_sources_together(reading, encoder, folder, tiny_t
 def test_a_prepared_source_of_which_nothing_is_left_says_why(reading, folder, tiny_tokenizer):
     bad = written(folder, "{broken", name="bad.jsonl")
     prepared, _ = prepare([bad], tiny_tokenizer, max_length=64, max_images=4, seed=0, folder=folder / "prepared")
-    with pytest.raises(UserError, match="source 0: 1 x not JSON"):
-        rows_of(prepared_epochs(prepared.sets[0], 0, 0)).at(0)
+    with pytest.raises(UserError, match=r"bad\.jsonl\[train\]: 1 x not JSON"):
+        reading(prepared.sets[0]).at(0)
 
 
 class Fetched:
@@ -502,30 +483,6 @@ def test_images_that_are_urls_are_fetched_with_their_row(reading, folder):
     assert stats.first_rejected == {"download failed": "data.jsonl:2: https://example.org/gone.png"}
 
 
-def test_sizes_and_accounts_are_known_while_images_are_downloaded(reading, folder):
-    url = "https://example.org/a.png"
-    source, begun, go_on = written(folder, messages(url)), Event(), Event()
-
-    class Slow(Fetched):
-        def fetch_all(self, urls):
-            begun.set()
-            assert go_on.wait(30)
-            return super().fetch_all(urls)
-
-    streamed = make_source(source.format, source.paths, stream=True, download=True)
-    rows = reading(streamed, downloader=Slow({url: folder / "a.png"}))
-    with ThreadPoolExecutor(2) as pool:
-        row = pool.submit(rows.at, 0)
-        assert begun.wait(30)
-        asked = pool.submit(lambda: (rows.tokens(0), rows.epoch(0), rows.source_stats[0].read, rows.state(9)))
-        try:
-            tokens, epoch, read, lost = asked.result(timeout=30)
-        finally:
-            go_on.set()
-    assert (tokens, epoch, lost) == (len(row.result()["input_ids"][0]), 0, [])
-    assert read >= 1
-
-
 def test_only_sources_that_allow_it_download(folder):
     assert downloads(folder, [make_source("messages"), make_source("obelics")]) is None
     assert downloads(folder, [make_source("messages"), make_source("obelics", download=True)]) is not None
@@ -537,7 +494,7 @@ def test_a_streamed_file_that_breaks_off_ends_the_run_or_is_kept_and_reported_on
     path.write_text(f"[{', '.join(lines)}, tru")
     with pytest.raises(UserError, match=r"broken\.json: the file breaks off: not JSON: .* 3 records were read before"):
         reading(make_source("messages", (path,), stream=True)).at(0)
-    rows = reading(make_source("messages", (path,), stream=True, on_broken="keep"), buffer=2)
+    rows = reading(make_source("messages", (path,), stream=True, on_broken="keep"), block=2, lanes=2)
     for number in range(8):
         rows.at(number)
     (stats,) = rows.source_stats

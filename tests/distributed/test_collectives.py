@@ -17,7 +17,7 @@ import torch
 from processes import run_processes
 from safetensors.torch import load_file
 
-from finetune.data import join_questions, shards
+from finetune.data import join_questions, rows, shards
 from finetune.distributed import collectives
 from finetune.pipeline import run
 from finetune.recipe.load import load_recipe
@@ -356,8 +356,9 @@ def test_torchrun_mistake_of_all(watched, recipe_of, tmp_path):
     assert outcome.stdout == ""
 
 
-def test_streamed_records_are_counted_over_processes(write_recipe, tmp_path):
+def test_streamed_records_are_counted_over_processes(write_recipe, tmp_path, monkeypatch):
     """Twelve dialogues, three of them with an image that is broken, and an account that is one process's."""
+    monkeypatch.setattr(rows, "LANES", 4)
     data = {"sources": [{"path": "dialogues.jsonl", "stream": True}], "eval_split": 0, "shuffle_buffer": 3}
     recipe = write_recipe(tmp_path, adapter={"dropout": 0.0}, data=data, training={"steps": 24}, evaluation=None)
     dialogues = recipe.with_name("dialogues.jsonl")

@@ -153,7 +153,7 @@ def test_all_errors_at_once(tmp_path):
             "did you mean drop_images?",
         ),
         ("data.shuffle_buffer=0", "data.shuffle_buffer: input should be greater than 0, got 0 (int)"),
-        ("data.workers=0", "data.workers: input should be greater than 0, got 0 (int)"),
+        ("data.workers=-1", "data.workers: input should be greater than or equal to 0, got -1 (int)"),
         ("data.prepared=7", "data.prepared: input should be a valid string, got 7 (int)"),
         (
             "data.eval_sources=[{path: a, stream: true}]",

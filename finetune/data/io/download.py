@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from http.client import HTTPException
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -83,7 +84,10 @@ class Downloader:
     ):
         self._folder, self._http, self._max_bytes, self._timeout_s = folder, http, max_bytes, timeout_s
         self._idle_s, self._pauses_s, self._workers, self._allow = idle_s, pauses_s, workers, allow
-        self._tls = ssl.create_default_context()
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context()  # when it is first used: it cannot be sent to a worker process
 
     def fetch_all(self, urls: Iterable[str]) -> dict[str, Path | RecordError]:
         """Return each URL's file, or the error."""

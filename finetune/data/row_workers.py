@@ -1,0 +1,73 @@
+"""Rows made by worker processes, those of torch's DataLoader. They import this file, and so not the model."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from finetune.data.collate import Batch, MadeRow, Rows
+from modeling.errors import UserError
+
+
+def made_by_workers(rows: Rows, numbers: range, *, workers: int, ahead: int) -> Iterator[MadeRow | UserError]:
+    """Yield the rows of these numbers in order, each the row or its error; workers make `ahead` rows each in advance.
+
+    Worker w makes every row `numbers[w::workers]`. Workers are spawned, never forked: the caller may have threads and a
+    GPU. Closing the iterator ends them. Raises UserError: a worker was killed.
+    """
+    loader = DataLoader(
+        _Made(rows, numbers),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        prefetch_factor=ahead,
+        multiprocessing_context="spawn",
+        worker_init_fn=_start,
+        generator=torch.Generator(),  # else the loader draws a seed from the trainer's
+    )
+    try:
+        for made in loader:
+            yield made if isinstance(made, UserError) else replace(made, batch=_each(torch.from_numpy, made.batch))
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a process that makes rows died, most likely out of memory; try fewer: data.workers=1\n"
+            f"  torch says: {str(error).splitlines()[0]}"
+        ) from error
+
+
+class _Made(IterableDataset[MadeRow | UserError]):
+    def __init__(self, rows: Rows, numbers: range):
+        self.rows, self.numbers = rows, numbers
+
+    def __iter__(self) -> Iterator[MadeRow | UserError]:
+        worker = get_worker_info()
+        assert worker is not None
+        for number in self.numbers[worker.id :: worker.num_workers]:
+            try:
+                made = self.rows.make(number)
+            except UserError as error:
+                yield error
+            else:
+                # Arrays go through a pipe. Tensors would go through /dev/shm, which is 64 MB in most containers, and
+                # each would keep a file open until its row was trained on.
+                yield replace(made, batch=_each(torch.Tensor.numpy, made.batch))
+
+
+def _each(change: Any, batch: Batch) -> Batch:
+    """Return a batch with its tensors, or arrays, changed."""
+    return cast(Batch, {name: change(one) if hasattr(one, "dtype") else one for name, one in batch.items()})
+
+
+def _unchanged(made: MadeRow | UserError) -> MadeRow | UserError:
+    return made
+
+
+def _start(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may go to all processes, to the trainer: it finishes its step, and ends these."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
