@@ -257,7 +257,7 @@ class Data(Section):
     """Handling of training examples that ask an eval question about the same image, or show an eval image. report:
     count them; drop_questions, drop_images: leave them out of training."""
     shuffle_buffer: Positive = 1000
-    """Size of a streamed source's shuffle buffer, in examples."""
+    """Number of records of a streamed source that are in memory at once, and shuffled."""
     prepared: Name = "runs/prepared"
     """Folder of prepared data, shared by runs; relative to the current folder."""
     changed: Literal["refuse", "keep"] = "refuse"

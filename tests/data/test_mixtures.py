@@ -44,7 +44,7 @@ def prepare(places, tiny_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
 
     def made(*overrides):
-        common = [f"data.prepared={folder}", "data.workers=1", "data.eval_split=0"]
+        common = [f"data.prepared={folder}", "data.workers=0", "data.eval_split=0"]
         common += ["training.evaluate_every=null", "evaluation=null"]
         recipe = load_recipe(places[MIXTURES[0]], [*common, *overrides])
         return make_dataset(

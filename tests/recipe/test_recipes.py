@@ -142,7 +142,7 @@ def test_recipe_runs(name, place_of, stand_in_of, tmp_path):
     recipe = load_recipe(place_of(name))
     # its vocabulary is bytes and little more, so a dialogue has more tokens than with the real one
     overrides = [f"model.base={stand_in_of(recipe)}", "model.init=null", "model.dtype=fp32"]
-    overrides += [f"output={tmp_path / 'run'}", f"data.prepared={tmp_path / 'prepared'}", "data.workers=1"]
+    overrides += [f"output={tmp_path / 'run'}", f"data.prepared={tmp_path / 'prepared'}", "data.workers=0"]
     overrides += ["training.epochs=null", "training.steps=2", "training.tokens_per_step=2048", "data.max_length=1024"]
     overrides += ["training.row_tokens=1024", "training.evaluate_every=null", "training.checkpoint_every=null"]
     overrides += ["training.warmup_steps=0", "evaluation={limit: 4, max_new_tokens: 4}"]
