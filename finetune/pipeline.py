@@ -195,6 +195,8 @@ def prepare_shard(recipe: Recipe, number: int, of: int) -> dict[str, Any]:
     ]
     for one in report:
         log(f"{one['source']}: {one['done']} of {one['shards']} shards are prepared")
+    if all(one["done"] == one["shards"] for one in report):
+        log("all shards are prepared; `finetune prepare` without --shard joins them")
     return {"sources": report}
 
 

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from finetune.cli import app
+from finetune.data import prepare_shards, shards
 from finetune.pipeline import open_run, run
 from finetune.recipe.load import load_recipe
 from finetune.training.trainer import IdeficsTrainer
@@ -207,6 +208,28 @@ def test_where_and_how_fast_data_is_prepared_is_no_part_of_a_run(recipe_file, tm
     for overrides in ([], ["data.workers=2", f"data.prepared={tmp_path / 'elsewhere'}"]):
         with open_run(load_recipe(recipe_file, overrides)):
             pass
+
+
+def test_shares_of_an_array_of_jobs_are_joined_by_prepare(recipe_file, monkeypatch):
+    monkeypatch.setattr(shards, "LEAST_BYTES", 100)  # so that the small file has several shards
+    done = [
+        json.loads(invoke("prepare", recipe_file, "--shard", share, "--json").stdout)["sources"][0]
+        for share in ("2/2", "1/2")
+    ]
+    count = done[0]["shards"]
+    assert count > 2
+    assert [one["done"] for one in done] == [count // 2, count]
+    monkeypatch.setattr(prepare_shards, "open_and_count", None)  # nothing is prepared again
+    joined = invoke("prepare", recipe_file, "--json")
+    assert joined.exit_code == 0, joined.output
+    assert json.loads(joined.stdout)["sources"][0]["kept"] > 0
+
+
+@pytest.mark.parametrize("share", ["3", "0/2", "3/2", "1/x", "-1/2"])
+def test_a_share_that_is_none_is_refused(share, recipe_file):
+    outcome = invoke("prepare", recipe_file, "--shard", share)
+    assert outcome.exit_code == 1
+    assert f"--shard: expected I/N with I from 1 to N, such as 3/16, got '{share}'" in outcome.output
 
 
 def test_the_end_of_a_run_is_tables_answers_and_the_next_line(recipe_file, tmp_path):
