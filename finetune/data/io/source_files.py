@@ -237,9 +237,12 @@ def _hash_files(files: list[Path], cache: Path | None, nodes: NodeGroup) -> list
 
 def _hash_piece(piece: tuple[str, Path, int]) -> bytes:
     _, path, start = piece
+    digest = hashlib.sha256()
     with open_regular(path) as file:
         file.seek(start)
-        return hashlib.sha256(file.read(HASHED_BYTES)).digest()
+        for done in range(0, HASHED_BYTES, 2**20):
+            digest.update(file.read(min(2**20, HASHED_BYTES - done)))
+    return digest.digest()
 
 
 def _version(file: Path) -> tuple[int, int]:

@@ -1,15 +1,20 @@
 """Paths -> data files, and the fingerprint of their content."""
 
+import hashlib
 import json
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_files import refusal, written
 from sources import make_source
 
 from finetune.data.formats.read_records import read_records
-from finetune.data.io.source_files import files_of, fingerprint
+from finetune.data.io import source_files
+from finetune.data.io.source_files import files_of, fingerprint, hash_share, is_hashed
+from finetune.distributed.node_group import NodeGroup
 from modeling.errors import UserError
 
 
@@ -103,3 +108,59 @@ def test_fingerprint_cache_skips_recent_files(tmp_path):
     path, cache = written(tmp_path / "a.jsonl", "{}"), tmp_path / "digests.json"
     fingerprint(make_source("auto", (path,), on_broken="keep"), cache)
     assert json.loads(cache.read_text()) == {}
+
+
+def test_fingerprint_hashes_large_files_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_files, "HASHED_BYTES", 4)
+    source = make_source("text", (written(tmp_path / "a.jsonl", b"0123456789"),))
+    pieces = b"".join(hashlib.sha256(piece).digest() for piece in (b"0123", b"4567", b"89"))
+    expected = json.dumps([hashlib.sha256(pieces).hexdigest()])
+    assert fingerprint(source) == hashlib.sha256(expected.encode()).hexdigest()
+
+
+class OneOfTwo(NodeGroup):
+    """A node of two, each a thread of this process; `shared` is what they tell each other."""
+
+    def __init__(self, which, shared, barrier):
+        super().__init__(which, 2)
+        self.shared, self.barrier = shared, barrier
+
+    def on_main(self, step, work):
+        if self.which == 0:
+            self.shared[step] = work()
+        self.barrier.wait(10)
+        return self.shared[step]
+
+    def each(self, step, work):
+        self.shared[step, self.which] = work()
+        self.barrier.wait(10)
+        return [self.shared[step, which] for which in range(2)]
+
+
+def test_fingerprint_nodes_divide_the_reading(tmp_path, monkeypatch):
+    """Both get the fingerprint of one, and no piece is read twice."""
+    monkeypatch.setattr(source_files, "HASHED_BYTES", 4)
+    paths = [written(tmp_path / name, b"x" * size) for name, size in (("a.jsonl", 10), ("b.jsonl", 0), ("c.csv", 5))]
+    source = make_source("text", paths)
+    alone, read = fingerprint(source), []
+    hash_piece = source_files._hash_piece
+    monkeypatch.setattr(source_files, "_hash_piece", lambda piece: (read.append(piece[1:]), hash_piece(piece))[1])
+    shared, barrier = {}, threading.Barrier(2)
+    with ThreadPoolExecutor(2) as threads:
+        nodes = [OneOfTwo(which, shared, barrier) for which in range(2)]
+        found = list(threads.map(lambda node: fingerprint(source, tmp_path / "cache.json", node), nodes))
+    assert found == [alone, alone]
+    a, b, c = paths
+    assert sorted(read) == [(a, 0), (a, 4), (a, 8), (b, 0), (c, 0), (c, 4)]
+
+
+def test_shares_hash_files_once_for_all(tmp_path):
+    paths = [written(tmp_path / f"{name}.jsonl", name.encode()) for name in "abc"]
+    for path in paths:
+        os.utime(path, ns=(10**18, 10**18))
+    source, cache = make_source("text", paths), tmp_path / "cache.json"
+    hash_share(source, cache, (0, 2))
+    assert sorted(json.loads(cache.read_text())) == [str(paths[0]), str(paths[2])]
+    assert not is_hashed(source, cache)
+    hash_share(source, cache, (1, 2))
+    assert is_hashed(source, cache)
