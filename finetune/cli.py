@@ -226,13 +226,34 @@ def prepare(
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Prepare only the I-th of N shares; without it, all are joined.")
     ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="New folder for all examples, which the datasets library loads.", show_default=False),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="NAME", help="Push the same to the hub, as ME/MINE.", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: everyone can read it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --to or --push: say what would go there, and write nothing there.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert, tokenise and check the data of a recipe; data that is prepared already is opened in seconds."""
+    """Convert, tokenise and check the data of a recipe; data that is prepared already is opened in seconds.
+
+    With `--to` and `--push`, others can load and look at it: dialogues, images, tokens and labels.
+    """
+    if (public and not push) or (dry_run and not (push or to)):
+        fail("--public: expected --push NAME with it" if public else "--dry-run: expected --to FOLDER or --push NAME")
+    if shard and (to or push):
+        fail(f"--shard {shard}: not with --to or --push, which need all shares; give them to the command that joins")
 
     def work() -> dict[str, Any]:
         share = _share(shard) if shard else None
         loaded = _load(recipe, overrides)
+        if to:
+            check_place("--to", to, folder=True)
         quiet()
         from finetune.console import display
         from finetune.pipeline import prepare, prepare_shard
@@ -240,8 +261,7 @@ def prepare(
 
         if share:
             return prepare_shard(loaded, *share)
-
-        report = prepare(loaded)
+        report = prepare(loaded, to=to, push=push, private=not public, dry_run=dry_run)
         if not as_json:
             display(stats_table(report["sources"] + report["eval_sources"]))
         return report

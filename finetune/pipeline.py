@@ -28,8 +28,9 @@ from finetune.distributed import collectives
 from finetune.distributed.environment import gpu_memory
 from finetune.distributed.lock import working_in
 from finetune.evaluation.evaluation_stage import evaluate_adapter
+from finetune.export import dataset_folder
 from finetune.export.adapter_metadata import AdapterMetadata
-from finetune.export.cards import write_card
+from finetune.export.cards import dataset_card, without_folders, write_card
 from finetune.export.merge_stage import merge_adapter
 from finetune.recipe.schema import Recipe, Source, need_end_of_utterance
 from finetune.reporting.html.predictions import predictions_page
@@ -161,17 +162,46 @@ def resolve_sources(recipe: Recipe) -> list[Source]:
     return sources
 
 
-def prepare(recipe: Recipe) -> dict[str, Any]:
+def prepare(
+    recipe: Recipe, *, to: Path | None = None, push: str | None = None, private: bool = True, dry_run: bool = False
+) -> dict[str, Any]:
     """Convert, tokenise and check the data of a recipe; return the figures of each source, as data.json has them.
 
     Data that is prepared already is opened. Several nodes divide the work. The dataset card lies beside the prepared
-    data. Raises UserError.
+    data.
+
+    to: a new folder for the examples and their images, which `datasets.load_from_disk` opens
+    push: the name of a dataset on the hub that gets the same
+    dry_run: log what would be written and pushed, and do neither
+
+    With `to` or `push`, the figures have "shared": what was written, or would be. Raises UserError.
     """
+    if to:
+        dataset_folder.require_new(to)
+    if push and not dry_run:
+        collectives.on_main("look on the hub", lambda: dataset_folder.require_repository(push, private=private))
     sources, dataset, _ = open_dataset(recipe)
     card = collectives.on_main("write the card", lambda: write_card(recipe, sources, dataset)) / "README.md"
     log_losses(dataset, card)
     log(f"the dataset card: {card}")
-    return dataset.report
+    if not to and not push:
+        return dataset.report
+    shared = collectives.on_main(
+        "share the examples",
+        lambda: dataset_folder.share(
+            {"train": dataset.train, "eval": dataset.eval},
+            dataset_card(recipe, sources, dataset, to_share=True),
+            to=to,
+            push=push,
+            private=private,
+            dry_run=dry_run,
+            scratch=Path(recipe.data.prepared),
+            source_name=lambda name: without_folders(name, recipe),
+        ),
+    )
+    if streams := [source.name for source in recipe.data.sources if source.stream]:
+        log(f"streamed, so not among them: {', '.join(streams)}")
+    return {**dataset.report, "shared": shared}
 
 
 def prepare_shard(recipe: Recipe, number: int, of: int) -> dict[str, Any]:

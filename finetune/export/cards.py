@@ -18,6 +18,13 @@ from modeling.errors import UserError
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 """The hub's size categories."""
 
+COLUMNS = """Images are embedded, encoded as they came.
+
+A row is one example. `messages` and `images` have the conversational form of TRL and transformers: the place of an
+image is `{"type": "image"}`. An answer with `"weight": 0` is context. A document is one message of the role
+`document`. `source` and `record_id` say where its record was. `input_ids` are the tokens, and `labels` are -100 where
+nothing is trained on."""
+
 
 def write_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> Path:
     """Write README.md and the recipe to a folder of the run's name beside the prepared sets, and return the folder."""
@@ -35,8 +42,11 @@ def write_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> P
     return folder
 
 
-def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) -> str:
-    """Return README.md of a dataset: sources, licences, revisions, counts, rejections, and its recipe."""
+def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset, *, to_share: bool = False) -> str:
+    """Return README.md of a dataset: sources, licences, revisions, counts, rejections, and its recipe.
+
+    to_share: the images are in the dataset, which others load; folders of this machine are left out of all paths.
+    """
     name = Path(recipe.output).name
     licences = sorted({source.license for source in sources if source.license})
     count = dataset.report["training_examples"]
@@ -53,7 +63,7 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
         f"{count:,} training and {dataset.report['held_out_examples']:,} held-out examples, tokenised for IDEFICS. "
-        "Images are referred to where they are, not copied.",
+        + (COLUMNS if to_share else "Images are referred to where they are, not copied."),
         "## Sources",
         _table(
             ("source", "format", "revision", "licence"),
@@ -95,12 +105,35 @@ def dataset_card(recipe: Recipe, sources: Sequence[Source], dataset: Dataset) ->
         f"equal images; the {overlap['training_examples_with_images']:,} and "
         f"{overlap['training_examples_with_questions']:,} training examples concerned were "
         f"{'dropped as the recipe says' if overlap['dropped'] else 'kept'}.",
-        "## Prepared sets",
-        "\n".join(dict.fromkeys(f"- `{one.folder.name}`" for one in (*dataset.train.sets, *dataset.eval.sets))),
+        *([] if to_share else _prepared_sets(dataset)),
         "## Recipe",
         f"```yaml\n{recipe.to_yaml()}```",
     ]
-    return "\n\n".join(sections) + "\n"
+    card = "\n\n".join(sections) + "\n"
+    return without_folders(card, recipe) if to_share else card
+
+
+def _prepared_sets(dataset: Dataset) -> list[str]:
+    names = dict.fromkeys(one.folder.name for one in (*dataset.train.sets, *dataset.eval.sets))
+    return ["## Prepared sets", "\n".join(f"- `{name}`" for name in names)]
+
+
+def without_folders(text: str, recipe: Recipe) -> str:
+    """Return a text in which paths of the recipe's files begin below the folders that only this machine has.
+
+    >>> data = {"sources": [{"format": "qa", "path": "/me/data/train.jsonl"}]}
+    >>> recipe = Recipe.model_validate({"model": {"base": "/me/base"}, "data": data, "training": {"steps": 1},
+    ...                                 "output": "/me/runs/mine"})
+    >>> without_folders("/me/data/train.jsonl:3: /me/data/images/cat.jpg is missing", recipe)
+    'train.jsonl:3: images/cat.jpg is missing'
+    """
+    every = (*recipe.data.sources, *recipe.data.eval_sources)
+    paths = [path for source in every for path in (*source.paths, *source.image_roots)]
+    paths += map(Path, filter(None, (recipe.output, recipe.data.prepared, recipe.model.base)))
+    folders = {str(path.parent) for path in paths if path.is_absolute()} - {"/"}
+    for folder in sorted(folders, key=len, reverse=True):
+        text = text.replace(f"{folder}/", "").replace(f"{_cell(folder)}/", "")
+    return text
 
 
 def model_card(base: str, out: Path, run: Path | None) -> str:

@@ -130,10 +130,16 @@ def _data_files(folder: Path, split: str) -> list[Path]:
             raise UserError(f"{folder}: expected split {' or '.join(splits)}, got {split!r}")
         folder = folder / split
     known = tuple(READERS)
-    files = [path for path in files_below(folder) if path.name.lower().endswith(known) and path.name not in _NO_RECORDS]
+    files = [path for path in files_below(folder) if path.name.lower().endswith(known) and not _describes(path)]
     if not files:
         raise UserError(f"{shown(folder)}: no data file below it; expected {', '.join(READERS)}")
     return files
+
+
+def _describes(path: Path) -> bool:
+    """Return whether a file is one that the datasets library writes beside its data, which its own reader skips."""
+    cached = path.name.startswith("cache-") and path.suffix == ".arrow" and (path.parent / "state.json").is_file()
+    return cached or path.name in _NO_RECORDS
 
 
 def fingerprint(source: Source, cache: Path | None = None, nodes: NodeGroup = ALONE) -> str:

@@ -36,6 +36,17 @@ def test_datasets_saved_folder(images_dataset, tmp_path):
     assert "expected split test or train, got 'val'" in message
 
 
+def test_datasets_saved_folder_with_cache(images_dataset, tmp_path):
+    """What the library's own functions leave beside the data, such as `map`, is not read as more of it."""
+    import datasets
+
+    dataset, rows = images_dataset
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.load_from_disk(tmp_path / "one").map(lambda row: {"text": row["text"].upper()})
+    assert len(list((tmp_path / "one").glob("cache-*.arrow"))) == 1
+    assert [record for _, record in read(tmp_path / "one")] == rows
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_hub_local_folder(stream, images_dataset, tmp_path):
     dataset, rows = images_dataset
