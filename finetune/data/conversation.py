@@ -57,12 +57,15 @@ class Remote:
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """Where an image's pixels come from. Two references to the same file, or to equal bytes, are equal."""
+    """Where an image's pixels come from. Two references to the same file, or to equal bytes, are equal.
 
-    source: Path | Slice | Remote | bytes | PIL.Image.Image
+    An image that is known to be missing has the error instead, which opening it raises: a document goes on without it.
+    """
+
+    source: Path | Slice | Remote | bytes | PIL.Image.Image | RecordError
 
     @property
-    def _key(self) -> Path | Slice | Remote | bytes | int:
+    def _key(self) -> Path | Slice | Remote | bytes | RecordError | int:
         return id(self.source) if isinstance(self.source, PIL.Image.Image) else self.source
 
     def __eq__(self, other: object) -> bool:

@@ -96,7 +96,7 @@ def describe(image: Image) -> str:
         return f"{source.path} at byte {source.offset}"
     if isinstance(source, Remote):
         return f"{shown(source.url):.200}"
-    return str(source) if isinstance(source, Path) else "image in memory"
+    return str(source) if isinstance(source, Path | RecordError) else "image in memory"
 
 
 def encoded(image: Image) -> bytes:
@@ -105,6 +105,8 @@ def encoded(image: Image) -> bytes:
     An image in memory is converted by `open_image` and encoded as PNG.
     """
     source = image.source
+    if isinstance(source, RecordError):
+        raise RecordError(source.reason, source.detail)  # a new one: the traceback of a kept error grows
     if isinstance(source, Remote):
         raise RecordError("image is a URL", f"{describe(image)}: not downloaded")
     if isinstance(source, PIL.Image.Image):

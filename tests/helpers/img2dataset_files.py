@@ -80,6 +80,7 @@ STATISTICS = {
 
 def write_shard(folder, layout, *, name="00000", captions=True, encoding="jpg"):
     """Write the shard into the folder, as `--output_format webdataset`, `parquet` or `files` leaves it."""
+    folder.mkdir(exist_ok=True)
     rows = [{key: value for key, value in row.items() if captions or key != "caption"} for row in METADATA]
     members = {}
     for row in rows:

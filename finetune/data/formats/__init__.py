@@ -119,7 +119,8 @@ FORMATS = {
     "qa": Format(questions.convert_qa, questions.is_qa,
                  (_any(QUESTIONS), "input", _any(ANSWERS), _any(CONTEXTS), _IMAGES, _ID, _SYSTEM, _HISTORY)),
     # documents
-    "obelics": Format(documents.convert_obelics, documents.is_obelics, ("images", "texts"), documents=True),
+    "obelics": Format(documents.convert_obelics, documents.is_obelics, ("images", "texts", "images_urls"),
+                      documents=True),
     "pairs": Format(documents.convert_pair, documents.is_pair, (_any(documents.PAIR_IMAGES), _ID, _any(CAPTIONS)),
                     documents=True, captions=True),
     "image_folder": Format(documents.convert_pair, reads=(_any(documents.IMAGE_FILES), _any(CAPTIONS)),

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from finetune.data.conversation import Dialogue, Part, RecordError, Turn, is_blank
+from finetune.data.conversation import Dialogue, Image, Part, RecordError, Turn, is_blank
 from finetune.data.formats.fields import (
     CAPTIONS,
     IMAGES,
@@ -49,12 +49,20 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def convert_obelics(record: dict[str, Any], root: ImageRoot) -> Dialogue:
-    """Convert OBELICS: {"images": [url, null], "texts": [null, "Text."]}, an image or a text at every position."""
+    """Convert OBELICS: {"images": [url, null], "texts": [null, "Text."]}, an image or a text at every position.
+
+    "images_urls", where the tools that made OBELICS have put images in place of URLs, says which image is missing.
+    """
     images, texts = required_list(record, "images", object), required_list(record, "texts", object)
     if len(images) != len(texts):
         raise RecordError("images and texts do not match", f"{len(images)} images, {len(texts)} texts")
+    urls = optional(record, "images_urls", list) or []
     parts: list[Part] = []
     for index, (image, text) in enumerate(zip(images, texts, strict=True)):
+        url = urls[index] if index < len(urls) else None
+        if image is None and text is None and url:
+            parts.append(Image(RecordError("missing image", f"{url!s:.200}: was not downloaded")))
+            continue
         if (image is None) == (text is None):
             got = "neither" if image is None else "both"
             raise RecordError("images and texts do not match", f"position {index}: expected one of the two, got {got}")

@@ -3,6 +3,7 @@
 import os
 import re
 from copy import copy
+from functools import cached_property
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -13,8 +14,10 @@ import PIL.Image
 from finetune.data.conversation import Image, RecordError, Remote, Slice
 from finetune.data.images import decode_base64, describe
 from finetune.data.io.image_stores import Archive, Folder, JsonImages, ParquetImages, RemoteFolder, Store, Tar, Zip
+from finetune.data.io.img2dataset import image_shards
 from finetune.data.io.paths import folders_of, is_image_folder, locate
 from finetune.data.io.tars import COMPRESSED_TARS
+from finetune.data.io.url_images import UrlImages
 from finetune.recipe.schema import Source
 from finetune.recipe.urls import is_remote, shown
 from modeling.errors import UserError
@@ -56,8 +59,9 @@ class ImageRoot:
     def image(self, reference: object) -> Image:
         """Return the image that a record's value refers to. Raises RecordError.
 
-        `reference` is a path under a root, an id in a MIMIC-IT file, base64 (also as `data:image/...;base64,`), an
-        https URL if the source allows it, encoded bytes, {"bytes", "path"}, or an image.
+        `reference` is a path under a root, an id in a MIMIC-IT file, base64 (also as `data:image/...;base64,`), a URL
+        that img2dataset downloaded to a root, an https URL if the source allows it, encoded bytes, {"bytes", "path"},
+        or an image.
         """
         if isinstance(reference, Image):
             return reference
@@ -75,14 +79,29 @@ class ImageRoot:
         if local := _FILE_URL.fullmatch(reference):
             return self._stored(unquote(local["path"]))
         if _URL.match(reference):
+            if found := self._downloaded(reference):
+                return found
             scheme, fetches = reference.partition(":")[0].lower(), self.source.download
             if fetches and (scheme == "https" or (scheme == "http" and fetches == "http")):
                 return Image(Remote(reference))
+            if self._by_url:
+                where = " or ".join(str(store.folder) for store in self._by_url)
+                return Image(RecordError("missing image", f"{reference:.200}: not among the images in {where}"))
             hint = {"https": "; `download: true` fetches it", "http": "; `download: http` fetches it"}.get(scheme, "")
             raise RecordError("image is a URL", f"{reference:.200}: expected a path{hint}")
         if _BASE64.fullmatch(reference):
             return Image(decode_base64(reference))
         return self._stored(reference)
+
+    def _downloaded(self, url: str) -> Image | None:
+        """Return the image of a URL from the first folder of `image_root` that has it. Raises RecordError."""
+        return next(filter(None, (store.find(url) for store in self._by_url)), None)
+
+    @cached_property
+    def _by_url(self) -> tuple[UrlImages, ...]:
+        """The folders of `image_root` into which img2dataset has downloaded images."""
+        folders = [store.path for store in self._stores if isinstance(store, Folder)] if self.source.image_root else []
+        return tuple(UrlImages(folder, shards) for folder in folders if (shards := image_shards(folder)))
 
     def beside(self, record_id: str) -> "ImageRoot":
         """Return the root for one record: without `image_root`, the folder of its own file comes first."""

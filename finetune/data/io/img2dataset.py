@@ -10,6 +10,7 @@ A shard, here 00000, is written in one of three layouts:
 too; a sample that was not downloaded has a row there, and nothing else. https://github.com/rom1504/img2dataset
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ def without_metadata(files: Sequence[Path]) -> list[Path]:
     """Return the files without each Parquet file whose samples are in a tar of the same name."""
     present = set(files)
     return [file for file in files if file.suffix != ".parquet" or file.with_suffix(".tar") not in present]
+
+
+def image_shards(folder: Path) -> list[Path]:
+    """Return the tars and Parquet files of images in a folder, in order: those that statistics stand beside."""
+    names = {entry.name for entry in os.scandir(folder)}
+    shards = []
+    for stem in sorted(name.removesuffix(STATISTICS) for name in names if name.endswith(STATISTICS)):
+        if stem not in names:  # else the images are files in a folder of this name
+            shards += [f"{stem}{suffix}" for suffix in (".tar", ".parquet") if f"{stem}{suffix}" in names][:1]
+    return [folder / shard for shard in shards]
 
 
 def join_images(path: Path, rows: Iterable[Record]) -> Iterator[Record]:

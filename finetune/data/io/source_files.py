@@ -147,9 +147,9 @@ def fingerprint(source: Source, cache: Path | None = None, nodes: NodeGroup = AL
 
     For a folder, it covers the names of all files below (splits and captions depend on them), and the content of all
     files but images. Archives of images are hashed like any file, a dataset on the hub by its version; folders of
-    `image_root` are left out. A remote file is not read: the checksum that its storage gives (or else the date), and
-    its size, are trusted. `cache` is a JSON file that keeps the hashes of files, so that unchanged ones are not read
-    again.
+    `image_root` are left out, but for names and sizes of img2dataset's shards. A remote file is not read: the checksum
+    that its storage gives (or else the date), and its size, are trusted. `cache` is a JSON file that keeps the hashes
+    of files, so that unchanged ones are not read again.
     """
     names, files = nodes.on_main("list files", lambda: _read_by(source))
     try:
@@ -184,6 +184,8 @@ def _read_by(source: Source) -> tuple[list[str], list[Path]]:
             files += files_of(source.at(path))
     roots = {outer for path in source.image_roots for outer, _ in locate(path)}
     files += [outer for outer in sorted(roots) if not is_image_folder(outer)]
+    shards = [shard for root in sorted(roots) if root.is_dir() for shard in img2dataset.image_shards(root)]
+    names += [f"{shard.name} {shard.stat().st_size}" for shard in shards]
     names += [entry_of(file).version for file in files if is_remote(file)]
     return names, [file for file in files if not is_remote(file)]
 

@@ -1,11 +1,20 @@
 """img2dataset's output, in each layout: every sample once, every failed download counted."""
 
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+from img2dataset_files import BLUE as BLUE_BYTES
 from img2dataset_files import METADATA, write_shard
+from img2dataset_files import RED as RED_BYTES
 from sources import make_source
 
+from finetune.data.conversation import Image, Remote, Slice
 from finetune.data.images import open_image
+from finetune.data.io.image_roots import ImageRoot
 from finetune.data.io.img2dataset import without_descriptions, without_metadata
+from finetune.data.prepare import prepare
 from finetune.data.read_dialogues import look, read_dialogues, resolve_source
 from finetune.data.stats import SourceStats
 
@@ -105,3 +114,85 @@ def test_parquet_beside_a_tar_of_another_tool(tmp_path):
     assert found == []
     assert failed == ["image is a URL: 00000.parquet#0: " + METADATA[0]["url"] + ": expected a path; `download: true` "
                       "fetches it", *FAILED]  # fmt: skip
+
+
+URLS = [row["url"] for row in METADATA]
+PAGE = {
+    "images": [URLS[0], None, URLS[1], None, URLS[3], None],
+    "metadata": json.dumps([{"src": URLS[0], "alt_text": "red"}, None, {"src": URLS[1]}, None, {"src": URLS[3]}, None]),
+    "general_metadata": json.dumps({"url": "https://example.org/page"}),
+    "texts": [None, "A red square.", None, "What is gone.", None, "A blue square."],
+}
+LOST = {**PAGE, "images": [URLS[1], None], "texts": [None, "All is gone."]}
+
+
+def write_pages(folder, pages=(PAGE, LOST)):
+    """OBELICS's own Parquet: URLs in place of images."""
+    pyarrow.parquet.write_table(pa.Table.from_pylist(list(pages)), folder / "train-00000-of-00001.parquet")
+    return folder / "train-00000-of-00001.parquet"
+
+
+def read_pages(path, **settings):
+    """(the parts of each document, images by their colour, statistics)."""
+    source, stats = resolve_source(make_source("auto", path, **settings)), SourceStats("one")
+    assert source.format == "obelics"
+    found = [
+        [part if isinstance(part, str) else open_image(part).getpixel((4, 4)) for part in one.turns[0].parts]
+        for _, dialogues in read_dialogues(source, stats, look=look)
+        for one in dialogues
+    ]
+    return found, stats
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet"])
+def test_obelics_with_downloaded_images(tmp_path, layout):
+    """A document finds its images by their URLs; it goes on without one, cut as any document is at a lost image."""
+    images = write_shard(write_shard(tmp_path / "images", layout), layout, name="00001", captions=False)
+    found, stats = read_pages(write_pages(tmp_path), image_root=[images])
+    assert found == [[RED, "A red square."], ["What is gone.", BLUE, "A blue square."]]
+    assert (stats.read, dict(stats.rejected), dict(stats.parts_rejected)) == (
+        2,
+        {"missing image": 1},
+        {"missing image": 1},
+    )
+    assert stats.first_rejected["missing image"] == (
+        f"train-00000-of-00001.parquet#0: {URLS[1]}: not among the images in {images.resolve()}"
+    )
+    assert not stats.ignored
+
+
+def test_obelics_downloads_what_is_not_there(tmp_path):
+    """With `download`, what img2dataset did not get is asked for again."""
+    images = write_shard(tmp_path / "images", "webdataset")
+    root = ImageRoot(make_source("obelics", write_pages(tmp_path), image_root=[images], download=True))
+    assert root.image(URLS[1]) == Image(Remote(URLS[1]))
+    assert isinstance(root.image(URLS[0]).source, Slice)
+
+
+def test_obelics_with_images_in_place(tmp_path):
+    """As the tools that made OBELICS leave it: images where URLs were, and null for one that is missing."""
+    images = [{"bytes": RED_BYTES, "path": None}, None, None, None, {"bytes": BLUE_BYTES, "path": None}, None]
+    path = write_pages(tmp_path, [{**PAGE, "images": images, "images_urls": PAGE["images"]}])
+    found, stats = read_pages(path)
+    assert found == [[RED, "A red square."], ["What is gone.", BLUE, "A blue square."]]
+    assert stats.first_rejected == {
+        "missing image": f"train-00000-of-00001.parquet#0: {URLS[1]}: was not downloaded",
+    }
+    assert not stats.ignored
+
+
+def test_prepare_documents_by_url(tmp_path, tiny_tokenizer):
+    """Prepared, the images are referred to where they lie; another shard of images makes another set."""
+    images, path = write_shard(tmp_path / "images", "webdataset"), write_pages(tmp_path)
+    settings = {"max_length": 500, "max_images": 4, "seed": 0, "folder": tmp_path / "prepared", "workers": 1}
+    source = make_source("obelics", path, image_root=[images])
+    prepared, (stats,) = prepare([source], tiny_tokenizer, **settings)
+    assert [image.source.path.name for image in prepared.images] == ["00000.tar", "00000.tar"]
+    assert (stats.kept, dict(stats.rejected), dict(stats.parts_rejected)) == (
+        1,
+        {"missing image": 1},
+        {"missing image": 1},
+    )
+    write_shard(images, "webdataset", name="00001")
+    again, _ = prepare([source], tiny_tokenizer, **settings)
+    assert again.sets[0].folder != prepared.sets[0].folder
