@@ -132,30 +132,22 @@ class Downloader:
 
         return self._get(url, read)
 
-    def save(self, url: str, path: Path) -> None:
-        """Write a URL's content into a file. Raises RecordError as `fetch`."""
+    def save(self, url: str, path: Path) -> object_storage.Entry:
+        """Write a URL's content into a file, and return its size and version. Raises RecordError as `find`."""
 
-        def write(response: "BaseHTTPResponse", deadline: float) -> None:
+        def write(response: "BaseHTTPResponse", deadline: float) -> object_storage.Entry:
             with path.open("wb") as file:
                 file.writelines(self._pieces(response, deadline))
+            return _entry_of(response)
 
-        self._get(url, write)
+        return self._get(url, write)
 
     def find(self, url: str) -> object_storage.Entry:
         """Return a file's size and version, as the server states them before it sends the file; the rest is not read.
 
         Raises RecordError as `fetch`, and where the server says nothing from which a change could be seen.
         """
-
-        def look(response: "BaseHTTPResponse", deadline: float) -> object_storage.Entry:
-            headers = response.headers
-            version = headers.get("ETag") or headers.get("Last-Modified")
-            if version is None:
-                raise _RefusedError("neither ETag nor Last-Modified, so that a change could not be seen")
-            size = int(headers.get("Content-Length") or 0)
-            return object_storage.Entry(is_folder=False, size=size, version=f"{size} {version}")
-
-        return self._get(url, look)
+        return self._get(url, lambda response, _: _entry_of(response))
 
     def _get(self, url: str, use: Callable[["BaseHTTPResponse", float], Result]) -> Result:
         """Return what `use` makes of the answer and its deadline. An interrupted connection is opened again."""
@@ -265,6 +257,14 @@ _BUSY = (429, 500, 502, 503, 504)
 
 class _RefusedError(Exception):
     """Why a URL is not fetched."""
+
+
+def _entry_of(response: "BaseHTTPResponse") -> object_storage.Entry:
+    version = response.headers.get("ETag") or response.headers.get("Last-Modified")
+    if version is None:
+        raise _RefusedError("neither ETag nor Last-Modified, so that a change could not be seen")
+    size = int(response.headers.get("Content-Length") or 0)
+    return object_storage.Entry(is_folder=False, size=size, version=f"{size} {version}")
 
 
 def _look_up(host: str, port: int, deadline: float) -> list[Any]:

@@ -48,19 +48,23 @@ def match(pattern: str) -> dict[str, Entry]:
     return _entries(pattern, _attempt(pattern, lambda filesystem: filesystem.glob(pattern, detail=True)))
 
 
-def save(url: str, path: Path) -> None:
-    """Write a remote file's content into a file. Raises UserError as `find`."""
-    _attempt(url, lambda filesystem: filesystem.get_file(url, str(path)))
+def save(url: str, path: Path) -> Entry:
+    """Write a remote file's content into a file, and return what is at the URL then. Raises UserError as `find`."""
+
+    def save(filesystem: Any) -> Entry:
+        filesystem.get_file(url, str(path))
+        filesystem.invalidate_cache(url)
+        entry, size = _entry(filesystem.info(url)), path.stat().st_size
+        if size != entry.size:
+            raise ConnectionError(f"got {size:,} of {entry.size:,} bytes")
+        return entry
+
+    return _attempt(url, save)
 
 
 def read(url: str, max_bytes: int) -> bytes:
     """Return the content of a file. Raises UserError as `find`, and for one of more than `max_bytes`."""
-
-    def read(filesystem: Any) -> bytes:
-        with filesystem.open(url, "rb", cache_type="none") as file:
-            return file.read(max_bytes + 1)
-
-    content = _attempt(url, read)
+    content = _attempt(url, lambda filesystem: filesystem.cat_file(url, start=0, end=max_bytes + 1))
     if len(content) > max_bytes:
         raise UserError(f"{shown(url)}: over {max_bytes:,} bytes")
     return content
@@ -138,7 +142,7 @@ def _entries(asked: str, infos: dict[str, dict[str, Any]]) -> dict[str, Entry]:
     return {url: _entry(info) for url, info in sorted(named.items())}
 
 
-_VERSIONS = ("ETag", "etag", "blob_id", "md5Hash", "LastModified", "mtime", "created")
+_VERSIONS = ("ETag", "blob_id", "xet_hash", "md5Hash", "crc32c", "etag", "LastModified", "mtime", "created")
 """The fields under which a filesystem gives a checksum or a date, the most exact first."""
 
 

@@ -116,6 +116,8 @@ def locate(path: Path) -> list[tuple[Path, str]]:
     if is_remote(path):
         outer = next((outer for outer in (path, *path.parents) if outer.suffix.lower() in ARCHIVES), path)
         if is_image_folder(outer) and not is_in_storage(url_of(outer)):
+            if "?" in url_of(outer):
+                raise UserError(f"{shown(outer)}: expected the URL of a folder without a query, or of an archive")
             return [(outer, ".")]  # a folder on the web is known by its files alone
         return [(match, path.relative_to(outer).as_posix()) for match in expand(outer)]
     found = []

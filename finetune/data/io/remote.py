@@ -85,10 +85,13 @@ def entry_of(place: Path) -> Entry:
 
 def is_there(place: Path) -> bool:
     """Return whether a storage has something at a place. On the web, nothing is known of what was not asked for."""
+    if place not in _listed and not is_in_storage(url_of(place)):
+        return False
     try:
-        return place in _listed or (is_in_storage(url_of(place)) and entry_of(place) is not None)
+        entry_of(place)
     except NothingThereError:
         return False
+    return True
 
 
 def expand_remote(place: Path) -> list[Path]:
@@ -201,14 +204,11 @@ def _disk_errors(place: Path) -> Iterator[None]:
 
 
 def _save(place: Path, entry: Entry, path: Path) -> None:
+    """Fetch into a file. Raises UserError: it fails, or the version is not the one that was listed."""
     url = url_of(place)
-    if is_in_storage(url):
-        object_storage.save(url, path)
-    else:
-        _web(url).save(url, path)
-    size = path.stat().st_size
-    if entry.size and size != entry.size:
-        raise UserError(f"{shown(place)}: got {size:,} bytes, expected {entry.size:,}; did it change meanwhile?")
+    saved = object_storage.save(url, path) if is_in_storage(url) else _web(url).save(url, path)
+    if saved != entry:
+        raise UserError(f"{shown(place)}: expected version {entry.version}, got {saved.version}; it changed meanwhile")
 
 
 def _web(url: str) -> Downloader:
@@ -237,7 +237,7 @@ def _make_room(place: Path, needed: int) -> None:
             for _, path, size in files:
                 if total + needed <= FILLED * limit:
                     break
-                total -= size if _leaves(path) else 0
+                total -= size if _delete_unless_open(path) else 0
     _room[cache] = max(0, limit - total - needed) // PROCESSES
 
 
@@ -255,8 +255,8 @@ def _cached_files(cache: Path) -> Iterator[tuple[int, Path, int]]:
                     yield status.st_atime_ns, path, status.st_size
 
 
-def _leaves(path: Path) -> bool:
-    """Delete a file of the cache unless it is in use. Return whether it is gone."""
+def _delete_unless_open(path: Path) -> bool:
+    """Delete a file of the cache, unless it is open or being fetched. Return whether it is gone."""
     if path.parent.name == ".unfinished":
         return False
     try:

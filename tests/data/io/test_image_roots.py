@@ -422,6 +422,8 @@ def test_image_folder_on_the_web(cache):
     root = root_of("https://host/images/", download=True)
     assert url(root, "sub/é%2e #?.png") == "https://host/images/sub/%C3%A9%252e%20%23%3F.png"
     assert refusal(root.image, "../secret.png") == "image outside the image root"
+    with pytest.raises(UserError, match=r"https://host/images\?\.\.\.: expected the URL of a folder without a query"):
+        root_of("https://host/images?a=b", download=True)
 
 
 def test_remote_archive(storage, cache):

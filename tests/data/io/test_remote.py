@@ -4,6 +4,7 @@ import errno
 import gzip
 import io
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -122,8 +124,9 @@ def test_remote_file_is_fetched_once_for_all_that_ask_at_once(storage, monkeypat
     def save(url, path):
         saved.append(url)
         time.sleep(0.05)
-        path.write_bytes(LINES)
+        return original(url, path)
 
+    original = object_storage.save
     monkeypatch.setattr(object_storage, "save", save)
     with ThreadPoolExecutor(4) as threads:
         opened = list(threads.map(open_local, [path_of("memory://b/a.jsonl")] * 4))
@@ -294,6 +297,13 @@ def test_remote_connection_is_tried_again(storage, monkeypatch):
     assert len(attempts) == 5
 
 
+def test_remote_file_that_is_cut_short(storage, cache, monkeypatch):
+    storage.pipe_file("/b/a.jsonl", LINES)
+    monkeypatch.setattr(type(storage), "get_file", lambda self, url, path: Path(path).write_bytes(LINES[:9]))
+    assert refusal(read, "memory://b/a.jsonl") == "memory://b/a.jsonl: got 9 of 18 bytes"
+    assert fetched(cache) == []
+
+
 class NoCredentialsError(Exception):
     """As botocore calls it."""
 
@@ -326,11 +336,21 @@ def test_remote_package_missing(scheme, package, cache, monkeypatch):
     assert got == f"{scheme}://b/a.jsonl: {scheme}:// needs the package {package}: {repair}"
 
 
-def test_remote_file_changes_while_it_is_fetched(storage, monkeypatch):
+def test_remote_file_changes_while_it_is_fetched(storage, cache):
     storage.pipe_file("/b/a.jsonl", LINES)
-    monkeypatch.setattr(object_storage, "save", lambda url, path: path.write_bytes(LINES[:9]))
+    files_of(at("memory://b/a.jsonl"))
+    storage.pipe_file("/b/a.jsonl", LINES[:9])
     got = refusal(read, "memory://b/a.jsonl")
-    assert got == "memory://b/a.jsonl: got 9 bytes, expected 18; did it change meanwhile?"
+    assert re.fullmatch(r"memory://b/a\.jsonl: expected version 18 [\d.]+, got 9 [\d.]+; it changed meanwhile", got)
+    assert fetched(cache) == []
+
+
+def test_web_file_changes_while_it_is_fetched(web, cache):
+    url = f"http://127.0.0.1:{web.server_port}/data/a.jsonl"
+    files_of(at(url))
+    web.version = 2
+    got = refusal(read, url)
+    assert got == f'{url}: expected version 18 "1", got 18 "2"; it changed meanwhile'
 
 
 class Handler(BaseHTTPRequestHandler):
