@@ -19,7 +19,16 @@ from finetune.data.io.byte_streams import COMPRESSIONS, OnBroken, Record, until_
 from finetune.data.io.json_files import read_json
 from finetune.data.io.jsonl_csv import read_csv, read_json_lines
 from finetune.data.io.parquet_arrow import read_arrow, read_parquet
-from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, folders_of, is_folder, is_image_folder, locate
+from finetune.data.io.paths import (
+    IMAGE_SUFFIXES,
+    exists,
+    expand,
+    files_below,
+    folders_of,
+    is_folder,
+    is_image_folder,
+    locate,
+)
 from finetune.data.io.remote import entry_of
 from finetune.data.io.tars import COMPRESSED_TARS, read_tar
 from finetune.distributed.node_group import ALONE, NodeGroup
@@ -124,10 +133,11 @@ def files_of(source: Source) -> list[Path]:
 
 
 def _data_files(folder: Path, split: str) -> list[Path]:
-    if not is_remote(folder) and (folder / "dataset_dict.json").is_file():
-        splits = sorted(state.parent.name for state in folder.glob("*/state.json"))
+    if exists(folder / "dataset_dict.json"):
+        states = [path for path in files_below(folder) if path.name == "state.json" and path.parent.parent == folder]
+        splits = [state.parent.name for state in states]
         if split not in splits:
-            raise UserError(f"{folder}: expected split {' or '.join(splits)}, got {split!r}")
+            raise UserError(f"{shown(folder)}: expected split {' or '.join(splits)}, got {split!r}")
         folder = folder / split
     known = tuple(READERS)
     files = [path for path in files_below(folder) if path.name.lower().endswith(known) and not _describes(path)]
@@ -138,7 +148,7 @@ def _data_files(folder: Path, split: str) -> list[Path]:
 
 def _describes(path: Path) -> bool:
     """Return whether a file is one that the datasets library writes beside its data, which its own reader skips."""
-    cached = path.name.startswith("cache-") and path.suffix == ".arrow" and (path.parent / "state.json").is_file()
+    cached = path.name.startswith("cache-") and path.suffix == ".arrow" and exists(path.parent / "state.json")
     return cached or path.name in _NO_RECORDS
 
 

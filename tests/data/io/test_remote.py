@@ -102,6 +102,16 @@ def test_remote_records_and_their_ids(storage, cache):
     assert fetched(cache) == [f"memory/b/d/{name}" for name in ("a.jsonl", "s/b.jsonl.gz", "s/c.parquet", "s/d.tar")]
 
 
+def test_remote_folder_of_the_datasets_library(storage):
+    """A folder that save_to_disk wrote is read by its split, without what the library keeps beside the data."""
+    for name in ("dataset_dict.json", "test/state.json", "train/state.json", "test/a.arrow", "train/a.arrow"):
+        storage.pipe_file(f"/b/d/{name}", b"{}")
+    storage.pipe_file("/b/d/train/cache-1.arrow", b"")
+    assert urls_of("memory://b/d") == ["memory://b/d/train/a.arrow"]
+    got = refusal(files_of, at("memory://b/d", split="eval"))
+    assert got == "memory://b/d: expected split test or train, got 'eval'"
+
+
 def test_remote_file_is_fetched_once(storage, cache, monkeypatch):
     storage.pipe_file("/b/a.jsonl", LINES)
     saved = []

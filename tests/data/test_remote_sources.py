@@ -1,4 +1,4 @@
-"""Remote sources are prepared as local ones are, and what is prepared needs nothing remote any more."""
+"""Remote sources are prepared and streamed as local ones are; what is prepared needs nothing remote any more."""
 
 import shutil
 
@@ -6,10 +6,14 @@ import pytest
 from image_files import tarred
 from remote_files import fetched, forget
 from sources import make_source
+from streamed import equal, reader_of, rows_of
 
+from finetune.data.chunking import Limits, splitter
 from finetune.data.images import encoded
 from finetune.data.io import remote
 from finetune.data.prepare import prepare
+from finetune.data.streaming import downloads
+from finetune.data.tokenize import Encoder
 
 DIALOGUES = "dialogues.jsonl"
 
@@ -91,3 +95,20 @@ def test_remote_source_is_prepared_with_a_cache_that_holds_one_file(
     assert content(prepared)[:3] == content(local)[:3]
     assert list(prepared.record_ids) == [f"{number:02}.jsonl:1" for number in range(12)]
     assert fetched(cache) == ["memory/b/d/11.jsonl"]
+
+
+def test_remote_source_is_streamed_as_a_local_one(uploaded, cache, dialogue_folder, tiny_tokenizer, tmp_path):
+    def rows(path, **source):
+        source = make_source("messages", [path], stream=True, **source)
+        how = splitter(source, Encoder(tiny_tokenizer), Limits(200, 2), seed=0)
+        return rows_of(
+            reader_of(source, how, lanes=2), lanes=2, row_tokens=200, downloader=downloads(tmp_path, [source])
+        )
+
+    local, remote = rows(dialogue_folder / DIALOGUES), rows(f"memory://b/d/{DIALOGUES}")
+    archive = rows(f"memory://b/d/{DIALOGUES}", image_root=("memory://b/images.tar",))
+    for number in range(12):
+        row = local.at(number)
+        assert equal(remote.at(number), row)
+        shutil.rmtree(cache / "memory")  # all of it left to make room
+        assert equal(archive.at(number), row)
