@@ -4,11 +4,13 @@
     python scripts/benchmarks/simulate_scale.py
 
 Arithmetic, not a measurement: it reads the two scripts' JSON, and prints its assumptions beside what follows from them.
-A document is one of OBELICS (141,047,697 documents, 353 million images, 114.9 billion tokens), its images downloaded
-with img2dataset. The time of each stage is work / speed:
+A document is one of OBELICS (141,047,697 documents, 353 million images, 114.9 billion tokens): text in Parquet, images
+in the tar archives into which img2dataset has downloaded them. The time of each stage is work / speed:
 
-hashing      all bytes are read once, by all nodes
-converting   each node opens, hashes and tokenises its shards on all cores, or waits for its disks
+downloading  img2dataset on all nodes
+listing      the headers of all archives are read once, by the cores of one node, to find images by their URLs
+hashing      the text is read once, by all nodes; archives count by their names and sizes
+converting   each node opens and hashes the images of its shards, and tokenises, on all cores, or waits for storage
 joining      one node writes all parts as one set: what does not get faster with a second worker
 opening      at each later start, one process checks the set
 """
@@ -16,6 +18,7 @@ opening      at each later start, one process checks the set
 import argparse
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,6 +46,8 @@ class Assumptions:
     """What a node reads from its disks or its network."""
     storage_gb_per_second: float = 10
     """What all nodes read together from shared storage."""
+    storage_reads_per_second: float = 50_000
+    """Reads at random places, an image each, that shared storage serves."""
     image_pixels: float = 384
     """Pixels of a side of an image; opening it takes time in proportion to their square."""
     image_kb: float = 40
@@ -53,10 +58,18 @@ class Assumptions:
     """Images in one tar archive, as img2dataset makes it."""
     documents_per_file: int = 100_000
     """Documents in one Parquet file."""
+    shard_bytes: int = 2**25
+    """Bytes of Parquet in one shard, as long as there are at most `shards`."""
+    shards: int = 4096
+    """Largest number of shards into which fewer files are cut."""
+    downloads_per_second: float = 1400
+    """Images that img2dataset downloads on one node: 100 million in 20 hours, its authors say."""
+    listed_per_second: float = 11_000
+    """Images of an archive that one core lists (40,000 images with text and JSON took 3.5 s)."""
+    bytes_per_url: float = 36
+    """Size of the table of URLs per image, which all processes map."""
     bytes_per_digest: float = 196
     """Memory that finding equal images takes where the parts are joined, per image: numpy's sort of their digests."""
-    mappings: int = 65_530
-    """Files that one process can map (vm.max_map_count); joining maps a file of each part."""
     gpu_tokens_per_second: float = 10_420
     """Tokens that an H100 trains on, as scale.py predicts for the 9B in QLoRA."""
     gpus: int = 8
@@ -112,35 +125,36 @@ def read_rates(preparing: Sequence[Mapping[str, Any]], streaming: Mapping[str, A
 def simulate(rates: Rates, given: Assumptions, documents: int, nodes: int) -> dict[str, float | str]:
     """Return the figures of one column: a number of documents on a number of nodes."""
     images, tokens = documents * IMAGES / DOCUMENTS, documents * TOKENS / DOCUMENTS
-    read_gb = (images * given.image_kb * 1e3 + tokens * given.bytes_per_token) / GB
+    text_gb, images_gb = tokens * given.bytes_per_token / GB, images * given.image_kb * 1e3 / GB
     reading = min(nodes * given.disk_gb_per_second, given.storage_gb_per_second)
     per_image = rates.seconds_per_image * (given.image_pixels / PREPARED_PIXELS) ** 2
-    work = tokens * rates.seconds_per_token + images * per_image
-    stages = {
-        "hashing": read_gb / min(nodes * given.cores * rates.hashed_gb_per_second, reading),
-        "converting": max(work / (nodes * given.cores), read_gb / reading),
+    hours = {
+        "downloading": images / (nodes * given.downloads_per_second),
+        "listing": images / (given.cores * given.listed_per_second),
+        "hashing": text_gb / min(nodes * given.cores * rates.hashed_gb_per_second, reading),
+        "converting, processors": (tokens * rates.seconds_per_token + images * per_image) / (nodes * given.cores),
+        "converting, storage": max((text_gb + images_gb) / reading, images / given.storage_reads_per_second),
         "joining": tokens * rates.joining_seconds_per_token,
     }
-    archives, tables = -(-images // given.images_per_file), -(-documents // given.documents_per_file)
-    memory_gb = (images * given.bytes_per_digest + documents * rates.memory_bytes_per_document) / GB
+    hours = {stage: seconds / HOUR for stage, seconds in hours.items()}
+    converting = max(hours["converting, processors"], hours["converting, storage"])
+    files, archives = math.ceil(documents / given.documents_per_file), math.ceil(images / given.images_per_file)
+    join_gb = (images * given.bytes_per_digest + documents * rates.memory_bytes_per_document) / GB
     stored = tokens * rates.stored_bytes_per_token + images * rates.stored_bytes_per_image
-    longest = max(stages, key=lambda stage: stages[stage])
-    limit = "memory" if memory_gb > given.memory_gb else "mapped files" if archives > given.mappings else ""
+    limit = "memory of joining" if join_gb > given.memory_gb else max(hours, key=lambda stage: hours[stage])
     needed = given.gpu_tokens_per_second * images / tokens / rates.streamed_images_per_second
-    needed *= (given.image_pixels / STREAMED_PIXELS) ** 2
     return {
-        "files": archives + tables,
-        "TB to read": read_gb / 1e3,
+        "files": files + archives,
+        "TB of text and images": (text_gb + images_gb) / 1e3,
+        "shards": max(files, min(given.shards, math.ceil(text_gb * GB / given.shard_bytes))),
+        **{f"hours of {stage}": value for stage, value in hours.items()},
+        "hours to prepare": hours["listing"] + hours["hashing"] + converting + hours["joining"],
+        "first limit": limit,
         "TB prepared": stored / GB / 1e3,
-        "hours of hashing": stages["hashing"] / HOUR,
-        "hours of converting": stages["converting"] / HOUR,
-        "hours of joining": stages["joining"] / HOUR,
-        "hours to prepare": sum(stages.values()) / HOUR,
+        "GB of the table of URLs": images * given.bytes_per_url / GB,
+        "GB of memory to join": join_gb,
         "hours to open, each start": tokens * rates.opening_seconds_per_token / HOUR,
-        "GB of memory to join": memory_gb,
-        "mapped files": archives,
-        "first limit": limit or longest,
-        "stream: worker processes a GPU": needed,
+        "stream: worker processes a GPU": needed * (given.image_pixels / STREAMED_PIXELS) ** 2,
         "stream: hours of an epoch": tokens / (given.gpu_tokens_per_second * given.gpus * nodes) / HOUR,
     }
 

@@ -59,26 +59,34 @@ GIVEN = Assumptions(cores=10, image_pixels=448, disk_gb_per_second=1, storage_gb
 
 def test_figures_of_all_documents():
     one, sixteen = simulate(RATES, GIVEN, DOCUMENTS, 1), simulate(RATES, GIVEN, DOCUMENTS, 16)
-    gigabytes = 353e6 * 40e3 / 1e9 + 114.9e9 * 4.5 / 1e9
-    assert one["files"] == 35_300 + 1_411
-    assert one["TB to read"] == pytest.approx(gigabytes / 1000)
-    assert one["hours of hashing"] == pytest.approx(gigabytes / 1 / 3600)
-    assert sixteen["hours of hashing"] == pytest.approx(gigabytes / 10 / 3600)  # shared storage reads 10 GB/s
+    text, images = 114.9e9 * 4.5 / 1e9, 353e6 * 40e3 / 1e9  # GB
+    assert one["files"] == 1_411 + 35_300
+    assert one["shards"] == 4096  # of 32 MiB they would be 15,409
+    assert one["TB of text and images"] == pytest.approx((text + images) / 1000)
+    assert one["hours of downloading"] == pytest.approx(353e6 / 1400 / 3600)
+    assert one["hours of listing"] == sixteen["hours of listing"] == pytest.approx(353e6 / 110_000 / 3600)
+    assert one["hours of hashing"] == pytest.approx(text / 1 / 3600)
+    assert sixteen["hours of hashing"] == pytest.approx(text / 10 / 3600)  # shared storage reads 10 GB/s
     work = 114.9e9 * 1e-5 + 353e6 * 4e-3  # images have four times the pixels of those measured
-    assert one["hours of converting"] == pytest.approx(work / 10 / 3600)
-    assert sixteen["hours of converting"] == pytest.approx(work / 160 / 3600)
+    assert one["hours of converting, processors"] == pytest.approx(work / 10 / 3600)
+    assert sixteen["hours of converting, processors"] == pytest.approx(work / 160 / 3600)
+    assert one["hours of converting, storage"] == pytest.approx((text + images) / 1 / 3600)
+    assert sixteen["hours of converting, storage"] == pytest.approx(353e6 / 50_000 / 3600)  # reads, not bytes
     assert one["hours of joining"] == sixteen["hours of joining"] == pytest.approx(114.9e9 * 1e-7 / 3600)
+    stages = (one[f"hours of {stage}"] for stage in ("listing", "hashing", "converting, processors", "joining"))
+    assert one["hours to prepare"] == pytest.approx(sum(stages))
     assert one["TB prepared"] == pytest.approx((114.9e9 * 10 + 353e6 * 100) / 1e12)
+    assert one["GB of the table of URLs"] == pytest.approx(12.708)
     assert one["GB of memory to join"] == pytest.approx((353e6 * 196 + 141_047_697 * 100) / 1e9)
-    assert one["first limit"] == "converting"
 
 
 @pytest.mark.parametrize(
     ("changed", "limit"),
     [
-        ({"memory_gb": 64}, "memory"),
-        ({"images_per_file": 1000}, "mapped files"),
-        ({"cores": 1000, "disk_gb_per_second": 0.1}, "hashing"),
+        ({}, "downloading"),
+        ({"memory_gb": 64}, "memory of joining"),
+        ({"downloads_per_second": 100_000, "cores": 1}, "converting, processors"),
+        ({"downloads_per_second": 100_000, "storage_reads_per_second": 100}, "converting, storage"),
     ],
 )
 def test_first_limit_is_named(changed, limit):
@@ -91,4 +99,4 @@ def test_table_prints_every_assumption():
     printed = show(RATES, GIVEN, {"1M, 1 node": column})
     assert "image pixels                                 448\n" in printed
     assert "hashed gb per second                           1\n" in printed
-    assert printed.splitlines()[-14].strip() == "1M, 1 node"
+    assert printed.splitlines()[-len(column) - 1].strip() == "1M, 1 node"
