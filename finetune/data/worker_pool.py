@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,7 +25,8 @@ def run_all(tasks: Sequence[Task], work: Work[Task], *, workers: int) -> Iterato
     """Do all tasks, and yield once for each record that is done. `work` is sent once to each worker.
 
     With one task or one worker, no process is started. Workers are spawned, never forked: the caller may have threads,
-    and a GPU. Whatever ends the iteration early, an error or the caller, ends the workers after their current records.
+    and a GPU. Whatever ends the iteration early, an error or the caller, ends the workers after their current records;
+    if the caller is killed, they end at once.
 
     Raises UserError: a worker was killed; and whatever `work` raises.
     """
@@ -36,7 +38,7 @@ def run_all(tasks: Sequence[Task], work: Work[Task], *, workers: int) -> Iterato
         return
     context = multiprocessing.get_context("spawn")
     done, stop = context.Value("q", 0), context.Value("b", 0)
-    start: Any = (work, done, stop, os.getpid())
+    start: Any = (work, done, stop)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=start)
     seen = 0
     try:
@@ -64,13 +66,22 @@ def _start(*worker: Any) -> None:
     global _worker
     _worker = worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+def _end_with_parent() -> None:
+    """End this process when the parent has died: a worker that waits for its next task would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _do(task: Any) -> None:
-    work, done, stop, parent = _worker
+    work, done, stop = _worker
     for count in work(task):
         with done.get_lock():
             done.value += count
-        if stop.value or os.getppid() != parent:
+        if stop.value:
             return

@@ -1,5 +1,6 @@
 """Every task done once, in whatever order; whatever goes wrong is raised where the tasks are given, and ends all."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -94,3 +95,47 @@ def test_a_worker_that_is_killed_is_reported_with_a_way_out():
     with pytest.raises(UserError) as caught:
         list(run_all(range(5), die, workers=2))
     assert str(caught.value) == "a worker process died, most likely out of memory; try fewer: data.workers=1"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Leaves a file named by the process. The first task is done when the second has begun, which goes on for ever."""
+
+    folder: Path
+
+    def __call__(self, task):
+        (self.folder / str(os.getpid())).touch()
+        while task == 1 or len(written(self.folder)) < 2:
+            time.sleep(0.01)
+            yield 1
+
+
+def run_in_two(folder):
+    list(run_all(range(2), Note(folder), workers=2))
+
+
+def test_workers_end_when_the_caller_is_killed(tmp_path):
+    """One of them is at work, the other waits for a task."""
+    caller = multiprocessing.get_context("spawn").Process(target=run_in_two, args=(tmp_path,))
+    caller.start()
+    try:
+        wait_until(lambda: len(written(tmp_path)) == 2)
+        time.sleep(0.1)
+    finally:
+        caller.kill()
+        caller.join()
+    wait_until(lambda: not any(map(is_running, written(tmp_path))))
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
