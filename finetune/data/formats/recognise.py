@@ -136,8 +136,9 @@ def _by_files(source: Source) -> str | None:
 def _samples(source: Source) -> list[_Sample]:
     if source.hub:
         return [_sample(source.hub, list(islice(read_records(source), FIRST_RECORDS)))]
-    files = img2dataset.without_metadata(files_of(source))
-    chosen = files[:: max(1, -(-len(files) // FIRST_FILES))]
+    files = files_of(source)
+    spread = files[:: max(1, -(-len(files) // FIRST_FILES))]
+    chosen = [file for file in spread if not img2dataset.repeats_tar(file)] or spread
     common = os.path.commonpath([file.absolute().parent for file in chosen]) if chosen else ""
     names = [file.absolute().relative_to(common).as_posix() for file in chosen]
     return [

@@ -32,26 +32,27 @@ KEYS = frozenset({"key", "status", "error_message"})
 """Keys that the metadata of every sample has."""
 
 
-def without_descriptions(files: Sequence[Path]) -> list[Path]:
-    """Return the files without those that hold no sample of their own: 00000_stats.json, 00000/000000007.json.
+def samples_first(files: Sequence[Path]) -> list[Path]:
+    """Return the files that hold samples, in order, then the Parquet files that say of each tar what failed.
 
-    A file counts as one of these only beside a 00000.parquet.
+    Without a sample of their own are 00000_stats.json and 00000/000000007.json, if a 00000.parquet is beside them.
     """
     present = set(files)
-    shards = {shard for file in files if (shard := _described_by(file)) and shard.with_suffix(".parquet") in present}
-    described = (file for file in files if file.suffix != ".json" or file.parent not in shards)
-    return [file for file in described if _described_by(file) not in shards]
+    stems = (file.with_name(file.name.removesuffix(STATISTICS)) for file in files if file.name.endswith(STATISTICS))
+    shards = {stem for stem in stems if stem.with_suffix(".parquet") in present}
+    without = {_statistics_of(shard) for shard in shards}
+    last = {shard.with_suffix(".parquet") for shard in shards if shard.with_suffix(".tar") in present}
+    left = [file for file in files if file not in without and (file.suffix != ".json" or file.parent not in shards)]
+    return [*(file for file in left if file not in last), *(file for file in left if file in last)]
 
 
-def _described_by(file: Path) -> Path | None:
-    """Return the shard, as a path without a suffix, whose statistics the file holds; None for another file."""
-    return file.with_name(file.name.removesuffix(STATISTICS)) if file.name.endswith(STATISTICS) else None
+def _statistics_of(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}{STATISTICS}")
 
 
-def without_metadata(files: Sequence[Path]) -> list[Path]:
-    """Return the files without each Parquet file whose samples are in a tar of the same name."""
-    present = set(files)
-    return [file for file in files if file.suffix != ".parquet" or file.with_suffix(".tar") not in present]
+def repeats_tar(file: Path) -> bool:
+    """Return whether a file is the Parquet file of a shard whose samples are in a tar."""
+    return file.suffix == ".parquet" and exists(file.with_suffix(".tar")) and exists(_statistics_of(file))
 
 
 def image_shards(folder: Path) -> list[Path]:
@@ -71,14 +72,12 @@ def join_images(path: Path, rows: Iterable[Record]) -> Iterator[Record]:
     samples, so that the failures are left.
     """
     shard = path.with_suffix("")
-    if not exists(path.with_name(shard.name + STATISTICS)):
-        yield from rows
-        return
-    in_tar, in_folder = exists(path.with_suffix(".tar")), exists(shard)
+    in_tar = repeats_tar(path)
+    in_folder = not in_tar and exists(shard) and exists(_statistics_of(shard))
     for record_id, row in rows:
         if not (in_tar or in_folder) or not isinstance(row, dict) or failure(row) or not row.keys() >= KEYS:
             yield record_id, row
-        elif not in_tar:
+        elif in_folder:
             yield record_id, {**row, **_image_of(shard, str(row["key"]))}
 
 

@@ -128,7 +128,7 @@ def files_of(source: Source) -> list[Path]:
     for path in source.paths:
         files = (_data_files(match, source.split) if is_folder(match) else [match] for match in expand(path))
         distinct = list(dict.fromkeys(chain.from_iterable(files)))  # ** matches a folder and also those below it
-        found += img2dataset.without_descriptions(distinct)
+        found += img2dataset.samples_first(distinct)
     return found
 
 

@@ -13,7 +13,7 @@ from sources import make_source
 from finetune.data.conversation import Image, Remote, Slice
 from finetune.data.images import open_image
 from finetune.data.io.image_roots import ImageRoot
-from finetune.data.io.img2dataset import without_descriptions, without_metadata
+from finetune.data.io.img2dataset import samples_first
 from finetune.data.prepare import prepare
 from finetune.data.read_dialogues import look, read_dialogues, resolve_source
 from finetune.data.stats import SourceStats
@@ -68,6 +68,15 @@ def test_img2dataset_several_shards(tmp_path):
     assert loss == "4 of 8 records rejected: failed to download 2, failed to resize 2"
 
 
+def test_img2dataset_first_records_are_samples(tmp_path):
+    """What failed comes last: a shard may have thousands of failures, and `check` reads the first records alone."""
+    for name in ("00000", "00001"):
+        write_shard(tmp_path, "webdataset", name=name)
+    source = resolve_source(make_source("auto", paths=(tmp_path,), limit=4))
+    stats = SourceStats("one")
+    assert len(list(read_dialogues(source, stats, look=look))) == stats.read == 4
+
+
 def test_img2dataset_tars_alone(tmp_path):
     """A pattern that names the tars reads these: what failed is not in them, and not counted."""
     write_shard(tmp_path, "webdataset")
@@ -101,9 +110,8 @@ def test_img2dataset_caption_of_another_name(tmp_path):
 def test_files_without_samples(tmp_path):
     """A file's name alone is no reason to leave it out: a Parquet file must stand beside it."""
     parts = [tmp_path / name for name in ("0/7.json", "0.parquet", "0.tar", "0_stats.json", "1/7.json", "1_stats.json")]
-    left = without_descriptions(parts)
-    assert left == [tmp_path / name for name in ("0.parquet", "0.tar", "1/7.json", "1_stats.json")]
-    assert without_metadata(left) == [tmp_path / name for name in ("0.tar", "1/7.json", "1_stats.json")]
+    left = samples_first(parts)
+    assert left == [tmp_path / name for name in ("0.tar", "1/7.json", "1_stats.json", "0.parquet")]
 
 
 def test_parquet_beside_a_tar_of_another_tool(tmp_path):
