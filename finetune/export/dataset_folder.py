@@ -75,6 +75,7 @@ def share(
     if dry_run:
         return shared
     folder = to or scratch / f"{push}".replace("/", "--")
+    _require_room(folder, 2 * sum(one["image_bytes"] for one in sizes.values()))
     if not to:
         shutil.rmtree(folder, ignore_errors=True)  # from a push that was interrupted
     write_folder(splits, folder, card, source_name=source_name)
@@ -86,6 +87,16 @@ def share(
     if not to:
         shutil.rmtree(folder)
     return shared
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    disk = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        raise UserError(
+            f"{disk}: {show_size(free)} are free, and the images need {show_size(needed)} until the folder is written; "
+            "name a folder on another disk with --to"
+        )
 
 
 def size_of(prepared: Prepared) -> dict[str, int]:
@@ -118,17 +129,19 @@ def write_folder(
     require_new(folder)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    with _without_bars():
-        saved = {
-            name: _written(prepared, name, aside / "cache" / name, source_name) for name, prepared in splits.items()
-        }
-        datasets.DatasetDict(saved).save_to_disk(aside / "set")
-    (aside / "set" / CARD).write_text(card, encoding="utf-8")
-    for path in (aside / "set").rglob("*"):
-        flush(path)
-    (aside / "set").rename(folder)
+    try:
+        with _without_bars():
+            saved = {
+                name: _written(prepared, name, aside / "cache" / name, source_name) for name, prepared in splits.items()
+            }
+            datasets.DatasetDict(saved).save_to_disk(aside / "set")
+        (aside / "set" / CARD).write_text(card, encoding="utf-8")
+        for path in (aside / "set").rglob("*"):
+            flush(path)
+        (aside / "set").rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     flush(folder.parent)
-    shutil.rmtree(aside)
 
 
 def _features() -> Any:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -153,7 +154,7 @@ def test_dataset_folder_is_whole_or_not_there(made, tmp_path):
             write_folder({"train": prepared}, folder, "")
     finally:
         (data / "away.jpg").rename(data / "dog.jpg")
-    assert not folder.exists()
+    assert list(tmp_path.iterdir()) == []
     write_folder({"train": prepared}, folder, "")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     with pytest.raises(UserError, match="mine exists already, and nothing is overwritten"):
@@ -235,6 +236,14 @@ def test_push_without_a_folder_leaves_none(made, monkeypatch, tmp_path):
     options = {"private": False, "dry_run": False, "scratch": tmp_path, "source_name": str}
     share({"train": made[0], "eval": made[0].select(np.arange(0))}, "# mine\n", to=None, push="me/mine", **options)
     assert hub.calls[-1] == ("push", "me/me/mine", {"train": 3}, False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_share_needs_room(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    options = {"push": None, "private": True, "dry_run": False, "scratch": tmp_path, "source_name": str}
+    with pytest.raises(UserError, match=r"are free, and the images need .* until the folder is written"):
+        share({"train": made[0]}, "", to=tmp_path / "mine", **options)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -204,3 +204,14 @@ def test_prepare_documents_by_url(tmp_path, tiny_tokenizer):
     write_shard(images, "webdataset", name="00001")
     again, _ = prepare([source], tiny_tokenizer, **settings)
     assert again.sets[0].folder != prepared.sets[0].folder
+
+
+def test_stream_documents_by_url(tmp_path, reading):
+    """A stream finds, loses and counts the same."""
+    images, path = write_shard(tmp_path / "images", "webdataset"), write_pages(tmp_path)
+    rows = reading(make_source("obelics", path, image_root=[images], stream=True), row_tokens=512)
+    for number in range(6):
+        assert rows.at(number)["pixel_values"].isfinite().all()
+    (stats,) = rows.source_stats
+    assert (stats.read, stats.kept) == (2, 1)
+    assert (dict(stats.rejected), dict(stats.parts_rejected)) == ({"missing image": 1}, {"missing image": 1})
