@@ -28,7 +28,7 @@ from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.chunking import Limits, Splitter, splitter
 from finetune.data.io.source_files import fingerprint, hash_share, is_hashed, stat_fingerprint
 from finetune.data.join_questions import join_questions
-from finetune.data.prepare_shards import DIALOGUES, PARTS, content_of, join_parts, make_parts, part_of
+from finetune.data.prepare_shards import DIALOGUES, PARTS, content_of, join_parts, make_parts, part_of, remove_parts
 from finetune.data.prepared import (
     EXAMPLE_SCHEMA,
     EXAMPLES,
@@ -102,7 +102,10 @@ def prepare_share(
         work, nodes = work_folder(source, how, folder), NodeGroup(*share)
         hash_share(source, cache, share)
         make_parts(source, how, work, shards, downloads=folder / "downloads", workers=workers, track=track, nodes=nodes)
-        done.append((sum(part_of(work / PARTS, number).is_dir() for number in range(len(shards))), len(shards)))
+        _require_unchanged(source, how, work)
+        joined = not (work / PARTS).exists()  # by another process, meanwhile
+        whole = [joined or part_of(work / PARTS, number).is_dir() for number in range(len(shards))]
+        done.append((sum(whole), len(shards)))
     return done
 
 
@@ -117,7 +120,8 @@ def prepare_source(
 ) -> PreparedSet:
     """Return the set of one source. Its name holds a hash of its content, its settings, the tokenizer and this code.
 
-    If image files have changed, the old set stays and a new one is made beside it. Raises UserError: some are missing.
+    If image files have changed, the old set stays and a new one is made beside it. Raises UserError: some are missing,
+    or files changed while they were read.
     """
 
     def look() -> Found:
@@ -140,6 +144,8 @@ def prepare_source(
             return track(items, step + found.anew)
 
         make_set(source, splitter, work, downloads=folder / "downloads", workers=workers, track=tracked, nodes=nodes)
+        same = set_folder(source, splitter, folder, nodes) == first
+        nodes.on_main(f"compare {source.label}", lambda: _require_unchanged(source, splitter, work, same=same))
         nodes.on_main(f"finish {source.label}", lambda: _finish(work, found.folder))
         made = nodes.on_main(f"open {source.label}", look)
         if made.set is not None and made.folder == found.folder:
@@ -176,16 +182,27 @@ def make_set(
         join_questions(source, work, splitter, **options)
 
 
+def _require_unchanged(source: Source, splitter: Splitter, work: Path, *, same: bool = True) -> None:
+    """Remove what was made, and raise UserError, where the files are not `same`, or not those that `work` is named by.
+
+    Else a set could hold other records than those that its name stands for.
+    """
+    if not same or work_folder(source, splitter, work.parent) != work:
+        shutil.rmtree(work, ignore_errors=True)
+        raise UserError(f"{source.name}: its files changed while they were prepared; give the same command again")
+
+
 def _finish(work: Path, made: Path) -> None:
     """Complete a set with its statistics, and give it its name."""
     examples = ArrowFile(work / EXAMPLES)
     stats = stats_in(examples)
     stats.images = len(np.unique(examples.values("images")))
-    (work / DIALOGUES).unlink(missing_ok=True)
+    remove_parts(work)  # of a process that was interrupted while it removed them, or of one that came late
     write_json(work / STATS, stats.to_json())
     shutil.rmtree(made, ignore_errors=True)  # not a set, or it would have been found
     work.rename(made)
     flush(made.parent)
+    (made / DIALOGUES).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

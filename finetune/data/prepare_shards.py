@@ -10,6 +10,7 @@ import platform
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby, zip_longest
@@ -123,13 +124,16 @@ class _PrepareShard:
     downloads: Path
 
     def __call__(self, task: tuple[int, Shard]) -> Iterator[int]:
-        """Make the part of (number, shard); yield the number of records in each block that is done."""
+        """Make the part of (number, shard); yield the number of records in each block that is done.
+
+        It ends early where another process has made all parts meanwhile, and joined them.
+        """
         number, shard = task
         part = part_of(self.parts, number)
         partial = part.with_name(f"{part.name}.{platform.node()}-{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
+            partial.mkdir()
             yield from self._write(number, shard, partial)
             flush(partial)
             try:
@@ -139,6 +143,9 @@ class _PrepareShard:
                     shutil.rmtree(part)
                     partial.rename(part)
             flush(self.parts)
+        except FileNotFoundError:
+            if self.parts.exists():
+                raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -363,7 +370,16 @@ def join_parts(source: Source, splitter: Splitter, work: Path, shards: Sequence[
     write_arrow(work / IMAGES, IMAGE_SCHEMA, images())
     write_arrow(work / FILES, FILE_SCHEMA, distinct.to_batches())
     write_arrow(work / name, schema, content(), **example_metadata(splitter.encoder, stats))
-    shutil.rmtree(work / PARTS)
+    remove_parts(work)
+
+
+def remove_parts(work: Path) -> None:
+    """Remove the parts of all shards; for another process, which may be writing one in vain, all are gone at once."""
+    removed = work / f"{PARTS}.removed"
+    shutil.rmtree(removed, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        (work / PARTS).rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _in_order(parts: Sequence[Path], shards: Sequence[Shard], name: str) -> Iterator[tuple[int, pa.RecordBatch]]:

@@ -1,6 +1,7 @@
 """Every record accounted for, every image token with its image; a set made once, and anew when anything changed."""
 
 import base64
+import itertools
 import json
 import multiprocessing
 import os
@@ -601,6 +602,57 @@ def test_shares_made_one_after_the_other_are_joined_to_the_same_set(turns, folde
     assert questions == []
     assert content(joined.sets[0]) == content(whole.sets[0])
     assert same == stats
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_file_that_changes_while_it_is_read_is_an_error_and_nothing_of_it_is_kept(
+    share, folder, tiny_tokenizer, monkeypatch
+):
+    path = write(folder, [record(answer="old") for _ in range(12)])
+    source, convert, count = make_source("messages", (path,)), prepare_shards.try_dialogue, itertools.count(1)
+
+    def changing(*arguments):
+        if next(count) == 7:
+            write(folder, [record(answer="new") for _ in range(12)])
+        return convert(*arguments)
+
+    settings = {"max_length": 200, "max_images": 2, "seed": 0, "folder": folder.parent / "made"}
+    with parts_of(3):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UserError, match="its files changed while they were prepared; give the same command again"),
+        ):
+            patch.setattr(prepare_shards, "try_dialogue", changing)
+            if share:
+                prepare_share([source], tiny_tokenizer, share=(0, 1), **settings)
+            else:
+                prepare([source], tiny_tokenizer, **settings)
+        assert [path.name for path in (folder.parent / "made").iterdir() if path.is_dir()] == []
+        new, _ = run(folder, tiny_tokenizer)
+        old, _ = run(folder, tiny_tokenizer, [record(answer="old") for _ in range(12)])
+    assert {text.rpartition(": ")[2] for text in texts(new)} == {"new<end_of_utterance></s>"}
+    assert {text.rpartition(": ")[2] for text in texts(old)} == {"old<end_of_utterance></s>"}
+
+
+@pytest.mark.parametrize("late", [1, 5])
+def test_a_share_that_is_overtaken_by_a_process_that_prepares_all_ends_well(late, folder, tiny_tokenizer, monkeypatch):
+    with parts_of(3):
+        whole, _ = run(folder, tiny_tokenizer, NUMBERED, made=folder / "whole")
+        source = make_source("messages", (folder / "data.jsonl",))
+        settings = {"max_length": 200, "max_images": 2, "seed": 0, "folder": folder.parent / "made"}
+        convert, count = prepare_shards.try_dialogue, itertools.count(1)
+
+        def overtaken(*arguments):
+            if next(count) == late:
+                run(folder, tiny_tokenizer)
+            return convert(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_shards, "try_dialogue", overtaken)
+            assert prepare_share([source], tiny_tokenizer, share=(0, 2), **settings) == [(16, 16)]
+        prepared, _ = run(folder, tiny_tokenizer)
+    assert content(prepared.sets[0]) == content(whole.sets[0])
+    assert [path for path in (folder.parent / "made").iterdir() if path.is_dir()] == [prepared.sets[0].folder]
 
 
 def test_a_share_of_what_is_prepared_already_does_nothing(folder, tiny_tokenizer, converted):
