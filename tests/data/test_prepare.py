@@ -10,6 +10,7 @@ import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -617,16 +618,12 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_and_nothing_of_it_is_k
         return convert(*arguments)
 
     settings = {"max_length": 200, "max_images": 2, "seed": 0, "folder": folder.parent / "made"}
+    make = partial(prepare_share, share=(0, 1)) if share else prepare
     with parts_of(3):
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(UserError, match="its files changed while they were prepared; give the same command again"),
-        ):
+        with monkeypatch.context() as patch:
             patch.setattr(prepare_shards, "try_dialogue", changing)
-            if share:
-                prepare_share([source], tiny_tokenizer, share=(0, 1), **settings)
-            else:
-                prepare([source], tiny_tokenizer, **settings)
+            with pytest.raises(UserError, match="its files changed while they were prepared; give the same command ag"):
+                make([source], tiny_tokenizer, **settings)
         assert [path.name for path in (folder.parent / "made").iterdir() if path.is_dir()] == []
         new, _ = run(folder, tiny_tokenizer)
         old, _ = run(folder, tiny_tokenizer, [record(answer="old") for _ in range(12)])
