@@ -83,6 +83,8 @@ def _value(
     ending = suffix.rpartition(".")[2]
     if isinstance(content, RecordError) or ending not in ("json", *_TEXTS):
         return content
+    if isinstance(content, Slice) and content.length > byte_streams.MAX_RECORD_BYTES:
+        return RecordError("record too large", f"{suffix:.80}: {content.length:,} bytes")
     read = encoded(Image(content))
     if ending == "json":
         value = parse_json(read)

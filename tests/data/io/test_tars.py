@@ -9,8 +9,10 @@ from data_files import PNG, read, shard, written
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.data import images
 from finetune.data.conversation import Image, Slice
 from finetune.data.images import encoded
+from finetune.data.io import byte_streams
 
 SAMPLES = [
     ("a/000.jpg", PNG),
@@ -77,6 +79,20 @@ def test_shard_bad_samples(name, members, expected, tmp_path):
         (f"{name}/1", {"__key__": "1", "txt": "after"}),
     )
     assert refused == (f"{name}/{expected[0]}", expected[1])
+
+
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
+def test_shard_huge_text_costs_its_sample(name, tmp_path, monkeypatch):
+    """Even if it is larger than any image may be."""
+    monkeypatch.setattr(byte_streams, "MAX_RECORD_BYTES", 10)
+    monkeypatch.setattr(images, "MAX_BYTES", 20)
+    content = shard([("0.txt", b"before"), ("k.json", b" " * 30), ("1.txt", b"after")])
+    path = written(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
+    assert [one[1] for one in read(path)] == [
+        {"__key__": "0", "txt": "before"},
+        "record too large",
+        {"__key__": "1", "txt": "after"},
+    ]
 
 
 def header(name, size=None, kind=b"0", data=b""):
