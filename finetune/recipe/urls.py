@@ -49,8 +49,9 @@ def check_url(url: str, download: bool | str) -> None:
     host, *folders = _without_query(scheme, rest).rstrip("/").split("/")
     if "@" in host:
         raise ValueError(f"{shown(url)}: credentials in the URL; set them where the storage's own tools read them")
-    if not host or not folders or any(part in ("", ".", "..") or "\0" in part for part in folders):
-        raise ValueError(f"{shown(url)}: expected {scheme}://host/folder/file, without empty parts, '.' and '..'")
+    if not host or (scheme in WEB and not folders) or any(part in ("", ".", "..") or "\0" in part for part in folders):
+        names = "host/file" if scheme in WEB else "bucket/folder"
+        raise ValueError(f"{shown(url)}: expected {scheme}://{names}, without empty parts, '.' and '..'")
     if scheme in WEB and "#" in rest:
         raise ValueError(f"{shown(url)}: expected a URL without '#'")
     named = [name.lower() for name, _ in parse_qsl(rest.partition("?")[2], keep_blank_values=True)]

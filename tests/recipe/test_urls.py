@@ -22,6 +22,7 @@ def cache(tmp_path, monkeypatch):
     [
         ("s3://bucket/d/a.jsonl", "s3/bucket/d/a.jsonl"),
         ("S3://bucket/d/", "s3/bucket/d"),
+        ("s3://bucket", "s3/bucket"),
         ("s3://bucket/*/[ab]?.jsonl", "s3/bucket/*/[ab]?.jsonl"),
         ("gs://bucket/a%20b#c.csv", "gs/bucket/a%20b#c.csv"),
         ("hf://datasets/me/cats@main/a.parquet", "hf/datasets/me/cats@main/a.parquet"),
@@ -69,7 +70,8 @@ def test_shown_url(cache):
         ("ftp://host/a.csv", True, "ftp://host/a.csv: expected a path on this machine, or s3://, gs://, hf://"),
         ("file:///a.csv", True, "expected a path on this machine"),
         ("memory://b/a.csv", True, "expected a path on this machine"),
-        ("s3://bucket", False, "expected s3://host/folder/file"),
+        ("s3://", False, "expected s3://bucket/folder, without empty parts, '.' and '..'"),
+        ("https://host", True, "expected https://host/file, without empty parts, '.' and '..'"),
         ("s3://b//a.csv", False, "without empty parts, '.' and '..'"),
         ("s3://b/../a.csv", False, "without empty parts, '.' and '..'"),
         ("https://host/d/./a.csv", True, "without empty parts, '.' and '..'"),

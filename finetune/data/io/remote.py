@@ -33,7 +33,7 @@ from modeling.atomic_files import open_regular, put_in_place, read_json
 from modeling.errors import UserError
 
 CACHE_SIZE = "FINETUNE_REMOTE_CACHE_SIZE"
-"""Environment variable: the largest size of the cache."""
+"""Environment variable: the size of the cache. Only files that are open, or fetched at the same time, can exceed it."""
 
 DEFAULT_SIZE = "50GB"
 
