@@ -11,9 +11,11 @@ from streamed import equal, reader_of, rows_of
 from finetune.data.chunking import Limits, splitter
 from finetune.data.images import encoded
 from finetune.data.io import remote
+from finetune.data.io.source_files import fingerprint
 from finetune.data.prepare import prepare
 from finetune.data.streaming import downloads
 from finetune.data.tokenize import Encoder
+from finetune.recipe.urls import path_of
 
 DIALOGUES = "dialogues.jsonl"
 
@@ -72,6 +74,19 @@ def test_remote_set_is_opened_until_the_data_change(uploaded, cache, tiny_tokeni
     uploaded.pipe_file("/b/images.tar", uploaded.cat_file("/b/images.tar"))
     assert again() != first
     assert fetched(cache) == ["memory/b/d/dialogues.jsonl", "memory/b/images.tar"]
+
+
+def test_remote_set_depends_on_the_storage_not_on_the_cache(storage, cache, monkeypatch):
+    """What happens to have been fetched below a root does not name the set."""
+    for name in ("00000.tar", "00000_stats.json", "a.jsonl"):
+        storage.pipe_file(f"/b/d/{name}", b"{}")
+    source = make_source("messages", ["memory://b/d/a.jsonl"], image_root=("memory://b/d",))
+    before = fingerprint(source)
+    for name in ("00000.tar", "00000_stats.json"):
+        remote.open_local(path_of(f"memory://b/d/{name}")).close()
+    forget(monkeypatch)
+    assert len(fetched(cache)) == 2
+    assert fingerprint(source) == before
 
 
 def test_remote_images_that_are_missing_reject_their_records(uploaded, tiny_tokenizer, tmp_path):

@@ -194,7 +194,8 @@ def _read_by(source: Source) -> tuple[list[str], list[Path]]:
             files += files_of(source.at(path))
     roots = {outer for path in source.image_roots for outer, _ in locate(path)}
     files += [outer for outer in sorted(roots) if not is_image_folder(outer)]
-    shards = [shard for root in sorted(roots) if root.is_dir() for shard in img2dataset.image_shards(root)]
+    folders = [root for root in sorted(roots) if is_image_folder(root) and not is_remote(root)]
+    shards = [shard for root in folders for shard in img2dataset.image_shards(root)]
     names += [f"{shard.name} {shard.stat().st_size}" for shard in shards]
     names += [entry_of(file).version for file in files if is_remote(file)]
     return names, [file for file in files if not is_remote(file)]
