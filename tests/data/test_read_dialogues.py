@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import make_source
+from streamed import reader_of
 
 from finetune.data.chat_template import render
 from finetune.data.chunking import Limits, splitter
@@ -16,8 +17,7 @@ from finetune.data.conversation import Dialogue, Image, RecordError, assistant, 
 from finetune.data.io.image_roots import ImageRoot
 from finetune.data.prepare import prepare
 from finetune.data.read_dialogues import to_dialogue
-from finetune.data.stats import SourceStats
-from finetune.data.streaming import streamed_epochs
+from finetune.data.stream_sources import Place
 from finetune.data.tokenize import Encoder, tokenize, tokenize_all
 from finetune.planning.check import _encoder, first_records
 from finetune.recipe.schema import Recipe
@@ -130,9 +130,9 @@ def test_streams_reject_what_prepare_rejects_before_images_are_opened(folder, ti
     records = [line for line in DIALOGUES if not any(name in json.dumps(line) for name in ("none", "broken", "empty"))]
     path = folder / "stream.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in records))
-    source, counted = make_source("messages", paths=(path,)), SourceStats("x")
+    source = make_source("messages", paths=(path,), stream=True)
     how = splitter(source, Encoder(tiny_tokenizer), Limits(MAX_LENGTH, MAX_IMAGES + 1), seed=0)
-    list(streamed_epochs(source, how, 0)(0, counted))
+    counted = next(coming.stats for coming in reader_of(source, how).read(0, Place()) if coming.drawn.epoch == 1)
     with TemporaryDirectory() as made:
         settings = {"max_length": MAX_LENGTH, "max_images": MAX_IMAGES + 1, "seed": 0, "folder": Path(made)}
         _, (stats,) = prepare([source], tiny_tokenizer, **settings)
