@@ -34,6 +34,9 @@ from finetune.data.worker_pool import run_all
 from finetune.distributed.node_group import NodeGroup
 from finetune.recipe.schema import Source
 
+JOINED = "joined"
+"""Folder of the parts of a set's examples, until all are written."""
+
 PART_DIALOGUES = 2048
 """Approximate number of dialogues in a part."""
 
@@ -42,11 +45,11 @@ def join_questions(
     source: Source, work: Path, splitter: Splitter, *, workers: int, track: Track, nodes: NodeGroup
 ) -> None:
     """Turn the dialogues in `work` into examples; nodes divide the parts. The dialogues stay until all is done."""
-    parts = work / "joined"
+    parts = work / JOINED
 
     def share() -> int:
         count = len(_Groups(ArrowFile(work / DIALOGUES), PART_DIALOGUES))
-        mine = range(count)[nodes.which or 0 :: nodes.of]
+        mine = nodes.share(range(count))
         tasks = [number for number in mine if not is_undamaged(_part_of(parts, number), EXAMPLE_SCHEMA, stats=True)]
         for _ in track(
             run_all(tasks, _Join(work, parts, splitter, PART_DIALOGUES), workers=workers), f"tokenise {source.label}"

@@ -27,7 +27,7 @@ from finetune.console import Track, silently
 from finetune.data.arrow import ArrowFile, DamagedError
 from finetune.data.chunking import Limits, Splitter, splitter
 from finetune.data.io.source_files import fingerprint, hash_share, is_hashed, stat_fingerprint
-from finetune.data.join_questions import join_questions
+from finetune.data.join_questions import JOINED, join_questions
 from finetune.data.prepare_shards import DIALOGUES, PARTS, content_of, join_parts, make_parts, part_of, remove_parts
 from finetune.data.prepared import (
     EXAMPLE_SCHEMA,
@@ -99,9 +99,9 @@ def prepare_share(
         if is_hashed(source, cache) and find_set(set_folder(source, how, folder)).set:
             done.append((len(shards), len(shards)))
             continue
-        work, nodes = work_folder(source, how, folder), NodeGroup(*share)
-        hash_share(source, cache, share)
-        make_parts(source, how, work, shards, downloads=folder / "downloads", workers=workers, track=track, nodes=nodes)
+        work, node = work_folder(source, how, folder), NodeGroup(*share)
+        hash_share(source, cache, node)
+        make_parts(source, how, work, shards, downloads=folder / "downloads", workers=workers, track=track, nodes=node)
         _require_unchanged(source, how, work)
         joined = not (work / PARTS).exists()  # by another process, meanwhile
         whole = [joined or part_of(work / PARTS, number).is_dir() for number in range(len(shards))]
@@ -198,6 +198,7 @@ def _finish(work: Path, made: Path) -> None:
     stats = stats_in(examples)
     stats.images = len(np.unique(examples.values("images")))
     remove_parts(work)  # of a process that was interrupted while it removed them, or of one that came late
+    shutil.rmtree(work / JOINED, ignore_errors=True)
     write_json(work / STATS, stats.to_json())
     shutil.rmtree(made, ignore_errors=True)  # not a set, or it would have been found
     work.rename(made)

@@ -84,7 +84,7 @@ def make_parts(
     """Make this node's parts of a source that are not there yet: every `nodes.of`-th shard."""
     parts = work / PARTS
     parts.mkdir(parents=True, exist_ok=True)
-    mine = list(enumerate(shards))[nodes.which or 0 :: nodes.of]
+    mine = nodes.share(list(enumerate(shards)))
     tasks = [(number, shard) for number, shard in mine if not is_whole(part_of(parts, number), splitter)]
     work_on = _PrepareShard(source, splitter, parts, downloads)
     for _ in track(run_all(tasks, work_on, workers=workers), f"prepare {source.label}"):

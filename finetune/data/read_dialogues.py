@@ -6,7 +6,7 @@
     open_images       the dialogue once more, its images opened: a document goes on without a lost one
     read_dialogues    all of these, in a loop; what is rejected is counted under its reason
 
-Preparing calls the same functions part by part (convert.py), since it downloads and hashes images on the way.
+Preparing calls the same functions block by block (prepare_shards.py), since it downloads and hashes images on the way.
 """
 
 import hashlib

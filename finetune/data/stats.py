@@ -57,8 +57,11 @@ class SourceStats:
     def ignore(self, names: Iterable[str]) -> None:
         """Count the parts of a record that its dialogue does not use."""
         for name in names:
-            known = as_unicode(name[:80])
-            self.ignored[known if known in self.ignored or len(self.ignored) < MOST_NAMES else "other keys"] += 1
+            self._ignore(as_unicode(name[:80]), 1)
+
+    def _ignore(self, name: str, count: int) -> None:
+        known = name in self.ignored or len(self.ignored) < MOST_NAMES
+        self.ignored[name if known else "other keys"] += count
 
     def _remember(self, record_id: str, error: RecordError) -> None:
         self.first_rejected.setdefault(error.reason, as_unicode(f"{record_id}: {error.detail}".removesuffix(": ")))
@@ -67,7 +70,10 @@ class SourceStats:
         """Add the statistics of further records of the same source."""
         for name, value in vars(other).items():
             mine = getattr(self, name)
-            if isinstance(mine, Counter):
+            if name == "ignored":
+                for key, count in value.items():
+                    self._ignore(key, count)
+            elif isinstance(mine, Counter):
                 mine.update(value)
             elif isinstance(mine, dict):
                 setattr(self, name, {**mine, **value, **mine})

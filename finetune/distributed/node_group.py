@@ -1,6 +1,6 @@
 """Machines that prepare data together: which parts are whose, and when all have done theirs. Needs no torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +19,10 @@ class NodeGroup:
     def __init__(self, which: int | None = 0, of: int = 1):
         self.which, self.of = which, of
         """This process does share `which` of `of`; the main one does the first. None: it takes no part, but waits."""
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's items: every n-th of all, for n processes that take part."""
+        return items[self.which or 0 :: self.of]
 
     def on_main(self, step: str, work: Callable[[], Item]) -> Item:
         """Return what `work` returns in the main process, on every process."""

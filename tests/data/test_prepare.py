@@ -663,6 +663,28 @@ def test_a_share_of_what_is_prepared_already_does_nothing(folder, tiny_tokenizer
     assert questions == []
 
 
+def test_set_holds_no_parts_whose_removal_was_interrupted(folder, tiny_tokenizer, monkeypatch):
+    remove = shutil.rmtree
+
+    def stopping(path, **options):
+        if Path(path).name == "joined":
+            raise Interrupted
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stopping)
+        with pytest.raises(Interrupted):
+            run(folder, tiny_tokenizer, NUMBERED, turns=2)
+    assert [*folder.parent.glob("made/.*.work/joined")]
+    prepared, _ = run(folder, tiny_tokenizer, turns=2)
+    assert sorted(path.name for path in prepared.sets[0].folder.iterdir()) == [
+        "examples.arrow",
+        "files.arrow",
+        "images.arrow",
+        "stats.json",
+    ]
+
+
 def test_records_of_any_size_are_worked_on_a_bounded_number_of_bytes_at_once(folder, tiny_tokenizer, monkeypatch):
     """Blocks are of fixed numbers of records; the images inside them may be large."""
     sizes, rows = [], prepare_shards._PrepareShard._rows

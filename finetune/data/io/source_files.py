@@ -201,10 +201,10 @@ def _read_by(source: Source) -> tuple[list[str], list[Path]]:
     return names, [file for file in files if not is_remote(file)]
 
 
-def hash_share(source: Source, cache: Path, share: tuple[int, int]) -> None:
-    """Hash every n-th file that a source reads, for a share (i, n) from number i on; `fingerprint` finds the hashes."""
+def hash_share(source: Source, cache: Path, node: NodeGroup) -> None:
+    """Hash one node's share of the files that a source reads; `fingerprint` finds the hashes."""
     _, files = _read_by(source)
-    _hash_files(files[share[0] :: share[1]], cache, ALONE)
+    _hash_files([*node.share(files)], cache, ALONE)
 
 
 def is_hashed(source: Source, cache: Path) -> bool:
@@ -234,11 +234,11 @@ def _hash_files(files: list[Path], cache: Path | None, nodes: NodeGroup) -> list
         for start in range(0, max(size, 1), HASHED_BYTES)
     ]
 
-    def hash_share() -> list[bytes]:
+    def hash_pieces() -> list[bytes]:
         with ThreadPoolExecutor(available_cores()) as threads:
-            return list(threads.map(_hash_piece, pieces[nodes.which or 0 :: nodes.of]))
+            return list(threads.map(_hash_piece, nodes.share(pieces)))
 
-    shares = nodes.each("hash files", hash_share) if pieces else []
+    shares = nodes.each("hash files", hash_pieces) if pieces else []
     of_file: dict[str, list[bytes]] = {key: [] for key in unknown}
     for number, (key, _, _) in enumerate(pieces):
         of_file[key].append(shares[number % nodes.of][number // nodes.of])

@@ -159,8 +159,8 @@ def test_shares_hash_files_once_for_all(tmp_path):
     for path in paths:
         os.utime(path, ns=(10**18, 10**18))
     source, cache = make_source("text", paths), tmp_path / "cache.json"
-    hash_share(source, cache, (0, 2))
+    hash_share(source, cache, NodeGroup(0, 2))
     assert sorted(json.loads(cache.read_text())) == [str(paths[0]), str(paths[2])]
     assert not is_hashed(source, cache)
-    hash_share(source, cache, (1, 2))
+    hash_share(source, cache, NodeGroup(1, 2))
     assert is_hashed(source, cache)
