@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from image_files import tarred
+from img2dataset_files import write_shard
 from remote_files import fetched, forget
 from sources import make_source
 from streamed import equal, reader_of, rows_of
@@ -30,9 +31,9 @@ def uploaded(dialogue_folder, storage, tmp_path):
     return storage
 
 
-def made(folder, tokenizer, path, **source):
+def made(folder, tokenizer, path, *, format="messages", **source):
     limits = {"max_length": 200, "max_images": 2, "seed": 0}
-    prepared, (stats,) = prepare([make_source("messages", [path], **source)], tokenizer, folder=folder, **limits)
+    prepared, (stats,) = prepare([make_source(format, [path], **source)], tokenizer, folder=folder, **limits)
     return prepared, stats
 
 
@@ -87,6 +88,23 @@ def test_remote_set_depends_on_the_storage_not_on_the_cache(storage, cache, monk
     forget(monkeypatch)
     assert len(fetched(cache)) == 2
     assert fingerprint(source) == before
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "parquet", "files"])
+def test_remote_img2dataset_folder(layout, storage, tiny_tokenizer, tmp_path):
+    """In the layout of files, images have to be JPEG: asking for each one's suffix would take too long."""
+    write_shard(tmp_path / "d", layout)
+    for path in (tmp_path / "d").rglob("*"):
+        if path.is_file():
+            storage.pipe_file(f"/b/{path.relative_to(tmp_path).as_posix()}", path.read_bytes())
+    (local, local_stats), (prepared, stats) = (
+        made(tmp_path / name, tiny_tokenizer, path, format="pairs")
+        for name, path in (("local", tmp_path / "d"), ("made", "memory://b/d"))
+    )
+    assert content(prepared) == content(local)
+    assert len(prepared) == 2
+    assert stats.first_rejected == local_stats.first_rejected
+    assert stats.rejected == {"failed to download": 1, "failed to resize": 1}
 
 
 def test_remote_images_that_are_missing_reject_their_records(uploaded, tiny_tokenizer, tmp_path):
