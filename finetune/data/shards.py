@@ -32,6 +32,9 @@ SHARD_BYTES = 2**25
 MOST_SHARDS = 4096
 """Largest number of parts into which a source is cut; its files may be more."""
 
+STREAM_BYTES, MOST_STREAM_SHARDS = 2**22, 2**14
+"""The same for streams: a run that goes on passes over the records of a shard before its place."""
+
 LEAST_SHARDS = 16
 """Number of shards that a source is divided into, if it is large enough: as many processes can work on it."""
 
@@ -120,7 +123,8 @@ def _parts(source: Source, *, multiple_of: int) -> list[tuple[Shard, int]]:
     require_columns(source)
     files = data_files(source)
     sizes = [size_of(file.path) for file in files]
-    bytes_each = max(SHARD_BYTES, sum(sizes) // MOST_SHARDS)
+    least, most = (STREAM_BYTES, MOST_STREAM_SHARDS) if multiple_of else (SHARD_BYTES, MOST_SHARDS)
+    bytes_each = max(least, sum(sizes) // most)
     parts: list[tuple[Shard, int]] = []
     for file, size in zip(files, sizes, strict=True):
         count = max(1, size // bytes_each)

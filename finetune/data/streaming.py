@@ -32,7 +32,7 @@ from finetune.recipe.schema import Augment, Source
 from modeling.errors import UserError
 
 WINDOW_ROWS = 8
-"""Number of rows that are packed together. A larger window fills rows no better, as its end is chosen by `cut`."""
+"""Number of rows that are packed together. A larger window fills them no better, as `pack_window` chooses its end."""
 
 State = dict[str, Any]
 """State of a lane after one of its rows, as JSON values."""
@@ -96,9 +96,9 @@ class StreamedRows(Rows):
 
     def _lane_before(self, number: int) -> "Lane":
         """Return the lane of a row at the last place before the row that is known."""
-        lane = number % self.lanes
-        known = [row for row in self._states if row < number and row % self.lanes == lane]
-        return Lane(self, lane, self._states[max(known)] if known else None)
+        lane, states = number % self.lanes, dict(self._states)  # other threads may take rows meanwhile
+        known = [row for row in states if row < number and row % self.lanes == lane]
+        return Lane(self, lane, states[max(known)] if known else None)
 
     def _require_usable(self) -> None:
         """Raise UserError where all of a source was read, and no image of it could be opened."""

@@ -104,7 +104,7 @@ def test_lanes_share_an_epoch_out_and_take_every_share_in_turn(reader):
 def test_a_lane_reads_its_own_shards_alone(numbered, reader, monkeypatch):
     """A file of several ranges: a lane opens those of its share, and none twice."""
     monkeypatch.setattr(shards, "LEAST_BYTES", 512)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 1024)
+    monkeypatch.setattr(shards, "STREAM_BYTES", 1024)
     made = reader(lanes=3)
     ranges = shards_of(numbered, multiple_of=3)
     assert len(ranges) == len(made.shards) > 9
