@@ -183,6 +183,19 @@ def test_a_streamed_run_interrupted_ends_as_if_nothing_had_happened_and_accounts
     assert (prepared["read"], prepared["kept"]) == (6, 6)
 
 
+@pytest.mark.slow
+def test_a_streamed_run_is_the_same_with_any_number_of_worker_processes(streaming_recipe, tmp_path, monkeypatch):
+    """Stopped with two and gone on with one, and without one."""
+    assert invoke("train", streaming_recipe, f"output={tmp_path / 'whole'}").exit_code == 0
+    interrupt(monkeypatch)
+    assert invoke("train", streaming_recipe, "data.workers=2").exit_code == 130
+    outcome = invoke("train", streaming_recipe, "data.workers=1")
+    assert "going on from checkpoint-2" in outcome.output
+    assert_same_training(tmp_path / "run", tmp_path / "whole")
+    streamed = [json.loads((tmp_path / name / "training.json").read_text())["streamed"] for name in ("run", "whole")]
+    assert streamed[0] == streamed[1]
+
+
 @pytest.mark.parametrize("sources", [None, "[{path: dialogues.jsonl, stream: true}]", "[{path: dialogues.jsonl}]"])
 def test_without_held_out_data_the_merge_is_proven_on_training_data(streaming_recipe, sources, monkeypatch):
     monkeypatch.chdir(streaming_recipe.parent)  # paths on the command line are relative to where it is given
