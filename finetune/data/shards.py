@@ -72,8 +72,7 @@ def shards_of(source: Source, *, multiple_of: int = 0) -> list[Shard]:
     """
     parts = _parts(source, multiple_of=multiple_of)
     if multiple_of:
-        whole = len(parts) // multiple_of * multiple_of
-        ways = [1] * whole + [multiple_of] * (len(parts) - whole)
+        ways = _even_ways(len(parts), multiple_of)
     else:
         wanted = math.ceil(LEAST_SHARDS / max(len(parts), 1))
         ways = [max(1, min(wanted, size // LEAST_BYTES)) for _, size in parts]
@@ -83,6 +82,23 @@ def shards_of(source: Source, *, multiple_of: int = 0) -> list[Shard]:
         for (shard, _), of in zip(parts, ways, strict=True)
         for which in range(of)
     ]
+
+
+def _even_ways(parts: int, multiple_of: int) -> list[int]:
+    """Return into how many shards each part is divided, so that their number is a multiple, and little is read twice.
+
+    The last parts, which are over, become as many shards as are missing; if there are no others, so many that one part
+    is divided into at most a third more than another.
+
+    >>> _even_ways(11, 8)
+    [1, 1, 1, 1, 1, 1, 1, 1, 3, 3, 2]
+    >>> _even_ways(3, 8)
+    [6, 5, 5]
+    """
+    over = parts % multiple_of
+    whole = parts - over
+    shards = multiple_of if whole else math.ceil(3 * over / multiple_of) * multiple_of
+    return [1] * whole + [shards // over + (number < shards % over) for number in range(over)]
 
 
 def undivided(shards: list[Shard]) -> list[Shard]:

@@ -153,11 +153,15 @@ class StreamReader:
 
     @cached_property
     def _dataset(self) -> "datasets.IterableDataset":
-        """The records of all shards, which `seed` puts into an order: at any time, lanes read in different places."""
+        """The records of all shards, in an order of their own: at any time, the lanes read in different places.
+
+        Of the last shards, which may be parts of a file that is over, each lane has one.
+        """
         from datasets import IterableDataset
 
-        order = np.random.default_rng([self.seed, self.number]).permutation(len(self.shards))
-        shards = [self.shards[index] for index in order]
+        rng, first = np.random.default_rng([self.seed, self.number]), len(self.shards) - self.lanes
+        order = np.concatenate([rng.permutation(first), first + rng.permutation(self.lanes)])
+        shards = [self.shards[index] for index in rng.permutation(order.reshape(-1, self.lanes)).ravel()]
         return IterableDataset.from_generator(_read, gen_kwargs={"shards": shards, "source": self.source})
 
     @cached_property

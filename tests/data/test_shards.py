@@ -3,7 +3,7 @@
 import gzip
 import json
 import pickle
-from itertools import chain
+from itertools import chain, groupby
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -151,3 +151,22 @@ def test_every_line_is_in_one_shard(tmp_path_factory, pieces, end, bom, multiple
         assert pickle.loads(pickle.dumps(parts)) == parts
         named = list(chain.from_iterable(ids(source, parts)))
         assert len(set(named)) == len(named)
+
+
+@pytest.mark.parametrize(
+    ("parts", "ways"),
+    [
+        (1, [4]),
+        (2, [4, 4]),
+        (3, [4, 4, 4]),
+        (4, [1, 1, 1, 1]),
+        (5, [1, 1, 1, 1, 4]),
+        (7, [1, 1, 1, 1, 2, 1, 1]),
+        (14, [1] * 12 + [2, 2]),
+    ],
+)
+def test_shards_of_a_stream_are_even_and_few_read_the_same(tmp_path, parts, ways):
+    files = [written(tmp_path / f"{number}.json", "[]") for number in range(parts)]
+    found = shards_of(make_source("text", files), multiple_of=4)
+    assert [len(list(shards)) for _, shards in groupby(found, key=lambda shard: shard.file)] == ways
+    assert [shard.which for shard in found] == [which for of in ways for which in range(of)]
