@@ -1,7 +1,10 @@
 """Rows made by worker processes, those of torch's DataLoader. They import this file, and so not the model."""
 
+import atexit
 import signal
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -9,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from finetune.data.collate import Batch, MadeRow, Rows
+from finetune.data.worker_pool import end_with_parent
 from modeling.errors import UserError
 
 
@@ -16,7 +20,7 @@ def made_by_workers(rows: Rows, numbers: range, *, workers: int, ahead: int) -> 
     """Yield the rows of these numbers in order, each the row or its error; workers make `ahead` rows each in advance.
 
     Worker w makes every row `numbers[w::workers]`. Workers are spawned, never forked: the caller may have threads and a
-    GPU. Closing the iterator ends them. Raises UserError: a worker was killed.
+    GPU. Closing the iterator ends them, and so does the end of this process. Raises UserError: a worker was killed.
     """
     loader = DataLoader(
         _Made(rows, numbers),
@@ -28,6 +32,17 @@ def made_by_workers(rows: Rows, numbers: range, *, workers: int, ahead: int) -> 
         worker_init_fn=_start,
         generator=torch.Generator(),  # else the loader draws a seed from the trainer's
     )
+    made = _receive(loader)
+    atexit.register(_close, weakref.ref(made))  # before multiprocessing waits for processes that wait to be read
+    return made
+
+
+def _close(made: "weakref.ref[Generator[MadeRow | UserError, None, None]]") -> None:
+    if still_open := made():
+        still_open.close()
+
+
+def _receive(loader: DataLoader[MadeRow | UserError]) -> Generator[MadeRow | UserError, None, None]:
     try:
         for made in loader:
             yield made if isinstance(made, UserError) else replace(made, batch=_each(torch.from_numpy, made.batch))
@@ -69,5 +84,6 @@ def _unchanged(made: MadeRow | UserError) -> MadeRow | UserError:
 
 def _start(worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which may go to all processes, to the trainer: it finishes its step, and ends these."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

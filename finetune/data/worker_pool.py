@@ -66,12 +66,12 @@ def _start(*worker: Any) -> None:
     global _worker
     _worker = worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _end_with_parent() -> None:
-    """End this process when the parent has died: a worker that waits for its next task would wait for ever."""
+def end_with_parent() -> None:
+    """End this process when the parent has died: a worker that waits for it would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

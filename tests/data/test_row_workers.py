@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
@@ -79,3 +81,33 @@ def test_prepared_rows_of_workers(make_rows):
     for number, one in enumerate(made):
         assert equal(one.batch, rows.at(number))
     assert number == len(rows) - 1 > 0
+
+
+class Large:
+    """Rows that are larger than what a pipe holds, each of the number of its process."""
+
+    def make(self, number):
+        return MadeRow(number, {"input_ids": torch.full((1, 2**18), os.getpid())})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "status"), [("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL), ("sys.exit(3)", 3)]
+)
+def test_workers_end_with_the_trainer(tmp_path, end, status):
+    """Also one that waits for its row to be taken, and whether or not the trainer ends as it should."""
+    script = f"""if __name__ == "__main__":
+    import os, signal, sys
+    from finetune.data.row_workers import made_by_workers
+    from test_row_workers import Large
+    rows = made_by_workers(Large(), range(100), workers=1, ahead=4)
+    print(int(next(rows).batch["input_ids"][0, 0]), flush=True)
+    {end}
+"""
+    (tmp_path / "trainer.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Its output ends when the last process that writes to it has ended.
+    command = [sys.executable, str(tmp_path / "trainer.py")]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=60, check=False)
+    assert done.returncode == status
+    assert int(done.stdout) > 0
