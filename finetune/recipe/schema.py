@@ -257,7 +257,8 @@ class Data(Section):
     """Handling of training examples that ask an eval question about the same image, or show an eval image. report:
     count them; drop_questions, drop_images: leave them out of training."""
     shuffle_buffer: Positive = 1000
-    """Number of records of a streamed source that are in memory at once, and shuffled."""
+    """Number of records of a streamed source that are in memory at once, and shuffled; at least about 500, and at least
+    32 for each row of a step."""
     prepared: Name = "runs/prepared"
     """Folder of prepared data, shared by runs; relative to the current folder."""
     changed: Literal["refuse", "keep"] = "refuse"

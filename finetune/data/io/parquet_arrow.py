@@ -59,16 +59,23 @@ def read_parquet(path: Path, *, start: int = 0, stop: int | None = None) -> Iter
 
 
 def _parquet_batches(opened: Parquet, groups: range) -> Iterator[Checked]:
-    done, total = 0, sum(opened.groups[group][0] for group in groups)
+    counts = [rows for rows, _ in opened.groups]
+    done, end, total = sum(counts[: groups.start]), sum(counts[: groups.stop]), sum(counts)
+
+    def lost() -> str:
+        if (groups.start, end) == (0, total):
+            return lost_after(done, total, "row")
+        return f"rows {done:,} to {end - 1:,} of {total:,} were not read"
+
     try:
         for group in groups:
             for batch in _group_batches(opened, group):
                 yield checked(batch)
                 done += batch.num_rows
     except BrokenFileError as error:
-        raise BrokenFileError(error.reason, error.detail, lost_after(done, total, "row")) from error
+        raise BrokenFileError(error.reason, error.detail, lost()) from error
     except Exception as error:  # a damaged file makes pyarrow raise errors of many kinds
-        raise BrokenFileError("corrupt file", _first_line(error), lost_after(done, total, "row")) from error
+        raise BrokenFileError("corrupt file", _first_line(error), lost()) from error
 
 
 def group_bytes(path: Path) -> list[int]:

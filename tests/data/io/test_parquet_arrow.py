@@ -15,7 +15,9 @@ from sources import make_source
 from finetune.data.conversation import RecordError
 from finetune.data.formats.read_records import read_records
 from finetune.data.io import byte_streams
+from finetune.data.io.byte_streams import BrokenFileError
 from finetune.data.io.image_roots import ImageRoot
+from finetune.data.io.parquet_arrow import read_parquet
 from modeling.errors import UserError
 
 ROWS = [
@@ -39,6 +41,19 @@ def test_parquet_damaged_page(tmp_path):
     assert last == ("f.parquet", "corrupt file")
     assert 900 < len(records) <= 1000
     assert records[-1][1]["n"] == len(records) - 1
+
+
+def test_parquet_damaged_page_in_a_part_names_the_rows_of_the_file(tmp_path):
+    """Other parts read what follows, so that only the rest of this one is lost."""
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.table({"n": list(range(60))}), path, row_group_size=10, use_dictionary=False, compression="zstd")
+    start = pq.ParquetFile(path).metadata.row_group(3).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(BrokenFileError) as caught:
+        list(read_parquet(path, start=2, stop=5))
+    assert caught.value.lost == "rows 30 to 49 of 60 were not read"
 
 
 def test_arrow_bad_value(tmp_path):
