@@ -167,7 +167,7 @@ class _PrepareShard:
         write_json(partial / STATS, stats.partial())
 
     def _rows(self, records: Sequence[Record], images: "_PartImages", stats: SourceStats) -> list[dict[str, Any]]:
-        """Return the examples of a block of records, or their dialogues where these are joined later."""
+        """Return the examples of some records, or their dialogues where these are joined later."""
         dialogues = [
             (record_id, try_dialogue(record_id, record, self._root, self.splitter.seed))
             for record_id, record in records
@@ -175,9 +175,7 @@ class _PrepareShard:
         converted = [dialogue for _, dialogue in dialogues if isinstance(dialogue, Dialogue)]
         sources = [image.source for dialogue in converted for image in dialogue.images]
         urls = sorted({source.url for source in sources if isinstance(source, Remote)})
-        fetched: dict[str, Path | RecordError] = {}
-        if urls:
-            fetched = Downloader(self.downloads, http=self.source.download == "http").fetch_all(urls)
+        fetched = Downloader(self.downloads, http=self.source.download == "http").fetch_all(urls)
         look = partial(self._look, images=images, fetched=fetched)
         kept: list[tuple[str, list[Dialogue], list[int]]] = []
         for record_id, dialogue in dialogues:

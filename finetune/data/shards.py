@@ -12,7 +12,6 @@ Reading costs a few per cent of preparing, and with that all workers have work. 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from finetune.data.formats.read_records import read_records, require_columns
 from finetune.data.io import hub
 from finetune.data.io.byte_streams import BrokenFileError, Record
 from finetune.data.io.parquet_arrow import group_bytes
-from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, is_folder, size_of
+from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_at, size_of
 from finetune.data.io.source_files import DataFile, data_files
 from finetune.recipe.schema import Source
 from finetune.recipe.urls import is_remote
@@ -166,11 +165,7 @@ def _cut(file: DataFile, size: int, count: int) -> list[DataFile]:
 
 def _bytes_of(source: Source) -> int:
     """Return about how many bytes are read of a source that is read whole; an image counts little."""
-    files = [file for path in source.paths for match in expand(path) for file in _files_at(match)]
+    files = [file for path in source.paths for match in expand(path) for file in files_at(match)]
     small = (*IMAGE_SUFFIXES, ".txt")
     sizes = [SMALL_BYTES if file.suffix.lower() in small else size_of(file) for file in files]
     return sum(sizes) if source.path else PACKAGED_BYTES
-
-
-def _files_at(path: Path) -> list[Path]:
-    return files_below(path) if is_folder(path) else [path]

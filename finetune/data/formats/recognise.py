@@ -14,7 +14,7 @@ from finetune.data.formats.documents import METADATA
 from finetune.data.formats.read_records import read_first, read_records
 from finetune.data.io import img2dataset
 from finetune.data.io.byte_streams import Record
-from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_below, is_folder
+from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_at, is_folder
 from finetune.data.io.source_files import READERS, files_of
 from finetune.recipe.schema import Source
 from finetune.recipe.urls import is_remote
@@ -111,7 +111,7 @@ def _ranking(records: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
 def _by_files(source: Source) -> str | None:
     """Return the format of a source that its files' names show: texts, and images in folders."""
     paths = [match for path in source.paths for match in (expand(path) if is_remote(path) else [path])]
-    below = [file for path in paths for file in (files_below(path) if is_folder(path) else [path])]
+    below = [file for path in paths for file in files_at(path)]
     shown = [file for file in below if (is_remote(file) or file.is_file()) and not file.name.startswith(".")]
     files = [file for file in shown if file.name not in METADATA]
     if any(file.name.lower().endswith(tuple(READERS)) for file in files):

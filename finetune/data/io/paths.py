@@ -139,6 +139,11 @@ def files_below(folder: Path) -> list[Path]:
     )
 
 
+def files_at(path: Path) -> list[Path]:
+    """Return the file that a path leads to, or all files below the folder, as `files_below`."""
+    return files_below(path) if is_folder(path) else [path]
+
+
 def _folders_below(folder: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
     """Yield (folder, its files and folders that are not hidden) for a folder and all folders below it."""
     top = folder.resolve()
