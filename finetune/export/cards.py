@@ -132,7 +132,8 @@ def without_folders(text: str, recipe: Recipe) -> str:
     paths += map(Path, filter(None, (recipe.output, recipe.data.prepared, recipe.model.base)))
     folders = {str(path.parent) for path in paths if path.is_absolute()} - {"/"}
     for folder in sorted(folders, key=len, reverse=True):
-        text = text.replace(f"{folder}/", "").replace(f"{_cell(folder)}/", "")
+        for written in {folder, _cell(folder)}:
+            text = re.sub(rf"(?<![\w.-]){re.escape(written)}/", "", text)  # not inside of another path, or of a URL
     return text
 
 

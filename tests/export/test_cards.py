@@ -12,7 +12,7 @@ from finetune.data.conversation import RecordError
 from finetune.data.dataset import make_dataset
 from finetune.data.read_dialogues import resolve_source
 from finetune.data.stats import SourceStats
-from finetune.export.cards import dataset_card, write_card
+from finetune.export.cards import dataset_card, without_folders, write_card
 from finetune.recipe.schema import Recipe
 
 
@@ -217,3 +217,12 @@ def test_dataset_cards_of_one_name(made, tmp_path):
     assert outputs == [first.output, second.output]
     (folders[0] / "recipe.yaml").write_text("{")  # cut: it is written anew
     assert write_card(first, sources, dataset) == folders[0]
+
+
+def test_folders_of_this_machine_are_cut_off_at_the_beginning_of_a_path_alone():
+    sources = [{"format": "qa", "path": path} for path in ("/data/train.jsonl", "s3://bucket/data/a.jsonl")]
+    recipe = Recipe.model_validate(
+        {"model": {"base": "/me/base"}, "data": {"sources": sources}, "training": {"steps": 1}, "output": "/me/mine"}
+    )
+    text = "s3://bucket/data/a.jsonl:3, `/data/train.jsonl`, ./data/b.png, file:///data/c.png"
+    assert without_folders(text, recipe) == "s3://bucket/data/a.jsonl:3, `train.jsonl`, ./data/b.png, file://c.png"
