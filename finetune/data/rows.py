@@ -15,7 +15,7 @@ from finetune.data.prepared import Prepared
 from finetune.data.sampling import Row, build_schedule
 from finetune.data.shards import shards_of
 from finetune.data.stream_sources import PreparedReader, StreamReader
-from finetune.data.streaming import StreamedRows, downloads
+from finetune.data.streaming import StreamedRows, downloaders
 from finetune.data.tokenize import Encoder
 from finetune.recipe.schema import Data, Source, Training
 
@@ -123,7 +123,7 @@ def _streamed_rows(
         preprocessing=preprocessing,
         filler=tokenizer.bos_token_id,
         encoder=encoder,
-        downloader=downloads(Path(data.prepared) / "downloads", sources),
+        downloaders=downloaders(Path(data.prepared) / "downloads", sources),
         **varied,
     )
 

@@ -11,6 +11,7 @@ lane after each of its rows is a few JSON values; a run that goes on from it rea
 records, and passes over the records before them in their shards.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -54,7 +55,8 @@ class StreamedRows(Rows):
     preprocessing: Preprocessing
     filler: int
     encoder: Encoder
-    downloader: Downloader | None = None
+    downloaders: Sequence[Downloader | None] = ()
+    """The downloader of each source whose images may be at URLs."""
     unit: Unit = "examples"
     limits: Sequence[int | None] = ()
     """The `limit` of each source."""
@@ -266,11 +268,15 @@ class Lane:
         """
         rows = self.rows
         rng = np.random.default_rng([rows.seed, number, 8]) if rows.augment != Augment() else None
-        urls = [image.source.url for drawn in row for image in drawn.images if isinstance(image.source, Remote)]
+        urls: defaultdict[int, list[str]] = defaultdict(list)
+        for drawn in row:
+            urls[drawn.source] += [image.source.url for image in drawn.images if isinstance(image.source, Remote)]
         fetched: dict[str, Path | RecordError] = {}
-        if urls:
-            assert rows.downloader is not None
-            fetched = rows.downloader.fetch_all(urls)
+        for source, named in urls.items():
+            if named:
+                downloader = rows.downloaders[source]
+                assert downloader is not None
+                fetched |= downloader.fetch_all(named)
         pixels = dict[Image, np.ndarray]()
         usable: list[Drawn] = []
         for drawn in row:
@@ -351,7 +357,12 @@ class Mixture:
         return drawn
 
 
-def downloads(folder: Path, sources: Sequence[Source]) -> Downloader | None:
-    """Return a downloader for the sources that allow downloads, or have images at URLs; None if none does."""
-    allowed: list[Any] = [source for source in sources if source.download or source.is_remote]
-    return Downloader(folder, http=any(source.download == "http" for source in allowed)) if allowed else None
+def downloaders(folder: Path, sources: Sequence[Source]) -> list[Downloader | None]:
+    """Return the downloader of each source, None for one that allows no downloads and has no images at URLs.
+
+    Each follows its own source: where one allows plain http, no image of another is redirected to it.
+    """
+    return [
+        Downloader(folder, http=source.download == "http") if source.download or source.is_remote else None
+        for source in sources
+    ]

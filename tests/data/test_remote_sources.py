@@ -14,7 +14,7 @@ from finetune.data.images import encoded
 from finetune.data.io import remote
 from finetune.data.io.source_files import fingerprint
 from finetune.data.prepare import prepare
-from finetune.data.streaming import downloads
+from finetune.data.streaming import downloaders
 from finetune.data.tokenize import Encoder
 from finetune.recipe.urls import path_of
 
@@ -135,7 +135,7 @@ def test_remote_source_is_streamed_as_a_local_one(uploaded, cache, dialogue_fold
         source = make_source("messages", [path], stream=True, **source)
         how = splitter(source, Encoder(tiny_tokenizer), Limits(200, 2), seed=0)
         return rows_of(
-            reader_of(source, how, lanes=2), lanes=2, row_tokens=200, downloader=downloads(tmp_path, [source])
+            reader_of(source, how, lanes=2), lanes=2, row_tokens=200, downloaders=downloaders(tmp_path, [source])
         )
 
     local, remote = rows(dialogue_folder / DIALOGUES), rows(f"memory://b/d/{DIALOGUES}")

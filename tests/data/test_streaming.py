@@ -20,7 +20,7 @@ from finetune.data.prepare import prepare
 from finetune.data.read_dialogues import try_dialogue
 from finetune.data.stats import SourceStats
 from finetune.data.stream_sources import Coming, Place
-from finetune.data.streaming import downloads
+from finetune.data.streaming import downloaders
 from finetune.recipe.schema import Augment
 from modeling.errors import UserError
 
@@ -472,7 +472,7 @@ def test_images_that_are_urls_are_fetched_with_their_row(reading, folder):
     urls = ["https://example.org/a.png", "https://example.org/gone.png"]
     source = written(folder, *map(messages, urls))
     fetched = Fetched({urls[0]: folder / "a.png"})
-    rows = reading(make_source(source.format, source.paths, stream=True, download=True), downloader=fetched)
+    rows = reading(make_source(source.format, source.paths, stream=True, download=True), downloaders=[fetched])
     batch = rows.at(0)
     assert set(fetched.asked[0]) <= set(urls)
     for number in range(1, 8):
@@ -484,8 +484,10 @@ def test_images_that_are_urls_are_fetched_with_their_row(reading, folder):
 
 
 def test_only_sources_that_allow_it_download(folder):
-    assert downloads(folder, [make_source("messages"), make_source("obelics")]) is None
-    assert downloads(folder, [make_source("messages"), make_source("obelics", download=True)]) is not None
+    sources = [make_source("messages"), make_source("obelics", download=True), make_source("pairs", download="http")]
+    none, https, http = downloaders(folder, sources)
+    assert none is None
+    assert (https._http, http._http) == (False, True)
 
 
 def test_a_streamed_file_that_breaks_off_ends_the_run_or_is_kept_and_reported_once(folder, reading):
