@@ -28,7 +28,7 @@ class SourceStats:
     rejected: dict[str, int] = field(default_factory=Counter)
     """Reason -> number of records."""
     first_rejected: dict[str, str] = field(default_factory=dict)
-    """Reason -> id and detail of the first such record."""
+    """Reason -> id and detail of the first such record; where shards take turns, the first one of the first shard."""
     parts_rejected: dict[str, int] = field(default_factory=Counter)
     """Reason -> number of turns, texts or images left out of records that were kept nevertheless."""
     documents_cut: int = 0
