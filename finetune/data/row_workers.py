@@ -47,7 +47,7 @@ def _receive(loader: DataLoader[MadeRow | UserError]) -> Generator[MadeRow | Use
         for made in loader:
             yield made if isinstance(made, UserError) else replace(made, batch=_each(torch.from_numpy, made.batch))
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise UserError(
             "a process that makes rows died, most likely out of memory; try fewer: data.workers=1\n"
