@@ -3,9 +3,12 @@
 import atexit
 import signal
 import threading
+import time
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import torch
@@ -43,16 +46,38 @@ def _close(made: "weakref.ref[Generator[MadeRow | UserError, None, None]]") -> N
 
 
 def _receive(loader: DataLoader[MadeRow | UserError]) -> Generator[MadeRow | UserError, None, None]:
+    coming: Any = iter(loader)
+    # Half a row of a worker that was killed may be in the pipe. Reading the rest ends when no process can write it:
+    # then torch finds which one died.
+    coming._worker_result_queue._writer.close()
+    threading.Thread(target=_end_with_any, args=(coming._workers,), daemon=True).start()
     try:
-        for made in loader:
+        for made in coming:
             yield made if isinstance(made, UserError) else replace(made, batch=_each(torch.from_numpy, made.batch))
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, OSError, EOFError) as error:
+        if str(error) and not str(error).startswith(_DIED):
             raise
         raise UserError(
-            "a process that makes rows died, most likely out of memory; try fewer: data.workers=1\n"
-            f"  torch says: {str(error).splitlines()[0]}"
+            "a process that makes rows died, most likely out of memory; try fewer: data.workers=1"
         ) from error
+
+
+_DIED = ("DataLoader worker (pid", "got end of file during message")
+"""How errors begin that reading from the pipe raises where a worker has died; an EOFError says nothing."""
+
+
+def _end_with_any(workers: Sequence[BaseProcess]) -> None:
+    """Kill the other workers when one has died; return when all have ended."""
+    left = list(workers)
+    while left:
+        ready = wait([one.sentinel for one in left])
+        for one in left:
+            while one.sentinel in ready and one.exitcode is None:  # another thread is asking at the same time
+                time.sleep(0.01)
+        left = [one for one in left if one.exitcode is None]
+        if any(one.exitcode for one in workers):
+            for one in left:
+                one.kill()
 
 
 class _Made(IterableDataset[MadeRow | UserError]):
