@@ -24,7 +24,7 @@ from typing import Any
 
 from process_memory import memory, reset_highest
 
-from finetune.data.collate import Rows
+from finetune.data.collate import MadeRow, Rows
 from finetune.planning.estimate import Memory, estimate
 from finetune.planning.static_memory import RowSize, Setup
 from modeling.shapes import TINY, Config
@@ -291,11 +291,15 @@ class _Rows(Rows):
     def __len__(self) -> int:
         return 4 * self.case.rows_per_step
 
-    def at(self, number: int) -> dict[str, Any]:
+    def workers(self, most: int, *, processes: int) -> int:
+        return 0
+
+    def make(self, number: int) -> MadeRow:
         from random_rows import make_row
 
         case = self.case
-        return make_row(MIDDLE, case.row, sequence=case.sequence, cached=case.cached, seed=number)
+        row = make_row(MIDDLE, case.row, sequence=case.sequence, cached=case.cached, seed=number)
+        return MadeRow(number, row)
 
     def epoch(self, number: int) -> int:
         return 0
