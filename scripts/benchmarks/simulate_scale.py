@@ -174,7 +174,7 @@ def show(rates: Rates, given: Assumptions, columns: Mapping[str, Mapping[str, fl
 def _short(value: float | str) -> str:
     if isinstance(value, str):
         return value
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2g}"
 
 
 def hash_rate(seconds: float = 0.5, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -188,14 +188,15 @@ def hash_rate(seconds: float = 0.5, clock: Callable[[], float] = time.perf_count
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preparing", type=Path, default=Path("runs/preparing/preparing.json"))
+    parser.add_argument("--preparing", type=Path, nargs="+", default=[Path("runs/preparing/preparing.json")])
     parser.add_argument("--streaming", type=Path, default=Path("runs/streaming/streaming.json"))
     parser.add_argument("--documents", type=int, nargs="+", default=[1_000_000, 100_000_000, DOCUMENTS])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 16])
     for name, value in asdict(Assumptions()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="assumed: %(default)s")
     arguments = vars(parser.parse_args())
-    preparing, streaming = (json.loads(arguments[name].read_text()) for name in ("preparing", "streaming"))
+    preparing = [one for path in arguments["preparing"] for one in json.loads(path.read_text())]
+    streaming = json.loads(arguments["streaming"].read_text())
     given = Assumptions(**{name: arguments[name] for name in asdict(Assumptions())})
     rates = read_rates(preparing, streaming, hash_rate())
     columns = {

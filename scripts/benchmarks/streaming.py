@@ -29,24 +29,40 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     codes = {arguments.before: code_of(arguments.before, arguments.out)} if arguments.before else {}
     codes["now"] = ROOT
-    found: dict[str, list[dict[str, Any]]] = {"waiting": [], "resuming": []}
+    found: dict[str, list[dict[str, Any]]] = {}
+    if "waiting" in arguments.only:
+        found["waiting"] = show_waiting(measure_waiting(codes, arguments))
+    if "resuming" in arguments.only:
+        found["resuming"] = show_resuming(measure_resuming(codes, arguments))
+    (arguments.out / "streaming.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def show_waiting(lines: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print measurements as they are made, and return them."""
+    shown = []
     print(f"{'code':12}{'workers':>8}{'first row s':>13}{'rows/s':>8}{'images/s':>10}{'waiting':>9}{'peak MB':>9}")
-    for line in measure_waiting(codes, arguments):
-        found["waiting"].append(line)
+    for line in lines:
         print(
             f"{line['code']:12.11}{line['workers']:8}{line['first_row_seconds']:13.2f}{line['rows_per_second']:8.1f}"
             f"{line['images_per_second']:10,.0f}{line['waiting']:9.1%}{line['peak_memory_mb']:9,}",
             flush=True,
         )
-    print(f"\n{'code':12}{'workers':>8}{'records before':>16}{'rows before':>13}{'first row s':>13}")
-    for line in measure_resuming(codes, arguments):
-        found["resuming"].append(line)
+        shown.append(line)
+    return shown
+
+
+def show_resuming(lines: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print measurements as they are made, and return them."""
+    shown = []
+    print(f"{'code':12}{'workers':>8}{'records before':>16}{'rows before':>13}{'first row s':>13}")
+    for line in lines:
         print(
             f"{line['code']:12.11}{line['workers']:8}{line['records']:16,}{line['rows']:13,}"
             f"{line['first_row_seconds']:13.2f}",
             flush=True,
         )
-    (arguments.out / "streaming.json").write_text(json.dumps(found, indent=1) + "\n")
+        shown.append(line)
+    return shown
 
 
 def measure_waiting(codes: Mapping[str, Path], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -91,6 +107,7 @@ def _written(kind: str, count: int, out: Path) -> str:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/streaming"))
+    parser.add_argument("--only", nargs="+", choices=("waiting", "resuming"), default=["waiting", "resuming"])
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=100, help="rows that are measured, after the first")
     parser.add_argument("--step", type=float, default=0.1, help="seconds that the trainer sleeps after each row")

@@ -45,7 +45,6 @@ NOT_RUN = {
     "scripts/test.sh --cov": "the same",
     'scripts/test.sh -m "not slow" -n 0': "the same",
     "finetune run my9b/my9b.yaml": "needs the hub and a GPU",
-    "sbatch scripts/train.slurm RECIPE": "needs Slurm; tests/distributed/test_launcher.py has stand-ins",
 }
 """Line -> why it is not executed here, or which test does it."""
 
@@ -55,6 +54,8 @@ NOT_RUN_PROGRAMS = {
     "pip": "installs",
     "pre-commit": "installs",
     "accelerate": "tests/distributed/test_launcher.py starts it",
+    "sbatch": "needs Slurm; tests/distributed/test_launcher.py has stand-ins for scripts/train.slurm",
+    "img2dataset": "downloads from the web",
 }
 
 STATUS = {"finetune plan recipes/idefics-9b_lora_1x80gb.yaml --gpu 24GiB": 3}
