@@ -12,7 +12,7 @@ again       seconds to prepare a second time, when all is there
 peak        anonymous memory of the process and its workers
 of one      how many times as fast as with one worker, or on one machine
 of before   how many times as fast as the code before
-read        bytes from read calls: the data once to be divided, and once more for its fingerprint
+read        megabytes from read calls, cached or not; some 25 of each process are the modules that it imports
 """
 
 import argparse
