@@ -151,7 +151,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/preparing"))
     parser.add_argument("--only", type=_size, nargs="+", metavar="KIND=COUNT", default=list(map(_size, SIZES)))
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2], help="none: measure machines alone")
     parser.add_argument("--before", metavar="REVISION", help="measure this git revision as well")
     parser.add_argument("--datasets", action="store_true", help="for text, measure plain `datasets` as well")
     parser.add_argument("--nodes", action="store_true", help="measure one and two machines as well")

@@ -108,7 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/streaming"))
     parser.add_argument("--only", nargs="+", choices=("waiting", "resuming"), default=["waiting", "resuming"])
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--rows", type=int, default=100, help="rows that are measured, after the first")
     parser.add_argument("--step", type=float, default=0.1, help="seconds that the trainer sleeps after each row")
     parser.add_argument("--images", type=int, default=5000, help="images of the data")
