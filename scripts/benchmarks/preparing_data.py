@@ -58,20 +58,22 @@ def write_parquet(folder: Path, count: int) -> dict[str, Any]:
     return {"format": "llava", "path": [str(folder / "*.parquet")]}
 
 
-def write_tars(folder: Path, count: int, *, size: int = 224, noise: int = 0) -> dict[str, Any]:
+def write_tars(
+    folder: Path, count: int, *, size: int = 224, noise: int = 0, images_a_file: int = IMAGES_A_FILE
+) -> dict[str, Any]:
     """Webdataset archives: an image and its caption in a sample."""
     numbered = enumerate(make_images(count, size=size, noise=noise))
-    for first in range(0, count, IMAGES_A_FILE):
-        with tarfile.open(folder / f"{first // IMAGES_A_FILE:05}.tar", "w") as archive:
-            for number, image in islice(numbered, IMAGES_A_FILE):
+    for first in range(0, count, images_a_file):
+        with tarfile.open(folder / f"{first // images_a_file:05}.tar", "w") as archive:
+            for number, image in islice(numbered, images_a_file):
                 _add(archive, f"{number:09}.jpg", image)
                 _add(archive, f"{number:09}.txt", f"Shade {number % 256} of picture {number}.".encode())
     return {"format": "pairs", "path": [str(folder / "*.tar")]}
 
 
 def write_photographs(folder: Path, count: int) -> dict[str, Any]:
-    """The same with images as large as photographs on the web: 512 pixels a side, 110 kB."""
-    return write_tars(folder, count, size=512, noise=24)
+    """The same with images as large as photographs on the web, 512 pixels a side, 50 kB; in many archives."""
+    return write_tars(folder, count, size=512, noise=24, images_a_file=100)
 
 
 WRITERS: dict[str, Callable[[Path, int], dict[str, Any]]] = {

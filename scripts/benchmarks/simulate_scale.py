@@ -11,8 +11,8 @@ downloading  img2dataset on all nodes
 listing      the headers of all archives are read once, by the cores of one node, to find images by their URLs
 hashing      the text is read once, by all nodes; archives count by their names and sizes
 converting   each node opens and hashes the images of its shards, and tokenises, on all cores, or waits for storage
-joining      one node writes all parts as one set: what does not get faster with a second worker
-opening      at each later start, one process checks the set
+joining      one node copies all parts into one set: what does not get faster with a second worker, or its disk
+opening      at each later start, one process reads and checks the set
 """
 
 import argparse
@@ -104,7 +104,7 @@ def read_rates(preparing: Sequence[Mapping[str, Any]], streaming: Mapping[str, A
 
     texts, halved, tars = by_size("text", 1), by_size("text", 2)[-1], by_size("tars", 1)[-1]
     small, text = texts[0], texts[-1]
-    divided = 2 * (text["seconds"] - halved["seconds"])
+    divided = min(2 * (text["seconds"] - halved["seconds"]), text["seconds"])
     grown, more_mb = text["dialogues"] - small["dialogues"], text["peak_memory_mb"] - small["peak_memory_mb"]
     per_token = text["stored_mb"] * 2**20 / text["tokens"]
     text_of_tars = text["seconds"] / text["tokens"] * tars["tokens"]
@@ -112,7 +112,7 @@ def read_rates(preparing: Sequence[Mapping[str, Any]], streaming: Mapping[str, A
     return Rates(
         seconds_per_token=divided / text["tokens"],
         seconds_per_image=(tars["seconds"] - text_of_tars) / tars["dialogues"],
-        joining_seconds_per_token=max(text["seconds"] - divided, 0) / text["tokens"],
+        joining_seconds_per_token=(text["seconds"] - divided) / text["tokens"],
         opening_seconds_per_token=text["again_seconds"] / text["tokens"],
         stored_bytes_per_token=per_token,
         stored_bytes_per_image=max(tars["stored_mb"] * 2**20 - per_token * tars["tokens"], 0) / tars["dialogues"],
@@ -128,19 +128,20 @@ def simulate(rates: Rates, given: Assumptions, documents: int, nodes: int) -> di
     text_gb, images_gb = tokens * given.bytes_per_token / GB, images * given.image_kb * 1e3 / GB
     reading = min(nodes * given.disk_gb_per_second, given.storage_gb_per_second)
     per_image = rates.seconds_per_image * (given.image_pixels / PREPARED_PIXELS) ** 2
+    stored_gb = (tokens * rates.stored_bytes_per_token + images * rates.stored_bytes_per_image) / GB
+    copying, checking = 2 * stored_gb / given.disk_gb_per_second, stored_gb / given.disk_gb_per_second
     hours = {
         "downloading": images / (nodes * given.downloads_per_second),
         "listing": images / (given.cores * given.listed_per_second),
         "hashing": text_gb / min(nodes * given.cores * rates.hashed_gb_per_second, reading),
         "converting, processors": (tokens * rates.seconds_per_token + images * per_image) / (nodes * given.cores),
         "converting, storage": max((text_gb + images_gb) / reading, images / given.storage_reads_per_second),
-        "joining": tokens * rates.joining_seconds_per_token,
+        "joining": max(tokens * rates.joining_seconds_per_token, copying),
     }
     hours = {stage: seconds / HOUR for stage, seconds in hours.items()}
     converting = max(hours["converting, processors"], hours["converting, storage"])
     files, archives = math.ceil(documents / given.documents_per_file), math.ceil(images / given.images_per_file)
     join_gb = (images * given.bytes_per_digest + documents * rates.memory_bytes_per_document) / GB
-    stored = tokens * rates.stored_bytes_per_token + images * rates.stored_bytes_per_image
     limit = "memory of joining" if join_gb > given.memory_gb else max(hours, key=lambda stage: hours[stage])
     needed = given.gpu_tokens_per_second * images / tokens / rates.streamed_images_per_second
     return {
@@ -150,10 +151,10 @@ def simulate(rates: Rates, given: Assumptions, documents: int, nodes: int) -> di
         **{f"hours of {stage}": value for stage, value in hours.items()},
         "hours to prepare": hours["listing"] + hours["hashing"] + converting + hours["joining"],
         "first limit": limit,
-        "TB prepared": stored / GB / 1e3,
+        "TB prepared": stored_gb / 1e3,
         "GB of the table of URLs": images * given.bytes_per_url / GB,
         "GB of memory to join": join_gb,
-        "hours to open, each start": tokens * rates.opening_seconds_per_token / HOUR,
+        "hours to open, each start": max(tokens * rates.opening_seconds_per_token, checking) / HOUR,
         "stream: worker processes a GPU": needed * (given.image_pixels / STREAMED_PIXELS) ** 2,
         "stream: hours of an epoch": tokens / (given.gpu_tokens_per_second * given.gpus * nodes) / HOUR,
     }

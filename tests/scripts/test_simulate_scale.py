@@ -75,9 +75,18 @@ def test_figures_of_all_documents():
     assert one["hours of joining"] == sixteen["hours of joining"] == pytest.approx(114.9e9 * 1e-7 / 3600)
     stages = (one[f"hours of {stage}"] for stage in ("listing", "hashing", "converting, processors", "joining"))
     assert one["hours to prepare"] == pytest.approx(sum(stages))
-    assert one["TB prepared"] == pytest.approx((114.9e9 * 10 + 353e6 * 100) / 1e12)
+    stored = 114.9e9 * 10 + 353e6 * 100
+    assert one["hours to open, each start"] == pytest.approx(stored / 1e9 / 3600)  # the disk, not 1e-8 s a token
+    assert one["TB prepared"] == pytest.approx(stored / 1e12)
     assert one["GB of the table of URLs"] == pytest.approx(12.708)
     assert one["GB of memory to join"] == pytest.approx((353e6 * 196 + 141_047_697 * 100) / 1e9)
+
+
+def test_second_worker_that_more_than_halves_the_time_leaves_nothing_undivided():
+    """Measurements scatter: no rate becomes negative."""
+    fast = [{**one, "seconds": 4.0} if one["workers"] == 2 else one for one in PREPARING]
+    rates = read_rates(fast, STREAMING, hashed=1.5)
+    assert (rates.seconds_per_token, rates.joining_seconds_per_token) == (10 / 200_000, 0)
 
 
 @pytest.mark.parametrize(
