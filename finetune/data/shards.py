@@ -22,6 +22,7 @@ from finetune.data.io.byte_streams import BrokenFileError, Record
 from finetune.data.io.parquet_arrow import group_bytes
 from finetune.data.io.paths import IMAGE_SUFFIXES, expand, files_at, size_of
 from finetune.data.io.source_files import DataFile, data_files
+from finetune.data.io.tars import COMPRESSED_TARS
 from finetune.recipe.schema import Source
 from finetune.recipe.urls import is_remote
 
@@ -36,6 +37,9 @@ STREAM_BYTES, MOST_STREAM_SHARDS = 2**22, 2**14
 
 LEAST_SHARDS = 16
 """Number of shards that a source is divided into, if it is large enough: as many processes can work on it."""
+
+LEAST_TAR_SHARDS = 4
+"""The same for tar archives, of which every shard reads all headers and texts: that costs a quarter of the work."""
 
 LEAST_BYTES = 2**18
 """A part of a source with fewer bytes is not worth a process."""
@@ -73,14 +77,19 @@ def shards_of(source: Source, *, multiple_of: int = 0) -> list[Shard]:
     if multiple_of:
         ways = _even_ways(len(parts), multiple_of)
     else:
-        wanted = math.ceil(LEAST_SHARDS / max(len(parts), 1))
-        ways = [max(1, min(wanted, size // LEAST_BYTES)) for _, size in parts]
+        ways = [max(1, min(_wanted_ways(shard, len(parts)), size // LEAST_BYTES)) for shard, size in parts]
     block = 1 if multiple_of else BLOCK
     return [
         replace(shard, which=which, of=of, block=block)
         for (shard, _), of in zip(parts, ways, strict=True)
         for which in range(of)
     ]
+
+
+def _wanted_ways(shard: Shard, parts: int) -> int:
+    """Return into how many shards one of so many parts is divided, if it is large enough."""
+    is_tar = shard.file is not None and shard.file.path.name.lower().endswith((".tar", *COMPRESSED_TARS))
+    return math.ceil((LEAST_TAR_SHARDS if is_tar else LEAST_SHARDS) / parts)
 
 
 def _even_ways(parts: int, multiple_of: int) -> list[int]:

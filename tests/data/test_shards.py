@@ -102,6 +102,18 @@ def test_a_tar_is_a_shard(tmp_path):
     assert ids(source, shards_of(source)) == [["a.tar/1", "a.tar/2"], ["b.tar/1", "b.tar/2"]]
 
 
+def test_a_few_tars_are_few_shards_as_each_reads_all_headers(tmp_path, small):
+    for name in ("a", "b"):
+        written(tmp_path / f"{name}.tar", shard([(f"{number}.txt", b"one") for number in range(6)]))
+    source = make_source("text", (tmp_path,), columns={"text": "txt"})
+    assert [[each.rpartition("/")[2] for each in one] for one in ids(source, shards_of(source))] == [
+        ["0", "1", "4", "5"],
+        ["2", "3"],
+        ["0", "1", "4", "5"],
+        ["2", "3"],
+    ]
+
+
 def test_a_limit_holds_over_all_shards(tmp_path, small):
     paths = [written(tmp_path / f"{name}.jsonl", lines(5)) for name in "ab"]
     source = make_source("text", tuple(paths), limit=7)
