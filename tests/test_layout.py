@@ -142,3 +142,13 @@ def test_names_of_test_files_differ():
     """pytest imports them by their names alone."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+def test_top_level_is_the_fixed_one():
+    """Nothing that a run leaves behind is committed."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    top = {line.partition("/")[0] for line in listed.splitlines()}
+    files = {"README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "constraints.txt", "setup.py"}
+    folders = {"finetune", "recipes", "modeling", "scripts", "tests", "docs"}
+    visible = {name for name in top if not name.startswith(".")}
+    assert visible == files | folders | {"pyproject.toml"} or not (ROOT / ".git").exists()
