@@ -10,9 +10,10 @@ import numpy as np
 
 from finetune.console import log, track
 from finetune.data.contamination import Contamination, find_contamination
+from finetune.data.eval_split import split_by_image
 from finetune.data.io.remote import entry_of
 from finetune.data.io.source_files import files_of, fingerprint
-from finetune.data.prepare import FINGERPRINTS, prepare, prepare_share, require_examples, split_by_image
+from finetune.data.prepare import FINGERPRINTS, prepare, prepare_share, require_examples
 from finetune.data.prepared import Prepared
 from finetune.data.read_dialogues import resolve_source
 from finetune.data.sampling import Mix

@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -278,28 +277,6 @@ def work_folder(source: Source, splitter: Splitter, folder: Path) -> Path:
     return work.with_name(f".{work.name}.work")
 
 
-def split_by_image(prepared: Prepared, fraction: float, *, seed: int) -> tuple[Prepared, Prepared]:
-    """Return (train, eval), without a common image. Eval has at most `fraction` of the examples, but at least one.
-
-    Raises UserError: shared images connect the examples, so that no such split exists.
-    """
-    groups = _groups(prepared)
-    order = np.random.default_rng([seed, 2]).permutation(len(groups))
-    held: list[int] = []
-    wanted = max(1, round(fraction * len(prepared))) if fraction else 0
-    for group in order:
-        if len(held) + len(groups[group]) <= wanted:
-            held += groups[group]
-    if wanted and len(held) in (0, len(prepared)):
-        raise UserError(
-            f"data.eval_split: {fraction:g} of {len(prepared)} examples cannot be held out: they share images, and the "
-            f"smallest group that does has {min(map(len, groups), default=0)}; set eval_sources, or a larger share"
-        )
-    mask = np.zeros(len(prepared), bool)
-    mask[held] = True
-    return prepared.select(np.flatnonzero(~mask)), prepared.select(np.flatnonzero(mask))
-
-
 def require_examples(prepared: Prepared, source_stats: Sequence[SourceStats]) -> None:
     """Raise UserError, with the reasons, if no example is left."""
     if not len(prepared):
@@ -322,22 +299,3 @@ def _named(source: Source, splitter: Splitter, folder: Path, content: str) -> Pa
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     label = re.sub(r"[^A-Za-z0-9.]+", "-", source.label).strip("-.")[:40]
     return folder / f"{label}-{key}"
-
-
-def _groups(prepared: Prepared) -> list[list[int]]:
-    """Return groups of examples connected by shared images; each example without images is a group of its own."""
-    parent: dict[int, int] = {}
-
-    def root(image: int) -> int:
-        while parent.setdefault(image, image) != image:
-            parent[image] = image = parent[parent[image]]
-        return image
-
-    image_ids = list(prepared.image_ids)
-    for ids in image_ids:
-        for image in ids[1:]:
-            parent[root(image)] = root(ids[0])
-    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for example, ids in enumerate(image_ids):
-        groups[("image", root(ids[0])) if ids else ("text", example)].append(example)
-    return list(groups.values())

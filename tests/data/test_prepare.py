@@ -31,9 +31,10 @@ from finetune.data.arrow import ArrowFile, DamagedError, to_batches, write_arrow
 from finetune.data.chat_template import render
 from finetune.data.chunking import Limits, splitter
 from finetune.data.conversation import Image, RecordError, Slice, as_unicode
+from finetune.data.eval_split import split_by_image
 from finetune.data.formats import FORMATS
 from finetune.data.images import open_image
-from finetune.data.prepare import prepare, prepare_share, prepare_source, require_examples, split_by_image
+from finetune.data.prepare import prepare, prepare_share, prepare_source, require_examples
 from finetune.data.prepared import EXAMPLE_SCHEMA, IMAGE_SCHEMA, Prepared, PreparedSet
 from finetune.data.stats import SourceStats
 from finetune.data.tokenize import Encoder
